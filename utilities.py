@@ -39,7 +39,7 @@ class InputError(ValueError):
 
 
 def command_line(main: Callable[[Any], None], config_class: type, description: str | None) -> None:
-    """Run `main(config)` with a config from the command line; user faults end in one line, exit 1."""
+    """Run `main(config)`, config from the command line; a user's fault ends in one line, exit 1."""
     import tyro
 
     config = tyro.cli(config_class, description=description)
