@@ -7,15 +7,24 @@ training · checkpoints · pictures. This module imports none of the scripts.
 from __future__ import annotations
 
 import contextlib
+import csv
+import math
 import os
+import pickle
 import sys
+import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------
 # Data contract: the words that all scripts agree on
@@ -49,6 +58,15 @@ def command_line(main: Callable[[Any], None], config_class: type, description: s
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def human_bytes(count: float) -> str:
+    """1536 → `1.5 KB`; steps of 1024."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TB"
 
 
 @contextlib.contextmanager
@@ -148,6 +166,440 @@ def spacing_mm(affine: np.ndarray) -> tuple[float, float, float]:
 
 
 # ---------------------------------------------------------------------------------------
+# Networks
+# ---------------------------------------------------------------------------------------
+
+
+def _double_convolution(channels_in: int, middle: int, channels_out: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in ((channels_in, middle), (middle, channels_out)):
+        # No bias: batch norm subtracts the mean, so a bias would be learnt in vain.
+        layers += [
+            nn.Conv3d(before, after, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm3d(after),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers)
+
+
+class UNet3D(nn.Module):
+    """The 3D U-Net of Çiçek et al. 2016 (doi:10.1007/978-3-319-46723-8_49), with padding.
+
+    Channels double before each pooling, so that no bottleneck throws information away; batch norm
+    stands before each ReLU. Input (B, in_channels, X, Y, Z) → logits (B, out_channels, X, Y, Z);
+    X, Y and Z must be multiples of 8.
+
+    The paper counts 19,069,955 parameters for 3 channels in and 3 labels out: all convolution
+    weights, one bias per 3×3×3 filter and output label, batch-norm scales left out. Here the
+    batch norm's shift takes the place of that bias, so the count is all parameters (19,072,291)
+    less the 2,336 batch-norm scales.
+    """
+
+    def __init__(self, in_channels: int = 1, out_channels: int = 2, base_channels: int = 32):
+        super().__init__()
+        c1, c2, c3, c4, c5 = (base_channels * 2**level for level in range(5))
+        self.encoders = nn.ModuleList(
+            [
+                _double_convolution(in_channels, c1, c2),
+                _double_convolution(c2, c2, c3),
+                _double_convolution(c3, c3, c4),
+            ]
+        )
+        self.bottom = _double_convolution(c4, c4, c5)
+        self.upsamplers = nn.ModuleList(
+            nn.ConvTranspose3d(c, c, kernel_size=2, stride=2, bias=False) for c in (c5, c4, c3)
+        )
+        self.decoders = nn.ModuleList(
+            _double_convolution(deep + skip, skip, skip)
+            for deep, skip in ((c5, c4), (c4, c3), (c3, c2))
+        )
+        self.head = nn.Conv3d(c2, out_channels, kernel_size=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skips = []
+        for encoder in self.encoders:
+            x = encoder(x)
+            skips.append(x)
+            x = functional.max_pool3d(x, kernel_size=2)
+        x = self.bottom(x)
+        for upsample, decoder in zip(self.upsamplers, self.decoders, strict=True):
+            x = decoder(torch.cat([upsample(x), skips.pop()], dim=1))
+        return self.head(x)
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet3d": UNet3D}
+
+
+def build_network(name: str, **arguments: Any) -> nn.Module:
+    """Network by name with its keyword arguments, which the checkpoint carries along."""
+    if name not in NETWORKS:
+        raise InputError(f"network must be one of {', '.join(NETWORKS)}, got {name!r}")
+    return NETWORKS[name](**arguments)
+
+
+# ---------------------------------------------------------------------------------------
+# Metrics: hard, per patient, background excluded
+# ---------------------------------------------------------------------------------------
+
+
+def overlap_counts(prediction: Any, label: Any, num_classes: int) -> np.ndarray:
+    """(3, num_classes − 1) voxel counts: in both, in the prediction, in the label; class 1 first.
+
+    `prediction` and `label` are class-index arrays or tensors of one shape.
+    """
+    if tuple(prediction.shape) != tuple(label.shape):
+        raise ValueError(f"shapes must be equal, got {prediction.shape} and {label.shape}")
+    counts = []
+    for value in range(1, num_classes):
+        predicted, true = prediction == value, label == value
+        counts.append([int((predicted & true).sum()), int(predicted.sum()), int(true.sum())])
+    return np.array(counts, dtype=np.int64).reshape(-1, 3).T
+
+
+def dice_of_counts(counts: np.ndarray) -> np.ndarray:
+    """Dice = 2·|both| / (|prediction| + |label|) per class; NaN where both are empty.
+
+    A prediction on an empty label gives 0: a false alarm must not vanish from the mean.
+    """
+    both, predicted, true = counts.astype(float)
+    with np.errstate(invalid="ignore"):
+        return 2 * both / (predicted + true)
+
+
+def dice_metric(prediction: Any, label: Any, num_classes: int = 2) -> np.ndarray:
+    """Hard Dice of one patient for the foreground classes 1 … num_classes − 1, background excluded.
+
+    Args:
+        prediction, label: class indices, arrays or tensors of one shape (any number of axes), on
+            the scan's own grid if the figure is to be reported.
+
+    Returns:
+        (num_classes − 1,) Dice in 0..1; NaN where a class is in neither (`mean_dice` skips it).
+    """
+    return dice_of_counts(overlap_counts(prediction, label, num_classes))
+
+
+def mean_dice(per_patient: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over patients of (patients, classes) Dice, NaN left out, and how many counted."""
+    table = np.asarray(per_patient, dtype=float)
+    counted = np.isfinite(table).sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        return np.nansum(table, axis=0) / counted, counted
+
+
+# ---------------------------------------------------------------------------------------
+# Checkpoints: plain Python types and tensors, so that loading cannot run code
+# ---------------------------------------------------------------------------------------
+
+SCHEMA = 1
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    network_args: dict[str, Any],
+    network_state: dict[str, torch.Tensor],
+    preprocessing: dict[str, Any],
+    inference: dict[str, Any],
+    labels: dict[str, Sequence[int]],
+    config: dict[str, Any],
+    epoch: int,
+    val_dice: float,
+    history: list[dict[str, float]],
+    optimizer_state: dict[str, Any] | None = None,
+    scheduler_state: dict[str, Any] | None = None,
+    scaler_state: dict[str, Any] | None = None,
+    rng_state: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint whole or not at all. These keywords are its schema (see the README)."""
+    content = {key: value for key, value in locals().items() if key != "path"}
+    versions = {"torch": str(torch.__version__), "monai": version("monai"), "schema": SCHEMA}
+    with atomic_write(path) as temporary:
+        torch.save({"schema": SCHEMA, **content, "versions": versions}, temporary)
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote; refuses anything else with a message."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; train one first, or check --checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: not a readable checkpoint of this project ({str(error).splitlines()[0]}); "
+            "the file is damaged or foreign, use another one"
+        ) from error
+    found = checkpoint.get("schema") if isinstance(checkpoint, dict) else None
+    if found != SCHEMA:
+        raise InputError(f"{path}: checkpoint schema must be {SCHEMA}, got {found}; train it again")
+    return checkpoint
+
+
+# ---------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU when there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {name} was asked for, but torch sees no GPU; use --device cpu")
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it, float16 on older GPUs, else float32."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    if device.type == "cuda":
+        modern = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if modern else torch.float16
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Context in which convolutions run in `precision`; does nothing for float32."""
+    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+
+
+def train(
+    model: nn.Module,
+    train_loader: Any,
+    val_loader: Any,
+    loss_function: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    *,
+    max_epochs: int,
+    folder: Path,
+    device: torch.device,
+    checkpoint: dict[str, Any],
+    val_interval: int = 1,
+    precision: str = "auto",
+    gradient_clip: float = 0.0,
+    patience: int = 0,
+    resume: dict[str, Any] | None = None,
+) -> list[dict[str, float]]:
+    """Fit `model`; leave best.pt, last.pt, metrics.csv, curves.png and preview.png in `folder`.
+
+    Args:
+        train_loader, val_loader: batches of {"image" (B, C, X, Y, Z), "label" (B, 1, X, Y, Z) class
+            indices, "case" names}; the training loader has `set_epoch`.
+        loss_function: (logits, label) → scalar.
+        scheduler: stepped once an epoch.
+        checkpoint: what every checkpoint carries along: network_args, preprocessing, inference,
+            labels (name → raw values) and config.
+        val_interval: validate every so many epochs, and after the last one.
+        gradient_clip: largest norm of the gradient; 0 leaves it alone.
+        patience: stop after so many validations without a better Dice; 0 never stops early.
+        resume: content of a last.pt, to go on after its epoch.
+
+    Returns:
+        The history: one row of numbers per epoch, as in metrics.csv.
+
+    Validation Dice is counted per patient over its sub-volumes at the network's resolution. It
+    chooses best.pt; the figure to report is apply_model.py's, on the scan's own grid.
+    """
+    names = list(checkpoint["labels"])[1:]
+    dtype = pick_precision(precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    model.to(device, memory_format=torch.channels_last_3d)
+    history: list[dict[str, float]] = []
+    if resume is not None:
+        history = _restore(resume, model, optimizer, scheduler, scaler)
+    context = {"loss_function": loss_function, "device": device, "precision": dtype}
+    for epoch in range(len(history) + 1, max_epochs + 1):
+        row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
+        train_loader.set_epoch(epoch)
+        title = f"epoch {epoch}/{max_epochs}"
+        row |= train_one_epoch(
+            model, train_loader, optimizer, scaler, **context, clip=gradient_clip, title=title
+        )
+        scheduler.step()
+        if epoch % val_interval == 0 or epoch == max_epochs:
+            row |= validate(model, val_loader, **context, class_names=names)
+        history.append(row)
+        best = _best_epoch(history)
+        state = {
+            **checkpoint,
+            "network_state": model.state_dict(),
+            "epoch": epoch,
+            "val_dice": row.get("val_dice", math.nan),
+            "history": history,
+        }
+        if best == epoch:
+            save_checkpoint(folder / "best.pt", **state)
+        save_checkpoint(
+            folder / "last.pt",
+            **state,
+            optimizer_state=optimizer.state_dict(),
+            scheduler_state=scheduler.state_dict(),
+            scaler_state=scaler.state_dict(),
+            rng_state={"cpu": torch.get_rng_state()},
+        )
+        _report(history, names, folder)
+        if "val_dice" in row:
+            save_figure(preview_figure(model, val_loader, device, dtype), folder / "preview.png")
+        validated = [past["epoch"] for past in history if "val_dice" in past]
+        if patience and best and sum(past > best for past in validated) >= patience:
+            print(f"no better Dice in {patience} validations: stopped after epoch {epoch}")
+            break
+    return history
+
+
+def _restore(
+    state: dict[str, Any], model: nn.Module, optimizer: Any, scheduler: Any, scaler: Any
+) -> list[dict[str, float]]:
+    """Put everything back as it was at the end of the saved epoch; returns the history so far."""
+    if state["optimizer_state"] is None:
+        raise InputError("a best.pt holds no optimizer state; resume from the run's last.pt")
+    model.load_state_dict(state["network_state"])
+    optimizer.load_state_dict(state["optimizer_state"])
+    scheduler.load_state_dict(state["scheduler_state"])
+    scaler.load_state_dict(state["scaler_state"])
+    torch.set_rng_state(state["rng_state"]["cpu"].cpu())
+    return list(state["history"])
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: Any,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    *,
+    loss_function: nn.Module,
+    device: torch.device,
+    precision: torch.dtype,
+    clip: float,
+    title: str,
+) -> dict[str, float]:
+    """One pass over the training sub-volumes; returns the mean loss and the speed.
+
+    The loss is fetched from the GPU only when the bar is redrawn, so that the GPU never waits; a
+    loss that is not finite stops the run there, with the names of its cases.
+    """
+    model.train()
+    losses: list[float] = []
+    pending: list[tuple[list[str], torch.Tensor]] = []
+    start = redrawn = time.perf_counter()
+    waited, count = 0.0, 0
+    batches = iter(loader)
+    with tqdm(total=len(loader), desc=title, unit="batch", leave=False) as bar:
+        for step in range(1, len(loader) + 1):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            image = batch[IMAGE].to(device, memory_format=torch.channels_last_3d)
+            optimizer.zero_grad(set_to_none=True)
+            with autocast(device, precision):
+                logits = model(image)
+            loss = loss_function(logits.float(), batch[LABEL].to(device))
+            scaler.scale(loss).backward()
+            if clip:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            scaler.step(optimizer)
+            scaler.update()
+            count += len(image)
+            pending.append((list(batch["case"]), loss.detach()))
+            bar.update()
+            if step == len(loader) or time.perf_counter() - redrawn > 0.5:
+                losses += _fetch_losses(pending)
+                pending, redrawn = [], time.perf_counter()
+                bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
+    seconds = time.perf_counter() - start
+    return {
+        "train_loss": sum(losses) / len(losses),
+        "subvolumes_per_s": count / seconds,
+        "data_wait_percent": 100 * waited / seconds,
+        "peak_memory_mb": _peak_memory_mb(device),
+    }
+
+
+def _fetch_losses(pending: list[tuple[list[str], torch.Tensor]]) -> list[float]:
+    values = torch.stack([loss for _, loss in pending]).tolist()
+    for (cases, _), value in zip(pending, values, strict=True):
+        if not math.isfinite(value):
+            raise InputError(
+                f"the loss became {value} in a batch of {', '.join(cases)}; look at these cases "
+                "(preprocess.png), lower --learning-rate, or use --precision fp32"
+            )
+    return values
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    import resource  # not on Windows, where the figure is left out
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    loader: Any,
+    *,
+    loss_function: nn.Module,
+    device: torch.device,
+    precision: torch.dtype,
+    class_names: Sequence[str],
+) -> dict[str, float]:
+    """Mean loss, and Dice per class: voxels counted per patient, then the mean over patients."""
+    model.eval()
+    losses, counts = [], {}
+    for batch in tqdm(loader, desc="validation", unit="batch", leave=False):
+        label = batch[LABEL].to(device)
+        with autocast(device, precision):
+            logits = model(batch[IMAGE].to(device, memory_format=torch.channels_last_3d))
+        losses.append(loss_function(logits.float(), label).item())
+        prediction = predicted_classes(logits)
+        for case, predicted, true in zip(batch["case"], prediction, label[:, 0], strict=True):
+            new = overlap_counts(predicted, true, len(class_names) + 1)
+            counts[case] = counts.get(case, 0) + new
+    dice, _ = mean_dice([dice_of_counts(count) for count in counts.values()])
+    row = {"val_loss": float(np.mean(losses)), "val_dice": float(np.nanmean(dice))}
+    return row | {f"val_dice_{name}": float(d) for name, d in zip(class_names, dice, strict=True)}
+
+
+def predicted_classes(logits: torch.Tensor) -> torch.Tensor:
+    """(B, C, …) logits → (B, …) uint8 class indices."""
+    if logits.shape[1] == 2:  # argmax over two classes is 100 times slower than a comparison
+        return (logits[:, 1] > logits[:, 0]).to(torch.uint8)
+    return logits.argmax(dim=1).to(torch.uint8)
+
+
+def _best_epoch(history: list[dict[str, float]]) -> int:
+    """Epoch of the highest validation Dice (the first one of equals); 0 before any validation."""
+    validated = [row for row in history if math.isfinite(row.get("val_dice", math.nan))]
+    return int(max(validated, key=lambda row: row["val_dice"])["epoch"]) if validated else 0
+
+
+def _report(history: list[dict[str, float]], names: Sequence[str], folder: Path) -> None:
+    """metrics.csv, curves.png and one line on the terminal."""
+    columns = list(dict.fromkeys(key for row in history for key in row))
+    with (
+        atomic_write(folder / "metrics.csv") as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(history)
+    save_figure(curves_figure(history, names), folder / "curves.png")
+    row = history[-1]
+    line = f"epoch {row['epoch']}: loss {row['train_loss']:.4f}"
+    if "val_dice" in row:
+        mark = " (best so far)" if _best_epoch(history) == row["epoch"] else ""
+        line += f", validation loss {row['val_loss']:.4f}, Dice {row['val_dice']:.4f}{mark}"
+    print(f"{line}, {row['subvolumes_per_s']:.2f} sub-volumes/s")
+
+
+# ---------------------------------------------------------------------------------------
 # Pictures: radiological view (the patient's right on the picture's left), colour-blind safe
 # ---------------------------------------------------------------------------------------
 
@@ -226,3 +678,112 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a PNG whole or not at all."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110, facecolor="white")
+
+
+def curves_figure(history: list[dict[str, float]], class_names: Sequence[str]) -> Any:
+    """Loss and Dice over the epochs, the best epoch marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    loss_axes, dice_axes = figure.subplots(1, 2)
+
+    def line(axes: Any, key: str, label: str, colour: str, style: str) -> None:
+        points = [(row["epoch"], row[key]) for row in history if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=4)
+
+    line(loss_axes, "train_loss", "training", "#0072B2", "-o")
+    line(loss_axes, "val_loss", "validation", "#E69F00", "-s")
+    for value, name in enumerate(class_names, start=1):
+        line(dice_axes, f"val_dice_{name}", name, LABEL_COLOURS[(value - 1) % 5 + 1], "-s")
+    best = _best_epoch(history)
+    if best:
+        dice_axes.axvline(best, color="0.6", linestyle=":", label=f"best.pt (epoch {best})")
+    loss_axes.set(xlabel="epoch", ylabel="loss", title="Loss")
+    dice_axes.set(xlabel="epoch", ylabel="Dice", ylim=(0, 1), title="Dice of validation patients")
+    for axes in (loss_axes, dice_axes):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    return figure
+
+
+@torch.no_grad()
+def preview_figure(
+    model: nn.Module, loader: Any, device: torch.device, precision: torch.dtype
+) -> Any:
+    """The same few validation slices every time: truth and prediction outlined."""
+    from matplotlib.figure import Figure
+
+    model.eval()
+    dataset = loader.dataset
+    chosen = np.linspace(0, len(dataset) - 1, min(6, len(dataset))).astype(int)
+    figure = Figure(figsize=(12, 8.4 if len(chosen) > 3 else 4.5), layout="constrained")
+    grid = figure.subplots(2 if len(chosen) > 3 else 1, 3, squeeze=False).ravel()
+    for axes in grid[len(chosen) :]:
+        axes.axis("off")
+    for axes, index in zip(grid, chosen, strict=False):
+        item = dataset[int(index)]
+        with autocast(device, precision):
+            logits = model(item[IMAGE][None].to(device))
+        masks = {
+            TRUTH_COLOUR: item[LABEL][0].cpu().numpy() > 0,
+            PREDICTION_COLOUR: predicted_classes(logits)[0].cpu().numpy() > 0,
+        }
+        middle = int(masks[TRUTH_COLOUR].sum(axis=(0, 1)).argmax())
+        image = item[IMAGE][0].float().cpu().numpy()
+        draw_plane(axes, image, "axial", middle, (1.0, 1.0, 1.0), masks, window=(0.0, 1.0))
+        axes.set_title(f"{item['case']}, slice {item['first_slice'] + middle + 1}", fontsize=10)
+    figure.suptitle("validation: truth in blue, prediction in orange")
+    return figure
+
+
+def show_patient(
+    data: dict[str, Any], slice_index: int | None = None, path: Path | None = None
+) -> Any:
+    """Show one axial slice of a sub-volume or volume: image, label outline, prediction outline.
+
+    Args:
+        data: "image" and, when known, "label" and "pred": (1, X, Y, Z) or (X, Y, Z) RAS arrays or
+            tensors; an image in 0..1 or in HU.
+        slice_index: along the last axis; the slice with most label when left out.
+        path: write a PNG there; without it, draw into the notebook or open a window.
+
+    Returns:
+        The matplotlib Figure.
+    """
+    arrays = {
+        key: np.asarray(torch.as_tensor(data[key]).detach().float().cpu()).reshape(
+            tuple(data[key].shape)[-3:]
+        )
+        for key in (IMAGE, LABEL, PRED)
+        if key in data
+    }
+    colours = {LABEL: TRUTH_COLOUR, PRED: PREDICTION_COLOUR}
+    masks = {colours[key]: arrays[key] > 0 for key in (LABEL, PRED) if key in arrays}
+    image = arrays[IMAGE]
+    if slice_index is None:
+        guide = next(iter(masks.values()), image > image.mean())
+        slice_index = int(guide.sum(axis=(0, 1)).argmax())
+    window = (0.0, 1.0) if image.min() >= 0 and image.max() <= 1 else HU_WINDOW
+    if path is None:
+        from matplotlib import pyplot
+
+        figure = pyplot.figure(figsize=(6, 6), layout="constrained")
+    else:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.subplots()
+    draw_plane(axes, image, "axial", slice_index, (1.0, 1.0, 1.0), masks, window)
+    shown = " · ".join(
+        {LABEL: "label in blue", PRED: "prediction in orange"}[k] for k in arrays if k != IMAGE
+    )
+    axes.set_title(
+        f"slice {slice_index + 1} of {image.shape[2]}" + (f" · {shown}" if shown else "")
+    )
+    if path is None:
+        pyplot.show()
+    else:
+        save_figure(figure, path)
+    return figure

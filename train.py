@@ -1,0 +1,241 @@
+"""Step 3: train the 3D U-Net on prepared sub-volumes.
+
+    python train.py                             # the settings below
+    python train.py --learning-rate 3e-4        # any of them from the command line
+    python train.py --resume checkpoints/liver  # go on where a run stopped
+
+Edit the settings in place or give them as options; the checkpoint carries them all. Read
+`curves.png` and `preview.png` in the run's folder to see how it goes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import monai.losses
+import torch
+from monai.utils import set_determinism
+
+from preprocess import SubvolumeLoader, Subvolumes, augmentation, cache_split, read_prepared
+from utilities import (
+    CLASSES,
+    InputError,
+    atomic_write,
+    build_network,
+    command_line,
+    load_checkpoint,
+    pick_device,
+    pick_precision,
+    train,
+)
+
+
+@dataclass
+class Config:
+    """Every setting of a training; the checkpoint carries them all."""
+
+    # -- where
+    data: Path = Path("data/prepared")  # what prepare.py wrote
+    run: Path = Path("checkpoints/liver")  # folder of this run; one that holds a run is refused
+    resume: Path | None = None  # folder of a run to go on with; its settings are taken from there
+
+    # -- what is learnt: class name → raw label values; the order is the channel order
+    labels: dict[str, tuple[int, ...]] = field(default_factory=CLASSES.copy)
+
+    # -- what the network sees (each slice in its own plane; the slice axis is never resampled)
+    spacing: tuple[float, float] = (1.0, 1.0)  # mm per pixel, before the resize to input_size
+    hu_window: tuple[float, float] = (-200.0, 250.0)  # HU that become 0 and 1; soft tissue
+    input_size: tuple[int, int] = (256, 256)  # pixels in plane, multiples of 8
+
+    # -- augmentation of the training sub-volumes
+    augment_probability: float = 0.5  # of the affine change and of the noise, each
+    rotation_degrees: float = 10.0  # largest rotation in plane, either way
+    translation: float = 0.05  # largest shift either way, fraction of the picture's side
+    scaling: float = 0.1  # largest change of size either way
+    noise_sd: float = 0.02  # largest noise, in units of the 0..1 intensity (0.02 = 9 HU)
+    flip_probability: float = 0.0  # left-right; 0, because a liver is on the right
+
+    # -- network
+    network: Literal["unet3d"] = "unet3d"  # Çiçek et al. 2016
+    base_channels: int = 32  # channels of the first convolution; 32 is the paper's 19 M parameters
+
+    # -- optimisation
+    loss: Literal["dice"] = "dice"  # soft Dice of the foreground classes
+    optimizer: Literal["adam"] = "adam"
+    learning_rate: float = 3e-4  # at the start
+    schedule: Literal["constant", "cosine", "poly"] = "cosine"  # of the learning rate, by epoch
+    batch_size: int = 2  # sub-volumes per step
+    max_epochs: int = 100  # passes over the training sub-volumes
+    gradient_clip: float = 12.0  # largest gradient norm; 0 leaves it alone
+    patience: int = 0  # stop after so many validations without a better Dice; 0 = never
+    val_interval: int = 1  # epochs between validations
+
+    # -- machine
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = (
+        "auto"  # auto: what the hardware is fast in
+    )
+    seed: int = 0  # of weights, order and augmentation
+
+    # -- inference, carried to apply_model.py
+    overlap: float = 0.5  # of neighbouring windows along the slices
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Arguments of the deterministic chain."""
+        return {
+            "spacing": tuple(self.spacing),
+            "hu_window": tuple(self.hu_window),
+            "input_size": tuple(self.input_size),
+            "labels": {name: tuple(values) for name, values in self.labels.items()},
+        }
+
+    def augmentation(self) -> dict[str, Any]:
+        """Arguments of the random augmentation."""
+        return {
+            "probability": self.augment_probability,
+            "rotation_degrees": self.rotation_degrees,
+            "translation": self.translation,
+            "scaling": self.scaling,
+            "noise_sd": self.noise_sd,
+            "flip_probability": self.flip_probability,
+            "input_size": tuple(self.input_size),
+        }
+
+    def plain(self) -> dict[str, Any]:
+        """All settings as plain Python types, for the checkpoint and config.json."""
+        settings = dataclasses.asdict(self)
+        return {key: str(v) if isinstance(v, Path) else v for key, v in settings.items()}
+
+
+LOSSES: dict[str, Callable[[], torch.nn.Module]] = {
+    # batch=True pools the voxels of a batch: a sub-volume with a sliver of liver then does not
+    # swing the gradient as much as one that is full of it.
+    "dice": lambda: monai.losses.DiceLoss(
+        softmax=True, to_onehot_y=True, include_background=False, batch=True
+    ),
+}
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": lambda parameters, rate: torch.optim.Adam(parameters, lr=rate, fused=True),
+}
+
+SCHEDULES: dict[str, Callable[[float], float]] = {  # progress 0..1 → factor of learning_rate
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "poly": lambda progress: (1 - progress) ** 0.9,
+}
+
+
+def check(config: Config, prepared: dict[str, Any]) -> None:
+    """Refuse settings that cannot work, before hours are spent on them."""
+    if any(size % 8 for size in config.input_size) or prepared["subvolume_depth"] % 8:
+        raise InputError(
+            f"--input-size and the sub-volume depth must be multiples of 8 (three poolings), got "
+            f"{config.input_size} and {prepared['subvolume_depth']}"
+        )
+    learnt = {value for values in config.labels.values() for value in values}
+    missing = learnt - set(prepared["labels"].values())
+    if missing:
+        raise InputError(
+            f"--labels names the values {sorted(missing)}, but {config.data / 'dataset.json'} "
+            f"declares {prepared['labels']}; correct --labels"
+        )
+    if config.resume is None and (config.run / "last.pt").exists():
+        raise InputError(
+            f"{config.run}: holds a run already; give another --run, or --resume {config.run}"
+        )
+
+
+def resumed(config: Config, saved: dict[str, Any]) -> Config:
+    """The saved run's settings; only where it runs and how long may be given anew."""
+    free = {"run": config.resume, "resume": config.resume, "data": Path(saved["data"])}
+    free |= {"device": config.device}
+    if config.max_epochs != Config().max_epochs:
+        free["max_epochs"] = config.max_epochs
+    result = dataclasses.replace(Config(**{**saved, "resume": None}), **free)
+    given, defaults, kept = config.plain(), Config().plain(), result.plain()
+    changed = [key for key in given if given[key] != defaults[key] and given[key] != kept[key]]
+    if changed:
+        raise InputError(
+            f"{config.resume}: a resumed run keeps its settings, but {', '.join(changed)} differ; "
+            "leave them out, or start another --run"
+        )
+    return result
+
+
+def main(config: Config) -> None:
+    resume = load_checkpoint(config.resume / "last.pt") if config.resume else None
+    if resume is not None:
+        config = resumed(config, resume["config"])
+    device = pick_device(config.device)
+    set_determinism(config.seed)
+    prepared = read_prepared(config.data)
+    check(config, prepared)
+
+    # data
+    settings = {**config.preprocessing(), "device": device}
+    training = cache_split(prepared, config.data, "training", **settings)
+    validation = cache_split(prepared, config.data, "validation", **settings)
+    augmented = Subvolumes(training, augmentation(**config.augmentation()), config.seed)
+    train_loader = SubvolumeLoader(augmented, config.batch_size, shuffle=True, seed=config.seed)
+    val_loader = SubvolumeLoader(
+        Subvolumes(validation), config.batch_size, shuffle=False, seed=config.seed
+    )
+
+    # network, loss, optimizer
+    network_args = {
+        "name": config.network,
+        "in_channels": 1,
+        "out_channels": len(config.labels),
+        "base_channels": config.base_channels,
+    }
+    model = build_network(**network_args)
+    optimizer = OPTIMIZERS[config.optimizer](model.parameters(), config.learning_rate)
+    factor = SCHEDULES[config.schedule]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda epoch: factor(epoch / config.max_epochs)
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"{config.network}: {parameters:,} parameters on {device}, "
+        f"{pick_precision(config.precision, device)}; "
+        f"{len(training)} training and {len(validation)} validation sub-volumes"
+    )
+
+    # loop
+    with atomic_write(config.run / "config.json") as temporary:
+        temporary.write_text(json.dumps(config.plain(), indent=2))
+    train(
+        model,
+        train_loader,
+        val_loader,
+        LOSSES[config.loss](),
+        optimizer,
+        scheduler,
+        max_epochs=config.max_epochs,
+        folder=config.run,
+        device=device,
+        checkpoint={
+            "network_args": network_args,
+            "preprocessing": config.preprocessing(),
+            "inference": {"depth": prepared["subvolume_depth"], "overlap": config.overlap},
+            "labels": config.preprocessing()["labels"],
+            "config": config.plain(),
+        },
+        val_interval=config.val_interval,
+        precision=config.precision,
+        gradient_clip=config.gradient_clip,
+        patience=config.patience,
+        resume=resume,
+    )
+    print(f"done: {config.run / 'best.pt'}; see {config.run / 'curves.png'} and preview.png")
+
+
+if __name__ == "__main__":
+    command_line(main, Config, __doc__)
