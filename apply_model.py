@@ -172,10 +172,10 @@ def predict(model: Model, volume: torch.Tensor, windows: int) -> torch.Tensor:
 
 
 def masked(image: nib.Nifti1Image, label: nib.Nifti1Image, background: int) -> nib.Nifti1Image:
-    """The scan where the label is not 0, `background` HU elsewhere; on the scan's grid and dtype."""
+    """The scan where the label is not 0 and `background` HU elsewhere, on the scan's grid."""
     scan = voxels(image)
     dtype = np.result_type(scan.dtype, np.min_scalar_type(background))
-    return like(image, np.where(voxels(label) > 0, scan, background).astype(dtype, copy=False))
+    return like(image, np.where(voxels(label) > 0, scan.astype(dtype, copy=False), background))
 
 
 def write_checked(result: nib.Nifti1Image, source: nib.Nifti1Image, path: Path) -> None:
@@ -199,7 +199,7 @@ def _form_codes(image: nib.Nifti1Image) -> tuple[int, int]:
 
 
 def volume_ml(mask: np.ndarray, affine: np.ndarray) -> float:
-    """Volume of a mask in ml: voxels × |determinant of the affine| (right for sheared grids too)."""
+    """Volume in ml: voxels × |determinant of the affine|, which holds for sheared grids too."""
     return float(np.count_nonzero(mask)) * abs(float(np.linalg.det(affine[:3, :3]))) / 1000
 
 

@@ -14,6 +14,7 @@ augmentation with the label's outline, and histograms; and prints counts and mem
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,8 +70,10 @@ class SlicesToChannelsd(MapTransform):
         result = dict(data)
         for key in self.key_iterator(result):
             volume = result[key]
-            slices = torch.as_tensor(volume)[0].permute(2, 0, 1).contiguous()
-            if isinstance(volume, MetaTensor):
+            has_affine = isinstance(volume, MetaTensor)
+            plain = volume.as_tensor() if has_affine else volume
+            slices = plain[0].permute(2, 0, 1).contiguous()
+            if has_affine:
                 columns = volume.affine[:3, :2].norm(dim=0)  # mm per voxel along x and y
                 slices = MetaTensor(
                     slices, affine=torch.diag(torch.cat([columns, columns.new_ones(1)]))
@@ -160,9 +163,12 @@ def deterministic_chain(**settings: Any) -> Compose:
     window at most, far below CT noise.
     """
     keys = (IMAGE, LABEL)
+    with warnings.catch_warnings():  # LoadImaged tries all its readers and tells of those it lacks
+        warnings.simplefilter("ignore")
+        load = LoadImaged(keys, reader="NibabelReader", image_only=True)
     return Compose(
         [
-            LoadImaged(keys, reader="NibabelReader", image_only=True),
+            load,
             EnsureChannelFirstd(keys, channel_dim="no_channel"),
             *in_plane_chain(**settings),
             ChannelsToSlicesd(keys),

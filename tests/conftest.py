@@ -1,0 +1,58 @@
+"""What several tests share: small volumes, phantoms, and running a script as a user does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def run_script(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGUMENTS` in the project's folder, as the README says, without a display."""
+    command = [sys.executable, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    environment.pop("DISPLAY", None)
+    return subprocess.run(
+        command, cwd=cwd or ROOT, env=environment, text=True, capture_output=True, check=False
+    )
+
+
+def random_affine(
+    seed: int, spacing=(0.8, 0.7, 2.5), shear: float = 0.0, shuffle: bool = True
+) -> np.ndarray:
+    """An oblique affine: axes in a random order and direction, then a rotation of some degrees."""
+    from scipy.spatial.transform import Rotation
+
+    rng = np.random.default_rng(seed)
+    axes = np.eye(3)[rng.permutation(3)] * rng.choice([-1, 1], 3) if shuffle else np.eye(3)
+    tilt = Rotation.from_euler("xyz", rng.uniform(-12, 12, 3), degrees=True).as_matrix()
+    skew = np.eye(3)
+    skew[1, 2] = shear
+    affine = np.eye(4)
+    affine[:3, :3] = tilt @ skew @ axes @ np.diag(spacing)
+    affine[:3, 3] = rng.uniform(-200, 200, 3)
+    return affine
+
+
+def ct_image(array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
+    """int16 NIfTI image with both forms set."""
+    image = nib.Nifti1Image(array.astype(np.int16), affine)
+    image.set_sform(affine, code=2)
+    image.set_qform(affine, code=1)
+    return image
+
+
+@pytest.fixture(scope="session")
+def real_ct() -> Path:
+    folder = SHARED_DATA / "ct"
+    if not folder.is_dir():
+        pytest.skip(f"real CTs are not here ({folder.name} beside the project)")
+    return folder
