@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import math
 import os
 import pickle
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from isal import igzip
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -101,7 +102,7 @@ def case_name(path: Path) -> str:
 
 
 def read_volume(path: Path) -> nib.Nifti1Image:
-    """Read the header of a 3D volume; its voxels are read by `voxels`.
+    """Read the header of a 3D volume; its voxels are read by `voxels` or, in parts, `slices`.
 
     Trailing axes of length 1 are dropped. Raises InputError for anything that is not one 3D volume.
     """
@@ -113,27 +114,69 @@ def read_volume(path: Path) -> nib.Nifti1Image:
         raise InputError(
             f"{path}: not a readable NIfTI volume ({error}); download or convert it again"
         ) from error
-    if len(image.shape) > 3:
-        image = nib.funcs.squeeze_image(image)
-    if len(image.shape) != 3:
+    data_file = Path(image.file_map["image"].filename or path)
+    if not data_file.exists():
+        raise InputError(f"{path}: header without voxels, {data_file.name} is missing; get both")
+    if len(image.shape) > 3 and set(image.shape[3:]) == {1}:  # still unread after this
+        proxy = image.dataobj.reshape(image.shape[:3])
+        image = type(image)(proxy, image.affine, image.header, file_map=image.file_map)
+    if len(image.shape) != 3 or 0 in image.shape:
         raise InputError(
             f"{path}: must be one 3D volume, got shape {image.shape}; split or convert it first"
+        )
+    if image.get_data_dtype().kind not in "iuf":
+        raise InputError(
+            f"{path}: must hold numbers, got voxels of type {image.get_data_dtype()}; "
+            "convert colours or complex values to one number per voxel"
         )
     return image
 
 
-def voxels(image: nib.Nifti1Image, path: Path | str = "volume") -> np.ndarray:
+@contextlib.contextmanager
+def slices(image: nib.Nifti1Image) -> Iterator[Callable[[int, int], np.ndarray]]:
+    """Yield `read(first, last)` → voxels (X, Y, first:last) along the last stored axis.
+
+    As stored, or float32 where the header rescales them. A compressed file is decompressed by isal
+    (3 times as fast as zlib) as far as it is read, and once only as long as `first` ascends.
+    """
+    proxy, name = image.dataobj, image.get_filename() or "volume"
+    if not nib.is_proxy(proxy):
+        yield lambda first, last: proxy[:, :, first:last]
+        return
+    data_file = str(proxy.file_like)
+    open_file = igzip.open if data_file.endswith(".gz") else io.FileIO
+    with open_file(data_file) as stream:
+        stored = nib.arrayproxy.ArrayProxy(
+            stream, (image.shape, proxy.dtype, proxy.offset), mmap=False
+        )
+
+        def read(first: int, last: int) -> np.ndarray:
+            try:
+                array = stored[:, :, first:last]
+                if last == image.shape[2]:
+                    stream.read(1)  # past the last voxel: the checksum of a .gz is verified
+            except (OSError, EOFError, ValueError, igzip.isal_zlib.error) as error:
+                raise InputError(
+                    f"{name}: its voxels cannot be read ({error}); the file is cut off or damaged, "
+                    "download or convert it again"
+                ) from error
+            if (proxy.slope, proxy.inter) != (1, 0):
+                array = array.astype(np.float32) * np.float32(proxy.slope) + np.float32(proxy.inter)
+            return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+        yield read
+
+
+def voxels(image: nib.Nifti1Image) -> np.ndarray:
     """All voxels (X, Y, Z), in the stored dtype, or float32 where the header rescales them."""
-    proxy = image.dataobj
-    try:
-        scaled = not isinstance(proxy, np.ndarray) and (proxy.slope, proxy.inter) != (1, 0)
-        array = proxy.get_scaled(np.float32) if scaled else np.asanyarray(proxy)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(
-            f"{path}: its voxels cannot be read ({error}); the file is cut off or damaged, "
-            "download or convert it again"
-        ) from error
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
+    depth = image.shape[2]
+    with slices(image) as read:
+        part = read(0, min(16, depth))
+        array = np.empty(image.shape, part.dtype, order="F")
+        array[:, :, : part.shape[2]] = part
+        for first in range(16, depth, 16):
+            array[:, :, first : first + 16] = read(first, min(first + 16, depth))
+    return array
 
 
 def like(image: nib.Nifti1Image, array: np.ndarray) -> nib.Nifti1Image:
@@ -141,7 +184,9 @@ def like(image: nib.Nifti1Image, array: np.ndarray) -> nib.Nifti1Image:
     if array.shape != image.shape:
         raise ValueError(f"array must have the shape of the grid {image.shape}, got {array.shape}")
     is_nifti = isinstance(image.header, nib.Nifti1Header)
-    header = nib.Nifti1Header.from_header(image.header) if is_nifti else None
+    header = nib.Nifti1Header.from_header(image.header, check=False) if is_nifti else None
+    if is_nifti:
+        header["sizeof_hdr"] = header.sizeof_hdr  # a NIfTI-2 header brings its own
     result = nib.Nifti1Image(array, image.affine, header, dtype=array.dtype)
     result.header.set_slope_inter(1, 0)
     result.header["cal_min"] = result.header["cal_max"] = 0
@@ -156,7 +201,7 @@ def write_volume(image: nib.Nifti1Image, path: Path) -> None:
 
 def to_ras(image: nib.Nifti1Image) -> nib.Nifti1Image:
     """Permute and flip the axes to the nearest RAS; every voxel keeps its place in the patient."""
-    return nib.as_closest_canonical(image)
+    return nib.as_closest_canonical(like(image, voxels(image)))
 
 
 def spacing_mm(affine: np.ndarray) -> tuple[float, float, float]:
@@ -703,6 +748,7 @@ def curves_figure(history: list[dict[str, float]], class_names: Sequence[str]) -
     dice_axes.set(xlabel="epoch", ylabel="Dice", ylim=(0, 1), title="Dice of validation patients")
     for axes in (loss_axes, dice_axes):
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
     return figure
@@ -718,8 +764,9 @@ def preview_figure(
     model.eval()
     dataset = loader.dataset
     chosen = np.linspace(0, len(dataset) - 1, min(6, len(dataset))).astype(int)
-    figure = Figure(figsize=(12, 8.4 if len(chosen) > 3 else 4.5), layout="constrained")
-    grid = figure.subplots(2 if len(chosen) > 3 else 1, 3, squeeze=False).ravel()
+    rows, columns = (1, len(chosen)) if len(chosen) <= 3 else (2, math.ceil(len(chosen) / 2))
+    figure = Figure(figsize=(4 * columns, 4.2 * rows + 0.4), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(chosen) :]:
         axes.axis("off")
     for axes, index in zip(grid, chosen, strict=False):
