@@ -14,6 +14,7 @@ augmentation with the label's outline, and histograms; and prints counts and mem
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,9 @@ from torch.utils.data import Dataset, DistributedSampler
 from utilities import (
     IMAGE,
     LABEL,
+    LABEL_COLOURS,
     ORIENTATION,
+    TRUTH_COLOUR,
     InputError,
     command_line,
     draw_plane,
@@ -163,7 +166,9 @@ def deterministic_chain(**settings: Any) -> Compose:
     window at most, far below CT noise.
     """
     keys = (IMAGE, LABEL)
-    with warnings.catch_warnings():  # LoadImaged tries all its readers and tells of those it lacks
+    # LoadImaged builds all its readers and tells of a DICOM decoder that nobody asked for.
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         load = LoadImaged(keys, reader="NibabelReader", image_only=True)
     return Compose(
@@ -381,11 +386,14 @@ def montage(before: Subvolumes, after: Subvolumes, titles: Sequence[str]) -> Any
             image, label = item[IMAGE][0].cpu().numpy(), item[LABEL][0].cpu().numpy() > 0
             middle = int(label.sum(axis=(0, 1)).argmax())
             draw_plane(
-                axes, image, "axial", middle, (1.0, 1.0, 1.0), {"#E69F00": label}, window=(0, 1)
+                axes, image, "axial", middle, (1.0, 1.0, 1.0), {TRUTH_COLOUR: label}, window=(0, 1)
             )
             axes.set_title(f"{titles[index]}, {name}", fontsize=10)
-            row[2].hist(image.ravel(), bins=60, range=(0, 1), histtype="step", label=f"all, {name}")
-            row[2].hist(image[label], bins=60, range=(0, 1), alpha=0.4, label=f"organ, {name}")
+            for voxels, what in ((image.ravel(), "all"), (image[label], "organ")):
+                style = "-" if dataset is before else "--"
+                colour = "0.4" if what == "all" else LABEL_COLOURS[1]
+                row[2].hist(voxels, 60, (0, 1), histtype="step", color=colour, linestyle=style,
+                            label=f"{what}, {name}")  # fmt: skip
         row[2].set(xlabel="network input (0..1 over the HU window)", ylabel="voxels", yscale="log")
         row[2].legend(fontsize=8)
     return figure
@@ -400,7 +408,8 @@ def main(config: Config) -> None:
         size = human_bytes(cache_bytes(cached))
         print(f"{split}: {len(cached)} sub-volumes of {tuple(cached[0][IMAGE].shape)}, {size}")
         if split == "training":
-            augmented = Subvolumes(cached, augmentation(**config.augmentation()), config.seed)
+            always = {**config.augmentation(), "probability": 1.0}  # training leaves some alone
+            augmented = Subvolumes(cached, augmentation(**always), config.seed)
             titles = [f"{item['case']} from slice {item['first_slice']}" for item in cached]
             figure = montage(Subvolumes(cached), augmented, titles)
             save_figure(figure, config.data / "preprocess.png")

@@ -56,3 +56,23 @@ def real_ct() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real CTs are not here ({folder.name} beside the project)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def raw_phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small phantoms in Decathlon layout; tests must not change it."""
+    import make_phantoms
+
+    folder = tmp_path_factory.mktemp("phantoms") / "raw"
+    make_phantoms.main(make_phantoms.Config(destination=folder, cases=6, size=48))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(raw_phantoms: Path) -> Path:
+    """The same phantoms after prepare.py; tests must not change it."""
+    import prepare
+
+    folder = raw_phantoms.parent / "prepared"
+    prepare.main(prepare.Config(source=raw_phantoms, destination=folder))
+    return folder

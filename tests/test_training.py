@@ -1,0 +1,214 @@
+"""Training learns, repeats itself, resumes exactly, and writes what it promises."""
+
+import csv
+import inspect
+import json
+import pickle
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+import apply_model
+import preprocess
+import train
+from utilities import (
+    InputError,
+    dice_metric,
+    load_checkpoint,
+    predicted_classes,
+    save_checkpoint,
+)
+
+SMALL = {
+    "base_channels": 4,
+    "input_size": (32, 32),
+    "spacing": (8.0, 8.0),
+    "max_epochs": 3,
+    "device": "cpu",
+    "precision": "fp32",
+}
+
+
+def small_config(prepared, run, **changes) -> train.Config:
+    return train.Config(**{**SMALL, "data": prepared, "run": run, **changes})
+
+
+def small_cache(prepared):
+    config = small_config(prepared, None)
+    content = preprocess.read_prepared(prepared)
+    settings = {**config.preprocessing(), "device": "cpu"}
+    return config, preprocess.cache_split(content, prepared, "training", **settings)
+
+
+def comparable(history):
+    timing = ("subvolumes_per_s", "data_wait_percent", "peak_memory_mb")
+    return [{key: value for key, value in row.items() if key not in timing} for row in history]
+
+
+def assert_same_run(first, second):
+    a, b = (load_checkpoint(run / "last.pt") for run in (first, second))
+    assert comparable(a["history"]) == comparable(b["history"])
+    for name, tensor in a["network_state"].items():
+        assert torch.equal(tensor, b["network_state"][name]), name
+
+
+@pytest.fixture(scope="module")
+def finished(prepared, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    train.main(small_config(prepared, run))
+    return run
+
+
+def test_a_run_leaves_what_the_readme_says(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "best.pt", "last.pt", "config.json", "metrics.csv", "curves.png", "preview.png",
+    }  # fmt: skip
+    with (finished / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert json.loads((finished / "config.json").read_text())["base_channels"] == 4
+    best = load_checkpoint(finished / "best.pt")
+    assert best["val_dice"] == max(row["val_dice"] for row in best["history"])
+    assert best["optimizer_state"] is None
+
+
+def test_same_seed_same_run_and_another_seed_another(finished, prepared, tmp_path):
+    train.main(small_config(prepared, tmp_path / "again"))
+    assert_same_run(finished, tmp_path / "again")
+    train.main(small_config(prepared, tmp_path / "other", seed=1, max_epochs=1))
+    other = load_checkpoint(tmp_path / "other" / "last.pt")["history"]
+    assert comparable(other)[0] != comparable(load_checkpoint(finished / "last.pt")["history"])[0]
+
+
+def test_resume_ends_as_the_unbroken_run(finished, prepared, tmp_path, monkeypatch):
+    """Interrupted inside the second epoch, then resumed: the same weights, bit for bit."""
+    run = tmp_path / "broken"
+    original, calls = preprocess.Subvolumes.__getitem__, []
+
+    def interrupted(self, index):
+        calls.append(index)
+        if self.epoch == 2 and len(calls) % 3 == 0:
+            raise KeyboardInterrupt
+        return original(self, index)
+
+    monkeypatch.setattr(preprocess.Subvolumes, "__getitem__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(small_config(prepared, run))
+    monkeypatch.undo()
+    assert len(load_checkpoint(run / "last.pt")["history"]) == 1
+    train.main(train.Config(resume=run, device="cpu"))
+    assert_same_run(finished, run)
+
+
+def test_a_resumed_run_keeps_its_settings(finished):
+    with pytest.raises(InputError, match="learning_rate differ"):
+        train.main(train.Config(resume=finished, learning_rate=0.5))
+
+
+def test_a_finished_run_is_not_overwritten(finished, prepared):
+    with pytest.raises(InputError, match="holds a run already"):
+        train.main(small_config(prepared, finished))
+
+
+def test_overfits_one_subvolume(prepared):
+    """One sub-volume to Dice > 0.99: data, loss, gradient and metric fit together."""
+    config = small_config(prepared, None)
+    settings = {**config.preprocessing(), "device": "cpu"}
+    cached = preprocess.cache_split(
+        preprocess.read_prepared(prepared), prepared, "training", **settings
+    )
+    item = preprocess.Subvolumes(cached)[len(cached) // 2]
+    torch.manual_seed(0)
+    model = train.build_network("unet3d", in_channels=1, out_channels=2, base_channels=8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    loss_function = train.LOSSES["dice"]()
+    for _ in range(60):
+        optimizer.zero_grad()
+        logits = model(item["image"][None])
+        loss_function(logits, item["label"][None]).backward()
+        optimizer.step()
+    assert dice_metric(predicted_classes(logits)[0], item["label"][0]) > 0.99
+
+
+def test_non_finite_loss_stops_with_the_names_of_the_cases(prepared, tmp_path):
+    with pytest.raises(InputError, match=r"the loss became .* in a batch of phantom_"):
+        train.main(small_config(prepared, tmp_path / "run", learning_rate=1e38, gradient_clip=0.0))
+
+
+def test_augmentation_depends_on_seed_epoch_and_sample_only(prepared):
+    config = small_config(prepared, None)
+    settings = {**config.preprocessing(), "device": "cpu"}
+    cached = preprocess.cache_split(
+        preprocess.read_prepared(prepared), prepared, "training", **settings
+    )
+    always = {**config.augmentation(), "probability": 1.0}
+    first, second = (
+        preprocess.Subvolumes(cached, preprocess.augmentation(**always), seed=3) for _ in range(2)
+    )
+    order = [2, 0, 1, 0]
+    a = {i: first[i] for i in range(3)}
+    for index in order:
+        for key in ("image", "label"):
+            assert torch.equal(second[index][key], a[index][key])
+    assert not torch.equal(a[0]["image"], first.cached[0]["image"].float())
+    second.epoch = 1
+    assert not torch.equal(second[0]["image"], a[0]["image"])
+    assert set(a[1]["label"].unique().tolist()) <= {0.0, 1.0}
+
+
+def test_the_checkpoint_schema_is_the_readme_table():
+    keys = set(inspect.signature(save_checkpoint).parameters) - {"path"}
+    section = (ROOT / "README.md").read_text().split("## Checkpoints")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    in_readme = {name.strip(" `") for row in rows for name in row.split(",")}
+    assert in_readme == keys | {"schema", "versions"}
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "touched"), "w"))
+
+    for name, save in (
+        ("zip.pt", torch.save),
+        ("raw.pt", lambda o, p: p.write_bytes(pickle.dumps(o))),
+    ):
+        save({"schema": 1, "network_state": Evil()}, tmp_path / name)
+        with pytest.raises(InputError, match="not a readable checkpoint"):
+            load_checkpoint(tmp_path / name)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_unusable_checkpoints_are_named(tmp_path, finished):
+    with pytest.raises(InputError, match=r"nothing\.pt: no such checkpoint"):
+        load_checkpoint(tmp_path / "nothing.pt")
+    torn = tmp_path / "torn.pt"
+    torn.write_bytes((finished / "last.pt").read_bytes()[:-500])
+    with pytest.raises(InputError, match=r"torn\.pt: not a readable checkpoint"):
+        load_checkpoint(torn)
+    torch.save({"schema": 0}, tmp_path / "old.pt")
+    with pytest.raises(InputError, match=r"old\.pt: checkpoint schema must be 1, got 0"):
+        apply_model.load_model(tmp_path / "old.pt")
+
+
+def test_wrong_settings_are_refused_before_training(prepared, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match="multiples of 8"):
+        train.main(small_config(prepared, run, input_size=(36, 36)))
+    with pytest.raises(InputError, match=r"names the values \[7\]"):
+        train.main(small_config(prepared, run, labels={"background": (0,), "spleen": (7,)}))
+    with pytest.raises(InputError, match="not found"):
+        train.main(small_config(tmp_path, run))
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="sees no GPU"):
+            train.main(small_config(prepared, run, device="cuda"))
+    assert not run.exists()
+
+
+def test_a_wrong_word_is_refused_with_the_right_ones():
+    done = run_script("train.py", "--optimizer", "adamm")
+    assert done.returncode != 0
+    assert "adam" in done.stderr + done.stdout
