@@ -194,9 +194,13 @@ def like(image: nib.Nifti1Image, array: np.ndarray) -> nib.Nifti1Image:
 
 
 def write_volume(image: nib.Nifti1Image, path: Path) -> None:
-    """Write under a temporary name, then move into place: never half a file under `path`."""
-    with atomic_write(path) as temporary:
-        nib.save(image, temporary)
+    """Write `.nii` or `.nii.gz` (isal, fast level) whole or not at all; same voxels, same bytes."""
+    with atomic_write(path) as temporary, temporary.open("wb") as stream:
+        if path.suffix == ".gz":  # no name and no time in the file
+            with igzip.IGzipFile("", "wb", 1, stream, mtime=0) as compressed:
+                image.to_stream(compressed)
+        else:
+            image.to_stream(stream)
 
 
 def to_ras(image: nib.Nifti1Image) -> nib.Nifti1Image:
