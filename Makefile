@@ -36,3 +36,7 @@ lint: .venv/installed
 system-packages:
 	apt-get update -qq
 	apt-get install -y -qq --no-install-recommends xvfb xdotool chromium > /dev/null
+
+# The README's pictures, from what the demo left.
+pictures:
+	$(BIN)/python benchmarks/pictures.py

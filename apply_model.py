@@ -104,7 +104,7 @@ def load_model(checkpoint: Path, device: str = "auto", precision: str = "auto") 
     return Model(network, saved["preprocessing"], saved["inference"], where, dtype)
 
 
-def segment(model: Model, image: nib.Nifti1Image | Path, windows: int = 4) -> nib.Nifti1Image:
+def segment(model: Model, image: nib.Nifti1Image | Path | str, windows: int = 4) -> nib.Nifti1Image:
     """Label map of a CT volume, on exactly its grid.
 
     Args:

@@ -1,0 +1,83 @@
+"""Every command of the README is run, in its order, in an empty folder; made small by options."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+
+README = (ROOT / "README.md").read_text()
+
+# What makes a command small. The command itself is the README's.
+SMALL = {
+    "data/make_phantoms.py": "--cases 6 --size 48",
+    "prepare.py": "",
+    "preprocess.py": "--input-size 32 32 --spacing 8 8",
+    "train.py": "--input-size 32 32 --spacing 8 8 --base-channels 4 --max-epochs 1",
+    "apply_model.py": "",
+    "visualize_3d.py": "--screenshot view.png",
+}
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_the_readme_knows_the_two_commands_of_the_makefile():
+    made = [line.removeprefix("make ") for line in commands() if line.startswith("make ")]
+    assert {"demo", "test"} <= set(made)
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in made)
+
+
+def test_every_command_of_the_readme_runs(tmp_path: Path):
+    """The whole path of a user: phantoms, prepare, look, train, apply, see, resume."""
+    (tmp_path / "data").mkdir()
+    for line in commands():
+        program, *words = shlex.split(line)
+        if program == "make":
+            continue
+        assert program == "python", line
+        if "scan.nii.gz" in words and not (tmp_path / "scan.nii.gz").exists():
+            shutil.copy(first_case(tmp_path), tmp_path / "scan.nii.gz")
+        words = [tested_case(tmp_path) if word.startswith("results/ph") else word for word in words]
+        script, *options = words
+        small = SMALL[script].split() if script in SMALL else pytest.fail(f"unknown script: {line}")
+        small = without_given(small, options)
+        done = run_script(ROOT / script, *options, *small, cwd=tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    for promised in promised_files():
+        assert list(tmp_path.glob(promised)), promised
+
+
+def without_given(small: list[str], options: list[str]) -> list[str]:
+    """An option that the README gives itself keeps the README's value, unless it costs time."""
+    if "--resume" in options:
+        return []
+    if "--screenshot" in options:
+        return []
+    return small
+
+
+def first_case(folder: Path) -> Path:
+    return sorted((folder / "data/raw/imagesTr").glob("*.nii.gz"))[0]
+
+
+def tested_case(folder: Path) -> str:
+    return str(min(path for path in (folder / "results").iterdir() if path.is_dir()))
+
+
+def promised_files() -> list[str]:
+    return [
+        "data/prepared/dataset.json",
+        "data/prepared/preprocess.png",
+        "checkpoints/liver/best.pt",
+        "checkpoints/liver/curves.png",
+        "results/results.csv",
+        "results/scan/scan_label.nii.gz",
+        "scan_3d.png",
+    ]
