@@ -14,6 +14,8 @@ import os
 import pickle
 import sys
 import time
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -88,7 +90,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
             "choose a folder that exists, is writable and has free space"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 # ---------------------------------------------------------------------------------------
@@ -96,30 +99,29 @@ def atomic_write(path: Path) -> Iterator[Path]:
 # ---------------------------------------------------------------------------------------
 
 
+NIFTI_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz")
+ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
+
+
 def case_name(path: Path) -> str:
-    """`liver_3` for `…/liver_3.nii.gz`."""
-    return path.name.removesuffix(".gz").removesuffix(".nii")
+    """`liver_3` for `…/liver_3.nii.gz`; the folder's own name for a DICOM folder."""
+    known = [s for s in (*NIFTI_SUFFIXES, *ITK_SUFFIXES, ".dcm") if path.name.endswith(s)]
+    return path.name.removesuffix(max(known, key=len, default=""))
 
 
 def read_volume(path: Path) -> nib.Nifti1Image:
-    """Read the header of a 3D volume; its voxels are read by `voxels` or, in parts, `slices`.
+    """Read a 3D volume: NIfTI, Analyze pair, .mha, .nrrd, a DICOM folder or one file of a series.
 
-    Trailing axes of length 1 are dropped. Raises InputError for anything that is not one 3D volume.
+    Of NIfTI the header only; its voxels are read by `voxels` or, in parts, `slices`. Trailing axes
+    of length 1 are dropped. `image.extra["notes"]` tells what of a DICOM series was left out.
+    Raises InputError for anything that is not one 3D volume of numbers.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file; check the path")
-    try:
-        image = nib.load(path)
-    except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError) as error:
-        raise InputError(
-            f"{path}: not a readable NIfTI volume ({error}); download or convert it again"
-        ) from error
-    data_file = Path(image.file_map["image"].filename or path)
-    if not data_file.exists():
-        raise InputError(f"{path}: header without voxels, {data_file.name} is missing; get both")
-    if len(image.shape) > 3 and set(image.shape[3:]) == {1}:  # still unread after this
-        proxy = image.dataobj.reshape(image.shape[:3])
-        image = type(image)(proxy, image.affine, image.header, file_map=image.file_map)
+    if path.is_dir() or is_dicom(path):
+        image = _read_dicom(path)
+    else:
+        image = _read_itk(path) if path.name.endswith(ITK_SUFFIXES) else _read_nifti(path)
     if len(image.shape) != 3 or 0 in image.shape:
         raise InputError(
             f"{path}: must be one 3D volume, got shape {image.shape}; split or convert it first"
@@ -129,7 +131,188 @@ def read_volume(path: Path) -> nib.Nifti1Image:
             f"{path}: must hold numbers, got voxels of type {image.get_data_dtype()}; "
             "convert colours or complex values to one number per voxel"
         )
+    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine)) < 1e-9:
+        raise InputError(
+            f"{path}: its affine says not where the voxels lie ({image.affine.tolist()}); "
+            "export it again with its geometry"
+        )
     return image
+
+
+def read_label(path: Path, image: nib.Nifti1Image) -> nib.Nifti1Image:
+    """Read the label map of `image`; a DICOM SEG (values: segment numbers) is laid on its grid."""
+    if path.is_dir() or not is_dicom(path):
+        return read_volume(path)
+    import highdicom
+
+    to_lps = np.diag([-1.0, -1.0, 1.0, 1.0])
+    try:
+        segments = highdicom.seg.segread(path).get_volume(combine_segments=True)
+        grid = highdicom.VolumeGeometry(
+            to_lps @ image.affine, image.shape, "PATIENT", segments.frame_of_reference_uid
+        )
+        array = segments.match_geometry(grid, tol=1e-2).array
+    except (ValueError, RuntimeError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{path}: not a DICOM SEG on the grid of its scan ({error}); export it again from the "
+            "series it belongs to, or as NIfTI"
+        ) from error
+    return nib.Nifti1Image(np.asfortranarray(array), image.affine, dtype=array.dtype)
+
+
+def _read_nifti(path: Path) -> nib.Nifti1Image:
+    try:
+        image = nib.load(path)
+    except (
+        nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError,
+        OSError, EOFError, ValueError, zlib.error,
+    ) as error:  # fmt: skip
+        raise InputError(
+            f"{path}: not a readable NIfTI volume ({error}); download or convert it again"
+        ) from error
+    data_file = Path(image.file_map["image"].filename or path)
+    if not data_file.exists():
+        raise InputError(f"{path}: header without voxels, {data_file.name} is missing; get both")
+    if len(image.shape) > 3 and set(image.shape[3:]) == {1}:  # still unread after this
+        proxy = image.dataobj.reshape(image.shape[:3])
+        image = type(image)(proxy, image.affine, image.header, file_map=image.file_map)
+    return image
+
+
+def _read_itk(path: Path) -> nib.Nifti1Image:
+    import SimpleITK
+
+    try:
+        itk = SimpleITK.ReadImage(str(path))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(
+            f"{path}: cannot be read ({reason}); download or convert it again"
+        ) from error
+    array = SimpleITK.GetArrayFromImage(itk).T  # ITK's last axis is x
+    if itk.GetDimension() != 3 or array.ndim != 3:
+        raise InputError(
+            f"{path}: must be one 3D volume, got shape {array.shape}; convert it first"
+        )
+    columns = np.reshape(itk.GetDirection(), (3, 3)) * itk.GetSpacing()
+    lps = nib.affines.from_matvec(columns, itk.GetOrigin())
+    return nib.Nifti1Image(array, np.diag([-1, -1, 1, 1]) @ lps, dtype=array.dtype)
+
+
+def is_dicom(path: Path) -> bool:
+    """True for a DICOM file (part 10: `DICM` after 128 bytes), whatever its name."""
+    with path.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
+def dicom_headers(folder: Path) -> dict[Path, Any]:
+    """File → header, without pixels, of the DICOM files in `folder` (not below it)."""
+    import pydicom
+
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and is_dicom(path)]
+    return {path: pydicom.dcmread(path, stop_before_pixels=True) for path in files}
+
+
+def _read_dicom(path: Path) -> nib.Nifti1Image:
+    """A series in HU, in the order of its positions along the slice normal; see `_series_grid`."""
+    headers = dicom_headers(path if path.is_dir() else path.parent)
+    slices = {file: h for file, h in headers.items() if "ImagePositionPatient" in h}
+    if path.is_file() and path in slices:
+        uid = slices[path].SeriesInstanceUID
+        slices = {file: h for file, h in slices.items() if h.SeriesInstanceUID == uid}
+    series = {h.SeriesInstanceUID for h in slices.values()}
+    if len(series) != 1:
+        raise InputError(
+            f"{path}: must hold one DICOM series of single slices, got {len(series)}; give the "
+            "path of one slice of the series you mean, or convert it to NIfTI"
+        )
+    copies = {str(h.file_meta.MediaStorageSOPInstanceUID): file for file, h in slices.items()}
+    notes = [f"{len(slices) - len(copies)} copies of slices left out"] * (len(slices) > len(copies))
+    ordered, affine = _series_grid(path, {f: slices[f] for f in copies.values()}, notes)
+    image = nib.Nifti1Image(_series_voxels(ordered), affine)
+    image.extra["notes"] = notes
+    return image
+
+
+def _series_grid(
+    path: Path, slices: dict[Path, Any], notes: list[str]
+) -> tuple[list[Path], np.ndarray]:
+    """Files in order and affine (RAS) of a series, or the reason why it is not one regular grid.
+
+    Position along the normal decides (DICOM PS3.3 C.7.6.2.1.1), never file name or SliceThickness.
+    """
+
+    def frame(header: Any) -> tuple[float, ...]:
+        axes = np.round(np.array(header.ImageOrientationPatient, float), 3) + 0.0
+        return (*axes, header.Rows, header.Columns, *map(float, header.PixelSpacing))
+
+    frames = Counter(frame(header) for header in slices.values())
+    (main, count), *others = frames.most_common()
+    strays = sum(number for _, number in others)
+    if strays * 4 > count or count < 2:
+        raise InputError(
+            f"{path}: must be one stack of parallel slices, got {len(frames)} orientations, sizes "
+            f"with {sorted(frames.values(), reverse=True)} slices; move one stack to its own folder"
+        )
+    if strays:
+        notes.append(f"{strays} images of another orientation or size left out")
+    kept = {file: header for file, header in slices.items() if frame(header) == main}
+    first = next(iter(kept.values()))
+    across, down = np.array(first.ImageOrientationPatient, float).reshape(2, 3)
+    normal = np.cross(across, down)
+    along = {f: normal @ np.array(h.ImagePositionPatient, float) for f, h in kept.items()}
+    ordered = sorted(kept, key=along.__getitem__)
+    positions = np.array([kept[file].ImagePositionPatient for file in ordered], float)
+    step = (positions[-1] - positions[0]) / (count - 1)
+    _refuse_irregular(path, positions @ normal, step, normal)
+    down_mm, across_mm = map(float, first.PixelSpacing)
+    columns = np.stack([across * across_mm, down * down_mm, step], axis=1)
+    return ordered, np.diag([-1, -1, 1, 1]) @ nib.affines.from_matvec(columns, positions[0])
+
+
+def _refuse_irregular(path: Path, along: np.ndarray, step: np.ndarray, normal: np.ndarray) -> None:
+    """Raise InputError for slices (sorted positions in mm) that one affine cannot describe."""
+    gaps, spacing, reasons = np.diff(along), float(step @ normal), []
+    if (gaps < 0.01).any():
+        reasons.append(f"{(gaps < 0.01).sum()} slices share a position: several acquisitions")
+    elif np.abs(along - along[0] - spacing * np.arange(len(along))).max() > 0.05 * spacing:
+        reasons.append(f"uneven gaps of {gaps.min():.2f} to {gaps.max():.2f} mm between slices")
+    sideways = np.linalg.norm(step - spacing * normal) / max(spacing, 1e-6)
+    if sideways > 0.002 and spacing > 0.01:
+        reasons.append(f"gantry tilt of {np.degrees(np.arctan(sideways)):.1f}°")
+    if reasons:
+        raise InputError(
+            f"{path}: the series is not one regular grid ({'; '.join(reasons)}); split it or "
+            "resample it first (dcm2niix does)"
+        )
+
+
+def _series_voxels(files: Sequence[Path]) -> np.ndarray:
+    """HU (X, Y, Z) of slices: stored value × RescaleSlope + RescaleIntercept; int16 if it fits."""
+    import pydicom
+
+    array = None
+    for index, file in enumerate(files):
+        header = pydicom.dcmread(file)
+        slope, intercept = header.get("RescaleSlope", 1), header.get("RescaleIntercept", 0)
+        slope, intercept = float(slope), float(intercept)
+        try:
+            plane = header.pixel_array.T
+        except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"{file}: its pixels cannot be decoded ({error}); convert the series to NIfTI first"
+            ) from error
+        whole = slope.is_integer() and intercept.is_integer()
+        plane = plane.astype(np.int32 if whole else np.float32)
+        plane = plane * plane.dtype.type(slope) + plane.dtype.type(intercept)
+        if array is None:
+            array = np.empty((*plane.shape, len(files)), np.int16, order="F")
+        if array.dtype == np.int16 and (
+            not whole or not -32768 <= plane.min() <= plane.max() <= 32767
+        ):
+            array = array.astype(np.float32)
+        array[:, :, index] = plane
+    return array
 
 
 @contextlib.contextmanager
