@@ -252,7 +252,11 @@ def apply_to_case(model: Model, case: dict[str, Any], config: Config) -> dict[st
         dice = dice_metric(predicted, class_indices(voxels(truth), model.labels), len(model.labels))
         row |= {f"{organ}_dice": float(d) for organ, d in zip(classes, dice, strict=True)}
     row["seconds"] = round(time.perf_counter() - start, 2)
-    note = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "case")
+    note = ", ".join(
+        f"{organ} {row[f'{organ}_volume_ml']:.0f} ml"
+        + (f", Dice {row[f'{organ}_dice']:.4f}" if truth is not None else "")
+        for organ in classes
+    )
     save_figure(preview(name, image, label, truth, note), folder / f"{name}_preview.png")
     sources = {"image": str(case[IMAGE].resolve()), "checkpoint": str(config.checkpoint)}
     sources["truth"] = str(case[LABEL].resolve()) if case[LABEL] else None
@@ -303,17 +307,22 @@ def write_table(rows: list[dict[str, Any]], path: Path) -> None:
         writer.writerows(rows)
 
 
+def print_mean_dice(organ: str, values: list[float]) -> None:
+    """One line with mean and n, and how many patients (no organ, no prediction) were left out."""
+    if not values:
+        return
+    (mean,), (counted,) = mean_dice([[value] for value in values])
+    print(f"{organ}: mean whole-volume Dice {mean:.4f}, n = {counted} patients", end="")
+    print(f" ({len(values) - counted} without {organ} left out)" if counted < len(values) else "")
+
+
 def main(config: Config) -> None:
     cases = find_cases(config)
     model = load_model(config.checkpoint, config.device, config.precision)
     rows = [apply_to_case(model, case, config) for case in tqdm(cases, unit="scan")]
     write_table(rows, config.destination / "results.csv")
     for organ in list(model.labels)[1:]:
-        values = [[row[f"{organ}_dice"]] for row in rows if f"{organ}_dice" in row]
-        if values:
-            (mean,), (counted,) = mean_dice(values)
-            empty = f", {len(values) - counted} without {organ} left out" * (counted < len(values))
-            print(f"{organ}: mean whole-volume Dice {mean:.4f} over {counted} patients{empty}")
+        print_mean_dice(organ, [row[f"{organ}_dice"] for row in rows if f"{organ}_dice" in row])
     print(f"look at {config.destination}/<case>/<case>_preview.png; 3D: python visualize_3d.py")
 
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from monai.data import CacheDataset, MetaTensor, ThreadDataLoader
+from monai.data import CacheDataset, MetaTensor
 from monai.transforms import (
     CastToTyped,
     Compose,
@@ -38,7 +39,7 @@ from monai.transforms import (
     ScaleIntensityRanged,
     Spacingd,
 )
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from utilities import (
     IMAGE,
@@ -308,15 +309,25 @@ class Subvolumes(Dataset):
         return self.augment(item)
 
 
-class SubvolumeLoader(ThreadDataLoader):
-    """Batches of `Subvolumes`; a thread prepares the next one (processes cannot share a GPU cache).
+class SubvolumeLoader(DataLoader):
+    """Batches of `Subvolumes`; a thread prepares the next one while the network works.
 
+    A thread and not processes, because those cannot share a cache on the GPU. Not MONAI's
+    ThreadDataLoader, because it ends an epoch early, without a word, when a sample fails.
     `set_epoch` gives each epoch its own order and its own augmentation, the same in every run.
     """
 
     def __init__(self, dataset: Subvolumes, batch_size: int, shuffle: bool, seed: int):
         sampler = DistributedSampler(dataset, 1, 0, shuffle=shuffle, seed=seed)
-        super().__init__(dataset, batch_size=batch_size, sampler=sampler, num_workers=0)
+        super().__init__(dataset, batch_size=batch_size, sampler=sampler)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            batches = super().__iter__()
+            coming = thread.submit(next, batches, None)
+            while (batch := coming.result()) is not None:
+                coming = thread.submit(next, batches, None)
+                yield batch
 
     def set_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch)
