@@ -1,25 +1,34 @@
-"""Raw CTs with label maps → checked, split by patient, cut into sub-volumes of 16 axial slices.
+"""Step 1: raw CTs with label maps → checked, split by patient, cut into sub-volumes of 16 slices.
 
     python prepare.py data/raw
 
-Writes `<destination>/subvolumes/<case>/image_<first slice>.nii` and `label_….nii.gz` in RAS, every
-voxel at its own place in the patient, and last `<destination>/dataset.json`, which the next step
-reads: where it exists, the folder is complete. Nothing is resampled and no intensity is changed.
+The layout of the source is recognised and every case is checked before anything is cut; the table
+of findings is worth reading. Writes under `--destination`: `check/<case>.png`, RAS sub-volumes
+`subvolumes/<case>/image_<first slice>.nii` and `label_….nii.gz`, every voxel at its own place in
+the patient, and last `dataset.json`: where it exists, the folder is complete. Nothing is resampled
+and no intensity is changed. Stopped at any moment, the same command goes on where it was.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
+import threading
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
@@ -27,7 +36,18 @@ import tyro
 from tqdm import tqdm
 
 import utilities
-from utilities import AIR_HU, IMAGE, LABEL, InputError, read_volume, voxels, write_volume
+from utilities import (
+    AIR_HU,
+    IMAGE,
+    LABEL,
+    InputError,
+    ranges,
+    ras_grid,
+    ras_slabs,
+    read_label,
+    read_volume,
+    write_volume,
+)
 
 SCHEMA = 1  # of dataset.json
 SPLITS = ("training", "validation", "test")
@@ -38,33 +58,51 @@ class Config:
     source: tyro.conf.Positional[Path] = Path("data/raw")  # folder with the scans, as downloaded
     destination: Path = Path("data/prepared")  # folder to write
     subvolume_depth: int = 16  # axial slices per sub-volume
+    foreground: tuple[int, ...] = (1, 2)  # label values that must not be lost
+    keep_empty: float = 0.0  # fraction of the sub-volumes without foreground that is kept
     training: float = 0.70  # fraction of the patients that the network is fitted to
     validation: float = 0.15  # fraction of the patients that choose the checkpoint
     test: float = 0.15  # fraction of the patients that are looked at once, at the end
     seed: int = 0  # of the split and of keep_empty
-    foreground: tuple[int, ...] = (1, 2)  # label values that must not be lost
-    keep_empty: float = 0.0  # fraction of the sub-volumes without foreground that is kept
-    compress: bool = False  # gzip the images too: half the disk, 3 times the time
+    folds: int = 0  # cross-validation: parts to divide the patients into (no test patients)
+    fold: int = 0  # which part, from 0, is the validation split
+    split: Path | None = None  # JSON with lists of cases: training, validation, test
+    patients: Path | None = None  # CSV with columns case,patient, where one patient has many scans
+    patient_pattern: str = ""  # or: regular expression whose first group, in a case name, is it
+    check_only: bool = False  # stop after the check
+    trust_image_grid: bool = False  # lay a label map on its scan's grid if only the shapes agree
+    accept: tuple[Literal["mirrored", "outside", "hu"], ...] = ()  # errors to take as warnings
+    leave_out: tuple[str, ...] = ()  # cases not to use
+    compress: bool = False  # gzip the images too: half the disk, twice the time
     workers: int = 0  # processes; 0 means one per core
 
 
 def main(config: Config) -> None:
-    cases, labels = find_cases(config.source, config.foreground)
-    records = in_parallel(check_case, cases, config, labels, title="checking")
-    faults = print_findings(records)
-    sound = [record for record in records if not errors(record)]
-    split = split_patients([record["patient"] for record in sound], config)
-    with_cuts = in_parallel(cut_case, sound, config, labels, title="cutting")
-    write_dataset(with_cuts, split, labels, config)
-    if faults:
+    cases, labels = find_cases(config)
+    remove_leftovers(config.destination)
+    with open_pool(config, len(cases)) as pool:
+        records = run_cases(pool, check_case, cases, config, labels, title="checking")
+        notes = compare_cases(records)
+        print_check(records, notes, config)
+        sound = [record for record in records if not errors(record, config)]
+        if not config.check_only and sound:
+            split = split_patients(sound, config)
+            if not all(finished(record, config) for record in sound):
+                (config.destination / "dataset.json").unlink(missing_ok=True)
+            cut = run_cases(pool, cut_case, sound, config, labels, title="cutting")
+            write_dataset(cut, records, notes, split, labels, config)
+    if len(sound) < len(records):
         raise InputError(
-            f"{faults} of {len(records)} cases were left out, see the errors above; "
-            f"the others are ready in {config.destination}"
+            f"{len(records) - len(sound)} of {len(records)} cases are left out for the errors "
+            f"above; correct them, or name them in --leave-out; the others are in "
+            f"{config.destination}"
+            if sound and not config.check_only
+            else f"{len(records) - len(sound)} of {len(records)} cases have errors, see above"
         )
 
 
 # ---------------------------------------------------------------------------------------
-# Finding cases
+# Finding cases: the layouts in which data sets are downloaded
 # ---------------------------------------------------------------------------------------
 
 
@@ -78,148 +116,529 @@ class Case:
     label: Path | None
 
 
-VOLUME_SUFFIXES = (".nii", ".nii.gz")
+VOLUME_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".hdr.gz", *utilities.ITK_SUFFIXES)
+LABEL_WORDS = re.compile(r"label|seg|mask|truth|annot|outline", re.IGNORECASE)
 
 
-def find_cases(source: Path, foreground: Sequence[int]) -> tuple[list[Case], dict[str, int]]:
+def find_cases(config: Config) -> tuple[list[Case], dict[str, int]]:
     """Cases in the order of their names, and label name → value."""
+    source, destination = config.source, config.destination.resolve()
     if not source.is_dir():
         raise InputError(f"{source}: no such folder; give the folder that holds the scans")
-    roots = [source, *sorted(path for path in source.iterdir() if path.is_dir())]
-    root = next((path for path in roots if (path / "imagesTr").is_dir()), None)
-    if root is None:
+    files = [
+        path.resolve()
+        for path in sorted(source.rglob("*"))
+        if not any(part.startswith(".") for part in path.relative_to(source).parts)
+        and destination not in path.resolve().parents  # macOS leaves `._x.nii` beside `x.nii`
+        and path.is_file()
+    ]
+    volumes = [path for path in files if path.name.endswith(VOLUME_SUFFIXES)]
+    labels = label_values(files, config.foreground)
+    for layout in (decathlon, lits, patient_folders):
+        if cases := layout(volumes):
+            break
+    else:
+        layout, (cases, segments) = dicom, dicom(files, volumes)
+        labels |= segments
+    if not cases:
         raise InputError(
-            f"{source}: no scans found; expected imagesTr and labelsTr (Medical Decathlon layout)"
+            f"{source}: no scans with label maps found among {len(files)} files; expected "
+            "imagesTr and labelsTr (Decathlon), volume-N.nii and segmentation-N.nii (LiTS), one "
+            "folder per patient with a CT and a file named like label or segmentation, or DICOM "
+            "series with DICOM SEG or NIfTI label maps"
         )
-    images, labels = volumes_in(root / "imagesTr"), volumes_in(root / "labelsTr")
-    names = sorted(images.keys() | labels.keys())
-    if not names:
-        raise InputError(f"{root}: imagesTr and labelsTr hold no .nii or .nii.gz files")
-    print(f"{root}: Decathlon layout, {len(images)} images and {len(labels)} labels")
-    cases = [Case(name, name, images.get(name), labels.get(name)) for name in names]
-    return cases, label_values(root / "dataset.json", foreground)
+    used = {path for case in cases for path in (case.image, case.label)}
+    pairs = sum(case.image is not None and case.label is not None for case in cases)
+    unused = [path for path in volumes if path not in used]
+    print(f"{source}: layout {layout.__name__.replace('_', ' ')}, {pairs} scans with label maps")
+    if unused:
+        print(f"not used: {len(unused)} other volumes, such as {unused[0]}")
+    repeated = [name for name, n in Counter(case.name for case in cases).items() if n > 1]
+    if repeated:
+        raise InputError(f"{source}: {', '.join(repeated)} found more than once; keep one of each")
+    cases = [case for case in cases if case.name not in config.leave_out]
+    name_patients(cases, config)
+    return cases, labels
 
 
-def volumes_in(folder: Path) -> dict[str, Path]:
-    """Case name → absolute path; names that start with a dot (macOS leaves `._x.nii`) are not."""
-    if not folder.is_dir():
-        return {}
-    return {
-        utilities.case_name(path): path.resolve()
-        for path in sorted(folder.iterdir())
-        if path.name.endswith(VOLUME_SUFFIXES) and not path.name.startswith(".")
-    }
+def pair_up(images: dict[str, Path], labels: dict[str, Path]) -> list[Case]:
+    """Cases in natural order: liver_2 before liver_10."""
+    names = images.keys() | labels.keys()
+    natural = sorted(
+        names, key=lambda name: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", name)]
+    )
+    return [Case(name, name, images.get(name), labels.get(name)) for name in natural]
 
 
-def label_values(description: Path, foreground: Sequence[int]) -> dict[str, int]:
+def decathlon(volumes: list[Path]) -> list[Case]:
+    """imagesTr/liver_3.nii.gz (nnU-Net: liver_3_0000.nii.gz) and labelsTr/liver_3.nii.gz."""
+    folders = defaultdict(dict)
+    for path in volumes:
+        folders[path.parent.name][utilities.case_name(path)] = path
+    images, labels = folders["imagesTr"], folders["labelsTr"]
+    images = {n if n in labels else n.removesuffix("_0000"): path for n, path in images.items()}
+    return pair_up(images, labels) if images else []
+
+
+def lits(volumes: list[Path]) -> list[Case]:
+    """volume-3.nii and segmentation-3.nii, in any folders below the source."""
+    found = {"volume": {}, "segmentation": {}}
+    for path in volumes:
+        if match := re.fullmatch(r"(volume|segmentation)-(\d+)", utilities.case_name(path)):
+            kind, name = match[1], f"volume-{match[2]}"
+            if other := found[kind].get(name):
+                raise InputError(f"{other} and {path}: two files of one case; keep one of them")
+            found[kind][name] = path
+    return pair_up(found["volume"], found["segmentation"]) if found["volume"] else []
+
+
+def patient_folders(volumes: list[Path]) -> list[Case]:
+    """A folder per patient with one CT and one label map, known by its name."""
+    folders = defaultdict(lambda: ([], []))
+    for path in volumes:
+        folders[path.parent][bool(LABEL_WORDS.search(path.name))].append(path)
+    if not any(images and labels for images, labels in folders.values()):
+        return []
+    images, labels = {}, {}
+    for folder, (scans, outlines) in folders.items():
+        if len(scans) > 1 or len(outlines) > 1:
+            raise InputError(
+                f"{folder}: must hold one CT and one label map, got {len(scans)} and "
+                f"{len(outlines)}; give each scan its own folder"
+            )
+        images.update((folder.name, path) for path in scans)
+        labels.update((folder.name, path) for path in outlines)
+    return pair_up(images, labels)
+
+
+def dicom(files: list[Path], volumes: list[Path]) -> tuple[list[Case], dict[str, int]]:
+    """Series and their labels: a DICOM SEG that names the series, or a NIfTI file beside or named
+    like the series' folder. Names are hashes of series UIDs: no patient's name, id or date."""
+    series, segments, labels = defaultdict(list), {}, {}
+    for folder in tqdm(sorted({path.parent for path in files}), desc="DICOM folders"):
+        for path, header in utilities.dicom_headers(folder).items():
+            if header.get("Modality") == "SEG":
+                segments[header.ReferencedSeriesSequence[0].SeriesInstanceUID] = path
+                labels |= {
+                    s.SegmentLabel.lower(): int(s.SegmentNumber) for s in header.SegmentSequence
+                }
+            elif "ImagePositionPatient" in header:
+                series[folder, header.SeriesInstanceUID].append((path, header.get("PatientID", "")))
+    in_folder, cases, first_of = Counter(folder for folder, _ in series), [], {}
+    for (folder, uid), slices in series.items():
+        near = [
+            path for path in volumes
+            if (path.parent in (folder, folder.parent) and in_folder[folder] == 1 == len(volumes))
+            or path.parent == folder or utilities.case_name(path) == folder.name
+        ]  # fmt: skip
+        label = segments.get(uid) or (near[0] if len(near) == 1 else None)
+        name = "series_" + hashlib.sha256(uid.encode()).hexdigest()[:10]
+        patient = first_of.setdefault(slices[0][1] or name, name)  # the id itself is not kept
+        if label:
+            cases.append(
+                Case(name, patient, folder if in_folder[folder] == 1 else slices[0][0], label)
+            )
+        else:
+            print(f"not used: {folder}, a series of {len(slices)} images without a label map")
+    return sorted(cases, key=lambda case: case.name), labels
+
+
+def label_values(files: Sequence[Path], foreground: Sequence[int]) -> dict[str, int]:
     """Label name → value from a Decathlon or nnU-Net `dataset.json`, else liver and tumour."""
     labels = dict(utilities.LABEL_VALUES)
-    if description.is_file():
+    for path in [path for path in files if path.name == "dataset.json"][:1]:
         try:
-            entries = json.loads(description.read_text())["labels"].items()
-            digits_first = all(key.isdigit() for key, _ in entries)
-            labels = {n: int(v) for v, n in entries} if digits_first else dict(entries)
+            entries = json.loads(path.read_text())["labels"].items()
+            by_value = all(key.isdigit() for key, _ in entries)
+            labels = {str(n): int(v) for v, n in entries} if by_value else dict(entries)
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(
-                f"{description}: must be JSON with 'labels' (value → name), got {error!r}; "
+                f"{path}: must be JSON with 'labels' (value → name), got {error!r}; "
                 "correct it, or remove it to use background 0, liver 1, tumour 2"
             ) from error
     return labels | {f"label {v}": v for v in foreground if v not in labels.values()}
 
 
+def name_patients(cases: list[Case], config: Config) -> None:
+    """Set the patient of each case from --patients or --patient-pattern."""
+    if config.patients:
+        with config.patients.open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        if not rows or not {"case", "patient"} <= rows[0].keys():
+            raise InputError(f"{config.patients}: must have the columns case,patient")
+        table = {row["case"]: row["patient"] for row in rows}
+        if missing := [case.name for case in cases if case.name not in table]:
+            raise InputError(f"{config.patients}: has no row for {', '.join(missing)}; add them")
+        for case in cases:
+            case.patient = table[case.name]
+    elif config.patient_pattern:
+        for case in cases:
+            match = re.search(config.patient_pattern, case.name)
+            if not match or not match.groups():
+                raise InputError(
+                    f"--patient-pattern {config.patient_pattern}: finds no group in {case.name}; "
+                    r"give a pattern like (patient_\d+) that fits every case"
+                )
+            case.patient = match[1]
+
+
 # ---------------------------------------------------------------------------------------
-# The check: nothing is written before all cases have passed through it
+# The check: every case passes through it before anything is cut
 # ---------------------------------------------------------------------------------------
 
-RULES = {  # finding → (level, what to do); an error stops its case, a warning is told
+Finding = tuple[str, str]  # kind (a key of RULES), what was found
+
+RULES = {  # kind of finding → (level, what to do); an error stops its case, a warning is told
     "orphan": ("error", "add the missing file or remove this one"),
-    "unreadable": ("error", "download or convert it again"),
+    "unreadable": ("error", "get the file again, or convert it as the message says"),
     "shape": ("error", "export the label map again on the grid of its scan"),
-    "grid": ("error", "export the label map again on the grid of its scan"),
-    "values": ("error", "declare the values in dataset.json or with --foreground, or correct them"),
+    "grid": ("error", "export the label map again, or lay it on the scan: --trust-image-grid"),
+    "values": ("error", "correct the label map, or declare its values in dataset.json"),
     "empty": ("error", "add the outline or remove the case"),
+    "nan": ("error", "convert the scan again; every voxel needs a number"),
+    "hu": ("error", "convert the scan to HU (rescale slope and intercept), as int16; not for MR"),
+    "outside": ("error", "look at the overlay; the label map may be shifted, flipped or another's"),
+    "mirrored": ("error", "look at the overlay; flip the label map back"),
+    "left_right": ("warning", "correct the header's left-right unless it is situs inversus"),
+    "air": ("warning", "look whether HU were clipped; otherwise nothing"),
+    "partly_outside": ("warning", "look at the overlay"),
+    "no_foreground": ("warning", "nothing, if the organ is not there; it gives no sub-volumes"),
+    "tumour_apart": ("warning", "look whether these voxels belong to the liver's tumours"),
+    "blank": ("warning", "look whether slices were lost on export"),
+    "identity": ("warning", "nothing; but millimetres and sides are not known for this case"),
+    "near_grid": ("warning", "nothing; the scan's own geometry is used"),
+    "thin": ("warning", "nothing; it is padded with air"),
+    "dicom": ("warning", "nothing, if these images are not part of the scan"),
+    "spacing": ("warning", "compare with the scanner's protocol"),
+    "duplicate": ("warning", "remove one; kept together in one split until then"),
+    "mixture": ("warning", "nothing; all sub-volumes are written in RAS"),
+    "count": ("warning", "download the missing files, or correct dataset.json"),
 }
 
 
-def errors(record: dict[str, Any]) -> list[tuple[str, str]]:
-    return [finding for finding in record["findings"] if RULES[finding[0]][0] == "error"]
-
-
-def print_findings(records: list[dict[str, Any]]) -> int:
-    """Tell every finding with its remedy; returns the number of cases with an error."""
-    for record in records:
-        for kind, found in record["findings"]:
-            level, remedy = RULES[kind]
-            print(f"{level}: {record['case']}: {found}; {remedy}")
-    faults = sum(bool(errors(record)) for record in records)
-    if faults == len(records):
-        raise InputError(f"none of the {faults} cases can be used; see the errors above")
-    return faults
+def errors(record: dict[str, Any], config: Config) -> list[Finding]:
+    """Findings that stop the case."""
+    return [
+        f for f in record["findings"] if RULES[f[0]][0] == "error" and f[0] not in config.accept
+    ]
 
 
 def check_case(case: Case, config: Config, labels: dict[str, int]) -> dict[str, Any]:
-    """Record of a case for `dataset.json`, with its findings."""
-    record = {
+    """Record of a case for `dataset.json` with its findings; draws `check/<case>.png`."""
+    paths = {
         "case": case.name,
         "patient": case.patient,
         IMAGE: str(case.image),
         LABEL: str(case.label),
-        "findings": [],
     }
     if case.image is None or case.label is None:
-        missing = IMAGE if case.image is None else LABEL
-        record["findings"].append(("orphan", f"{case.image or case.label} has no {missing}"))
-        return record
+        missing = "scan" if case.image is None else "label map"
+        return paths | {"findings": [("orphan", f"{case.image or case.label} has no {missing}")]}
+    memory = config.destination / "check" / f"{case.name}.json"
+    mark = fingerprint((case.image, case.label), config, labels)
+    if (known := read_json(memory)).get("fingerprint") == mark:
+        return known | paths
     try:
-        image, label = read_volume(case.image), read_volume(case.label)
-        record |= {
-            "shape": list(image.shape),
-            "spacing_mm": [round(s, 6) for s in utilities.spacing_mm(image.affine)],
-            "orientation": "".join(nib.aff2axcodes(image.affine)),
-            "slices": ras_grid(image)[0][2],
-        }
-        record["findings"] += compare_grids(image, label)
-        if not record["findings"]:
-            record |= count_label(label, config, labels, record["findings"])
+        record = inspect(case, config, labels)
     except InputError as error:
-        record["findings"].append(("unreadable", str(error)))
-    return record
+        record = {"findings": [("unreadable", str(error))]}
+    record["fingerprint"] = mark
+    with utilities.atomic_write(memory) as temporary:
+        temporary.write_text(json.dumps(record))
+    return record | paths
 
 
-def compare_grids(image: nib.Nifti1Image, label: nib.Nifti1Image) -> list[tuple[str, str]]:
-    """Findings where the label map does not lie on the scan: shape, or more than half a voxel."""
-    (shape, affine), (label_shape, label_affine) = ras_grid(image), ras_grid(label)
-    if shape != label_shape:
-        return [("shape", f"image is {image.shape}, label is {label.shape}")]
-    corners = np.array(np.meshgrid(*([0, n - 1] for n in shape), [1])).reshape(4, -1)
-    apart = np.linalg.inv(affine) @ (label_affine - affine) @ corners  # in voxels of the image
-    distance = float(np.abs(apart).max())
-    return [("grid", f"image and label lie {distance:.2f} voxels apart")] if distance > 0.5 else []
-
-
-def count_label(
-    label: nib.Nifti1Image, config: Config, labels: dict[str, int], findings: list[tuple[str, str]]
-) -> dict[str, Any]:
-    """Voxels per label value, counted over the whole label map in one pass."""
-    depth, total = ras_grid(label)[0][2], np.zeros(256, np.int64)
-    for _, slab in ras_slabs(label, ranges(depth, config.subvolume_depth, reach_back=False)):
-        whole = slab.astype(np.uint8)
-        if not np.array_equal(whole, slab):
-            odd = slab[whole != slab][0]
-            findings.append(("values", f"label holds {odd}, expected {sorted(labels.values())}"))
-            return {}
-        if whole.any():
-            total += np.bincount(whole.ravel(order="K"), minlength=256)
-        else:
-            total[0] += whole.size
-    odd = sorted(set(np.flatnonzero(total).tolist()) - set(labels.values()))
+def inspect(case: Case, config: Config, labels: dict[str, int]) -> dict[str, Any]:
+    """Grid, voxel counts, findings and the marks by which a second copy of a scan is known."""
+    image, label = read_pair(case.image, case.label, config.trust_image_grid)
+    (shape, affine), findings = ras_grid(image), []
+    record = {
+        "shape": list(image.shape),
+        "spacing_mm": [round(s, 6) for s in utilities.spacing_mm(image.affine)],
+        "orientation": "".join(nib.aff2axcodes(image.affine)),
+        "slices": shape[2],
+        "findings": findings,
+    }
+    findings += judge_grids(image, label, config)
+    if any(kind in ("shape", "grid") for kind, _ in findings):
+        return record
+    outline, counts, odd = read_outline(label, sorted(labels.values()))
     if odd:
-        findings.append(("values", f"label holds {odd}, expected {sorted(labels.values())}"))
-    foreground = int(total[list(config.foreground)].sum())
-    if not total[1:].any():
-        findings.append(("empty", "label map is empty"))
-    counts = {str(value): int(total[value]) for value in labels.values()}
-    return {"foreground_voxels": foreground, "voxels_per_label": counts}
+        findings.append(("values", f"label map holds {odd}, expected {sorted(labels.values())}"))
+        return record
+    step = max(1, round(max(shape[:2]) / 128))  # a coarse copy is enough for the statistics
+    inside = np.isin(outline[::step, ::step], config.foreground)
+    middle = busiest(inside)
+    middle = (middle[0] * step, middle[1] * step, middle[2])
+    coarse, planes, not_finite = read_coarse(image, step, middle)
+    if not_finite:
+        findings.append(("nan", f"{not_finite} voxels of the scan are NaN or infinite"))
+    findings += judge_intensity(coarse, image.get_data_dtype())
+    findings += judge_outline(
+        outline, coarse, inside, labels, utilities.spacing_mm(affine)[0] * step
+    )
+    draw_overlay(case.name, planes, outline, middle, affine, config.destination)
+    low, high = np.percentile(coarse, [0.5, 99.5])
+    return record | {
+        "hu_range": [round(float(low)), round(float(high))],
+        "foreground_voxels": sum(counts[value] for value in config.foreground),
+        "voxels_per_label": {str(value): counts[value] for value in labels.values()},
+        "marks": scan_marks(coarse),
+    }
+
+
+def read_pair(
+    image_path: Path, label_path: Path, trust_image_grid: bool
+) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
+    image = read_volume(image_path)
+    label = read_label(label_path, image)
+    if trust_image_grid and label.shape == image.shape:
+        label = type(label)(label.dataobj, image.affine, file_map=label.file_map)
+    return image, label
+
+
+def judge_grids(image: nib.Nifti1Image, label: nib.Nifti1Image, config: Config) -> list[Finding]:
+    """Does the label map lie on the scan? Half a voxel apart, at the worst corner, is an error."""
+    (shape, affine), (label_shape, label_affine) = ras_grid(image), ras_grid(label)
+    findings = [("dicom", note) for note in image.extra.get("notes", [])]
+    if shape != label_shape:
+        return [("shape", f"scan is {image.shape}, label map is {label.shape} voxels")]
+    corners = np.array(np.meshgrid(*([0, n - 1] for n in shape), [1])).reshape(4, -1)
+    apart = float(np.abs(np.linalg.inv(affine) @ (label_affine - affine) @ corners).max())
+    if apart > 0.01:
+        kind = "grid" if apart > 0.5 else "near_grid"
+        findings.append((kind, f"scan and label map lie up to {apart:.2g} voxels apart"))
+    if np.allclose(np.abs(affine[:3, :3]), np.eye(3)):
+        findings.append(("identity", "the affine holds no spacing and no orientation"))
+    if shape[2] < config.subvolume_depth:
+        findings.append(("thin", f"{shape[2]} slices, fewer than {config.subvolume_depth}"))
+    return findings
+
+
+def read_outline(
+    label: nib.Nifti1Image, allowed: Sequence[int]
+) -> tuple[np.ndarray, dict[int, int], list[float]]:
+    """Label map (X, Y, Z) RAS uint8, voxels per allowed value, some values that are not allowed."""
+    shape, _ = ras_grid(label)
+    outline, counts, odd = np.zeros(shape, np.uint8, order="F"), dict.fromkeys(allowed, 0), set()
+    for first, slab in ras_slabs(label, ranges(shape[2], 16, reach_back=False)):
+        found = {value: int(np.count_nonzero(slab == value)) for value in allowed}
+        counts = {value: counts[value] + found[value] for value in allowed}
+        if sum(found.values()) < slab.size:
+            odd |= set(np.unique(slab[~np.isin(slab, allowed)])[:5].tolist())
+        else:
+            outline[:, :, first : first + slab.shape[2]] = slab
+    return outline, counts, sorted(odd)[:5]
+
+
+def busiest(mask: np.ndarray) -> tuple[int, int, int]:
+    """Index of the sagittal, coronal and axial slice with most voxels; the middle if none has."""
+    if not mask.any():
+        return tuple(n // 2 for n in mask.shape)
+    return tuple(int(mask.sum(axis=axes).argmax()) for axes in ((1, 2), (0, 2), (0, 1)))
+
+
+def read_coarse(
+    image: nib.Nifti1Image, step: int, middle: tuple[int, int, int]
+) -> tuple[np.ndarray, dict[str, np.ndarray], int]:
+    """Every `step`-th voxel in-plane, three planes through `middle`, number of non-finite voxels.
+
+    One pass over the scan, one slab at a time.
+    """
+    (x, y, z), (shape, _) = middle, ras_grid(image)
+    coarse, planes, not_finite = [], defaultdict(list), 0
+    for first, slab in ras_slabs(image, ranges(shape[2], 16, reach_back=False)):
+        if slab.dtype.kind == "f" and not (finite := np.isfinite(slab)).all():
+            not_finite += int(np.count_nonzero(~finite))
+            slab = np.where(finite, slab, AIR_HU)
+        coarse.append((first, slab[::step, ::step].astype(np.float32)))
+        planes["sagittal"].append((first, slab[x : x + 1].copy()))
+        planes["coronal"].append((first, slab[:, y : y + 1].copy()))
+        if first <= z < first + slab.shape[2]:
+            planes["axial"].append((first, slab[:, :, z - first : z - first + 1].copy()))
+
+    def joined(parts: list[tuple[int, np.ndarray]]) -> np.ndarray:
+        return np.concatenate([part for _, part in sorted(parts, key=lambda p: p[0])], axis=2)
+
+    return joined(coarse), {name: joined(parts) for name, parts in planes.items()}, not_finite
+
+
+def judge_intensity(coarse: np.ndarray, dtype: np.dtype) -> list[Finding]:
+    """Are these Hounsfield units of a CT: air near −1000, fat below 0, a span of hundreds?"""
+    low, high = float(coarse.min()), float(coarse.max())
+    span, air = f"values from {low:.0f} to {high:.0f}", np.mean((coarse > -1100) & (coarse < -900))
+    findings = []
+    if dtype.itemsize == 1:
+        findings.append(("hu", f"{span} in {dtype}: 8 bits cannot hold HU"))
+    elif low == high:
+        findings.append(("hu", f"every voxel is {low:.0f}"))
+    elif high - low < 300:
+        findings.append(("hu", f"{span}: too narrow for HU"))
+    elif np.mean(coarse[coarse > -1500] >= 0) > 0.999:  # below: padding outside the scan's circle
+        findings.append(("hu", f"{span}, none below 0: the intercept is not applied, or no CT"))
+    elif air < 0.001:
+        findings.append(("air", f"{span}: no air near −1000"))
+    blank = int(np.sum(coarse.min(axis=(0, 1)) == coarse.max(axis=(0, 1))))
+    if 0 < blank < coarse.shape[2]:
+        findings.append(("blank", f"{blank} of {coarse.shape[2]} slices hold no data"))
+    return findings
+
+
+def judge_outline(
+    outline: np.ndarray,
+    coarse: np.ndarray,
+    inside: np.ndarray,
+    labels: dict[str, int],
+    coarse_x_mm: float,
+) -> list[Finding]:
+    """Is the organ outlined, in the body and on its side? `inside`: foreground on `coarse`."""
+    if not outline.any():
+        return [("empty", "the label map is empty")]
+    if not inside.any():
+        return [("no_foreground", "the label map holds none of the foreground values")]
+    in_air = float(np.mean(coarse[inside] < -300))
+    findings = []
+    if in_air > 0.05:
+        kind = "outside" if in_air > 0.3 else "partly_outside"
+        findings.append((kind, f"{in_air:.0%} of the foreground lies in air or lung"))
+    if "liver" not in labels:
+        return findings
+    findings += judge_side(coarse, inside, coarse_x_mm)
+    tumour = next((labels[n] for n in ("tumour", "tumor", "cancer", "lesion") if n in labels), None)
+    apart = tumour_apart(outline, labels["liver"], tumour) if tumour is not None else 0
+    return findings + [("tumour_apart", f"{apart} tumour voxels touch no liver")] * (apart > 0)
+
+
+def judge_side(coarse: np.ndarray, inside: np.ndarray, x_mm: float) -> list[Finding]:
+    """The liver lies on the patient's right, and is more even in HU than what lies on the left."""
+    rows = inside.any(axis=(0, 1))
+    body, liver = (np.sum(a[:, :, rows], axis=(1, 2)) for a in (coarse > -300, inside))
+    columns = np.arange(len(body))
+    centre, liver_x = (float(columns @ c / max(c.sum(), 1)) for c in (body, liver))
+    flipped = np.round(2 * centre - columns).astype(int)
+    usable = (flipped >= 0) & (flipped < len(body))
+    mirror = np.zeros_like(inside)
+    mirror[columns[usable]] = inside[flipped[usable]]
+    own, other = (np.subtract(*np.percentile(coarse[m], [75, 25])) for m in (inside, mirror))
+    offset = (liver_x - centre) * x_mm
+    if own > 2 * other:
+        text = f"the HU spread is {own:.0f} in the label and {other:.0f} in its mirror image"
+        return [("mirrored", text)]
+    if offset < -10:
+        text = f"scan and label show the liver {-offset:.0f} mm on the patient's left"
+        return [("left_right", text)]
+    return []
+
+
+def tumour_apart(outline: np.ndarray, liver: int, tumour: int) -> int:
+    """Tumour voxels in parts that touch no liver."""
+    import cc3d
+
+    is_tumour = outline == tumour
+    if not is_tumour.any():
+        return 0
+    spans = [np.flatnonzero(is_tumour.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+    box = outline[tuple(slice(max(s[0] - 1, 0), s[-1] + 2) for s in spans)]
+    parts = cc3d.connected_components((box == liver) | (box == tumour))
+    with_liver = np.bincount(parts[box == liver], minlength=parts.max() + 1) > 0
+    return int(np.count_nonzero(~with_liver[parts[box == tumour]]))
+
+
+def scan_marks(coarse: np.ndarray) -> dict[str, list[int]]:
+    """What a copy of the scan shares: checksums of its slices, and a 16×16×16 picture of it."""
+    from torch import from_numpy
+    from torch.nn.functional import adaptive_avg_pool3d
+
+    whole = np.rint(np.clip(coarse, -32000, 32000)).astype(np.int16)
+    full = [z for z in range(whole.shape[2]) if whole[:, :, z].min() < whole[:, :, z].max()]
+    clipped = from_numpy(np.ascontiguousarray(np.clip(coarse, -200, 250)))
+    picture = adaptive_avg_pool3d(clipped[None, None], 16).numpy()
+    return {
+        "slices": [zlib.crc32(np.ascontiguousarray(whole[:, :, z])) for z in full],
+        "picture": np.rint(picture.ravel()).astype(int).tolist(),
+    }
+
+
+def draw_overlay(
+    name: str,
+    planes: dict[str, np.ndarray],
+    outline: np.ndarray,
+    middle: tuple[int, int, int],
+    affine: np.ndarray,
+    destination: Path,
+) -> None:
+    """Write `check/<case>.png`: three planes through the foreground with each label's outline."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    for axes, (plane, (cut, _)) in zip(
+        figure.subplots(1, 3), utilities.PLANES.items(), strict=True
+    ):
+        at = middle[cut]
+        flat = outline[
+            tuple(slice(at, at + 1) if axis == cut else slice(None) for axis in range(3))
+        ]
+        outlines = {colour: flat == v for v, colour in utilities.LABEL_COLOURS.items()}
+        spacing = utilities.spacing_mm(affine)
+        utilities.draw_plane(axes, planes[plane], plane, 0, spacing, outlines)
+        axes.set_title(f"{plane}, slice {at + 1} of {outline.shape[cut]}", fontsize=10)
+    figure.suptitle(name, fontsize=11)
+    utilities.save_figure(figure, destination / "check" / f"{name}.png")
+
+
+def same_scan(one: dict[str, list[int]], other: dict[str, list[int]]) -> str:
+    """Why two scans are one; empty if they are not. Finds crops by slices, other copies by look."""
+    shared = len(set(one["slices"]) & set(other["slices"]))
+    if shared > 1 and shared >= 0.1 * min(len(one["slices"]), len(other["slices"])):
+        return f"{shared} slices are identical"
+    alike = float(np.corrcoef(one["picture"], other["picture"])[0, 1])
+    return f"correlation {alike:.4f}" if alike > 0.995 else ""
+
+
+def compare_cases(records: list[dict[str, Any]]) -> list[Finding]:
+    """Findings between cases, those of the whole set returned; copies become one patient."""
+    readable = [record for record in records if "marks" in record]
+    for one, other in combinations(readable, 2):
+        if how := same_scan(one["marks"], other["marks"]):
+            for a, b in ((one, other), (other, one)):
+                a["findings"].append(("duplicate", f"the same scan as {b['case']}: {how}"))
+            for record in records:
+                if record["patient"] == other["patient"]:
+                    record["patient"] = one["patient"]
+    usual = np.median([sorted(r["spacing_mm"]) for r in readable] or [[1, 1, 1]], axis=0)
+    for record in readable:
+        ratio = np.sort(record["spacing_mm"]) / usual
+        if (ratio > 8).any() or (ratio < 1 / 8).any() or max(record["spacing_mm"]) > 10:
+            text = " × ".join(f"{s:g}" for s in record["spacing_mm"])
+            record["findings"].append(
+                ("spacing", f"spacing {text} mm is far from the other scans'")
+            )
+    mixture = Counter(record["orientation"] for record in readable)
+    text = ", ".join(f"{number} {axes}" for axes, number in mixture.most_common())
+    return [("mixture", f"orientations are mixed: {text}")] * (len(mixture) > 1)
+
+
+def print_check(records: list[dict[str, Any]], notes: list[Finding], config: Config) -> None:
+    """The table: one line per case, and below it every finding with what to do."""
+    print(
+        f"{'case':<20} {'shape':>13} {'spacing mm':>15} {'axes':>4} {'HU':>11} {'foreground':>10}"
+    )
+    for r in records:
+        shape = "×".join(map(str, r.get("shape", [])))
+        spacing = "×".join(f"{s:.3g}" for s in r.get("spacing_mm", []))
+        hu = "…".join(map(str, r.get("hu_range", [])))
+        levels = Counter("error" if f in errors(r, config) else "warning" for f in r["findings"])
+        verdict = ", ".join(f"{n} {level}s" for level, n in sorted(levels.items())) or "ok"
+        print(
+            f"{r['case']:<20} {shape:>13} {spacing:>15} {r.get('orientation', ''):>4} {hu:>11} "
+            f"{r.get('foreground_voxels', ''):>10} {verdict}"
+        )
+    for r in records:
+        for finding in r["findings"]:
+            level = "error" if finding in errors(r, config) else "warning"
+            print(f"{level}: {r['case']}: {finding[1]}; {RULES[finding[0]][1]}")
+    for kind, found in notes:
+        print(f"warning: {found}; {RULES[kind][1]}")
 
 
 # ---------------------------------------------------------------------------------------
@@ -227,33 +646,65 @@ def count_label(
 # ---------------------------------------------------------------------------------------
 
 
-def split_patients(patients: Sequence[str], config: Config) -> dict[str, str]:
-    """Patient → "training", "validation" or "test".
+def split_patients(records: Sequence[dict[str, Any]], config: Config) -> dict[str, str]:
+    """Patient → "training", "validation" or "test"; drawn from seed and names alone.
 
-    The order is drawn from the seed and each patient's name alone. Rounding: largest remainder, in
-    a tie the earlier split; a split with a fraction above 0 gets at least one patient. So 130
-    patients at 70/15/15 give 91 / 20 / 19.
+    Rounding: largest remainder, in a tie the earlier split; a split with a fraction above 0 gets at
+    least one patient. So 130 patients at 70/15/15 give 91 / 20 / 19.
     """
+    if config.split:
+        return given_split(records, config.split)
+    patients = sorted(
+        {record["patient"] for record in records}, key=lambda name: seeded(config.seed, name)
+    )
+    if config.folds:
+        if not (2 <= config.folds <= len(patients) and 0 <= config.fold < config.folds):
+            raise InputError(
+                f"--folds {config.folds} --fold {config.fold}: must be 2 to {len(patients)} folds "
+                "(one patient each at least), and a fold from 0"
+            )
+        held_out = set(patients[config.fold :: config.folds])
+        return {name: SPLITS[name in held_out] for name in patients}
     fractions = np.array([config.training, config.validation, config.test])
-    drawn = sorted(set(patients), key=lambda patient: seeded(config.seed, patient))
-    if (fractions < 0).any() or fractions[0] + fractions[1] <= 0:
+    if (fractions < 0).any() or not np.isclose(fractions.sum(), 1) or fractions[0] == 0:
         raise InputError(
-            f"split fractions must be ≥ 0 and leave something to learn from, got {fractions}"
+            f"--training, --validation and --test must be ≥ 0 and add up to 1, got {fractions}"
         )
-    if len(drawn) < np.count_nonzero(fractions):
+    wanted = np.count_nonzero(fractions)
+    if len(patients) < wanted:
         raise InputError(
-            f"{len(drawn)} patients cannot fill {np.count_nonzero(fractions)} splits; add patients "
-            "or set a fraction to 0 (for one with two patients: --test 0)"
+            f"{len(patients)} patients cannot fill {wanted} splits; add patients or set a fraction "
+            "to 0 (two patients: --training 0.5 --validation 0.5 --test 0)"
         )
-    exact = fractions / fractions.sum() * len(drawn)
+    exact = fractions * len(patients)
     sizes = np.floor(exact + 1e-9).astype(int)
-    for index in np.argsort(sizes - exact, kind="stable")[: len(drawn) - sizes.sum()]:
+    for index in np.argsort(sizes - exact, kind="stable")[: len(patients) - sizes.sum()]:
         sizes[index] += 1
     while (short := (sizes == 0) & (fractions > 0)).any():
         sizes[sizes.argmax()] -= 1
         sizes[short.argmax()] += 1
-    names = np.repeat(SPLITS, sizes)
-    return dict(zip(drawn, names.tolist(), strict=True))
+    return dict(zip(patients, np.repeat(SPLITS, sizes).tolist(), strict=True))
+
+
+def given_split(records: Sequence[dict[str, Any]], path: Path) -> dict[str, str]:
+    """Split from JSON: "training", "validation" and "test", each a list of cases or patients."""
+    lists = read_json(path)
+    split = {}
+    if not lists or not set(lists) <= set(SPLITS):
+        raise InputError(f"{path}: must be JSON with lists of cases under {', '.join(SPLITS)}")
+    where = {name: split_name for split_name in lists for name in lists[split_name]}
+    if sum(map(len, lists.values())) > len(where):
+        raise InputError(f"{path}: names a case in two splits; a case belongs to one")
+    for record in records:
+        name = where.get(record["case"], where.get(record["patient"]))
+        if name is None:
+            raise InputError(f"{path}: does not name {record['case']}; add it, or --leave-out it")
+        if split.setdefault(record["patient"], name) != name:
+            raise InputError(
+                f"{path}: puts scans of patient {record['patient']} into two splits, which leaks; "
+                "keep them together"
+            )
+    return split
 
 
 def seeded(seed: int, name: str) -> float:
@@ -267,105 +718,70 @@ def seeded(seed: int, name: str) -> float:
 # ---------------------------------------------------------------------------------------
 
 
-def ras_grid(image: nib.Nifti1Image) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Shape and affine that the volume has once its axes run R, A, S."""
-    orientation = nib.io_orientation(image.affine)
-    shape = tuple(int(image.shape[axis]) for axis in np.argsort(orientation[:, 0]))
-    return shape, image.affine @ nib.orientations.inv_ornt_aff(orientation, image.shape)
-
-
-def ras_slabs(
-    image: nib.Nifti1Image, wanted: Iterable[tuple[int, int]]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (first, RAS array (X, Y, last − first)) for slice ranges, each slice read once.
-
-    The ranges come in the order in which the file stores them, so that a compressed axial file is
-    decompressed once while only one slab is in memory; other files are read whole.
-    """
-    orientation, depth = nib.io_orientation(image.affine), image.shape[2]
-    if orientation[2, 0] != 2:  # the last stored axis does not run feet to head
-        array = nib.orientations.apply_orientation(voxels(image), orientation)
-        yield from ((first, array[:, :, first:last]) for first, last in wanted)
-        return
-    flipped = orientation[2, 1] < 0
-    stored = sorted((depth - b, depth - a) if flipped else (a, b) for a, b in wanted)
-    with utilities.slices(image) as read:
-        slab, end = None, 0
-        for first, last in stored:
-            fresh = read(max(first, end), last)
-            kept = end - first  # slices shared with the slab before
-            slab = np.concatenate([slab[:, :, -kept:], fresh], axis=2) if kept > 0 else fresh
-            end = last
-            turned = nib.orientations.apply_orientation(slab, orientation)
-            yield (depth - last if flipped else first), turned
-
-
-def ranges(depth: int, step: int, reach_back: bool = True) -> list[tuple[int, int]]:
-    """(first, last) of consecutive slabs; the last one reaches back over its neighbour to be full.
-
-    A scan of fewer than `step` slices is one range.
-    """
-    firsts = range(0, depth, step)
-    if reach_back:
-        return [(max(0, min(first, depth - step)), min(first + step, depth)) for first in firsts]
-    return [(first, min(first + step, depth)) for first in firsts]
-
-
 def cut_case(record: dict[str, Any], config: Config, labels: dict[str, int]) -> dict[str, Any]:
-    """Write the sub-volumes of a case; returns its record with `subvolumes` and the proof."""
-    folder = config.destination / "subvolumes" / record["case"]
-    image, label = read_volume(Path(record[IMAGE])), read_volume(Path(record[LABEL]))
-    subvolumes, covered = [], np.zeros(record["slices"], np.int64)
-    with whole_folder(folder) as temporary:
-        kept = wanted_labels(label, record["case"], config)
-        _, affine = ras_grid(image)
-        for first, slab in ras_slabs(image, [(f, f + a.shape[2]) for f, a in kept.items()]):
-            outline, depth = kept.pop(first), slab.shape[2]
-            covered[first : first + depth] = foreground_per_slice(outline, config.foreground)
-            counts = {str(v): int(np.count_nonzero(outline == v)) for v in labels.values()}
-            entry = {"case": record["case"], "first_slice": first}
+    """Write the sub-volumes of a case; returns them with the proof that no foreground is lost."""
+    if known := finished(record, config):
+        return known
+    name, depth = record["case"], config.subvolume_depth
+    image, label = read_pair(Path(record[IMAGE]), Path(record[LABEL]), config.trust_image_grid)
+    _, affine = ras_grid(image)
+    entries, covered = [], np.zeros(record["slices"], np.int64)
+    with whole_folder(config.destination / "subvolumes" / name) as folder:
+        outlines = wanted_outlines(label, name, config)
+        wanted = [(first, first + outline.shape[2]) for first, outline in outlines.items()]
+        for first, slab in ras_slabs(image, wanted):
+            outline = outlines.pop(first)
+            covered[first : first + depth] = count_per_slice(outline, config.foreground)
+            entry = {"case": name, "first_slice": first, "padded_slices": depth - slab.shape[2]}
             for key, array, air in ((IMAGE, slab, AIR_HU), (LABEL, outline, 0)):
                 suffix = ".nii.gz" if config.compress or key == LABEL else ".nii"
-                name = f"{key}_{first:04d}{suffix}"
-                piece = subvolume(image, affine, array, first, config.subvolume_depth, air)
-                write_volume(piece, temporary / name)
-                entry[key] = f"subvolumes/{record['case']}/{name}"
-            padded = config.subvolume_depth - depth
-            subvolumes.append(entry | {"padded_slices": padded, "voxels_per_label": counts})
-    subvolumes.sort(key=lambda entry: entry["first_slice"])
-    covered_voxels = int(covered.sum())
-    if covered_voxels != record["foreground_voxels"]:
-        raise RuntimeError(
-            f"{record['case']}: {record['foreground_voxels']} foreground voxels went in, "
-            f"{covered_voxels} are covered; this is a fault of prepare.py, please report it"
-        )
-    return record | {"covered_foreground_voxels": covered_voxels, "subvolumes": subvolumes}
+                file = f"{key}_{first:04d}{suffix}"
+                write_volume(subvolume(array, affine, first, depth, air), folder / file)
+                entry[key] = f"subvolumes/{name}/{file}"
+            counts = {str(v): int(np.count_nonzero(outline == v)) for v in labels.values()}
+            entries.append(entry | {"voxels_per_label": counts})
+        entries.sort(key=lambda entry: entry["first_slice"])
+        result = {
+            "fingerprint": record["fingerprint"],
+            "slices": record["slices"],
+            "covered_foreground_voxels": int(covered.sum()),
+            "subvolumes": entries,
+        }
+        (folder / "case.json").write_text(json.dumps(result))
+    return result
 
 
-def wanted_labels(label: nib.Nifti1Image, case: str, config: Config) -> dict[int, np.ndarray]:
+def finished(record: dict[str, Any], config: Config) -> dict[str, Any]:
+    """What an earlier run wrote of this case, if source and settings are the same; else empty."""
+    known = read_json(config.destination / "subvolumes" / record["case"] / "case.json")
+    files = [entry[key] for entry in known.get("subvolumes", []) for key in (IMAGE, LABEL)]
+    same = known.get("fingerprint") == record["fingerprint"]
+    return known if same and all((config.destination / file).is_file() for file in files) else {}
+
+
+def wanted_outlines(label: nib.Nifti1Image, case: str, config: Config) -> dict[int, np.ndarray]:
     """First slice → label map (X, Y, Z) uint8 of the sub-volumes that are kept."""
     depth, kept = ras_grid(label)[0][2], {}
     for first, slab in ras_slabs(label, ranges(depth, config.subvolume_depth)):
         chosen = seeded(config.seed, f"{case}:{first}") < config.keep_empty
-        if chosen or (slab.any() and foreground_per_slice(slab, config.foreground).any()):
+        if chosen or (slab.any() and count_per_slice(slab, config.foreground).any()):
             kept[first] = slab.astype(np.uint8)
     return kept
 
 
-def foreground_per_slice(label: np.ndarray, foreground: Sequence[int]) -> np.ndarray:
-    """Voxels of the label values `foreground` in each slice of (X, Y, Z)."""
-    counts = [
-        [np.count_nonzero(label[:, :, z] == value) for z in range(label.shape[2])]
-        for value in foreground
-    ]
-    return np.sum(counts, axis=0)
+def count_per_slice(label: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """Voxels with one of `values` in each slice of (X, Y, Z)."""
+    return sum(
+        np.array([np.count_nonzero(label[:, :, z] == value) for z in range(label.shape[2])])
+        for value in values
+    )
 
 
 def subvolume(
-    image: nib.Nifti1Image, affine: np.ndarray, array: np.ndarray, first: int, depth: int, air: int
+    array: np.ndarray, affine: np.ndarray, first: int, depth: int, air: int
 ) -> nib.Nifti1Image:
-    """`array` (X, Y, ≤ depth) at slice `first` of the RAS grid; padded above with `air`."""
-    if np.issubdtype(array.dtype, np.integer):
+    """`array` (X, Y, ≤ depth) from slice `first` of a RAS grid; padded above with `air`."""
+    if array.dtype.kind in "iu":
         air = max(air, np.iinfo(array.dtype).min)
     if missing := depth - array.shape[2]:
         array = np.pad(array, ((0, 0), (0, 0), (0, missing)), constant_values=air)
@@ -373,6 +789,35 @@ def subvolume(
     piece = nib.Nifti1Image(array, moved, dtype=array.dtype)
     piece.header.set_xyzt_units("mm")
     return piece
+
+
+def fingerprint(paths: Iterable[Path], config: Config, labels: dict[str, int]) -> str:
+    """SHA-256 of the bytes of a case's files and of the settings that its sub-volumes depend on."""
+    settings = [SCHEMA, labels, config.subvolume_depth, config.foreground, config.compress]
+    settings += [config.trust_image_grid, config.keep_empty, config.keep_empty and config.seed]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for path in paths:
+        folder = path if path.is_dir() else path.parent if utilities.is_dicom(path) else None
+        stem = path.name.partition(".hdr")[0]
+        for file in sorted(
+            folder.iterdir() if folder else {path, *path.parent.glob(f"{stem}.img*")}
+        ):
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------
+# Files: whole or not there
+# ---------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a JSON file; empty if there is none."""
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); correct it or remove it") from error
 
 
 @contextlib.contextmanager
@@ -387,82 +832,131 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         temporary.rename(folder)
     except OSError as error:
         raise InputError(
-            f"{folder}: cannot be written ({error.strerror or error}); "
-            "choose a folder that is writable and has free space"
+            f"{folder}: cannot be written ({error.strerror or error}); choose a folder that is "
+            "writable and has free space, then run the same command again: finished cases are kept"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------
-# All cases
-# ---------------------------------------------------------------------------------------
-
-
-def in_parallel(
-    work: Callable[..., dict[str, Any]],
-    jobs: Sequence[Any],
-    config: Config,
-    *arguments: Any,
-    title: str,
-) -> list[dict[str, Any]]:
-    """`work(job, config, *arguments)` for each job, in processes, under one bar; in job order."""
-    workers = min(config.workers or os.cpu_count() or 1, len(jobs))
-    results, slices = {}, 0
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(jobs), desc=title, unit="case"))
-        if workers > 1:
-            context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(workers, context))
-            futures = {pool.submit(work, job, config, *arguments): i for i, job in enumerate(jobs)}
-            finished = ((futures[future], future.result()) for future in as_completed(futures))
-        else:
-            finished = ((i, work(job, config, *arguments)) for i, job in enumerate(jobs))
-        for index, result in finished:
-            results[index] = result
-            slices += result.get("slices", 0)
-            bar.set_postfix_str(f"{slices / (bar.format_dict['elapsed'] + 1e-9):.0f} slices/s")
-            bar.update()
-    return [results[index] for index in range(len(jobs))]
+def remove_leftovers(destination: Path) -> None:
+    """Remove the temporary files of a run that was killed."""
+    for folder in (destination, destination / "check", destination / "subvolumes"):
+        for path in folder.glob(".*.partial.*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_dataset(
-    records: list[dict[str, Any]], split: dict[str, str], labels: dict[str, int], config: Config
+    cut: list[dict[str, Any]],
+    records: list[dict[str, Any]],
+    notes: list[Finding],
+    split: dict[str, str],
+    labels: dict[str, int],
+    config: Config,
 ) -> None:
-    """Write `dataset.json` last: it says that the folder is complete, and proves it."""
-    settings = asdict(config)
-    for where in ("source", "destination", "workers"):  # they do not change the content
-        del settings[where]
-    cases = [record | {"split": split[record["patient"]]} for record in records]
-    subvolumes = [
-        entry | {"split": case["split"]} for case in cases for entry in case.pop("subvolumes")
-    ]
-    for case in cases:
-        case["warnings"] = [found for _, found in case.pop("findings")]
+    """Write `dataset.json` last, in one step, with the proof that no foreground is lost."""
+    cuts = {result["subvolumes"][0]["case"]: result for result in cut if result["subvolumes"]}
+    cases, subvolumes, left_out = [], [], []
+    for record in records:
+        kept = {k: v for k, v in record.items() if k not in ("marks", "findings", "fingerprint")}
+        kept["warnings"] = [found for _, found in record["findings"]]
+        if errors(record, config):
+            left_out.append(kept)
+            continue
+        done = cuts.get(record["case"], {"subvolumes": [], "covered_foreground_voxels": 0})
+        kept["split"] = split[record["patient"]]
+        kept["covered_foreground_voxels"] = done["covered_foreground_voxels"]
+        cases.append(kept)
+        subvolumes += [entry | {"split": kept["split"]} for entry in done["subvolumes"]]
+    inside, covered = (
+        sum(case[key] for case in cases)
+        for key in ("foreground_voxels", "covered_foreground_voxels")
+    )
+    if inside != covered:
+        raise RuntimeError(f"{inside} foreground voxels, {covered} covered: a fault of prepare.py")
+    settings = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in asdict(config).items()
+        if key not in ("source", "destination", "workers", "check_only")  # content is the same
+    }
     dataset = {
         "schema": SCHEMA,
         "settings": settings,
         "subvolume_depth": config.subvolume_depth,
         "foreground": list(config.foreground),
         "labels": labels,
+        "notes": [found for _, found in notes],
         "cases": cases,
+        "left_out": left_out,
         "subvolumes": subvolumes,
     }
     for name in SPLITS:
-        dataset[name] = [
-            {key: entry[key] for key in (IMAGE, LABEL, "case")}
-            for entry in subvolumes
-            if entry["split"] == name
-        ]
+        chosen = [entry for entry in subvolumes if entry["split"] == name]
+        dataset[name] = [{key: entry[key] for key in (IMAGE, LABEL, "case")} for entry in chosen]
     with utilities.atomic_write(config.destination / "dataset.json") as temporary:
         temporary.write_text(json.dumps(dataset, indent=1))
-    voxels_in = sum(case["foreground_voxels"] for case in cases)
-    covered = sum(case["covered_foreground_voxels"] for case in cases)
     patients = " / ".join(f"{sum(s == name for s in split.values())} {name}" for name in SPLITS)
     print(
-        f"{config.destination}: {len(cases)} cases, {len(subvolumes)} sub-volumes; "
-        f"patients {patients}\nforeground voxels: {voxels_in} in, {covered} covered"
+        f"{config.destination}: {len(cases)} cases, {len(subvolumes)} sub-volumes; patients "
+        f"{patients}\nforeground voxels: {inside} in, {covered} covered"
     )
+
+
+# ---------------------------------------------------------------------------------------
+# All cases, in processes
+# ---------------------------------------------------------------------------------------
+
+
+def open_pool(config: Config, cases: int) -> contextlib.AbstractContextManager:
+    """Processes for `run_cases`; None for one worker. Spawned: forking after threads can hang."""
+    workers = min(config.workers or os.cpu_count() or 1, cases)
+    if workers <= 1:
+        return contextlib.nullcontext()
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=end_with_parent)
+
+
+def end_with_parent() -> None:
+    """A worker whose parent was killed must not go on writing."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_cases(
+    pool: ProcessPoolExecutor | None,
+    work: Callable[..., dict[str, Any]],
+    jobs: Sequence[Any],
+    *arguments: Any,
+    title: str,
+) -> list[dict[str, Any]]:
+    """`work(job, *arguments)` for each job, under one bar; results in the order of the jobs."""
+    results, slices = {}, 0
+    with tqdm(total=len(jobs), desc=title, unit="case") as bar:
+        if pool is None:
+            done = ((index, work(job, *arguments)) for index, job in enumerate(jobs))
+        else:
+            futures = {pool.submit(work, job, *arguments): i for i, job in enumerate(jobs)}
+            done = ((futures[future], future.result()) for future in as_completed(futures))
+        try:
+            for index, result in done:
+                results[index] = result
+                slices += result.get("slices", 0)
+                bar.set_postfix_str(f"{slices / (bar.format_dict['elapsed'] + 1e-9):.0f} slices/s")
+                bar.update()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"{title}: a worker process was ended by the system, most likely for memory; run "
+                "the same command again with fewer --workers, finished cases are kept"
+            ) from error
+        except InputError:
+            if pool:
+                pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [results[index] for index in range(len(jobs))]
 
 
 if __name__ == "__main__":

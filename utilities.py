@@ -16,7 +16,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -360,6 +360,50 @@ def voxels(image: nib.Nifti1Image) -> np.ndarray:
         for first in range(16, depth, 16):
             array[:, :, first : first + 16] = read(first, min(first + 16, depth))
     return array
+
+
+def ras_grid(image: nib.Nifti1Image) -> tuple[tuple[int, int, int], np.ndarray]:
+    """Shape and affine that the volume has once its axes run R, A, S."""
+    orientation = nib.io_orientation(image.affine)
+    shape = tuple(int(image.shape[axis]) for axis in np.argsort(orientation[:, 0]))
+    return shape, image.affine @ nib.orientations.inv_ornt_aff(orientation, image.shape)
+
+
+def ras_slabs(
+    image: nib.Nifti1Image, wanted: Iterable[tuple[int, int]]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (first, RAS array (X, Y, last − first)) for slice ranges, each slice read once.
+
+    The ranges come in the order in which the file stores them, so that a compressed axial file is
+    decompressed once while only one slab is in memory; other files are read whole.
+    """
+    orientation, depth = nib.io_orientation(image.affine), image.shape[2]
+    if orientation[2, 0] != 2:  # the last stored axis does not run feet to head
+        array = nib.orientations.apply_orientation(voxels(image), orientation)
+        yield from ((first, array[:, :, first:last]) for first, last in wanted)
+        return
+    flipped = orientation[2, 1] < 0
+    stored = sorted((depth - b, depth - a) if flipped else (a, b) for a, b in wanted)
+    with slices(image) as read:
+        slab, end = None, 0
+        for first, last in stored:
+            fresh = read(max(first, end), last)
+            kept = end - first  # slices shared with the slab before
+            slab = np.concatenate([slab[:, :, -kept:], fresh], axis=2) if kept > 0 else fresh
+            end = last
+            turned = nib.orientations.apply_orientation(slab, orientation)
+            yield (depth - last if flipped else first), turned
+
+
+def ranges(depth: int, step: int, reach_back: bool = True) -> list[tuple[int, int]]:
+    """(first, last) of consecutive slabs; the last one reaches back over its neighbour to be full.
+
+    A scan of fewer than `step` slices is one range.
+    """
+    firsts = range(0, depth, step)
+    if reach_back:
+        return [(max(0, min(first, depth - step)), min(first + step, depth)) for first in firsts]
+    return [(first, min(first + step, depth)) for first in firsts]
 
 
 def like(image: nib.Nifti1Image, array: np.ndarray) -> nib.Nifti1Image:
