@@ -13,8 +13,10 @@ augmentation with the label's outline, and histograms; and prints counts and mem
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import torch
-from monai.data import CacheDataset, MetaTensor
+from monai.data import CacheDataset, MetaTensor, PersistentDataset
 from monai.transforms import (
     CastToTyped,
     Compose,
@@ -39,7 +42,7 @@ from monai.transforms import (
     ScaleIntensityRanged,
     Spacingd,
 )
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utilities import (
     IMAGE,
@@ -290,7 +293,7 @@ class Subvolumes(Dataset):
     """Cached sub-volumes, augmented on the way out.
 
     The random numbers of a sample depend on (seed, epoch, sample) alone: not on the order, the
-    number of workers, or where a run was interrupted. Items: image (1, X, Y, Z) float32 in 0..1,
+    number of processes, or where a run was interrupted. Items: image (1, X, Y, Z) float32 in 0..1,
     label (1, X, Y, Z) class indices, and the names of case and sub-volume.
     """
 
@@ -304,9 +307,26 @@ class Subvolumes(Dataset):
         item = self.cached[index]
         if self.augment is None:
             return {**item, IMAGE: item[IMAGE].float()}
-        state = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)
+        state = np.random.SeedSequence([self.seed, self.epoch, item["index"]]).generate_state(1)
         self.augment.set_random_state(seed=int(state[0]))
         return self.augment(item)
+
+
+class EpochOrder(Sampler[int]):
+    """The order of an epoch, shuffled by (seed, epoch), from a given batch on."""
+
+    def __init__(self, length: int, batch_size: int, shuffle: bool, seed: int):
+        self.length, self.batch_size, self.shuffle, self.seed = length, batch_size, shuffle, seed
+        self.epoch = self.first_batch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.arange(self.length)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
+        return iter(order[self.first_batch * self.batch_size :].tolist())
+
+    def __len__(self) -> int:
+        return max(self.length - self.first_batch * self.batch_size, 0)
 
 
 class SubvolumeLoader(DataLoader):
@@ -314,12 +334,16 @@ class SubvolumeLoader(DataLoader):
 
     A thread and not processes, because those cannot share a cache on the GPU. Not MONAI's
     ThreadDataLoader, because it ends an epoch early, without a word, when a sample fails.
-    `set_epoch` gives each epoch its own order and its own augmentation, the same in every run.
     """
 
     def __init__(self, dataset: Subvolumes, batch_size: int, shuffle: bool, seed: int):
-        sampler = DistributedSampler(dataset, 1, 0, shuffle=shuffle, seed=seed)
-        super().__init__(dataset, batch_size=batch_size, sampler=sampler)
+        order = EpochOrder(len(dataset), batch_size, shuffle, seed)
+        super().__init__(dataset, batch_size=batch_size, sampler=order)
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the order and the augmentation of an epoch, and the batch to begin with."""
+        self.sampler.epoch, self.sampler.first_batch = epoch, first_batch
+        self.dataset.epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         with ThreadPoolExecutor(max_workers=1) as thread:
@@ -328,10 +352,6 @@ class SubvolumeLoader(DataLoader):
             while (batch := coming.result()) is not None:
                 coming = thread.submit(next, batches, None)
                 yield batch
-
-    def set_epoch(self, epoch: int) -> None:
-        self.sampler.set_epoch(epoch)
-        self.dataset.epoch = epoch
 
 
 def read_prepared(folder: Path) -> dict[str, Any]:
@@ -350,32 +370,98 @@ def read_prepared(folder: Path) -> dict[str, Any]:
     return prepared
 
 
-def cache_split(
-    prepared: dict[str, Any], folder: Path, split: str, **settings: Any
-) -> CacheDataset:
-    """Run the deterministic chain over all sub-volumes of a split, once, and keep the results.
-
-    `split` is "training", "validation" or "test"; `settings` are those of `in_plane_chain`.
-    """
-    items = [
-        {IMAGE: str(folder / record[IMAGE]), LABEL: str(folder / record[LABEL]),
-         "case": record["case"], "first_slice": record["first_slice"]}
-        for record in prepared["subvolumes"]
-        if record["split"] == split
-    ]  # fmt: skip
-    if not items:
+def subvolume_items(prepared: dict[str, Any], folder: Path, split: str) -> list[dict[str, Any]]:
+    """What the chain loads: files, names, and what identifies the content of each sub-volume."""
+    source = {record["case"]: record for record in prepared["cases"]}
+    records = [record for record in prepared["subvolumes"] if record["split"] == split]
+    if not records:
         raise InputError(
             f"{folder / 'dataset.json'}: no sub-volume in the {split} split; prepare more patients "
             "(three at least)"
         )
-    chain = deterministic_chain(**settings)
-    return CacheDataset(items, chain, num_workers=2, copy_cache=False, progress=True)
+    return [
+        {
+            IMAGE: str(folder / record[IMAGE]),
+            LABEL: str(folder / record[LABEL]),
+            "case": record["case"],
+            "first_slice": record["first_slice"],
+            "index": index,
+            "fingerprint": str(source[record["case"]].get("fingerprint")),
+        }
+        for index, record in enumerate(records)
+    ]
 
 
-def cache_bytes(cached: CacheDataset) -> int:
-    """Memory of the cached tensors."""
-    tensors = [item[key] for item in cached for key in (IMAGE, LABEL)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def share_of_process(items: list[Any], rank: int, processes: int, even: bool) -> list[Any]:
+    """This process's part; `even` repeats a few so that all have as many batches (training)."""
+    if not even:
+        return items[rank::processes]
+    count = -(-len(items) // processes)
+    return [items[(rank + step * processes) % len(items)] for step in range(count)]
+
+
+def cache_place(needed: int, device: torch.device) -> tuple[torch.device, float]:
+    """Where a cache of `needed` bytes fits, and the part of it that is kept.
+
+    On the device if it takes no more than 60 % of the free memory (the network needs the rest),
+    else in the host's memory, else as much of it as fits there.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if needed <= 0.6 * free:
+            return device, 1.0
+        print(f"cache: {human_bytes(needed)} do not fit beside the network on {device}", end="")
+        print(f" ({human_bytes(free)} free); it stays in the host's memory")
+    free = psutil.virtual_memory().available
+    if needed <= 0.6 * free:
+        return torch.device("cpu"), 1.0
+    rate = 0.6 * free / needed
+    print(f"cache: {human_bytes(needed)} do not fit in memory ({human_bytes(free)} free); ", end="")
+    print(f"{rate:.0%} is cached, the rest is read anew each epoch (slower)")
+    return torch.device("cpu"), rate
+
+
+def cache_split(
+    prepared: dict[str, Any],
+    folder: Path,
+    split: str,
+    *,
+    device: torch.device,
+    disk_cache: bool = False,
+    rank: int = 0,
+    processes: int = 1,
+    **settings: Any,
+) -> CacheDataset:
+    """Run the deterministic chain over the sub-volumes of a split, once, and keep the results.
+
+    Args:
+        prepared, folder: content of dataset.json, and where it lies.
+        split: "training", "validation" or "test".
+        device: where the chain runs and, memory permitting, the cache stays.
+        disk_cache: also keep the results in `folder/cache`, so that the next run starts in seconds.
+        rank, processes: under torchrun each process caches its own share.
+        settings: the other arguments of `in_plane_chain`.
+    """
+    items = subvolume_items(prepared, folder, split)
+    items = share_of_process(items, rank, processes, even=split == "training")
+    x, y = settings["input_size"]
+    bytes_each = x * y * prepared["subvolume_depth"] * 3  # image float16, label uint8
+    place, rate = cache_place(bytes_each * len(items), torch.device(device))
+    size = human_bytes(bytes_each * len(items))
+    print(
+        f"cache: {len(items)} {split} sub-volumes × {human_bytes(bytes_each)} = {size} on {place}"
+    )
+    chain = deterministic_chain(device=place, **settings)
+    options = {"num_workers": min(os.cpu_count() or 1, 8), "copy_cache": False, "cache_rate": rate}
+    if not disk_cache:
+        return CacheDataset(items, chain, **options)
+
+    def key(item: dict[str, Any]) -> bytes:
+        content = json.dumps([item, settings], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest().encode()
+
+    stored = PersistentDataset(items, chain, cache_dir=folder / "cache", hash_func=key)
+    return CacheDataset(stored, EnsureTyped([IMAGE, LABEL], device=place), **options)
 
 
 # ---------------------------------------------------------------------------------------
@@ -416,8 +502,7 @@ def main(config: Config) -> None:
     settings = config.preprocessing()
     for split in ("training", "validation"):
         cached = cache_split(prepared, config.data, split, device=device, **settings)
-        size = human_bytes(cache_bytes(cached))
-        print(f"{split}: {len(cached)} sub-volumes of {tuple(cached[0][IMAGE].shape)}, {size}")
+        print(f"{split}: {len(cached)} sub-volumes of {tuple(cached[0][IMAGE].shape)}")
         if split == "training":
             always = {**config.augmentation(), "probability": 1.0}  # training leaves some alone
             augmented = Subvolumes(cached, augmentation(**always), config.seed)

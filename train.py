@@ -3,6 +3,7 @@
     python train.py                             # the settings below
     python train.py --learning-rate 3e-4        # any of them from the command line
     python train.py --resume checkpoints/liver  # go on where a run stopped
+    torchrun --nproc-per-node 4 train.py        # on four GPUs
 
 Edit the settings in place or give them as options; the checkpoint carries them all. Read
 `curves.png` and `preview.png` in the run's folder to see how it goes.
@@ -18,22 +19,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import monai.losses
 import torch
-from monai.utils import set_determinism
+from monai import losses
 
 from preprocess import SubvolumeLoader, Subvolumes, augmentation, cache_split, read_prepared
 from utilities import (
     CLASSES,
     InputError,
+    NetworkName,
     atomic_write,
     build_network,
     command_line,
     load_checkpoint,
     pick_device,
     pick_precision,
+    process_group,
+    rank_and_size,
     train,
 )
+
+LossName = Literal["dice", "ce", "weighted_ce", "dice_ce", "dice_focal", "tversky"]
+OptimizerName = Literal["adam", "adamw", "sgd"]
+ScheduleName = Literal["constant", "cosine", "poly"]
 
 
 @dataclass
@@ -62,15 +69,15 @@ class Config:
     flip_probability: float = 0.0  # left-right; 0, because a liver is on the right
 
     # -- network
-    network: Literal["unet3d"] = "unet3d"  # Çiçek et al. 2016
-    base_channels: int = 32  # channels of the first convolution; 32 is the paper's 19 M parameters
+    network: NetworkName = "unet3d"  # unet3d is Çiçek et al. 2016; the others are MONAI's
+    base_channels: int = 32  # width; 32 is the paper's 19 M parameters, 8 trains on a laptop
 
     # -- optimisation
-    loss: Literal["dice"] = "dice"  # soft Dice of the foreground classes
-    optimizer: Literal["adam"] = "adam"
+    loss: LossName = "dice"  # soft Dice of the foreground classes
+    optimizer: OptimizerName = "adam"  # adamw and sgd have their usual weight decay and momentum
     learning_rate: float = 3e-4  # at the start
-    schedule: Literal["constant", "cosine", "poly"] = "cosine"  # of the learning rate, by epoch
-    batch_size: int = 2  # sub-volumes per step
+    schedule: ScheduleName = "cosine"  # of the learning rate, by epoch
+    batch_size: int = 2  # sub-volumes per step (and per process under torchrun)
     max_epochs: int = 100  # passes over the training sub-volumes
     gradient_clip: float = 12.0  # largest gradient norm; 0 leaves it alone
     patience: int = 0  # stop after so many validations without a better Dice; 0 = never
@@ -78,9 +85,11 @@ class Config:
 
     # -- machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = (
-        "auto"  # auto: what the hardware is fast in
-    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: the fastest one here
+    compile: bool = False  # torch.compile: a minute at the start, faster steps on a GPU
+    deterministic: bool = False  # bit-identical repeats on a GPU too, slower; a CPU always repeats
+    sync_batch_norm: bool = False  # under torchrun: statistics over all GPUs, for small batches
+    disk_cache: bool = False  # keep preprocessed sub-volumes beside the data for the next run
     seed: int = 0  # of weights, order and augmentation
 
     # -- inference, carried to apply_model.py
@@ -113,16 +122,33 @@ class Config:
         return {key: str(v) if isinstance(v, Path) else v for key, v in settings.items()}
 
 
-LOSSES: dict[str, Callable[[], torch.nn.Module]] = {
-    # batch=True pools the voxels of a batch: a sub-volume with a sliver of liver then does not
-    # swing the gradient as much as one that is full of it.
-    "dice": lambda: monai.losses.DiceLoss(
-        softmax=True, to_onehot_y=True, include_background=False, batch=True
-    ),
+class CrossEntropy(torch.nn.CrossEntropyLoss):
+    """Cross-entropy of logits (B, C, X, Y, Z) and class indices (B, 1, X, Y, Z)."""
+
+    def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return super().forward(logits, label[:, 0].long())
+
+
+# Dice is of the foreground alone. batch=True pools the voxels of a batch: a sub-volume with a
+# sliver of liver then does not swing the gradient as much as one that is full of it.
+DICE = {"softmax": True, "to_onehot_y": True, "include_background": False, "batch": True}
+
+LOSSES: dict[str, Callable[[torch.Tensor], torch.nn.Module]] = {  # class weights → loss
+    "dice": lambda weights: losses.DiceLoss(**DICE),
+    "ce": lambda weights: CrossEntropy(),
+    "weighted_ce": lambda weights: CrossEntropy(weight=weights),
+    "dice_ce": lambda weights: losses.DiceCELoss(**DICE),
+    "dice_focal": lambda weights: losses.DiceFocalLoss(**DICE),
+    # β > α: a missed voxel costs more than a false one, because organs are small beside the body
+    "tversky": lambda weights: losses.TverskyLoss(**DICE, alpha=0.3, beta=0.7),
 }
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": lambda parameters, rate: torch.optim.Adam(parameters, lr=rate, fused=True),
+    "adam": lambda parameters, rate: torch.optim.Adam(parameters, rate, fused=True),
+    "adamw": lambda parameters, rate: torch.optim.AdamW(parameters, rate, fused=True),
+    "sgd": lambda parameters, rate: torch.optim.SGD(
+        parameters, rate, momentum=0.99, nesterov=True, weight_decay=3e-5, fused=True
+    ),
 }
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # progress 0..1 → factor of learning_rate
@@ -169,17 +195,41 @@ def resumed(config: Config, saved: dict[str, Any]) -> Config:
     return result
 
 
+def class_weights(prepared: dict[str, Any], labels: dict[str, tuple[int, ...]]) -> torch.Tensor:
+    """One weight per class, inverse to its voxels in the training sub-volumes; their mean is 1."""
+    counts = torch.zeros(len(labels), dtype=torch.float64)
+    for record in prepared["subvolumes"]:
+        if record["split"] == "training":
+            for raw, voxels in record["voxels_per_label"].items():
+                classes = [i for i, values in enumerate(labels.values()) if int(raw) in values]
+                counts[classes[0] if classes else 0] += voxels
+    inverse = 1 / counts.clamp(min=1)
+    return (inverse / inverse.mean()).float()
+
+
 def main(config: Config) -> None:
     resume = load_checkpoint(config.resume / "last.pt") if config.resume else None
     if resume is not None:
         config = resumed(config, resume["config"])
     device = pick_device(config.device)
-    set_determinism(config.seed)
     prepared = read_prepared(config.data)
     check(config, prepared)
+    with process_group(device):
+        run(config, prepared, device, resume)
+
+
+def run(
+    config: Config, prepared: dict[str, Any], device: torch.device, resume: dict[str, Any] | None
+) -> None:
+    """Data, network, optimizer, loop: one process of possibly several."""
+    rank, processes = rank_and_size()
+    torch.manual_seed(config.seed)
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = not config.deterministic  # all batches have one shape
 
     # data
-    settings = {**config.preprocessing(), "device": device}
+    settings = {**config.preprocessing(), "device": device, "disk_cache": config.disk_cache}
+    settings |= {"rank": rank, "processes": processes}
     training = cache_split(prepared, config.data, "training", **settings)
     validation = cache_split(prepared, config.data, "validation", **settings)
     augmented = Subvolumes(training, augmentation(**config.augmentation()), config.seed)
@@ -194,28 +244,30 @@ def main(config: Config) -> None:
         "in_channels": 1,
         "out_channels": len(config.labels),
         "base_channels": config.base_channels,
+        "input_size": (*config.input_size, prepared["subvolume_depth"]),
     }
-    model = build_network(**network_args)
+    model = build_network(**network_args).to(device, memory_format=torch.channels_last_3d)
+    if config.sync_batch_norm and processes > 1:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    loss_function = LOSSES[config.loss](class_weights(prepared, config.labels)).to(device)
     optimizer = OPTIMIZERS[config.optimizer](model.parameters(), config.learning_rate)
     factor = SCHEDULES[config.schedule]
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda epoch: factor(epoch / config.max_epochs)
     )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"{config.network}: {parameters:,} parameters on {device}, "
-        f"{pick_precision(config.precision, device)}; "
-        f"{len(training)} training and {len(validation)} validation sub-volumes"
-    )
 
     # loop
-    with atomic_write(config.run / "config.json") as temporary:
-        temporary.write_text(json.dumps(config.plain(), indent=2))
+    if rank == 0:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        precision = str(pick_precision(config.precision, device)).removeprefix("torch.")
+        print(f"{config.network}: {parameters:,} parameters, {precision} on {processes} × {device}")
+        with atomic_write(config.run / "config.json") as temporary:
+            temporary.write_text(json.dumps(config.plain(), indent=2))
     train(
         model,
         train_loader,
         val_loader,
-        LOSSES[config.loss](),
+        loss_function,
         optimizer,
         scheduler,
         max_epochs=config.max_epochs,
@@ -232,9 +284,11 @@ def main(config: Config) -> None:
         precision=config.precision,
         gradient_clip=config.gradient_clip,
         patience=config.patience,
+        compile_network=config.compile,
         resume=resume,
     )
-    print(f"done: {config.run / 'best.pt'}; see {config.run / 'curves.png'} and preview.png")
+    if rank == 0:
+        print(f"done: {config.run / 'best.pt'}; see {config.run / 'curves.png'} and preview.png")
 
 
 if __name__ == "__main__":

@@ -12,18 +12,21 @@ import io
 import math
 import os
 import pickle
+import signal
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
 import torch
+import torch.distributed as dist
 from isal import igzip
 from torch import nn
 from torch.nn import functional
@@ -503,14 +506,59 @@ class UNet3D(nn.Module):
         return self.head(x)
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet3d": UNet3D}
+class PaddedSlices(nn.Module):
+    """A network whose slice count must be a multiple of `multiple`: pads with air, crops back."""
+
+    def __init__(self, network: nn.Module, multiple: int):
+        super().__init__()
+        self.network, self.multiple = network, multiple
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        slices = x.shape[-1]
+        return self.network(functional.pad(x, (0, -slices % self.multiple)))[..., :slices]
 
 
-def build_network(name: str, **arguments: Any) -> nn.Module:
-    """Network by name with its keyword arguments, which the checkpoint carries along."""
-    if name not in NETWORKS:
-        raise InputError(f"network must be one of {', '.join(NETWORKS)}, got {name!r}")
-    return NETWORKS[name](**arguments)
+NetworkName = Literal[
+    "unet3d", "unet", "attention_unet", "segresnet", "vnet", "unetr", "dynunet", "swin_unetr"
+]
+
+
+def build_network(
+    name: str,
+    *,
+    in_channels: int,
+    out_channels: int,
+    base_channels: int,
+    input_size: Sequence[int],
+) -> nn.Module:
+    """Network by name; its keyword arguments are `network_args` of the checkpoint.
+
+    `base_channels` scales the width: 32 is the paper's for unet3d and about MONAI's default for the
+    others. `input_size` is (X, Y, Z), which only transformers need. Raises InputError for an
+    unknown name.
+    """
+    from monai.networks import nets
+
+    i, o, c = in_channels, out_channels, base_channels
+    half = max(c // 2, 1)
+    widths = [half * 2**level for level in range(5)]
+    factories: dict[str, Callable[[], nn.Module]] = {
+        "unet3d": lambda: UNet3D(i, o, c),
+        "unet": lambda: nets.UNet(3, i, o, widths, (2, 2, 2, 2), num_res_units=2, norm="batch"),
+        "attention_unet": lambda: nets.AttentionUnet(3, i, o, widths, (2, 2, 2, 2)),
+        "segresnet": lambda: nets.SegResNet(3, max(half, 8), i, o),  # norm groups: 8 channels
+        "vnet": lambda: nets.VNet(3, i, o),  # of one width
+        "unetr": lambda: nets.UNETR(i, o, tuple(input_size), feature_size=half),
+        "dynunet": lambda: nets.DynUNet(
+            3, i, o, [3] * 5, [1, 2, 2, 2, 2], [2] * 4, filters=[c, 2 * c, 4 * c, 8 * c, 10 * c]
+        ),
+        "swin_unetr": lambda: PaddedSlices(
+            nets.SwinUNETR(i, o, feature_size=12 * max(c // 16, 1)), multiple=32
+        ),
+    }
+    if name not in factories:
+        raise InputError(f"network must be one of {', '.join(factories)}, got {name!r}")
+    return factories[name]()
 
 
 # ---------------------------------------------------------------------------------------
@@ -582,6 +630,7 @@ def save_checkpoint(
     epoch: int,
     val_dice: float,
     history: list[dict[str, float]],
+    step_losses: list[float] | None = None,
     optimizer_state: dict[str, Any] | None = None,
     scheduler_state: dict[str, Any] | None = None,
     scaler_state: dict[str, Any] | None = None,
@@ -617,11 +666,13 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU when there is one, else the CPU."""
+    """`auto` is the GPU when there is one (under torchrun: this process's own), else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device {name} was asked for, but torch sees no GPU; use --device cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return torch.device(name)
 
 
@@ -642,6 +693,49 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
+def rank_and_size() -> tuple[int, int]:
+    """Number of this process and of all processes under torchrun; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the other processes when torchrun started this one; otherwise do nothing."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def gathered(value: Any) -> list[Any]:
+    """The value of every process, in the order of their ranks."""
+    values = [value] * rank_and_size()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def delayed_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C only raises a flag, so that the batch under way is finished; yields its reader.
+
+    Under torchrun, and outside the main thread, Ctrl-C keeps its usual meaning.
+    """
+    if dist.is_initialized() or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: asked.set())
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def train(
     model: nn.Module,
     train_loader: Any,
@@ -658,13 +752,15 @@ def train(
     precision: str = "auto",
     gradient_clip: float = 0.0,
     patience: int = 0,
+    compile_network: bool = False,
     resume: dict[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Fit `model`; leave best.pt, last.pt, metrics.csv, curves.png and preview.png in `folder`.
 
     Args:
+        model: on `device`; under torchrun each process brings its own copy.
         train_loader, val_loader: batches of {"image" (B, C, X, Y, Z), "label" (B, 1, X, Y, Z) class
-            indices, "case" names}; the training loader has `set_epoch`.
+            indices, "case" names}; `train_loader.set_epoch(epoch, step)` starts an epoch at a step.
         loss_function: (logits, label) → scalar.
         scheduler: stepped once an epoch.
         checkpoint: what every checkpoint carries along: network_args, preprocessing, inference,
@@ -672,10 +768,12 @@ def train(
         val_interval: validate every so many epochs, and after the last one.
         gradient_clip: largest norm of the gradient; 0 leaves it alone.
         patience: stop after so many validations without a better Dice; 0 never stops early.
-        resume: content of a last.pt, to go on after its epoch.
+        resume: content of a last.pt, to go on exactly where it was written.
 
     Returns:
         The history: one row of numbers per epoch, as in metrics.csv.
+
+    Ctrl-C finishes the batch under way, writes last.pt and raises KeyboardInterrupt.
 
     Validation Dice is counted per patient over its sub-volumes at the network's resolution. It
     chooses best.pt; the figure to report is apply_model.py's, on the scan's own grid.
@@ -683,69 +781,86 @@ def train(
     names = list(checkpoint["labels"])[1:]
     dtype = pick_precision(precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    model.to(device, memory_format=torch.channels_last_3d)
     history: list[dict[str, float]] = []
+    losses: list[float] = []
     if resume is not None:
-        history = _restore(resume, model, optimizer, scheduler, scaler)
+        history, losses = _restore(resume, model, optimizer, scheduler, scaler)
+    network = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    network = torch.compile(network) if compile_network else network
     context = {"loss_function": loss_function, "device": device, "precision": dtype}
-    for epoch in range(len(history) + 1, max_epochs + 1):
-        row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
-        train_loader.set_epoch(epoch)
-        title = f"epoch {epoch}/{max_epochs}"
-        row |= train_one_epoch(
-            model, train_loader, optimizer, scaler, **context, clip=gradient_clip, title=title
-        )
-        scheduler.step()
-        if epoch % val_interval == 0 or epoch == max_epochs:
-            row |= validate(model, val_loader, **context, class_names=names)
-        history.append(row)
-        best = _best_epoch(history)
-        state = {
+
+    def state() -> dict[str, Any]:
+        return {
             **checkpoint,
             "network_state": model.state_dict(),
-            "epoch": epoch,
-            "val_dice": row.get("val_dice", math.nan),
+            "epoch": len(history),
+            "val_dice": history[-1].get("val_dice", math.nan) if history else math.nan,
             "history": history,
         }
-        if best == epoch:
-            save_checkpoint(folder / "best.pt", **state)
-        save_checkpoint(
-            folder / "last.pt",
-            **state,
-            optimizer_state=optimizer.state_dict(),
-            scheduler_state=scheduler.state_dict(),
-            scaler_state=scaler.state_dict(),
-            rng_state={"cpu": torch.get_rng_state()},
-        )
-        _report(history, names, folder)
-        if "val_dice" in row:
-            save_figure(preview_figure(model, val_loader, device, dtype), folder / "preview.png")
-        validated = [past["epoch"] for past in history if "val_dice" in past]
-        if patience and best and sum(past > best for past in validated) >= patience:
-            print(f"no better Dice in {patience} validations: stopped after epoch {epoch}")
-            break
+
+    def resumable() -> dict[str, Any]:
+        return {
+            **state(),
+            "step_losses": losses,
+            "optimizer_state": optimizer.state_dict(),
+            "scheduler_state": scheduler.state_dict(),
+            "scaler_state": scaler.state_dict(),
+            "rng_state": {"cpu": torch.get_rng_state()},
+        }
+
+    first_process = rank_and_size()[0] == 0
+    with delayed_interrupt() as interrupted:
+        for epoch in range(len(history) + 1, max_epochs + 1):
+            row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
+            train_loader.set_epoch(epoch, len(losses))
+            row |= train_one_epoch(
+                network, train_loader, optimizer, scaler, losses, interrupted, **context,
+                clip=gradient_clip, title=f"epoch {epoch}/{max_epochs}",
+            )  # fmt: skip
+            if interrupted():
+                save_checkpoint(folder / "last.pt", **resumable())
+                print(f"stopped in epoch {epoch}; go on with: train.py --resume {folder}")
+                raise KeyboardInterrupt
+            losses = []
+            scheduler.step()
+            if epoch % val_interval == 0 or epoch == max_epochs:
+                row |= validate(model, val_loader, **context, class_names=names)
+            history.append(row)
+            if first_process:
+                if _best_epoch(history) == epoch:
+                    save_checkpoint(folder / "best.pt", **state())
+                save_checkpoint(folder / "last.pt", **resumable())
+                _report(history, names, folder)
+                if "val_dice" in row:
+                    figure = preview_figure(model, val_loader, device, dtype)
+                    save_figure(figure, folder / "preview.png")
+            if patience and _validations_since_best(history) >= patience:
+                print(f"no better Dice in {patience} validations: stopped after epoch {epoch}")
+                break
     return history
 
 
 def _restore(
-    state: dict[str, Any], model: nn.Module, optimizer: Any, scheduler: Any, scaler: Any
-) -> list[dict[str, float]]:
-    """Put everything back as it was at the end of the saved epoch; returns the history so far."""
-    if state["optimizer_state"] is None:
+    saved: dict[str, Any], model: nn.Module, optimizer: Any, scheduler: Any, scaler: Any
+) -> tuple[list[dict[str, float]], list[float]]:
+    """Put everything back as it was; returns the history and the losses of a begun epoch."""
+    if saved["optimizer_state"] is None:
         raise InputError("a best.pt holds no optimizer state; resume from the run's last.pt")
-    model.load_state_dict(state["network_state"])
-    optimizer.load_state_dict(state["optimizer_state"])
-    scheduler.load_state_dict(state["scheduler_state"])
-    scaler.load_state_dict(state["scaler_state"])
-    torch.set_rng_state(state["rng_state"]["cpu"].cpu())
-    return list(state["history"])
+    model.load_state_dict(saved["network_state"])
+    optimizer.load_state_dict(saved["optimizer_state"])
+    scheduler.load_state_dict(saved["scheduler_state"])
+    scaler.load_state_dict(saved["scaler_state"])
+    torch.set_rng_state(saved["rng_state"]["cpu"].cpu())
+    return list(saved["history"]), list(saved["step_losses"])
 
 
 def train_one_epoch(
-    model: nn.Module,
+    network: nn.Module,
     loader: Any,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    losses: list[float],
+    interrupted: Callable[[], bool],
     *,
     loss_function: nn.Module,
     device: torch.device,
@@ -753,64 +868,72 @@ def train_one_epoch(
     clip: float,
     title: str,
 ) -> dict[str, float]:
-    """One pass over the training sub-volumes; returns the mean loss and the speed.
+    """One pass over the training sub-volumes, or the rest of one; appends to `losses`.
 
     The loss is fetched from the GPU only when the bar is redrawn, so that the GPU never waits; a
-    loss that is not finite stops the run there, with the names of its cases.
+    loss that is not finite stops the run there, with the names of its cases. Returns mean loss and
+    speed.
     """
-    model.train()
-    losses: list[float] = []
+    network.train()
     pending: list[tuple[list[str], torch.Tensor]] = []
     start = redrawn = time.perf_counter()
-    waited, count = 0.0, 0
+    waited, count, steps = 0.0, 0, len(losses) + len(loader)
+    rank, processes = rank_and_size()
+    bar = tqdm(total=steps, initial=len(losses), desc=title, unit="batch", leave=False)
+    bar.disable = rank > 0
     batches = iter(loader)
-    with tqdm(total=len(loader), desc=title, unit="batch", leave=False) as bar:
-        for step in range(1, len(loader) + 1):
+    with bar:
+        while len(losses) + len(pending) < steps and not interrupted():
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
             image = batch[IMAGE].to(device, memory_format=torch.channels_last_3d)
             optimizer.zero_grad(set_to_none=True)
             with autocast(device, precision):
-                logits = model(image)
+                logits = network(image)
             loss = loss_function(logits.float(), batch[LABEL].to(device))
             scaler.scale(loss).backward()
             if clip:
                 scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), clip)
+                nn.utils.clip_grad_norm_(network.parameters(), clip)
             scaler.step(optimizer)
             scaler.update()
             count += len(image)
             pending.append((list(batch["case"]), loss.detach()))
             bar.update()
-            if step == len(loader) or time.perf_counter() - redrawn > 0.5:
-                losses += _fetch_losses(pending)
-                pending, redrawn = [], time.perf_counter()
+            if len(losses) + len(pending) == steps or time.perf_counter() - redrawn > 0.5:
+                _fetch_losses(pending, losses)
+                redrawn = time.perf_counter()
                 bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
+    batches.close()
+    _fetch_losses(pending, losses)
     seconds = time.perf_counter() - start
     return {
-        "train_loss": sum(losses) / len(losses),
-        "subvolumes_per_s": count / seconds,
+        "train_loss": float(np.mean(gathered(np.mean(losses) if losses else math.nan))),
+        "subvolumes_per_s": processes * count / seconds,
         "data_wait_percent": 100 * waited / seconds,
         "peak_memory_mb": _peak_memory_mb(device),
     }
 
 
-def _fetch_losses(pending: list[tuple[list[str], torch.Tensor]]) -> list[float]:
-    values = torch.stack([loss for _, loss in pending]).tolist()
+def _fetch_losses(pending: list[tuple[list[str], torch.Tensor]], losses: list[float]) -> None:
+    """Move the losses that still wait on the device to `losses`."""
+    values = torch.stack([loss for _, loss in pending]).tolist() if pending else []
     for (cases, _), value in zip(pending, values, strict=True):
         if not math.isfinite(value):
             raise InputError(
                 f"the loss became {value} in a batch of {', '.join(cases)}; look at these cases "
                 "(preprocess.png), lower --learning-rate, or use --precision fp32"
             )
-    return values
+    losses += values
+    pending.clear()
 
 
 def _peak_memory_mb(device: torch.device) -> float:
+    """Largest memory so far: of tensors on a GPU, of the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    import resource  # not on Windows, where the figure is left out
+    import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
@@ -828,7 +951,8 @@ def validate(
 ) -> dict[str, float]:
     """Mean loss, and Dice per class: voxels counted per patient, then the mean over patients."""
     model.eval()
-    losses, counts = [], {}
+    losses: list[float] = []
+    counts: dict[str, np.ndarray] = {}
     for batch in tqdm(loader, desc="validation", unit="batch", leave=False):
         label = batch[LABEL].to(device)
         with autocast(device, precision):
@@ -838,8 +962,13 @@ def validate(
         for case, predicted, true in zip(batch["case"], prediction, label[:, 0], strict=True):
             new = overlap_counts(predicted, true, len(class_names) + 1)
             counts[case] = counts.get(case, 0) + new
-    dice, _ = mean_dice([dice_of_counts(count) for count in counts.values()])
-    row = {"val_loss": float(np.mean(losses)), "val_dice": float(np.nanmean(dice))}
+    merged: dict[str, np.ndarray] = {}  # a patient's sub-volumes may lie in several processes
+    for part in gathered(counts):
+        for case, count in part.items():
+            merged[case] = merged.get(case, 0) + count
+    dice, _ = mean_dice([dice_of_counts(count) for count in merged.values()])
+    loss = float(np.mean([value for part in gathered(losses) for value in part]))
+    row = {"val_loss": loss, "val_dice": float(np.nanmean(dice))}
     return row | {f"val_dice_{name}": float(d) for name, d in zip(class_names, dice, strict=True)}
 
 
@@ -850,10 +979,19 @@ def predicted_classes(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(dim=1).to(torch.uint8)
 
 
+def _validated(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [row for row in history if math.isfinite(row.get("val_dice", math.nan))]
+
+
 def _best_epoch(history: list[dict[str, float]]) -> int:
     """Epoch of the highest validation Dice (the first one of equals); 0 before any validation."""
-    validated = [row for row in history if math.isfinite(row.get("val_dice", math.nan))]
-    return int(max(validated, key=lambda row: row["val_dice"])["epoch"]) if validated else 0
+    best = max(_validated(history), key=lambda row: row["val_dice"], default={"epoch": 0})
+    return int(best["epoch"])
+
+
+def _validations_since_best(history: list[dict[str, float]]) -> int:
+    best = _best_epoch(history)
+    return sum(row["epoch"] > best for row in _validated(history))
 
 
 def _report(history: list[dict[str, float]], names: Sequence[str], folder: Path) -> None:

@@ -1,0 +1,237 @@
+"""The engine's promises: exact resume after any kill, every entry by name, several processes."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, ct_image, random_affine, run_script
+from test_training import assert_same_run, comparable, small_config
+
+import apply_model
+import preprocess
+import train
+from utilities import InputError, NetworkName, load_checkpoint, voxels
+
+# ---------------------------------------------------------------------------------------
+# Killed and resumed
+# ---------------------------------------------------------------------------------------
+
+
+def _train_or_resume(prepared: Path, run: Path) -> None:
+    """In a child process: begin, or go on, as a user would after a crash."""
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+    if (run / "last.pt").exists():
+        train.main(train.Config(resume=run, device="cpu"))
+    else:
+        train.main(small_config(prepared, run))
+
+
+def _child(prepared: Path, run: Path) -> multiprocessing.process.BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "test_engine"])
+    child = context.Process(target=_train_or_resume, args=(prepared, run))
+    child.start()
+    return child
+
+
+def test_killed_at_any_moment_and_resumed_is_the_unbroken_run(prepared, tmp_path):
+    """SIGKILL at 20 random moments, in the cache, in a step, in writing: the same bits at the end."""
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    start = time.perf_counter()
+    child = _child(prepared, unbroken)
+    child.join()
+    duration = time.perf_counter() - start
+    assert child.exitcode == 0
+    rng, kills = np.random.default_rng(0), 0
+    while kills < 20:
+        child = _child(prepared, broken)
+        child.join(timeout=rng.uniform(0.1, 1.0) * duration)
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+            kills += 1
+        elif kills < 20:  # it came to the end: begin anew, there are moments left to try
+            assert child.exitcode == 0
+            assert_same_run(unbroken, broken)
+            broken = tmp_path / f"broken_{kills}"
+        for name in ("best.pt", "last.pt"):  # never torn: whole, or not there yet
+            if (broken / name).exists():
+                load_checkpoint(broken / name)
+    child = _child(prepared, broken)
+    child.join()
+    assert child.exitcode == 0
+    assert_same_run(unbroken, broken)
+
+
+def test_control_c_finishes_the_batch_and_goes_on_from_there(prepared, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train.main(small_config(prepared, whole, max_epochs=2))
+    original, calls = preprocess.Subvolumes.__getitem__, []
+
+    def press_control_c(self, index):
+        calls.append(index)
+        if self.epoch == 2 and self.augment and len(calls) % 5 == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, index)
+
+    monkeypatch.setattr(preprocess.Subvolumes, "__getitem__", press_control_c)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(small_config(prepared, stopped, max_epochs=2))
+    monkeypatch.undo()
+    saved = load_checkpoint(stopped / "last.pt")
+    assert saved["epoch"] == 1
+    assert 0 < len(saved["step_losses"]) < 9  # in the middle of the second epoch
+    train.main(train.Config(resume=stopped, device="cpu"))
+    assert_same_run(whole, stopped)
+
+
+# ---------------------------------------------------------------------------------------
+# Every entry by name
+# ---------------------------------------------------------------------------------------
+
+
+def one_step_and_reload(prepared: Path, run: Path, **settings) -> None:
+    """Train one epoch on little, rebuild from the checkpoint alone, segment a scan."""
+    config = small_config(prepared, run, max_epochs=1, batch_size=4, **settings)
+    train.main(config)
+    model = apply_model.load_model(run / "last.pt", "cpu", "fp32")
+    scan = ct_image(np.full((40, 36, 18), 60), random_affine(0))
+    label = apply_model.segment(model, scan)
+    assert label.shape == scan.shape
+    assert set(np.unique(voxels(label))) <= {0, 1}
+
+
+@pytest.fixture(scope="module")
+def few(prepared, tmp_path_factory):
+    """One sub-volume per split: enough for a step."""
+    import json
+
+    content = json.loads((prepared / "dataset.json").read_text())
+    kept = {record["split"]: record for record in content["subvolumes"]}
+    content["subvolumes"] = [
+        {**record, key: str(prepared / record[key])}
+        for key in ("image",)
+        for record in ({**r, "label": str(prepared / r["label"])} for r in kept.values())
+    ]
+    folder = tmp_path_factory.mktemp("few")
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("network", get_args(NetworkName))
+def test_every_network_trains_and_reloads(network, few, tmp_path):
+    one_step_and_reload(few, tmp_path / "run", network=network)
+
+
+@pytest.mark.parametrize("loss", get_args(train.LossName))
+def test_every_loss_trains_and_reloads(loss, few, tmp_path):
+    one_step_and_reload(few, tmp_path / "run", loss=loss)
+
+
+@pytest.mark.parametrize("optimizer", get_args(train.OptimizerName))
+def test_every_optimizer_trains_and_reloads(optimizer, few, tmp_path):
+    one_step_and_reload(few, tmp_path / "run", optimizer=optimizer, schedule="poly")
+
+
+def test_names_and_dictionaries_agree():
+    assert set(train.LOSSES) == set(get_args(train.LossName))
+    assert set(train.OPTIMIZERS) == set(get_args(train.OptimizerName))
+    assert set(train.SCHEDULES) == set(get_args(train.ScheduleName))
+    with pytest.raises(InputError, match="network must be one of unet3d, unet"):
+        train.build_network(
+            "unet4d", in_channels=1, out_channels=2, base_channels=8, input_size=(32, 32, 16)
+        )
+
+
+def test_class_weights_come_from_the_counted_voxels(prepared):
+    content = preprocess.read_prepared(prepared)
+    labels = {"background": (0,), "liver": (1,), "tumour": (2,)}
+    weights = train.class_weights(content, labels)
+    assert weights.mean() == pytest.approx(1.0)
+    assert weights[0] < weights[1] < weights[2]
+
+
+# ---------------------------------------------------------------------------------------
+# Cache
+# ---------------------------------------------------------------------------------------
+
+
+def test_the_disk_cache_gives_the_same_run_and_is_keyed_by_the_settings(prepared, tmp_path):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(prepared, data)
+    train.main(small_config(data, tmp_path / "plain", max_epochs=1))
+    for name in ("first", "second"):
+        train.main(small_config(data, tmp_path / name, max_epochs=1, disk_cache=True))
+    first, second, plain = (
+        load_checkpoint(tmp_path / name / "last.pt") for name in ("first", "second", "plain")
+    )
+    assert comparable(first["history"]) == comparable(second["history"])
+    assert comparable(first["history"]) == comparable(plain["history"])
+    count = len(list((data / "cache").iterdir()))
+    changed = {"max_epochs": 1, "disk_cache": True, "hu_window": (-100.0, 200.0)}
+    train.main(small_config(data, tmp_path / "third", **changed))
+    assert len(list((data / "cache").iterdir())) == 2 * count
+
+
+def test_a_cache_that_does_not_fit_is_told_and_cut(monkeypatch, capsys):
+    place, rate = preprocess.cache_place(1000, torch.device("cpu"))
+    assert (place.type, rate) == ("cpu", 1.0)
+    available = preprocess.psutil.virtual_memory().available
+    place, rate = preprocess.cache_place(3 * available, torch.device("cpu"))
+    assert 0.1 < rate < 0.3
+    assert "do not fit in memory" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------
+# Several processes
+# ---------------------------------------------------------------------------------------
+
+
+def torchrun(*arguments, cwd):
+    return run_script("-m", "torch.distributed.run", "--nproc-per-node", 2, *arguments, cwd=cwd)
+
+
+def test_two_processes_give_the_gradients_of_the_joined_batch(tmp_path):
+    done = torchrun(ROOT / "tests" / "ddp_gradients.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "process 0: equal" in done.stdout
+    assert "process 1: equal" in done.stdout
+
+
+def test_a_dying_process_ends_the_run(tmp_path):
+    start = time.perf_counter()
+    done = torchrun(ROOT / "tests" / "ddp_gradients.py", "die", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "process 1 dies on purpose" in done.stderr
+    assert time.perf_counter() - start < 60
+
+
+def test_torchrun_trains_and_one_process_writes(prepared, tmp_path):
+    options = "--base-channels 4 --input-size 32 32 --spacing 8 8 --max-epochs 2 --device cpu"
+    done = torchrun(
+        ROOT / "train.py", "--data", prepared, "--run", tmp_path / "run", *options.split(),
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    history = load_checkpoint(tmp_path / "run" / "last.pt")["history"]
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert np.isfinite(history[-1]["val_dice"])
+
+
+def test_shares_of_processes_cover_everything():
+    items = list(range(7))
+    even = [preprocess.share_of_process(items, rank, 3, even=True) for rank in range(3)]
+    assert {len(share) for share in even} == {3}
+    assert set().union(*even) == set(items)
+    parts = [preprocess.share_of_process(items, rank, 3, even=False) for rank in range(3)]
+    assert sorted(sum(parts, [])) == items
