@@ -105,22 +105,18 @@ VERTEBRAE = [  # columns: centre, radii, how far they reach towards the disc (-1
 # ---------------------------------------------------------------------------------------------
 
 
-EVERYWHERE = (np.full(3, -np.inf), np.full(3, np.inf))
-
-
 class Shape(NamedTuple):
     level: Callable[..., np.ndarray]  # (x, y, z) -> about the distance in mm to the surface
-    low: np.ndarray = EVERYWHERE[0]  # the box (mm) outside which the level is positive
-    high: np.ndarray = EVERYWHERE[1]
+    low: np.ndarray = np.full(3, -np.inf)  # the box (mm) outside which the level is positive
+    high: np.ndarray = np.full(3, np.inf)
 
     def grown(self, mm: float) -> "Shape":
         return Shape(lambda *p: self.level(*p) - mm, self.low - mm, self.high + mm)
 
     def within(self, other: "Shape", mm: float = 0) -> "Shape":
         """The intersection, its crease rounded over `mm`."""
-        return Shape(
-            lambda *p: smooth_max(self.level(*p), other.level(*p), mm), self.low, self.high
-        )
+        a, b = self.level, other.level
+        return Shape(lambda *p: smooth_max(a(*p), b(*p), mm), self.low, self.high)
 
     def without(self, other: "Shape", mm: float = 0) -> "Shape":
         return self.within(Shape(lambda *p: -other.level(*p)), mm)
@@ -209,6 +205,7 @@ class Patient:
     behind: Layers
     liver: Layers  # the liver, then the veins and tumours in it
     front: Layers
+    fat: float  # under the skin, mm
 
 
 def draw_waves(rng: np.random.Generator, n: int, lengths, mm: float, axes: int) -> np.ndarray:
@@ -221,11 +218,11 @@ def draw_waves(rng: np.random.Generator, n: int, lengths, mm: float, axes: int) 
 
 def draw_hu(rng: np.random.Generator) -> dict[str, float]:
     """Portal venous phase: spleen and kidneys so close to the liver that HU cannot tell them."""
-    liver = rng.uniform(88, 122)
+    liver = rng.uniform(84, 120)
     above = {"liver": (0, 0), "spleen": (-8, 12), "kidney": (-5, 35), "pancreas": (-25, -5)}
     above |= {"vein": (30, 50), "aorta": (40, 70), "heart": (20, 45)}
     hu = {name: float(liver + rng.uniform(*span)) for name, span in above.items()}
-    return hu | {"stomach": float(rng.uniform(5, 40))}
+    return hu | {"stomach": float(rng.uniform(5, 100)), "wall": float(rng.uniform(45, 90))}
 
 
 def draw_liver(rng: np.random.Generator, part: dict[str, Shape], dome: Shape) -> Shape:
@@ -240,9 +237,8 @@ def draw_liver(rng: np.random.Generator, part: dict[str, Shape], dome: Shape) ->
 
     both = Shape(right, *(LIVER_BOX + [[-25], [25]])).joined(part["left lobe"], 24)
     both = both.within(cavity.grown(-5), 8).within(dome.grown(-2), 2)
-    return both.without(part["hollow"], 16).without(
-        ellipsoid((0, SPINE + 8, 0), (40, 38, ALONG)), 10
-    )
+    spine = ellipsoid((0, SPINE + 8, 0), (40, 38, ALONG))
+    return both.without(part["hollow"], 16).without(spine, 10)
 
 
 def draw_chest(rng: np.random.Generator, part: dict[str, Shape], hu: dict, dome: Shape) -> Layers:
@@ -268,10 +264,10 @@ def draw_belly(rng: np.random.Generator, part: dict[str, Shape], hu: dict) -> La
         psoas = tube((side * 32, -58, -160), (side * 62, -14, -390), 13, 26)
         wing = part[name].without(part[name].grown(-7)).within(Shape(lambda x, y, z: y))
         layers += [("psoas", psoas, MUSCLE), ("hip", wing, BONE)]
-    for _ in range(64):
-        loop = ellipsoid(rng.uniform((-112, -30, -430), (112, 80, -82)), rng.uniform(13, 32, 3))
-        content = float(rng.choice([GAS, -60, WATER, SOFT, SOFT, 75]))
-        layers += [("bowel", loop, SOFT), ("bowel", loop.grown(-3), content)]
+    for _ in range(72):
+        loop = ellipsoid(rng.uniform((-112, -30, -430), (112, 80, -75)), rng.uniform(13, 32, 3))
+        content = float(rng.choice([GAS, -60, WATER, SOFT, *[hu["liver"]] * 4]))
+        layers += [("bowel", loop, hu["wall"]), ("bowel", loop.grown(-3), content)]
     layers.append(("pancreas", part["pancreas"], hu["pancreas"]))
     for centre, radii, reach, value in VERTEBRAE:
         layers.append(("spine", ellipsoid(centre, radii).within(between_discs(reach)), value))
@@ -290,7 +286,7 @@ def draw_front(part: dict[str, Shape], hu: dict, dome: Shape) -> Layers:
     for name, medial in (("right kidney", -0.6), ("left kidney", 0.6)):
         radii = (part[name].high - part[name].low) / 2
         pelvis = ellipsoid(part[name].low + radii * (1 + medial, 1, 1), radii * (0.6, 0.35, 0.45))
-        layers += [("kidney", part[name].grown(5), FAT), ("kidney", part[name], hu["kidney"])]
+        layers += [("kidney", part[name].grown(2), FAT), ("kidney", part[name], hu["kidney"])]
         layers.append(("kidney", pelvis, -30))
     aorta, cava = (-13, SPINE + 29, 0), (24, SPINE + 34, -390)
     layers.append(("gallbladder", part["gallbladder"], WATER))
@@ -298,8 +294,8 @@ def draw_front(part: dict[str, Shape], hu: dict, dome: Shape) -> Layers:
     return [*layers, ("vena cava", ellipsoid(cava, (12, 10.5, 400)), hu["vein"])]
 
 
-def draw_patient(rng: np.random.Generator) -> tuple[Patient, float]:
-    """The patient without tumours, and the fat under the skin in mm."""
+def draw_patient(rng: np.random.Generator) -> Patient:
+    """The patient, still without tumours."""
     part = {
         name: ellipsoid(centre + rng.uniform(-5, 5, 3), radii * rng.uniform(0.92, 1.08, 3))
         for name, (centre, radii) in ORGANS.items()
@@ -316,7 +312,7 @@ def draw_patient(rng: np.random.Generator) -> tuple[Patient, float]:
     for start, end, *radii in HEPATIC_TUBES:
         liver.append(("vein", tube(start, end + rng.uniform(-4, 4, 3), *radii), hu["vein"]))
     bend = [draw_waves(rng, 4, (150, 320), 2.5, 3), draw_waves(rng, 4, (60, 140), 1.4, 3)]
-    return Patient(np.vstack(bend), behind, liver, draw_front(part, hu, dome)), fat
+    return Patient(np.vstack(bend), behind, liver, draw_front(part, hu, dome), fat)
 
 
 def add_tumours(rng: np.random.Generator, patient: Patient, centres: np.ndarray, number) -> None:
@@ -346,9 +342,8 @@ class Canvas:
                 p += mm * wave
         self.low, self.high = (np.array([f(p) for p in self.mm], float) for f in (np.min, np.max))
         self.edge = max(1.5, float(np.linalg.norm(affine[:3, 0])))  # mm over which voxels mix
-        self.margin = np.abs(self.inverse[:3, :3]) @ np.abs(bend[:, 4:]).sum(
-            0
-        )  # voxels it is bent by
+        shift = np.abs(bend[:, 4:]).sum(0)
+        self.margin = np.abs(self.inverse[:3, :3]) @ shift  # voxels by which the body is bent
         self.hu = np.full(shape, AIR, np.float32)
         self.label = np.zeros(shape, np.uint8)
 
@@ -380,35 +375,31 @@ class Canvas:
 def paint(canvas: Canvas, patient: Patient, organ: str, given: np.ndarray | None) -> None:
     """Back to front. A given liver comes last, so that nothing covers a voxel of it."""
     labels = {"liver": 1, "vein": 1, "tumour": 2} if organ == "liver" else {organ: 1}
-    for _, shape, hu in patient.behind + (patient.front if given is not None else []):
-        canvas.paint(shape, hu)
-    (name, liver, hu), *inner = patient.liver
+    (_, liver, liver_hu), *inner = patient.liver
+    before, after = patient.behind + patient.front, []
+    if given is None:
+        before, after = patient.behind, patient.front
+    for name, shape, hu in before:
+        canvas.paint(shape, hu, labels.get(name, 0))
     if given is None:
         given = np.zeros_like(canvas.hu)
         if found := canvas.cover(liver):
             given[found[0]] = found[1]
-        front = patient.front
-    else:
-        front = []
-    canvas.blend(..., given, hu, labels.get(name, 0))
+    canvas.blend(..., given, liver_hu, labels.get("liver", 0))
     for name, shape, hu in inner:
         canvas.paint(shape, hu, labels.get(name, 0), given)
-    for name, shape, hu in front:
+    for name, shape, hu in after:
         canvas.paint(shape, hu, labels.get(name, 0))
 
 
 def enlarged(coarse: np.ndarray, factor: int, axis: int, length: int) -> np.ndarray:
     """Linearly by a whole factor along one axis, voxel edges aligned, cut to `length`."""
-    at = (np.arange(length, dtype=np.float32) + 0.5) / factor - 0.5
-    at = np.clip(at, 0, coarse.shape[axis] - 1)
+    last = coarse.shape[axis] - 1
+    at = np.clip((np.arange(length, dtype=np.float32) + 0.5) / factor - 0.5, 0, last)
     low = at.astype(int)
-    high = np.minimum(low + 1, coarse.shape[axis] - 1)
     t = np.expand_dims(at - low, tuple(range(1, coarse.ndim - axis)))
-    low, high = coarse.take(low, axis), coarse.take(high, axis)
-    high -= low
-    high *= t
-    high += low
-    return high
+    low, high = coarse.take(low, axis), coarse.take(np.minimum(low + 1, last), axis)
+    return low + t * (high - low)
 
 
 def share(mask: np.ndarray, factor: int) -> np.ndarray:
@@ -461,9 +452,7 @@ def scan(
     return image, label
 
 
-def draw_grid(
-    rng: np.random.Generator, config: Config, index: int, fat: float, liver: np.ndarray
-) -> tuple[tuple[int, int, int], np.ndarray, np.ndarray]:
+def draw_grid(rng: np.random.Generator, config: Config, index: int, fat: float, liver: np.ndarray):
     """
     Shape (Z, Y, X), affine to patient mm and affine to reference mm of one random scan that holds
     the whole `liver`, (n, 3) points of it in reference mm, and some slices without it at both ends.
@@ -471,9 +460,7 @@ def draw_grid(
     size, count = config.size or 128, int(rng.integers(config.slices[0], config.slices[1] + 1))
     scale = rng.uniform(0.88, 1.1) * rng.uniform(0.95, 1.05, 3) * (1, 1, 0.9)  # the patient's size
     letters = ORIENTATIONS[index % len(ORIENTATIONS)]
-    spare = (
-        28 if letters == "oblique" else 14
-    )  # mm beyond the points, also for the bend of the body
+    spare = 34 if letters == "oblique" else 16  # mm, also for the bend of the body
     low, high = (liver[:, 2].min() - spare) * scale[2], (liver[:, 2].max() + spare) * scale[2]
     # at most 5 mm, but with few slices rather thicker ones than less of the liver
     thickest = max(5, 1.02 * (high - low) / count)
@@ -510,8 +497,12 @@ def mask_files(folder: Path) -> list[Path]:
 
 def read_mask(path: Path, size: int | None) -> nib.Nifti1Image:
     """The mask (X, Y, Z); with `size`, the nearest voxels of a grid of that size in-plane."""
-    image = nib.load(path)
-    mask, factor = np.asanyarray(image.dataobj), image.shape[0] / (size or image.shape[0])
+    try:
+        image = nib.load(path)
+        mask = np.asanyarray(image.dataobj)
+    except (nib.filebasedimages.ImageFileError, EOFError) as error:
+        raise ValueError(f"{path}: not a readable NIfTI mask ({error})") from error
+    factor = mask.shape[0] / (size or mask.shape[0])
     if mask.ndim != 3 or not mask.any():
         found = f"shape {mask.shape}" if mask.ndim != 3 else "no voxel above 0"
         raise ValueError(f"{path}: expected a 3D liver mask, found {found}; leave this file out")
@@ -520,7 +511,8 @@ def read_mask(path: Path, size: int | None) -> nib.Nifti1Image:
     near = [((np.arange(round(n / factor)) + 0.5) * factor).astype(int) for n in mask.shape[:2]]
     grid = np.diag([factor, factor, 1, 1])
     grid[:2, 3] = (factor - 1) / 2
-    return nib.Nifti1Image(mask[np.ix_(*near)], image.affine @ grid, image.header)
+    header = nib.Nifti1Image(mask[:1, :1, :1], image.affine @ grid, image.header).header
+    return nib.Nifti1Image(mask[np.ix_(*near)], header.get_best_affine(), header)
 
 
 def place_around(mask: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -560,35 +552,26 @@ def make_phantom(index: int, config: Config) -> tuple[nib.Nifti1Image, nib.Nifti
     (seed, index) and on size, slices, tumours and organ; with `livers` on the index-th mask.
     """
     rng = np.random.default_rng([config.seed, index])
-    patient, fat = draw_patient(rng)
+    patient = draw_patient(rng)
     if config.livers:
         given = read_mask(mask_files(config.livers)[index], config.size)
-        mask, affine, header = np.asanyarray(given.dataobj).T, given.affine, given.header
-        shape = mask.shape
-        to_reference, p = place_around(mask, affine)
-        waves = np.cos(p @ patient.bend[:, :3].T + patient.bend[:, 3])
-        inside = p + waves @ patient.bend[:, 4:]
+        mask, header = np.asanyarray(given.dataobj).T, given.header
+        shape, (to_reference, p) = mask.shape, place_around(mask, given.affine)
+        inside = p + np.cos(p @ patient.bend[:, :3].T + patient.bend[:, 3]) @ patient.bend[:, 4:]
     else:
-        points = rng.uniform(*(LIVER_BOX + [[-25], [25]]), (4000, 3))
-        depth = patient.liver[0][1].level(*points.T)
-        room = np.min([part.level(*points.T) for _, part, _ in patient.front], 0)
-        inside = points[(depth < -7) & (room > 8)]
         mask, header = None, nib.Nifti1Header()
-        header["qform_code"] = header["sform_code"] = 1  # scanner coordinates
+        p = rng.uniform(*(LIVER_BOX + [[-25], [25]]), (4000, 3))
+        depth = patient.liver[0][1].level(*p.T)
+        room = np.min([part.level(*p.T) for _, part, _ in patient.front], 0)
+        inside = p[(depth < -7) & (room > 8)]
+        shape, affine, to_reference = draw_grid(rng, config, index, patient.fat, p[depth < 0])
         header.set_xyzt_units("mm")
-        shape, affine, to_reference = draw_grid(rng, config, index, fat, points[depth < 0])
+        header.set_qform(affine, 1)
+        header.set_sform(affine, 1)
     add_tumours(rng, patient, inside, config.tumours)
-    image, label = scan(rng, patient, shape, to_reference, config.organ, mask)
-    return as_nifti(image, affine, header), as_nifti(label, affine, header)
-
-
-def as_nifti(volume: np.ndarray, affine: np.ndarray, header: nib.Nifti1Header) -> nib.Nifti1Image:
-    """(Z, Y, X) to an image (X, Y, Z) without a copy, with the codes of the header."""
-    result = nib.Nifti1Image(volume.T, affine, header, dtype=volume.dtype)
-    if header["qform_code"] or header["sform_code"]:
-        result.set_qform(affine, int(header["qform_code"]))
-        result.set_sform(affine, int(header["sform_code"]))
-    return result
+    volumes = scan(rng, patient, shape, to_reference, config.organ, mask)
+    affine = header.get_best_affine()  # as the file will hold it, and the codes stay the header's
+    return tuple(nib.Nifti1Image(v.T, affine, header, dtype=v.dtype) for v in volumes)
 
 
 def write_whole(image: nib.Nifti1Image, path: Path) -> None:

@@ -249,6 +249,14 @@ def test_settings_that_cannot_work_are_refused_first(
     assert not (tmp_path / "raw").exists()
 
 
+def test_a_broken_mask_is_named(tmp_path: Path) -> None:
+    whole = write_mask(tmp_path / "masks", "RAS")
+    whole.write_bytes(whole.read_bytes()[:-400])
+    message = refused("--livers", whole.parent, "--destination", tmp_path / "raw")
+    assert str(whole) in message
+    assert not files(tmp_path / "raw")
+
+
 def test_an_empty_mask_is_named_and_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "masks" / "liver_7.nii.gz"
     path.parent.mkdir()
