@@ -17,7 +17,7 @@ demo: .venv/installed
 	$(BIN)/python data/make_phantoms.py --destination $(DEMO)/raw --cases 24 --size 96
 	$(BIN)/python prepare.py $(DEMO)/raw --destination $(DEMO)/prepared
 	$(BIN)/python preprocess.py --data $(DEMO)/prepared --spacing 4 4 --input-size 64 64
-	$(BIN)/python train.py --data $(DEMO)/prepared --run $(DEMO)/run --spacing 4 4 \
+	$(BIN)/python train.py --data $(DEMO)/prepared --run-folder $(DEMO)/run --spacing 4 4 \
 		--input-size 64 64 --base-channels 8 --batch-size 4 --learning-rate 2e-3 --max-epochs 15
 	$(BIN)/python apply_model.py --split test --data $(DEMO)/prepared \
 		--checkpoint $(DEMO)/run/best.pt --destination $(DEMO)/results

@@ -49,7 +49,7 @@ class Config:
 
     # -- where
     data: Path = Path("data/prepared")  # what prepare.py wrote
-    run: Path = Path("checkpoints/liver")  # folder of this run; one that holds a run is refused
+    run_folder: Path = Path("checkpoints/liver")  # of this run; one that holds a run is refused
     resume: Path | None = None  # folder of a run to go on with; its settings are taken from there
 
     # -- what is learnt: class name → raw label values; the order is the channel order
@@ -172,15 +172,16 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
             f"--labels names the values {sorted(missing)}, but {config.data / 'dataset.json'} "
             f"declares {prepared['labels']}; correct --labels"
         )
-    if config.resume is None and (config.run / "last.pt").exists():
+    if config.resume is None and (config.run_folder / "last.pt").exists():
         raise InputError(
-            f"{config.run}: holds a run already; give another --run, or --resume {config.run}"
+            f"{config.run_folder}: holds a run already; give another --run-folder, or go on with "
+            f"--resume {config.run_folder}"
         )
 
 
 def resumed(config: Config, saved: dict[str, Any]) -> Config:
     """The saved run's settings; only where it runs and how long may be given anew."""
-    free = {"run": config.resume, "resume": config.resume, "data": Path(saved["data"])}
+    free = {"run_folder": config.resume, "resume": config.resume, "data": Path(saved["data"])}
     free |= {"device": config.device}
     if config.max_epochs != Config().max_epochs:
         free["max_epochs"] = config.max_epochs
@@ -190,7 +191,7 @@ def resumed(config: Config, saved: dict[str, Any]) -> Config:
     if changed:
         raise InputError(
             f"{config.resume}: a resumed run keeps its settings, but {', '.join(changed)} differ; "
-            "leave them out, or start another --run"
+            "leave them out, or start another --run-folder"
         )
     return result
 
@@ -261,7 +262,7 @@ def run(
         parameters = sum(parameter.numel() for parameter in model.parameters())
         precision = str(pick_precision(config.precision, device)).removeprefix("torch.")
         print(f"{config.network}: {parameters:,} parameters, {precision} on {processes} × {device}")
-        with atomic_write(config.run / "config.json") as temporary:
+        with atomic_write(config.run_folder / "config.json") as temporary:
             temporary.write_text(json.dumps(config.plain(), indent=2))
     train(
         model,
@@ -271,7 +272,7 @@ def run(
         optimizer,
         scheduler,
         max_epochs=config.max_epochs,
-        folder=config.run,
+        folder=config.run_folder,
         device=device,
         checkpoint={
             "network_args": network_args,
@@ -288,7 +289,9 @@ def run(
         resume=resume,
     )
     if rank == 0:
-        print(f"done: {config.run / 'best.pt'}; see {config.run / 'curves.png'} and preview.png")
+        print(
+            f"done: {config.run_folder / 'best.pt'}; look at curves.png and preview.png beside it"
+        )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from utilities import build_network, process_group, rank_and_size
 
 def network() -> torch.nn.Module:
     torch.manual_seed(0)
-    size = (16, 16, 16)
+    size = (32, 32, 16)
     return build_network(
         "dynunet", in_channels=1, out_channels=2, base_channels=4, input_size=size
     )  # instance norm: no statistics over the batch
@@ -19,7 +19,7 @@ def network() -> torch.nn.Module:
 
 def main() -> None:
     torch.manual_seed(1)
-    image, label = torch.randn(4, 1, 16, 16, 16), torch.randint(0, 2, (4, 1, 16, 16, 16))
+    image, label = torch.randn(4, 1, 32, 32, 16), torch.randint(0, 2, (4, 1, 32, 32, 16))
     with process_group(torch.device("cpu")):
         rank, processes = rank_and_size()
         if sys.argv[1:] == ["die"] and rank == 1:

@@ -19,7 +19,7 @@ def checkpoint(prepared, tmp_path_factory):
     run = tmp_path_factory.mktemp("apply") / "run"
     train.main(
         train.Config(
-            data=prepared, run=run, base_channels=4, input_size=(32, 32), spacing=(8.0, 8.0),
+            data=prepared, run_folder=run, base_channels=4, input_size=(32, 32), spacing=(8.0, 8.0),
             learning_rate=5e-3, max_epochs=4, device="cpu", precision="fp32",
         )
     )  # fmt: skip

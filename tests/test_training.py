@@ -32,7 +32,7 @@ SMALL = {
 
 
 def small_config(prepared, run, **changes) -> train.Config:
-    return train.Config(**{**SMALL, "data": prepared, "run": run, **changes})
+    return train.Config(**{**SMALL, "data": prepared, "run_folder": run, **changes})
 
 
 def small_cache(prepared):
