@@ -1,122 +1,163 @@
 """prepare.py: cases → split by patient, cut into sub-volumes, not a voxel of liver lost."""
 
+import filecmp
 import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
 from pathlib import Path
 
+import make_phantoms
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import ROOT, run_script
 from monai.data import load_decathlon_datalist
 
 import prepare
 from prepare import Config
 from utilities import InputError
 
-SHEARED = np.array([[0.8, 0.1, 0.2, -90], [0, 0.9, 0.3, -120], [0, 0.05, 2.5, 40], [0, 0, 0, 1.0]])
-LPS = np.diag([-0.8, -0.9, 2.5, 1.0])
-COLUMNS_FIRST = np.array([[0, 0, 0.8, 0], [-0.9, 0, 0, 0], [0, -2.5, 0, 0], [0, 0, 0, 1.0]])
+SHEARED = np.array([[-5, 0.1, 0.3, 9], [0, -5, 0.8, 7], [0, 0.05, 5, 40], [0, 0, 0, 1.0]])
+COLUMNS_FIRST = np.array([[0, 0, 5, 0], [-5, 0, 0, 0], [0, -5, 0, 0], [0, 0, 0, 1.0]])
 
 
-def write_case(
-    root: Path, name: str, shape=(24, 20, 40), affine=LPS, dtype=np.int16, liver=(9, 24)
-):
-    """A box of soft tissue in air; liver with a tumour in its right half, in slices `liver` (RAS)."""
-    random = np.random.default_rng(len(name) + shape[2])
-    orientation, (x, y, z) = nib.io_orientation(affine), shape
-    image, label = np.full((x, y, z), -1000.0), np.zeros((x, y, z), np.uint8)
-    image[2:-2, 2:-2] = 40 + random.normal(0, 10, (x - 4, y - 4, z))
-    label[x // 2 : -4, 5:-5, liver[0] : liver[1]] = 1
-    label[x // 2 + 2 : x // 2 + 4, 8:10, liver[0] + 2 : liver[0] + 5] = 2
-    back = nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), orientation)
-    for folder, array in (("imagesTr", image.round().astype(dtype)), ("labelsTr", label)):
-        path = root / folder / f"{name}.nii.gz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nib.save(nib.Nifti1Image(nib.apply_orientation(array, back), affine), path)
+@cache
+def phantom(index: int) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
+    """Scan and label of a small patient (48 × 48 × about 40)."""
+    return make_phantoms.make_phantom(index, make_phantoms.Config(size=48, slices=(36, 44)))
+
+
+def ras_arrays(index: int) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(np.asanyarray(nib.as_closest_canonical(i).dataobj) for i in phantom(index))
+
+
+def save(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
+    """Write a RAS array in the axes of `affine`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    axes = nib.orientations.ornt_transform(
+        nib.io_orientation(np.eye(4)), nib.io_orientation(affine)
+    )
+    nib.save(nib.Nifti1Image(nib.apply_orientation(array, axes), affine), path)
+
+
+def write_patients(root: Path, slices: slice = slice(None), affines=(None,) * 3) -> Path:
+    """Decathlon folder with one phantom per affine (None: its own)."""
+    for index, affine in enumerate(affines):
+        scan, label = (array[:, :, slices] for array in ras_arrays(index))
+        own = nib.as_closest_canonical(phantom(index)[0]).affine if affine is None else affine
+        save(scan, own, root / "imagesTr" / f"case_{index}.nii.gz")
+        save(label, own, root / "labelsTr" / f"case_{index}.nii.gz")
+    return root
 
 
 def run(source: Path, **settings) -> dict:
     """Prepare `source` beside itself; returns dataset.json."""
-    destination = source.parent / "prepared"
+    destination = settings.pop("destination", source.parent / "prepared")
     prepare.main(Config(source=source, destination=destination, workers=1, **settings))
     return json.loads((destination / "dataset.json").read_text())
 
 
 @pytest.fixture
 def raw(tmp_path):
-    for index, affine in enumerate([LPS, SHEARED, COLUMNS_FIRST, LPS, LPS, LPS]):
-        write_case(tmp_path / "raw", f"case_{index}", affine=affine)
-    return tmp_path / "raw"
+    return write_patients(tmp_path / "raw")
 
 
-def test_every_voxel_keeps_its_value_and_its_place_in_the_patient(raw):
-    dataset = run(raw)
+def same_tree(one: Path, other: Path) -> bool:
+    files = [sorted(p.relative_to(r) for p in r.rglob("*") if p.is_file()) for r in (one, other)]
+    return files[0] == files[1] and all(
+        filecmp.cmp(one / file, other / file, shallow=False) for file in files[0]
+    )
+
+
+# ---------------------------------------------------------------------------------------
+# Cutting
+# ---------------------------------------------------------------------------------------
+
+
+def test_every_voxel_keeps_its_value_and_its_place_in_the_patient(tmp_path):
+    affines = (SHEARED, COLUMNS_FIRST, None, np.diag([5.0, -5, -5, 1]))
+    dataset = run(write_patients(tmp_path / "raw", affines=affines), accept=("mirrored",))
+    cases = {case["case"]: case for case in dataset["cases"]}
+    assert [case["orientation"] for case in cases.values()] == ["LPS", "PIR", "RAS", "RPI"]
     for entry in dataset["subvolumes"]:
-        case = next(c for c in dataset["cases"] if c["case"] == entry["case"])
         for key in ("image", "label"):
-            piece = nib.load(raw.parent / "prepared" / entry[key])
-            source = nib.load(case[key])
+            piece = nib.load(tmp_path / "prepared" / entry[key])
+            source = nib.load(cases[entry["case"]][key])
             assert nib.aff2axcodes(piece.affine) == ("R", "A", "S")
             assert piece.shape[2] == 16
             assert piece.get_data_dtype() == source.get_data_dtype()
-            there = np.linalg.inv(source.affine) @ piece.affine  # sub-volume index → source index
-            index = np.stack(np.meshgrid(*map(np.arange, piece.shape), indexing="ij")).reshape(
-                3, -1
-            )
-            at = nib.affines.apply_affine(there, index.T)
+            there = np.linalg.inv(source.affine) @ piece.affine  # sub-volume → source index
+            index = np.stack(np.meshgrid(*map(np.arange, piece.shape), indexing="ij"))
+            at = nib.affines.apply_affine(there, index.reshape(3, -1).T)
             assert np.abs(at - at.round()).max() < 1e-3
             expected = np.asanyarray(source.dataobj)[tuple(at.round().astype(int).T)]
             assert np.array_equal(np.asanyarray(piece.dataobj).ravel(), expected)
 
 
-def test_no_foreground_is_lost_and_the_last_subvolume_reaches_back(raw):
+def test_no_foreground_is_lost_and_subvolumes_without_it_are_dropped(raw):
     dataset = run(raw)
-    firsts = {c["case"]: [] for c in dataset["cases"]}
-    for entry in dataset["subvolumes"]:
-        firsts[entry["case"]].append(entry["first_slice"])
-        assert entry["voxels_per_label"]["1"] > 0
+    assert all(entry["voxels_per_label"]["1"] > 0 for entry in dataset["subvolumes"])
     for case in dataset["cases"]:
-        source = np.asanyarray(nib.load(case["label"]).dataobj)
-        assert case["foreground_voxels"] == np.count_nonzero(source)
+        label = np.asanyarray(nib.as_closest_canonical(nib.load(case["label"])).dataobj)
+        assert case["foreground_voxels"] == np.count_nonzero(label)
         assert case["covered_foreground_voxels"] == case["foreground_voxels"]
-        ras_depth = case["slices"]
-        assert all(first % 16 == 0 or first == ras_depth - 16 for first in firsts[case["case"]])
-    assert firsts["case_0"] == [0, 16]  # 40 slices, liver in 9 … 23: the third one holds none
+        firsts = [e["first_slice"] for e in dataset["subvolumes"] if e["case"] == case["case"]]
+        depth = label.shape[2]
+        wanted = {min(first, depth - 16) for first in range(0, depth, 16)}
+        assert set(firsts) == {f for f in wanted if label[:, :, f : f + 16].any()}
 
 
-def test_liver_in_the_last_slices_is_covered_by_reaching_back(tmp_path):
-    for index in range(3):
-        write_case(tmp_path / "raw", f"case_{index}", shape=(24, 20, 37), liver=(30, 37))
-    dataset = run(tmp_path / "raw")
-    assert {e["first_slice"] for e in dataset["subvolumes"]} == {16, 21}
+def test_the_last_subvolume_reaches_back_over_its_neighbour(tmp_path):
+    top = int(np.flatnonzero(ras_arrays(0)[1].any(axis=(0, 1)))[-1])
+    dataset = run(write_patients(tmp_path / "raw", slices=slice(top - 20, top + 1)))
+    case = dataset["cases"][0]
+    firsts = [e["first_slice"] for e in dataset["subvolumes"] if e["case"] == case["case"]]
+    assert (case["slices"], firsts) == (21, [0, 5])
     assert all(c["covered_foreground_voxels"] == c["foreground_voxels"] for c in dataset["cases"])
 
 
 def test_a_thin_scan_is_padded_with_air_and_says_so(tmp_path):
-    for index in range(3):
-        write_case(tmp_path / "raw", f"case_{index}", shape=(24, 20, 11), liver=(2, 9))
-    dataset = run(tmp_path / "raw")
+    middle = int(ras_arrays(0)[1].sum(axis=(0, 1)).argmax())
+    dataset = run(write_patients(tmp_path / "raw", slices=slice(middle - 5, middle + 6)))
     assert [e["padded_slices"] for e in dataset["subvolumes"]] == [5, 5, 5]
     piece = nib.load(tmp_path / "prepared" / dataset["subvolumes"][0]["image"])
-    assert piece.shape == (24, 20, 16)
+    assert piece.shape == (48, 48, 16)
     assert (np.asanyarray(piece.dataobj)[:, :, 11:] == -1024).all()
+    assert all("11 slices" in " ".join(case["warnings"]) for case in dataset["cases"])
 
 
-@pytest.mark.parametrize(
-    ("patients", "sizes"),
-    [(130, (91, 20, 19)), (131, (92, 20, 19)), (6, (4, 1, 1)), (4, (2, 1, 1)), (3, (1, 1, 1))],
-)
-def test_split_sizes(patients, sizes):
-    split = list(prepare.split_patients([f"p{i}" for i in range(patients)], Config()).values())
-    assert tuple(split.count(name) for name in prepare.SPLITS) == sizes
+def test_keep_empty_keeps_the_asked_fraction(raw):
+    everything = run(raw, keep_empty=1.0)
+    assert len(everything["subvolumes"]) == sum(-(-c["slices"] // 16) for c in everything["cases"])
 
 
-def test_two_patients_are_too_few_for_three_splits_and_enough_for_two():
-    with pytest.raises(InputError, match="--test 0"):
-        prepare.split_patients(["a", "b"], Config())
-    assert sorted(prepare.split_patients(["a", "b"], Config(test=0)).values()) == [
-        "training",
-        "validation",
-    ]
+def test_foreground_can_be_the_tumour_alone(raw):
+    dataset = run(raw, foreground=(2,))
+    for case in dataset["cases"]:
+        label = np.asanyarray(nib.load(case["label"]).dataobj)
+        assert case["foreground_voxels"] == np.count_nonzero(label == 2)
+    assert all(entry["voxels_per_label"]["2"] > 0 for entry in dataset["subvolumes"])
+
+
+def test_scaled_images_become_float32_in_hu(raw):
+    for path in (raw / "imagesTr").iterdir():
+        stored = nib.load(path)
+        image = nib.Nifti1Image(np.asanyarray(stored.dataobj) * np.int16(2), stored.affine)
+        image.header.set_slope_inter(0.5, -1.5)
+        image.to_filename(path)
+    dataset = run(raw)
+    piece = nib.load(raw.parent / "prepared" / dataset["subvolumes"][0]["image"])
+    assert piece.get_data_dtype() == np.float32
+    assert (piece.dataobj.slope, piece.dataobj.inter) == (1, 0)
+    first = dataset["subvolumes"][0]["first_slice"]
+    expected = ras_arrays(0)[0][:, :, first : first + 16] - 1.5
+    assert np.array_equal(np.asanyarray(piece.dataobj), expected)
 
 
 def test_monai_reads_dataset_json(raw):
@@ -124,31 +165,219 @@ def test_monai_reads_dataset_json(raw):
     path = raw.parent / "prepared" / "dataset.json"
     for name in prepare.SPLITS:
         items = load_decathlon_datalist(path, data_list_key=name)
+        mine = {case["case"] for case in dataset["cases"] if case["split"] == name}
+        assert {item["case"] for item in items} == mine
         assert len(items) == sum(e["split"] == name for e in dataset["subvolumes"])
-        assert all(
-            Path(item["image"]).is_file() and Path(item["label"]).is_file() for item in items
-        )
-        assert {i["case"] for i in items} == {
-            c["case"] for c in dataset["cases"] if c["split"] == name
-        }
+        assert all(Path(item[k]).is_file() for item in items for k in ("image", "label"))
 
 
-def test_keep_empty_keeps_the_asked_fraction(raw):
-    without, everything = run(raw), run(raw, keep_empty=1.0)
-    assert all(sum(e["voxels_per_label"][k] for k in "12") for e in without["subvolumes"])
-    assert len(everything["subvolumes"]) == 3 * 6
+# ---------------------------------------------------------------------------------------
+# Splitting
+# ---------------------------------------------------------------------------------------
 
 
-def test_scaled_images_become_float32_in_hu(tmp_path):
-    for index in range(3):
-        write_case(tmp_path / "raw", f"case_{index}")
-        path = tmp_path / "raw" / "imagesTr" / f"case_{index}.nii.gz"
-        image = nib.Nifti1Image(np.asanyarray(nib.load(path).dataobj) + np.int16(1024), LPS)
-        image.header.set_slope_inter(0.5, -512)
-        image.to_filename(path)
-        expected = nib.load(path).get_fdata()
+def patients(number: int) -> list[dict]:
+    return [{"case": f"case_{i}", "patient": f"p{i}"} for i in range(number)]
+
+
+@pytest.mark.parametrize(
+    ("number", "sizes"),
+    [(130, (91, 20, 19)), (131, (92, 20, 19)), (6, (4, 1, 1)), (4, (2, 1, 1)), (3, (1, 1, 1))],
+)
+def test_split_sizes(number, sizes):
+    split = list(prepare.split_patients(patients(number), Config()).values())
+    assert tuple(split.count(name) for name in prepare.SPLITS) == sizes
+
+
+def test_two_patients_are_too_few_for_three_splits_and_enough_for_two():
+    with pytest.raises(InputError, match="--test 0"):
+        prepare.split_patients(patients(2), Config())
+    split = prepare.split_patients(patients(2), Config(training=0.5, validation=0.5, test=0))
+    assert sorted(split.values()) == ["training", "validation"]
+
+
+def test_folds_divide_the_patients_and_leave_no_test_split():
+    held_out = []
+    for fold in range(5):
+        split = prepare.split_patients(patients(13), Config(folds=5, fold=fold))
+        assert set(split.values()) == {"training", "validation"}
+        held_out += [name for name, where in split.items() if where == "validation"]
+    assert sorted(held_out) == sorted(f"p{i}" for i in range(13))
+    with pytest.raises(InputError, match="2 to 13 folds"):
+        prepare.split_patients(patients(13), Config(folds=5, fold=5))
+
+
+def test_scans_of_one_patient_stay_together(raw):
+    table = raw.parent / "patients.csv"
+    table.write_text("case,patient\ncase_0,anna\ncase_1,bert\ncase_2,anna\n")
+    halves = {"training": 0.5, "validation": 0.5, "test": 0.0}
+    dataset = run(raw, patients=table, **halves)
+    split = {case["case"]: case["split"] for case in dataset["cases"]}
+    assert split["case_0"] == split["case_2"] != split["case_1"]
+    table.write_text("case,patient\ncase_0,anna\n")
+    with pytest.raises(InputError, match="no row for case_1, case_2"):
+        run(raw, patients=table)
+
+
+def test_patients_are_read_from_case_names():
+    cases = [prepare.Case(name, name, None, None) for name in ("a_scan1", "a_scan2", "b_scan1")]
+    prepare.name_patients(cases, Config(patient_pattern=r"(\w)_scan"))
+    assert [case.patient for case in cases] == ["a", "a", "b"]
+    with pytest.raises(InputError, match="finds no group in a_scan1"):
+        prepare.name_patients(cases, Config(patient_pattern=r"x(\d)"))
+
+
+def test_a_given_split_is_kept_and_must_not_leak(raw):
+    given = raw.parent / "split.json"
+    lists = {"training": ["case_1"], "validation": ["case_2"], "test": ["case_0"]}
+    given.write_text(json.dumps(lists))
+    split = {case["case"]: case["split"] for case in run(raw, split=given)["cases"]}
+    assert split == {"case_1": "training", "case_2": "validation", "case_0": "test"}
+    table = raw.parent / "patients.csv"
+    table.write_text("case,patient\ncase_0,anna\ncase_1,bert\ncase_2,anna\n")
+    with pytest.raises(InputError, match="anna into two splits"):
+        run(raw, split=given, patients=table)
+    given.write_text(json.dumps({"training": ["case_1", "case_2"], "test": ["case_1"]}))
+    with pytest.raises(InputError, match="two splits"):
+        run(raw, split=given)
+    given.write_text(json.dumps({"training": ["case_1", "case_2"]}))
+    with pytest.raises(InputError, match="does not name case_0"):
+        run(raw, split=given)
+
+
+# ---------------------------------------------------------------------------------------
+# Layouts
+# ---------------------------------------------------------------------------------------
+
+
+def test_lits_as_downloaded(tmp_path, capsys):
+    for index, folder in enumerate(("Training Batch 1", "Training Batch 2", "Training Batch 2")):
+        scan, label = ras_arrays(index)
+        affine = np.diag([-5.0, -5, 5, 1])
+        save(scan, affine, tmp_path / "LITS" / folder / f"volume-{index + 9}.nii")
+        save(label, affine, tmp_path / "LITS" / "labels" / f"segmentation-{index + 9}.nii.gz")
+    dataset = run(tmp_path / "LITS")
+    names = [case["case"] for case in dataset["cases"]]
+    assert names == ["volume-9", "volume-10", "volume-11"]
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'LITS'}: layout lits, 3 scans")
+
+
+def test_decathlon_as_downloaded(raw, capsys):
+    shutil.copytree(raw / "imagesTr", raw / "imagesTs")
+    for folder in ("imagesTr", "labelsTr"):
+        (raw / folder / "._case_0.nii.gz").write_bytes(b"\0\5\26\7 macOS")
+    labels = {"0": "background", "1": "liver", "2": "cancer"}
+    (raw / "dataset.json").write_text(json.dumps({"labels": labels, "numTraining": 3}))
+    shutil.move(raw, raw.parent / "download" / "Task03_Liver")
+    dataset = run(raw.parent / "download")
+    assert dataset["labels"] == {"background": 0, "liver": 1, "cancer": 2}
+    assert len(dataset["cases"]) == 3
+    assert "not used: 3 other volumes" in capsys.readouterr().out
+
+
+def test_one_folder_per_patient_with_other_formats(tmp_path):
+    import SimpleITK
+
+    affine = np.diag([-5.0, -5, 5, 1])
+    for index, suffix in enumerate((".mha", ".nrrd", ".hdr")):
+        for name, array in zip(("ct", "ct_segmentation"), ras_arrays(index), strict=True):
+            path = tmp_path / "raw" / f"patient_{index}" / f"{name}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stored = array[::-1, ::-1]  # LPS, as ITK sees patients
+            if suffix == ".hdr":
+                nib.save(nib.Nifti1Pair(stored, affine), path)
+                continue
+            itk = SimpleITK.GetImageFromArray(np.ascontiguousarray(stored.T))
+            itk.SetSpacing((5, 5, 5))
+            SimpleITK.WriteImage(itk, str(path))
     dataset = run(tmp_path / "raw")
-    piece = nib.load(tmp_path / "prepared" / dataset["subvolumes"][0]["image"])
-    assert piece.get_data_dtype() == np.float32
-    assert (piece.dataobj.slope, piece.dataobj.inter) == (1, 0)
-    assert np.abs(piece.get_fdata() - expected[::-1, ::-1, :16]).max() < 1e-3
+    assert [case["case"] for case in dataset["cases"]] == ["patient_0", "patient_1", "patient_2"]
+    for index, case in enumerate(dataset["cases"]):
+        assert (case["orientation"], case["spacing_mm"]) == ("LPS", [5, 5, 5])
+        entry = next(e for e in dataset["subvolumes"] if e["case"] == case["case"])
+        piece = np.asanyarray(nib.load(tmp_path / "prepared" / entry["image"]).dataobj)
+        first = entry["first_slice"]
+        assert np.array_equal(piece, ras_arrays(index)[0][:, :, first : first + 16])
+
+
+def test_an_empty_folder_names_what_is_expected(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        result = run_script("prepare.py", folder, "--destination", tmp_path / "prepared")
+        assert result.returncode == 1
+        assert "Traceback" not in result.stderr
+        assert str(folder) in result.stderr
+    assert not (tmp_path / "prepared").exists()
+
+
+# ---------------------------------------------------------------------------------------
+# Crash safety
+# ---------------------------------------------------------------------------------------
+
+
+def test_processes_and_killing_do_not_change_a_byte(tmp_path):
+    raw = write_patients(tmp_path / "raw", affines=(None,) * 6)
+    run(raw, destination=tmp_path / "whole")
+    killed = tmp_path / "killed"
+    command = [sys.executable, "prepare.py", raw, "--destination", killed, "--workers", "2"]
+    pause, stopped = random.Random(0), 0
+    for _ in range(2):
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        seen = ""
+        while "%|" not in seen and process.poll() is None:  # a bar: work has begun
+            seen += process.stderr.read(1)
+        time.sleep(pause.uniform(0, 3))
+        stopped += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert stopped > 0
+    time.sleep(0.3)  # workers end themselves when their parent is gone
+    result = run_script(*command[1:])
+    assert result.returncode == 0, result.stderr
+    assert same_tree(tmp_path / "whole", killed)
+
+
+def test_finished_cases_are_not_done_again_unless_their_content_changed(raw):
+    run(raw)
+    prepared = raw.parent / "prepared"
+    before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*.nii*")}
+    path = raw / "imagesTr" / "case_1.nii.gz"
+    os.utime(path)  # a new time is no new content
+    run(raw)
+    assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*.nii*")} == before
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj) + np.int16(1), image.affine), path)
+    run(raw)
+    after = {path: path.stat().st_mtime_ns for path in prepared.rglob("*.nii*")}
+    assert {path.parent.name for path in after if after[path] != before[path]} == {"case_1"}
+    shutil.rmtree(prepared / "subvolumes" / "case_2")
+    dataset = run(raw)
+    assert all((prepared / entry["image"]).is_file() for entry in dataset["subvolumes"])
+
+
+def test_a_full_disk_stops_with_a_message_and_keeps_finished_cases(raw, monkeypatch):
+    real, calls = prepare.write_volume, []
+
+    def full(image, path):
+        calls.append(path)
+        if len(calls) > 8:
+            raise OSError(28, "No space left on device")
+        real(image, path)
+
+    monkeypatch.setattr(prepare, "write_volume", full)
+    with pytest.raises(InputError, match=r"No space left on device.*free space"):
+        run(raw)
+    prepared = raw.parent / "prepared"
+    assert not (prepared / "dataset.json").exists()
+    assert not list(prepared.rglob("*partial*"))
+    kept = list((prepared / "subvolumes").iterdir())
+    assert kept and all((folder / "case.json").is_file() for folder in kept)
+    monkeypatch.undo()
+    run(raw)
+
+
+def test_a_destination_that_cannot_be_written_is_named(raw, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run_script("prepare.py", raw, "--destination", tmp_path / "file", "--workers", 1)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert str(tmp_path / "file") in result.stderr
