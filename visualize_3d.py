@@ -12,7 +12,12 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +26,11 @@ import numpy as np
 import scipy.ndimage as ndi
 import tyro
 import vedo
+from nibabel.affines import apply_affine, from_matvec, voxel_sizes
+from PIL import Image
+from scipy.spatial import cKDTree
+from skimage.measure import find_contours
+from tqdm import tqdm
 from vedo import vtkclasses
 
 from utilities import (
@@ -29,6 +39,9 @@ from utilities import (
     HU_WINDOW,
     LABEL_COLOURS,
     LABEL_VALUES,
+    PLANES,
+    PREDICTION_COLOUR,
+    TRUTH_COLOUR,
     InputError,
     atomic_write,
     case_name,
@@ -37,44 +50,54 @@ from utilities import (
     to_ras,
 )
 
+Mode = Literal["surface", "rays", "organs", "slices", "compare"]
+View = Literal["anterior", "posterior", "right", "left", "superior"]
+
 
 @dataclass
 class Config:
-    """What is shown, from which side, and what is written; with nothing to write a window opens."""
-
     paths: tyro.conf.Positional[tuple[Path, ...]]  # results/<case>, label map, masked volume, scan
-    mode: Literal["surface", "rays", "organs"] = "surface"  # first picture
-    projection: Literal["composite", "maximum"] = "composite"  # how rays add voxels up
-    view: Literal["anterior", "posterior", "right", "left", "superior"] = "anterior"  # seen from
+    mode: Mode = "surface"  # the (first) picture
+    projection: Literal["composite", "maximum"] = "composite"  # how rays add the voxels up
+    view: View = "anterior"  # side of the patient that the viewer faces
     label: Path | None = None  # label map of the scan in `paths`
     truth: Path | None = None  # reference label map to compare with
-    screenshot: Path | None = None  # PNG to write
+    screenshot: Path | None = None  # .png to write
+    turntable: Path | None = None  # one turn around the patient: .gif, or .mp4 (needs ffmpeg)
+    mesh: Path | None = None  # surface of the organ in mm: .stl .ply .obj .vtp .glb
+    mesh_space: Literal["LPS", "RAS"] = "LPS"  # axes of `mesh`; 3D Slicer takes files as LPS
+    html: Path | None = None  # one self-contained page that turns in any browser, offline
     smoothing: int = 100  # iterations of the windowed sinc filter; 0 = bare marching cubes
     size: tuple[int, int] = (1200, 900)  # pixels of the window and of every picture
 
 
-SUFFIXES = {
-    "screenshot": (".png",),
-}
 BACKGROUND, INK, BONE = "#14181d", "#e8e8e8", "#e9dcc3"
 SKIN_HU = -300  # between air and fat
+STAND_IN_HU = (AIR_HU, 100, 40)  # outside, liver, tumour: drawn where there is no scan
 PASS_BANDS = (0.002, 0.01, 0.05)  # of the windowed sinc: waves under 100, 45, 20 edges go
+TURN_FRAMES, TURN_FPS = 60, 12
+HTML_TRIANGLES = 60_000  # per surface: a few MB, and it turns smoothly on a laptop
+VIEWS = {  # where the viewer stands, and what is up: RAS vectors
+    "anterior": ((0, 1, 0), (0, 0, 1)),
+    "posterior": ((0, -1, 0), (0, 0, 1)),
+    "right": ((1, 0, 0), (0, 0, 1)),
+    "left": ((-1, 0, 0), (0, 0, 1)),
+    "superior": ((0, 0, 1), (0, 1, 0)),
+}
 
 
 def main(config: Config) -> None:
-    check_outputs(config)
     cases = [find_case(path, config) for path in config.paths]
+    outputs = chosen_outputs(config)
     for case in cases:
         print(case.name, *case.report(), sep="\n  ")
-        for name, write in WRITERS.items():
-            target = getattr(config, name)
-            if target is not None:
-                if len(cases) > 1:
-                    target = target.with_name(f"{target.stem}_{case.name}{target.suffix}")
-                write(case, config, target)
-    if not any(getattr(config, name) for name in WRITERS):
-        for case in cases:
-            draw(case, config, offscreen=False).show(resetcam=False).close()
+        for path, write in outputs:
+            if len(cases) > 1:
+                path = path.with_name(f"{path.stem}_{case.name}{path.suffix}")
+            write(case, config, path)
+            print(f"  wrote {path}")
+    if not outputs:
+        open_windows(cases, config)
 
 
 # ---------------------------------------------------------------------------------------
@@ -82,7 +105,7 @@ def main(config: Config) -> None:
 # ---------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=3)  # a scan, its label map and the reference: read once
+@functools.lru_cache(maxsize=3)  # a scan, its label map, the reference: each is read once
 def read_ras(path: Path) -> nib.Nifti1Image:
     """The volume in memory, axes nearest to RAS, stored dtype."""
     return to_ras(read_volume(path))
@@ -105,123 +128,96 @@ def read_labels(path: Path) -> nib.Nifti1Image:
     if not is_label_map(array):
         raise InputError(
             f"{path}: must be a label map (whole numbers from 0, at most 32 different ones), got "
-            f"{array.dtype} values {array.min()} to {array.max()}; is this the scan?"
+            f"{array.dtype} values {array.min()} to {array.max()}; is this a scan?"
         )
     return nib.Nifti1Image(array.astype(np.uint8, copy=False), image.affine)
 
 
-def same_grid(image: nib.Nifti1Image, other: nib.Nifti1Image, path: Path, other_path: Path) -> None:
-    if image.shape != other.shape or not np.allclose(image.affine, other.affine, atol=1e-2):
-        raise InputError(
-            f"{path} and {other_path} must lie on the same grid, got shapes {image.shape} and "
-            f"{other.shape}, origins {image.affine[:3, 3].round(1)} and "
-            f"{other.affine[:3, 3].round(1)} mm; give the scan that the label map was made from"
-        )
-
-
 @dataclass
 class Case:
-    """The files of one case; None where there is none."""
+    """The files of one case, None where there is none; the rest is made when first asked for."""
 
     name: str
     scan: Path | None = None  # HU everywhere
-    masked: Path | None = None  # HU in the organ, AIR_HU elsewhere
+    masked: Path | None = None  # HU in the organ, one value elsewhere
     label: Path | None = None
     truth: Path | None = None
+    names: dict[int, str] = field(default_factory=lambda: {v: n for n, v in LABEL_VALUES.items()})
     smoothing: int = 100
 
     @functools.cached_property
     def labels(self) -> nib.Nifti1Image | None:
-        """Label map on its whole grid, from the masked volume where there is no other."""
+        """Label map on its whole grid, made from the masked volume where there is no other."""
         if self.label:
             return read_labels(self.label)
         if not self.masked:
             return None
         masked = read_ras(self.masked)
-        organ = np.asarray(masked.dataobj) > AIR_HU
-        return nib.Nifti1Image(organ.astype(np.uint8), masked.affine)
+        array = np.asarray(masked.dataobj)  # its corner lies outside every organ
+        return nib.Nifti1Image((array != array[0, 0, 0]).astype(np.uint8), masked.affine)
+
+    def on_grid(self, image: nib.Nifti1Image, path: Path) -> nib.Nifti1Image:
+        """`image`, once it is known to lie on the label map's grid."""
+        grid = image if self.labels is None else self.labels
+        if image.shape != grid.shape or not np.allclose(image.affine, grid.affine, atol=1e-2):
+            raise InputError(
+                f"{path} and {self.label or self.masked} must lie on one grid, got shapes "
+                f"{image.shape} and {grid.shape} or other affines; give files of one scan"
+            )
+        return image
 
     @functools.cached_property
     def organ(self) -> nib.Nifti1Image:
-        """Label map cropped to its foreground."""
+        """Label map cropped to its foreground: all that follows costs what the organ costs."""
         if self.labels is None:
             raise InputError(
                 f"{self.scan}: this mode draws the organ and there is no label map; give one with "
-                "--label, or choose --mode surface or rays"
+                "--label, or choose --mode surface, rays or slices"
             )
         return crop(self.labels, self.label or self.masked)
 
     @functools.cached_property
-    def reference(self) -> nib.Nifti1Image:
-        """Reference label map cropped to its foreground."""
-        if self.truth is None:
-            raise InputError(
-                f"{self.name}: comparing needs the reference label map; give it with --truth"
-            )
-        truth = read_labels(self.truth)
-        if self.labels is not None:
-            same_grid(truth, self.labels, self.truth, self.label or self.masked)
-        return crop(truth, self.truth)
-
-    @functools.cached_property
-    def organ_hu(self) -> nib.Nifti1Image | None:
-        """HU cropped to the organ, AIR_HU outside it; None where only a label map is known."""
-        path = self.masked or self.scan
+    def organ_hu(self) -> nib.Nifti1Image:
+        """HU in the organ's box, AIR_HU outside the organ; STAND_IN_HU where there is no scan."""
+        path, labels = self.masked or self.scan, np.asarray(self.organ.dataobj)
         if path is None:
-            return None
-        image = read_ras(path)
-        same_grid(image, self.labels, path, self.label or self.masked)
-        box = foreground_box(np.asarray(self.labels.dataobj))
-        hu = np.asarray(image.slicer[box].dataobj).astype(np.float32)
-        hu[np.asarray(self.organ.dataobj) == 0] = AIR_HU
+            hu = np.take(np.float32(STAND_IN_HU), labels, mode="clip")
+        else:
+            box = foreground_box(np.asarray(self.labels.dataobj))
+            image = self.on_grid(read_ras(path), path).slicer[box]
+            hu = np.where(labels > 0, image.dataobj, np.float32(AIR_HU))
         return nib.Nifti1Image(hu, self.organ.affine)
 
     @functools.cached_property
     def meshes(self) -> dict[str, vedo.Mesh]:
-        """Smoothed surface of every class, patient mm."""
-        return class_meshes(self.organ, self.smoothing)
-
-    @functools.cached_property
-    def measures(self) -> dict[str, dict]:
-        return {
-            name: measure(mask, self.organ.affine, self.meshes[name])
-            for name, mask in class_masks(self.organ).items()
-        }
+        """Class → smooth surface in patient mm, with `measures` in its metadata; organ first."""
+        return class_meshes(self.organ, self.names, self.smoothing)
 
     def report(self) -> list[str]:
-        """Lines of text, for the terminal and for the picture."""
-        if self.labels is None:
-            return [f"scan {self.scan}, no label map"]
-        lines = []
-        for name, found in self.measures.items():
-            lines += [
-                f"{name} {found['volume_ml']:.1f} ml, surface {found['surface_cm2']:.0f} cm²",
-                "  extent {:.0f} × {:.0f} × {:.0f} mm (R–L × A–P × I–S)".format(
-                    *found["extent_mm"]
-                ),
-                f"  smooth mesh {found['mesh_ml']:.1f} ml ({found['change_percent']:+.2f} %)",
-            ]
-            if name == "tumour":
-                volumes = ", ".join(f"{ml:.1f}" for ml in found["parts_ml"][:6])
-                more = " …" if len(found["parts_ml"]) > 6 else ""
-                lines[-3] = f"tumours {len(found['parts_ml'])}: {volumes}{more} ml"
+        """The measurements as lines of text, for the terminal and for the picture."""
+        if self.labels is None or not np.any(self.labels.dataobj):
+            return ["no label map" if self.labels is None else "the label map is empty"]
+        lines = [line for name, mesh in self.meshes.items() for line in describe(name, mesh)]
+        if min(self.organ.shape) < 3:
+            lines += [f"only {min(self.organ.shape)} slice(s) of organ: its surface is a slab"]
+        if not (self.masked or self.scan):
+            lines += ["no scan: liver drawn as {1} HU, tumours as {2} HU".format(*STAND_IN_HU)]
         return lines
 
 
 def find_case(path: Path, config: Config) -> Case:
     """The case that `path` stands for: a folder of apply_model.py, DICOM slices, or one file."""
     case = result_case(path) if path.is_dir() else None
-    if case is None and path.name.endswith("_masked.nii.gz"):
+    if case is None and path.name.endswith(("_masked.nii.gz", "_masked.nii")):
         case = Case(case_name(path), masked=path)
     if case is None:
-        labelled = not path.is_dir() and is_label_map(np.asarray(read_ras(path).dataobj))
-        case = Case(case_name(path), **{"label" if labelled else "scan": path})
+        is_label = path.is_file() and is_label_map(np.asarray(read_ras(path).dataobj))
+        case = Case(case_name(path), **{"label" if is_label else "scan": path})
     if config.label is not None:
         if case.scan is None or len(config.paths) != 1:
-            raise InputError(f"--label {config.label}: belongs to one scan, got {path}")
+            raise InputError(f"--label {config.label}: needs one scan beside it, got {path}")
         case.label = config.label
-    case.truth = config.truth or case.truth
-    case.smoothing = config.smoothing
+    case.truth, case.smoothing = config.truth or case.truth, config.smoothing
     return case
 
 
@@ -231,21 +227,19 @@ def result_case(folder: Path) -> Case | None:
     if not labels:
         return None
     if len(labels) > 1:
-        raise InputError(f"{folder}: must hold one case, got {len(labels)} label maps; name one")
+        raise InputError(f"{folder}: must hold one case, got {len(labels)} label maps; name a file")
     name = labels[0].name.removesuffix("_label.nii.gz")
     masked, record = folder / f"{name}_masked.nii.gz", folder / f"{name}.json"
     known = json.loads(record.read_text()) if record.exists() else {}
-
-    def existing(key: str) -> Path | None:  # results may have been copied to another machine
-        path = Path(known[key]) if known.get(key) else None
-        if path is not None and not path.exists():
-            print(f"{record}: its {key} {path} is no longer there; drawn without it")
-            return None
-        return path
-
-    return Case(
-        name, existing("image"), masked if masked.exists() else None, labels[0], existing("truth")
-    )
+    files = {key: Path(known[key]) for key in ("image", "truth") if known.get(key)}
+    for key in [key for key, path in files.items() if not path.exists()]:
+        print(f"{record}: its {key} {files.pop(key)} is not there any more; drawn without it")
+    case = Case(name, files.get("image"), masked if masked.exists() else None, labels[0])
+    case.truth = files.get("truth")
+    organs = [key.removesuffix("_volume_ml") for key in known if key.endswith("_volume_ml")]
+    if organs and organs[0] not in LABEL_VALUES:  # another organ than the liver was learnt
+        case.names = dict(enumerate(organs, start=1))
+    return case
 
 
 # ---------------------------------------------------------------------------------------
@@ -260,12 +254,15 @@ class PatientVolume(vedo.Volume):
     One voxel of `outside` is laid around it, so that surfaces close at the border.
     """
 
-    smoothing = 0  # iterations that every surface is smoothed with
+    smoothing = 0  # iterations that its surfaces are smoothed with
+    transfer: tuple | None = None  # colours, opacities per mm (composite) and per ray (maximum)
 
     def __init__(self, array: np.ndarray, affine: np.ndarray, outside: float = 0) -> None:
         super().__init__(np.pad(array, 1, constant_values=outside))
-        self.affine = affine @ nib.affines.from_matvec(np.eye(3), [-1, -1, -1])
-        self.actor.SetUserMatrix(vtk_matrix(self.affine))
+        self.affine = affine @ from_matvec(np.eye(3), [-1, -1, -1])
+        matrix = vtkclasses.vtkMatrix4x4()
+        matrix.DeepCopy(self.affine.ravel().tolist())
+        self.actor.SetUserMatrix(matrix)
 
     def isosurface(self, value: float | None = None, flying_edges: bool = True) -> vedo.Mesh:
         """Marching cubes (VTK's flying edges) in patient mm, faces turned outwards."""
@@ -274,11 +271,11 @@ class PatientVolume(vedo.Volume):
             mesh.reverse()
         return smooth(mesh, self.smoothing)
 
-
-def vtk_matrix(affine: np.ndarray) -> vtkclasses.vtkMatrix4x4:
-    matrix = vtkclasses.vtkMatrix4x4()
-    matrix.DeepCopy(affine.ravel().tolist())
-    return matrix
+    def mode(self, mode: int | None = None) -> PatientVolume | int:
+        """0 composite, 1 maximum projection: each with the opacities that suit it."""
+        if mode is not None and self.transfer:
+            self.color(self.transfer[0]).alpha(self.transfer[1 + mode]).shade(False)
+        return super().mode(mode)
 
 
 def foreground_box(labels: np.ndarray) -> tuple[slice, slice, slice]:
@@ -294,81 +291,103 @@ def crop(labels: nib.Nifti1Image, path: Path) -> nib.Nifti1Image:
     array = np.asarray(labels.dataobj)
     if not array.any():
         raise InputError(
-            f"{path}: the label map is empty (no voxel above 0), so there is no organ to draw"
+            f"{path}: the label map is empty (no voxel above 0), so there is no organ to draw; "
+            "look at the scan with --mode slices"
         )
     return labels.slicer[foreground_box(array)]
 
 
-def class_masks(labels: nib.Nifti1Image) -> dict[str, np.ndarray]:
-    """Class → boolean mask (X, Y, Z); a tumour belongs to the liver as well, as in CLASSES."""
+def class_meshes(
+    labels: nib.Nifti1Image, names: dict[int, str], smoothing: int
+) -> dict[str, vedo.Mesh]:
+    """Class → smooth coloured surface; a tumour belongs to the liver too, as CLASSES says."""
     array = np.asarray(labels.dataobj)
-    names = {value: name for name, value in LABEL_VALUES.items()}
-    masks = {}
+    meshes = {}
     for value in range(1, int(array.max()) + 1):
         name = names.get(value, f"label {value}")
-        mask = np.isin(array, CLASSES.get(name, (value,)))
+        mask = np.isin(array, CLASSES.get(name, value))
         if mask.any():
-            masks[name] = mask
-    return masks
-
-
-def colour_of(name: str) -> str:
-    value = LABEL_VALUES.get(name) or int(name.split()[-1])
-    return LABEL_COLOURS[(value - 1) % len(LABEL_COLOURS) + 1]
+            mesh = smooth(surface_mm(mask, labels.affine), smoothing)
+            mesh.measures = measure(mask, labels.affine, mesh)
+            meshes[name] = mesh.color(LABEL_COLOURS[(value - 1) % len(LABEL_COLOURS) + 1])
+    return meshes
 
 
 def surface_mm(mask: np.ndarray, affine: np.ndarray) -> vedo.Mesh:
-    """Closed surface of a boolean mask (X, Y, Z), half a voxel around its outer voxel centres."""
+    """Closed surface of a boolean mask (X, Y, Z), half a voxel beyond its outer voxel centres."""
     return PatientVolume(mask.astype(np.uint8), affine).isosurface(0.5)
 
 
 def smooth(mesh: vedo.Mesh, iterations: int) -> vedo.Mesh:
     """Windowed sinc filter (Taubin et al. 1996): takes the slice steps away, not the volume.
 
-    Of the pass bands the smoothest is used that keeps the volume within 1 %, else none: a lesion
-    of a few voxels is all step.
+    Of the pass bands the smoothest is taken that keeps the volume within 1 %, else none: a lesion
+    of a few voxels is all step. The change is left in `mesh.smoothing_percent`.
     """
     for name in list(mesh.pointdata.keys()):  # normals of the steps would shade the smooth surface
         mesh.pointdata.remove(name)
+    change, bare_mm3 = 0.0, mesh.volume()
     for pass_band in PASS_BANDS if iterations and mesh.npoints else ():
         smoothed = mesh.clone().smooth(iterations, pass_band, feature_angle=180)
-        if abs(smoothed.volume() / mesh.volume() - 1) < 0.01:
-            mesh = smoothed
+        percent = 100 * (smoothed.volume() / bare_mm3 - 1)
+        if abs(percent) < 1:
+            mesh, change = smoothed, percent
             break
-    return mesh.compute_normals(cells=False, consistency=False)
+    mesh.lighting(ambient=0.3, diffuse=0.7, specular=0.1, specular_power=15)
+    mesh.compute_normals(cells=False, consistency=False).smoothing_percent = change
+    return mesh
 
 
-def class_meshes(labels: nib.Nifti1Image, smoothing: int) -> dict[str, vedo.Mesh]:
-    return {
-        name: smooth(surface_mm(mask, labels.affine), smoothing).color(colour_of(name))
-        for name, mask in class_masks(labels).items()
-    }
+def skin_surface(scan: nib.Nifti1Image) -> vedo.Mesh:
+    """The body's outside on a grid of about 3 mm, lungs and bowel filled, the table left out."""
+    steps = tuple(slice(None, None, max(1, round(3 / mm))) for mm in voxel_sizes(scan.affine))
+    coarse = scan.slicer[steps]
+    parts, count = ndi.label(ndi.binary_opening(np.asarray(coarse.dataobj) > SKIN_HU))
+    body = parts == np.bincount(parts.ravel())[1:].argmax() + 1 if count else parts > 0
+    body = np.stack([ndi.binary_fill_holes(level) for level in np.moveaxis(body, 2, 0)], axis=2)
+    return smooth(surface_mm(body, coarse.affine), 50).color(BONE)
 
 
 def measure(mask: np.ndarray, affine: np.ndarray, mesh: vedo.Mesh) -> dict:
-    """Volumes in ml (by voxels, by mesh, of connected parts), surface in cm², extent in mm."""
+    """Volume by voxels and by mesh, of connected parts (ml), surface (cm²), extent (mm)."""
     voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
-    volume_ml = float(np.count_nonzero(mask) * voxel_ml)
     parts, _ = ndi.label(mask, np.ones((3, 3, 3)))
-    low, high = mesh.vertices.min(axis=0), mesh.vertices.max(axis=0)
     return {
-        "volume_ml": volume_ml,
+        "volume_ml": float(np.count_nonzero(mask) * voxel_ml),
         "mesh_ml": mesh.volume() / 1000,
-        "change_percent": 100 * (mesh.volume() / 1000 / volume_ml - 1),
         "surface_cm2": mesh.area() / 100,
-        "extent_mm": (high - low).tolist(),
+        "extent_mm": np.ptp(mesh.vertices, axis=0).tolist(),
         "parts_ml": sorted((np.bincount(parts.ravel())[1:] * voxel_ml).tolist(), reverse=True),
     }
 
 
+def describe(name: str, mesh: vedo.Mesh) -> list[str]:
+    """Lines of text with the measures of one class."""
+    found = mesh.measures
+    parts = found["parts_ml"]
+    sizes = ", ".join(f"{ml:.1f}" for ml in parts[:5]) + (", …" if len(parts) > 5 else "")
+    return [
+        f"{name} {found['volume_ml']:.1f} ml, surface {found['surface_cm2']:.0f} cm²",
+        "  R–L {:.0f} × A–P {:.0f} × I–S {:.0f} mm".format(*found["extent_mm"]),
+        f"  mesh {found['mesh_ml']:.1f} ml, smoothing {mesh.smoothing_percent:+.2f} %",
+    ] + ([f"  {len(parts)} parts: {sizes} ml"] if name != "liver" else [])
+
+
+def signed_distance(
+    points: np.ndarray, mask: np.ndarray, affine: np.ndarray, surface: np.ndarray
+) -> np.ndarray:
+    """Distance in mm of points (N, 3) to the nearest vertex of a mask's surface, < 0 inside it."""
+    distance, _ = cKDTree(surface).query(points, workers=-1)
+    index = apply_affine(np.linalg.inv(affine), points).T
+    inside = ndi.map_coordinates(mask.astype(np.float32), index, order=1) > 0.5
+    return np.where(inside, -distance, distance)
+
+
 def direction_letters(direction: np.ndarray) -> str:
-    """Where a RAS vector points, strongest axis first: "R", "SA"; parts below 22.5° left out."""
-    names = [
-        pair[0] if part > 0 else pair[1]
-        for pair, part in zip(("RL", "AP", "SI"), direction, strict=True)
-    ]
+    """Where a RAS vector points, strongest axis first: "R", "SA"; parts under 22.5° left out."""
+    letters = np.where(np.asarray(direction) > 0, list("RAS"), list("LPI"))
     strong = np.abs(direction) > np.sin(np.pi / 8) * np.linalg.norm(direction)
-    return "".join(names[i] for i in np.argsort(-np.abs(direction)) if strong[i])
+    return "".join(letters[axis] for axis in np.argsort(-np.abs(direction)) if strong[axis])
 
 
 def darkness(hu: np.ndarray, mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
@@ -378,7 +397,7 @@ def darkness(hu: np.ndarray, mask: np.ndarray, affine: np.ndarray) -> np.ndarray
     the outermost ones hold some fat, and a dark rim would hide the tumours.
     """
     inner = ndi.binary_erosion(mask, iterations=2)
-    sigma = 1.5 / np.array(nib.affines.voxel_sizes(affine))
+    sigma = 1.5 / np.array(voxel_sizes(affine))
     weight = ndi.gaussian_filter(inner.astype(np.float32), sigma, truncate=2)
     darker = np.where(inner, np.median(hu[mask]) - hu, 0).astype(np.float32)
     total = ndi.gaussian_filter(darker, sigma, truncate=2)
@@ -386,113 +405,81 @@ def darkness(hu: np.ndarray, mask: np.ndarray, affine: np.ndarray) -> np.ndarray
 
 
 # ---------------------------------------------------------------------------------------
-# Scenes: one function per mode returns a plotter, in a window or off screen
+# Scenes: one function per mode gives a plotter, in a window or off screen
 # ---------------------------------------------------------------------------------------
-
-VIEWS = {  # where the viewer stands, and what is up, as RAS vectors
-    "anterior": ((0, 1, 0), (0, 0, 1)),
-    "posterior": ((0, -1, 0), (0, 0, 1)),
-    "right": ((1, 0, 0), (0, 0, 1)),
-    "left": ((-1, 0, 0), (0, 0, 1)),
-    "superior": ((0, 0, 1), (0, 1, 0)),
-}
-
-
-def scalars(case: Case) -> tuple[np.ndarray, np.ndarray, float]:
-    """What surface and rays draw: array (X, Y, Z) of HU or label values, affine, value outside.
-
-    HU are clipped to whole tens: IsosurfaceBrowser keeps its surfaces under two digits of the
-    isovalue, and with other steps than of 10 HU different isovalues would share one surface.
-    """
-    if case.labels is None:  # a bare scan: every second voxel where it is large
-        scan = read_ras(case.scan)
-        image = scan.slicer[tuple(slice(None, None, -(-n // 256)) for n in scan.shape)]
-        low, high = -500.0, 1000.0
-    elif case.organ_hu is None:
-        return np.asarray(case.organ.dataobj).astype(np.float32), case.organ.affine, 0.0
-    else:
-        image, (low, high) = case.organ_hu, HU_WINDOW
-    array = np.asarray(image.dataobj)
-    high = max(10 * (min(high, array.max()) // 10), low + 10)
-    return array.clip(low, high).astype(np.float32), image.affine, low
 
 
 def window(config: Config, offscreen: bool) -> dict:
     return {"size": config.size, "bg": BACKGROUND, "offscreen": offscreen, "title": "Liver in 3D"}
 
 
+def hu_volume(case: Case) -> tuple[PatientVolume, float, int, str]:
+    """HU of the organ, or of a bare scan; a first isovalue, number of isovalues, colour.
+
+    HU are clipped to whole tens: IsosurfaceBrowser keeps its surfaces under two digits of the
+    isovalue, and with other steps than of 10 HU different isovalues would share one surface.
+    """
+    if case.labels is None:  # every second voxel where the scan is large
+        scan = read_ras(case.scan)
+        image = scan.slicer[tuple(slice(None, None, -(-n // 256)) for n in scan.shape)]
+        (low, high), colour = (-500, 1000), BONE
+    else:
+        image, (low, high), colour = case.organ_hu, HU_WINDOW, LABEL_COLOURS[1]
+    array = np.asarray(image.dataobj)
+    high = max(10 * (min(high, int(array.max())) // 10), low + 10)
+    array = array.clip(low, high).astype(np.float32)  # below: bone, or half-way into the organ
+    first = 200 if case.labels is None else 10 * ((low + np.median(array[array > low])) // 20)
+    volume = PatientVolume(array, image.affine, low)
+    return volume, float(first), int(high - low) // 10 + 1, colour
+
+
 def surface_scene(case: Case, config: Config, offscreen: bool) -> vedo.Plotter:
     """Marching cubes with a slider for the isovalue."""
-    array, affine, low = scalars(case)
-    volume = PatientVolume(array, affine, low)
+    volume, first, steps, colour = hu_volume(case)
     volume.smoothing = config.smoothing
-    if case.labels is None:
-        first, step, unit, colour = 200.0, 10, "HU", BONE
-    elif case.organ_hu is None:
-        first, step, unit, colour = 0.5, 0.1, "label", LABEL_COLOURS[1]
-    else:  # half-way between the air around the organ and the organ
-        half = (low + np.median(array[array > low])) / 2
-        first, step, unit, colour = float(10 * (half // 10)), 10, "HU", LABEL_COLOURS[1]
-    steps = round((float(array.max()) - low) / step) + 1
     plotter = vedo.applications.IsosurfaceBrowser(
-        volume, first, c=colour, res=steps, delayed=True, **window(config, offscreen)
+        volume,
+        first,
+        c=colour,
+        res=steps,
+        delayed=True,
+        sliderpos=[(0.93, 0.2), (0.93, 0.7)],
+        **window(config, offscreen),
     )
-    plotter.slider.representation.SetTitleText(f"surface at {unit}")
+    plotter.slider.representation.SetTitleText("surface at HU")
     return plotter
 
 
-class RayVolume(PatientVolume):
-    """A volume for ray casting that brings the opacities of each projection.
-
-    Composite adds opacity up per mm, a maximum projection uses it once per ray.
-    """
-
-    def transfer(self, colours: list, composite: list, maximum: list) -> RayVolume:
-        self.colours, self.opacities = colours, (composite, maximum)
-        return self.mode(0)
-
-    def mode(self, mode: int | None = None) -> RayVolume | int:
-        if mode is None:
-            return super().mode()
-        self.color(self.colours).alpha(self.opacities[mode]).shade(False)
-        return super().mode(mode)
-
-
-def rays_volume(case: Case) -> RayVolume:
+def rays_volume(case: Case) -> PatientVolume:
     """Volume and transfer function in which tumours show inside the liver.
 
-    With HU the scalar is how much darker a voxel is than the organ's median: tumours stand out in
-    both projections, and the border to the outside passes through the range of bright vessels,
-    which hardly shows, and not through that of tumours.
+    The scalar is how much darker a voxel is than the organ's median: so tumours stand out in both
+    projections, and the way from the organ to the outside leads through the values of bright
+    vessels, which hardly show, and not through those of tumours. A bare scan shows its bones.
     """
-    if case.labels is not None and case.organ_hu is not None:
-        hu, mask = np.asarray(case.organ_hu.dataobj), np.asarray(case.organ.dataobj) > 0
-        darker = darkness(hu, mask, case.organ.affine).clip(-150, 150)
-        darker[~mask] = -150
-        volume = RayVolume(darker, case.organ.affine, -150)
-        liver, tumour = LABEL_COLOURS[1], LABEL_COLOURS[2]
-        return volume.transfer(
-            [(-80, "white"), (-20, liver), (15, liver), (30, tumour), (80, tumour)],
-            [(-150, 0), (-80, 0.004), (-20, 0.004), (15, 0.004), (30, 0.1), (80, 0.2)],
-            [(-150, 0), (-20, 0.2), (15, 0.3), (30, 0.6), (60, 0.95)],
-        )
-    array, affine, low = scalars(case)
-    volume = RayVolume(array, affine, low)
     if case.labels is None:
-        return volume.transfer(
+        volume = hu_volume(case)[0]
+        volume.transfer = (
             [(-200, "#b5651d"), (100, "#c0504d"), (250, BONE), (600, "white")],
             [(-500, 0), (100, 0), (180, 0.02), (300, 0.2), (600, 0.5)],
             [(-500, 0), (0, 0), (100, 0.2), (600, 1)],
         )
-    values = range(1, int(array.max()) + 1)
-    colours = [(value, LABEL_COLOURS[(value - 1) % 5 + 1]) for value in values]
-    haze = [(0, 0), (0.5, 0), (1, 0.01)]
-    return volume.transfer(colours, [*haze, (2, 0.2)], [(0, 0), (0.5, 0), (1, 0.3), (2, 0.95)])
+        return volume
+    hu, mask = np.asarray(case.organ_hu.dataobj), np.asarray(case.organ.dataobj) > 0
+    darker = np.where(mask, darkness(hu, mask, case.organ.affine).clip(-150, 150), -150)
+    volume = PatientVolume(darker, case.organ.affine, -150)
+    liver, tumour = LABEL_COLOURS[1], LABEL_COLOURS[2]
+    volume.transfer = (
+        [(-80, "white"), (-20, liver), (15, liver), (30, tumour), (80, tumour)],
+        [(-150, 0), (-80, 0.004), (-20, 0.004), (15, 0.004), (30, 0.1), (80, 0.2)],
+        [(-150, 0), (-20, 0.2), (15, 0.3), (30, 0.6), (60, 0.95)],
+    )
+    return volume
 
 
 def rays_scene(case: Case, config: Config, offscreen: bool) -> vedo.Plotter:
     """Ray casting. vedo's window for it cannot be made without a display; a plain one can."""
-    volume = rays_volume(case).mode(config.projection == "maximum")
+    volume = rays_volume(case).mode(int(config.projection == "maximum"))
     if offscreen:
         return vedo.Plotter(**window(config, True)).add(volume)
     plotter = vedo.applications.RayCastPlotter(volume, **window(config, False))
@@ -503,64 +490,247 @@ def rays_scene(case: Case, config: Config, offscreen: bool) -> vedo.Plotter:
 def organs_scene(case: Case, config: Config, offscreen: bool) -> vedo.Plotter:
     """Every class as a smooth surface: the liver translucent, tumours solid, the skin faint."""
     plotter = vedo.Plotter(**window(config, offscreen))
-    for name, mesh in case.meshes.items():
-        plotter.add(lit(mesh.clone()).alpha(0.4 if name == "liver" else 1))
+    for mesh, alpha in scene_meshes(case).values():
+        plotter.add(mesh.clone().alpha(alpha))
     return plotter
 
 
-def lit(mesh):
-    return mesh.lighting(ambient=0.4, diffuse=0.65, specular=0.1, specular_power=15)
+def scene_meshes(case: Case) -> dict[str, tuple[vedo.Mesh, float]]:
+    """Name → surface and its opacity."""
+    meshes = {name: (mesh, 1.0) for name, mesh in case.meshes.items()}
+    organ = next(iter(meshes))
+    meshes[organ] = meshes[organ][0], 0.45
+    if case.scan:
+        meshes["skin"] = skin_surface(read_ras(case.scan)), 0.1
+    return meshes
 
 
-SCENES = {"surface": surface_scene, "rays": rays_scene, "organs": organs_scene}
+PANELS, SPACE_PANEL = {"axial": 0, "coronal": 1, "sagittal": 3}, 2  # where a 2×2 window shows what
+SLICE_SIDES = {"axial": -1, "coronal": 1, "sagittal": -1}  # seen from below, the front, the left
+
+
+def slice_objects(
+    scan: nib.Nifti1Image, labels: dict[str, nib.Nifti1Image], plane: str, index: int
+) -> list:
+    """One CT slice as a grey rectangle with the outlines of label maps (colour → map), in mm."""
+    axis, side = PLANES[plane][0], SLICE_SIDES[plane]
+    array, affine = np.take(scan.dataobj, index, axis), scan.affine
+    across, up = array.shape
+
+    def place(points: np.ndarray, height: float) -> np.ndarray:
+        return apply_affine(affine, np.insert(points, axis, height, axis=1))
+
+    low, high = HU_WINDOW
+    grey = ((array.T.clip(low, high) - low) * (255 / (high - low))).astype(np.uint8)
+    corners = np.array([(0, 0), (across, 0), (across, up), (0, up)]) - 0.5
+    sheet = vedo.Mesh([place(corners, index), [[0, 1, 2, 3]]]).lighting("off").color("white")
+    objects = [sheet.texture(vedo.Image(grey), tcoords=[(0, 0), (1, 0), (1, 1), (0, 1)])]
+    for colour, label in labels.items():
+        flat = np.take(label.dataobj, index, axis)
+        for value in range(1, int(flat.max(initial=0)) + 1):
+            shade = colour if value == 1 else LABEL_COLOURS[value]
+            for line in find_contours(np.pad(flat >= value, 1).astype(float), 0.5):
+                objects.append(vedo.Line(place(line - 1, index + side / 2), c=shade, lw=2))
+    return objects
+
+
+def slices_scene(case: Case, config: Config, offscreen: bool) -> vedo.Plotter:
+    """Axial, coronal and sagittal CT slice in radiological view with sliders, and all in 3D."""
+    path = case.scan or case.masked or case.label
+    scan, labels = case.on_grid(read_ras(path), path), {}
+    if case.truth:
+        labels[TRUTH_COLOUR] = case.on_grid(read_labels(case.truth), case.truth)
+    if case.labels is not None:
+        labels[PREDICTION_COLOUR] = case.labels
+    plotter = vedo.Plotter(shape=(2, 2), sharecam=False, **window(config, offscreen))
+    shown: dict[str, list] = {plane: [] for plane in PLANES}
+
+    def show(plane: str, index: int) -> None:
+        old, shown[plane] = shown[plane], slice_objects(scan, labels, plane, index)
+        for panel in (PANELS[plane], SPACE_PANEL):
+            plotter.at(panel).remove(old).add(shown[plane])
+
+    found = [np.nonzero(label.dataobj) for label in labels.values()]
+    for plane, (axis, _) in PLANES.items():
+        seen = np.concatenate([index[axis] for index in found] or [[scan.shape[axis] // 2]])
+        index = int(np.bincount(seen).argmax()) if seen.size else scan.shape[axis] // 2
+        show(plane, index)
+        face_slice(plotter.at(PANELS[plane]), scan, plane)
+        if not offscreen:  # all in the panel at the window's origin, the only one VTK places well
+            place = [(0.02, 0.14 + 0.06 * axis), (0.14, 0.14 + 0.06 * axis)]
+            plotter.at(SPACE_PANEL).add_slider(
+                lambda slider, _, plane=plane: show(plane, round(slider.value)),
+                0, scan.shape[axis] - 1, index, place, f"{plane} slice", tformat="%.0f",
+            )  # fmt: skip
+    if any(index[0].size for index in found):
+        plotter.at(SPACE_PANEL).add(*case.meshes.values())
+    return plotter.at(SPACE_PANEL)
+
+
+def face_slice(plotter: vedo.Plotter, scan: nib.Nifti1Image, plane: str) -> None:
+    """Camera at right angles to the slices of a plane, which fill the picture."""
+    axis = PLANES[plane][0]
+    across, up = np.delete(scan.affine[:3, :3], axis, axis=1).T
+    width, height = (
+        np.linalg.norm(step) * count
+        for step, count in zip((across, up), np.delete(scan.shape, axis), strict=True)
+    )
+    normal = np.cross(across, up)
+    side = SLICE_SIDES[plane] * np.sign(normal @ scan.affine[:3, axis])
+    stand(plotter, side * normal / np.linalg.norm(normal), up)
+    wide, high = plotter.window.GetSize()
+    plotter.camera.SetParallelProjection(True)
+    plotter.camera.SetParallelScale(0.55 * max(height, width * high / wide))
+
+
+def compare_scene(case: Case, config: Config, offscreen: bool) -> vedo.Plotter:
+    """The reference, and beside it the prediction coloured by its distance from the reference."""
+    if case.truth is None:
+        raise InputError(f"{case.name}: to compare, give the reference label map with --truth")
+    truth = crop(case.on_grid(read_labels(case.truth), case.truth), case.truth)
+    mask = np.asarray(truth.dataobj) > 0
+    reference = smooth(surface_mm(mask, truth.affine), config.smoothing).color(TRUTH_COLOUR)
+    mesh = next(iter(case.meshes.values())).clone()
+    distance = signed_distance(mesh.vertices, mask, truth.affine, reference.vertices)
+    far = np.abs(distance)
+    limit = max(1.0, float(np.ceil(np.percentile(far, 99))))
+    mesh.cmap("PuOr_r", distance, vmin=-limit, vmax=limit)
+    mesh.add_scalarbar("mm outside (> 0) or inside (< 0)", horizontal=True, font_size=16)
+    plotter = vedo.Plotter(shape=(1, 2), **window(config, offscreen))
+    numbers = far.mean(), np.percentile(far, 95), far.max()
+    text = "prediction, mm from the reference:\nmean {:.1f}, 95 % under {:.1f}, largest {:.1f}"
+    for at, shown, colour, words in (
+        (0, reference, TRUTH_COLOUR, "reference"),
+        (1, mesh, PREDICTION_COLOUR, text.format(*numbers)),
+    ):
+        plotter.at(at).add(shown, write(words, (0.5, 0.2), colour, "center"))
+        plotter.renderer.SetActiveCamera(plotter.renderers[0].GetActiveCamera())
+    return plotter
+
+
+SCENES = {
+    "surface": surface_scene,
+    "rays": rays_scene,
+    "organs": organs_scene,
+    "slices": slices_scene,
+    "compare": compare_scene,
+}
 
 
 def draw(case: Case, config: Config, offscreen: bool) -> vedo.Plotter:
+    """The scene of `config.mode`, with directions and measurements; not rendered yet."""
+    vedo.settings.enable_default_keyboard_callbacks = False  # ours are shown on screen
     vedo.settings.use_depth_peeling = True  # translucent surfaces in the right order …
     vedo.settings.multi_samples, vedo.settings.use_fxaa = 0, True  # … for which VTK wants these
+    logger = vtkclasses.get_class("Logger")
+    logger.SetStderrVerbosity(logger.VERBOSITY_ERROR)  # no display is no reason to warn
     plotter = SCENES[config.mode](case, config, offscreen)
-    look_from(plotter, config.view)
-    annotate(plotter, case, config)
+    stand(plotter, *VIEWS[config.view])
+    if config.mode == "slices":  # seen exactly from one side, two of the slices would be lines
+        plotter.camera.Azimuth(25)
+        plotter.camera.Elevation(25)
+    mode = config.mode + (f", {config.projection}" if config.mode == "rays" else "")
+    text = write(
+        "\n".join([f"{case.name} · {mode}", *case.report()]), (0.01, 0.99), INK, "top-left"
+    )
+    plotter.add(text)
+    for renderer in plotter.renderers:
+        mark_directions(renderer)
     return plotter
 
 
-def look_from(plotter: vedo.Plotter, view: str) -> None:
-    """Face the patient from one side, everything in the picture."""
-    place, up = VIEWS[view]
-    camera = plotter.camera
-    camera.SetFocalPoint(0, 0, 0)
-    camera.SetPosition(place)
-    camera.SetViewUp(up)
-    plotter.renderer.ResetCamera()
-    camera.Zoom(1.4)
+def write(text: str, place: tuple[float, float], colour: str, justify: str) -> vedo.Text2D:
+    return vedo.Text2D(
+        text, place, 0.7, BACKGROUND, c=colour, alpha=0.6, justify=justify, font="Calco"
+    )
+
+
+def stand(plotter: vedo.Plotter, place: np.ndarray, up: np.ndarray) -> None:
+    """Put the camera on one side of what is drawn, all of it in the picture."""
+    plotter.camera.SetFocalPoint(0, 0, 0)
+    plotter.camera.SetPosition(place)
+    plotter.camera.SetViewUp(up)
+    plotter.renderer.ResetCamera()  # makes room for a sphere; a liver is flatter
+    width, height = plotter.renderer.GetSize()
+    plotter.camera.Zoom(1.4 if width > height else 1.2)
 
 
 def mark_directions(renderer: vtkclasses.vtkRenderer) -> None:
     """Letters R L A P S I at the picture's edges, right again before every rendering."""
-    places = {"left": (0.02, 0.5), "right": (0.98, 0.5), "top": (0.5, 0.97), "bottom": (0.5, 0.03)}
-    texts = {}
-    for side, place in places.items():
-        texts[side] = vedo.Text2D("", place, 1.3, c=INK, justify="center", font="Calco")
-        renderer.AddActor(texts[side].actor)
+    texts = [
+        vedo.Text2D("", place, 1.2, c=INK, justify="center", font="Calco")
+        for place in ((0.02, 0.5), (0.98, 0.5), (0.5, 0.97), (0.5, 0.03))
+    ]
+    for text in texts:
+        renderer.AddActor(text.actor)
 
     def update(*_) -> None:
-        camera = renderer.GetActiveCamera()
-        up = np.array(camera.GetViewUp())
-        right = np.cross(camera.GetDirectionOfProjection(), up)
-        up = np.cross(right, camera.GetDirectionOfProjection())
-        for side, direction in zip(places, (-right, right, up, -up), strict=True):
-            texts[side].text(direction_letters(direction))
+        forward = np.array(renderer.GetActiveCamera().GetDirectionOfProjection())
+        right = np.cross(forward, renderer.GetActiveCamera().GetViewUp())
+        up = np.cross(right, forward)
+        for text, direction in zip(texts, (-right, right, up, -up), strict=True):
+            text.text(direction_letters(direction))
 
     renderer.AddObserver("StartEvent", update)
 
 
-def annotate(plotter: vedo.Plotter, case: Case, config: Config) -> None:
-    """Measurements, legend and mode."""
-    mode = config.mode + (f", {config.projection}" if config.mode == "rays" else "")
-    lines = [f"{case.name} · {mode}", *case.report()]
-    plotter.add(vedo.Text2D("\n".join(lines), "top-left", 0.75, c=INK, font="Calco"))
-    for renderer in plotter.renderers:
-        mark_directions(renderer)
+# ---------------------------------------------------------------------------------------
+# Output: a window, or files
+# ---------------------------------------------------------------------------------------
+
+
+MODE_KEYS = {str(number): mode for number, mode in enumerate(SCENES, start=1)}
+VIEW_KEYS = {view[0]: view for view in VIEWS}
+HELP = " · ".join(f"{key} {mode}" for key, mode in MODE_KEYS.items())
+HELP += "\na p r l s: side seen · m: projection of rays · n: next case · q: quit"
+
+
+def open_windows(cases: list[Case], config: Config) -> None:
+    """One window after the other, until one is closed without asking for the next."""
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        raise InputError("no display to open a window on; give --screenshot, --turntable or --html")
+    shown, number, note, last = config, 0, HELP, config
+    while shown:
+        try:
+            plotter = draw(cases[number], shown, offscreen=False)
+        except InputError as error:  # a mode that this case has no files for
+            if shown is config:
+                raise
+            shown, note = last, str(error)
+            continue
+        last = shown
+        shown, step = browse(plotter, shown, note)
+        number, note = (number + step) % len(cases), HELP
+
+
+def browse(plotter: vedo.Plotter, config: Config, note: str) -> tuple[Config | None, int]:
+    """Show a window until it is left; what to show next (None: nothing) and the step in cases."""
+    answer: list = [None, 0]
+
+    def choose(step: int = 0, **changes: str) -> None:
+        answer[:] = replace(config, **changes), step
+        plotter.break_interaction()
+
+    def press(event) -> None:
+        if event.keypress in MODE_KEYS:
+            choose(mode=MODE_KEYS[event.keypress])
+        elif event.keypress in VIEW_KEYS:
+            stand(plotter, *VIEWS[VIEW_KEYS[event.keypress]])
+            plotter.render()
+        elif event.keypress == "n":
+            choose(1)
+        elif event.keypress == "m":
+            other = "composite" if config.projection == "maximum" else "maximum"
+            choose(mode="rays", projection=other)
+        elif event.keypress in ("q", "Escape"):
+            plotter.break_interaction()
+
+    plotter.add_callback("KeyPress", press, enable_picking=False)
+    plotter.add(write(note, (0.5, 0.07), INK, "center"))
+    plotter.show(resetcam=False, interactive=True)
+    plotter._interactive = False  # it has ended; close() would end it again and crash VTK
+    plotter.close()
+    return answer[0], answer[1]
 
 
 def write_screenshot(case: Case, config: Config, path: Path) -> None:
@@ -570,14 +740,110 @@ def write_screenshot(case: Case, config: Config, path: Path) -> None:
     plotter.close()
 
 
-def check_outputs(config: Config) -> None:
-    for name, suffixes in SUFFIXES.items():
-        path = getattr(config, name)
-        if path is not None and path.suffix not in suffixes:
-            raise InputError(f"--{name} {path}: must end in {' '.join(suffixes)}")
+def write_turntable(case: Case, config: Config, path: Path) -> None:
+    """One turn of the camera around the patient, as an endless GIF or as MP4."""
+    plotter, frames = draw(case, config, offscreen=True), []
+    for _ in tqdm(range(TURN_FRAMES), desc="turntable", unit="frame"):
+        frames.append(plotter.screenshot(asarray=True))
+        plotter.camera.Azimuth(360 / TURN_FRAMES)
+    plotter.close()
+    with atomic_write(path) as temporary:
+        if path.suffix == ".gif":
+            images = [Image.fromarray(frame).quantize(128) for frame in frames]
+            options = {"duration": round(1000 / TURN_FPS), "loop": 0, "append_images": images[1:]}
+            images[0].save(temporary, save_all=True, **options)
+            return
+        height, width, _ = frames[0].shape
+        command = f"ffmpeg -loglevel error -y -f rawvideo -pix_fmt rgb24 -s {width}x{height}"
+        command += f" -r {TURN_FPS} -i - -vf crop=trunc(iw/2)*2:trunc(ih/2)*2 -pix_fmt yuv420p"
+        subprocess.run([*command.split(), temporary], input=np.stack(frames).tobytes(), check=True)
 
 
-WRITERS = {"screenshot": write_screenshot}
+def write_mesh(case: Case, config: Config, path: Path) -> None:
+    """The organ into `path`, each further class (tumour, …) into `<name>_<class>` beside it."""
+    for number, (name, mesh) in enumerate(case.meshes.items()):
+        target = path.with_name(f"{path.stem}_{name}{path.suffix}") if number else path
+        mesh = mesh.clone()
+        if config.mesh_space == "LPS":
+            mesh.vertices = mesh.vertices * (-1, -1, 1)
+        with atomic_write(target) as temporary:
+            if path.suffix == ".glb":
+                write_glb(mesh, temporary)
+            else:
+                mesh.write(str(temporary))
+
+
+def write_glb(mesh: vedo.Mesh, path: Path) -> None:
+    """glTF 2.0 binary, which VTK writes and vedo does not."""
+    scene, node = vtkclasses.new("MultiBlockDataSet"), vtkclasses.new("MultiBlockDataSet")
+    node.SetBlock(0, mesh.dataset)
+    scene.SetBlock(0, node)
+    writer = vtkclasses.new("GLTFWriter")
+    writer.SetFileName(str(path))
+    writer.SetInputData(scene)
+    writer.Write()
+
+
+def write_html(case: Case, config: Config, path: Path) -> None:
+    """Surfaces, legend, measurements and views on one page, the plotting library inside it."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for name, (mesh, opacity) in scene_meshes(case).items():
+        small = mesh.clone().decimate(min(1, HTML_TRIANGLES / mesh.ncells))
+        x, y, z = small.vertices.round(2).T
+        i, j, k = np.array(small.cells).T
+        look = {"color": vedo.colors.rgb2hex(mesh.color()), "opacity": opacity}
+        figure.add_mesh3d(x=x, y=y, z=z, i=i, j=j, k=k, name=name, showlegend=True, **look)
+    axes = {
+        f"{axis}axis": {"title": f"mm to {end}", "color": INK, "backgroundcolor": BACKGROUND}
+        for axis, end in zip("xyz", ("Right", "Anterior", "Superior"), strict=True)
+    }
+    cameras = {
+        view: {
+            "eye": dict(zip("xyz", 1.6 * np.array(place), strict=True)),
+            "up": dict(zip("xyz", up, strict=True)),
+        }
+        for view, (place, up) in VIEWS.items()
+    }
+    buttons = [
+        {"label": view, "method": "relayout", "args": [{"scene.camera": camera}]}
+        for view, camera in cameras.items()
+    ]
+    note = {"text": "<br>".join(case.report()), "align": "left", "showarrow": False}
+    figure.update_layout(
+        title=case.name,
+        template="plotly_dark",
+        paper_bgcolor=BACKGROUND,
+        scene={"aspectmode": "data", "camera": cameras[config.view], **axes},
+        updatemenus=[{"type": "buttons", "direction": "right", "buttons": buttons, "x": 0, "y": 0}],
+        annotations=[note | {"x": 0, "y": 1, "xref": "paper", "yref": "paper"}],
+    )
+    with atomic_write(path) as temporary:
+        figure.write_html(temporary, include_plotlyjs=True)
+
+
+OUTPUTS = {  # option → how, and which endings it can write
+    "screenshot": (write_screenshot, (".png",)),
+    "turntable": (write_turntable, (".gif", ".mp4")),
+    "mesh": (write_mesh, (".stl", ".ply", ".obj", ".vtp", ".glb")),
+    "html": (write_html, (".html",)),
+}
+
+
+def chosen_outputs(config: Config) -> list[tuple[Path, Callable]]:
+    """(path, function) of every output that is asked for; InputError for one that cannot be."""
+    chosen = []
+    for option, (writer, suffixes) in OUTPUTS.items():
+        path = getattr(config, option)
+        if path is None:
+            continue
+        if path.suffix not in suffixes:
+            raise InputError(f"--{option} {path}: must end in {', '.join(suffixes)}")
+        if path.suffix == ".mp4" and not shutil.which("ffmpeg"):
+            raise InputError(f"--{option} {path}: needs ffmpeg; install it, or write a .gif")
+        chosen.append((path, writer))
+    return chosen
 
 
 if __name__ == "__main__":
