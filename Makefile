@@ -18,7 +18,7 @@ demo: .venv/installed
 	$(BIN)/python prepare.py $(DEMO)/raw --destination $(DEMO)/prepared
 	$(BIN)/python preprocess.py --data $(DEMO)/prepared --spacing 4 4 --input-size 64 64
 	$(BIN)/python train.py --data $(DEMO)/prepared --run-folder $(DEMO)/run --spacing 4 4 \
-		--input-size 64 64 --base-channels 8 --batch-size 4 --learning-rate 2e-3 --max-epochs 15
+		--input-size 64 64 --base-channels 8 --batch-size 4 --learning-rate 2e-3 --max-epochs 12
 	$(BIN)/python apply_model.py --split test --data $(DEMO)/prepared \
 		--checkpoint $(DEMO)/run/best.pt --destination $(DEMO)/results
 	$(BIN)/python visualize_3d.py $$(ls -d $(DEMO)/results/*/ | head -n 1) --mode organs \

@@ -1,0 +1,253 @@
+"""Speed of training: this project's loop, the usual tutorial loop, and the bare network.
+
+    python benchmarks/train.py --data data/prepared --input-size 128 128 --batch-size 1 --steps 8
+
+(a) plain: MONAI's transforms on the fly for each sample, float32, contiguous, `.item()` each step;
+(b) bare: forward and backward on one resident batch, in this project's precision and layout;
+(ours) `utilities.train_one_epoch` on cached, augmented sub-volumes.
+All three use the same network, sub-volumes and batch size. The cache's build is timed against the
+usual chain with the same workers. On a GPU, batch sizes 1 to 32 are measured eager and compiled.
+Writes benchmarks/results/train_<device>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from monai import transforms
+from monai.data import CacheDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from preprocess import (  # noqa: E402
+    SubvolumeLoader,
+    Subvolumes,
+    augmentation,
+    deterministic_chain,
+    read_prepared,
+    subvolume_items,
+)
+from utilities import (  # noqa: E402
+    IMAGE,
+    LABEL,
+    autocast,
+    build_network,
+    pick_device,
+    pick_precision,
+    train_one_epoch,
+)
+
+
+@dataclass
+class Config:
+    """What is measured."""
+
+    data: Path = Path("data/prepared")  # what prepare.py wrote
+    input_size: tuple[int, int] = (128, 128)  # pixels in plane
+    base_channels: int = 32  # 32 is the paper's network
+    batch_size: int = 1  # sub-volumes per step
+    steps: int = 8  # timed steps of each loop, after one to warm up
+    device: str = "auto"  # auto, cpu, cuda
+    workers: int = 2  # of the two caches
+
+
+KEYS = (IMAGE, LABEL)
+
+
+def usual_chain(settings: train.Config) -> list[Any]:
+    """The tutorial's deterministic chain: default arguments where they run at all."""
+    low, high = settings.hu_window
+    return [
+        transforms.LoadImaged(KEYS),
+        transforms.EnsureChannelFirstd(KEYS),
+        transforms.Orientationd(KEYS, axcodes="RAS"),
+        transforms.Spacingd(KEYS, pixdim=(*settings.spacing, -1.0), mode=("bilinear", "nearest")),
+        transforms.ScaleIntensityRanged(IMAGE, low, high, 0.0, 1.0, clip=True),
+        transforms.Resized(KEYS, (*settings.input_size, -1)),
+        transforms.Lambdad(LABEL, lambda label: (label > 0).float()),
+    ]
+
+
+def usual_augmentation() -> list[Any]:
+    return [
+        transforms.RandAffined(
+            KEYS, prob=0.5, rotate_range=(0, 0, 0.17), translate_range=(6, 6, 0),
+            mode=("bilinear", "nearest"),
+        ),
+        transforms.RandGaussianNoised(IMAGE, prob=0.5, std=0.02),
+        transforms.ToTensord(KEYS),
+    ]  # fmt: skip
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_per_step(step: Callable[[], Any], steps: int, device: torch.device) -> float:
+    step()
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    synchronise(device)
+    return (time.perf_counter() - start) / steps
+
+
+def new_network(config: Config, device: torch.device) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build_network(
+        "unet3d", in_channels=1, out_channels=2, base_channels=config.base_channels,
+        input_size=(*config.input_size, 16),
+    ).to(device)  # fmt: skip
+
+
+def measure_plain(config: Config, items: list, settings: train.Config, device: Any) -> dict:
+    """(a) the loop of the usual tutorial."""
+    chain = transforms.Compose([*usual_chain(settings), *usual_augmentation()])
+    model = new_network(config, device)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+    loss_function = train.LOSSES["dice"](torch.ones(2))
+    turn = iter(range(10**6))
+
+    def step() -> float:
+        first = next(turn) * config.batch_size
+        batch = [chain(items[(first + i) % len(items)]) for i in range(config.batch_size)]
+        image, label = (
+            torch.stack([torch.as_tensor(b[k]) for b in batch]).to(device) for k in KEYS
+        )
+        optimizer.zero_grad()
+        loss = loss_function(model(image), label)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return {"seconds_per_step": seconds_per_step(step, config.steps, device)}
+
+
+def measure_bare(config: Config, device: torch.device, precision: torch.dtype, **more: Any) -> dict:
+    """(b) forward and backward on one resident batch."""
+    model = new_network(config, device).to(memory_format=torch.channels_last_3d)
+    size = (more.get("batch_size", config.batch_size), 1, *config.input_size, 16)
+    image = torch.rand(size, device=device).to(memory_format=torch.channels_last_3d)
+    with FlopCounterMode(display=False) as counter, autocast(device, precision):
+        model(image).float().sum().backward()
+    network = torch.compile(model) if more.get("compiled") else model
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        with autocast(device, precision):
+            logits = network(image)
+        logits.float().mean().backward()
+
+    seconds = seconds_per_step(step, config.steps, device)
+    tflop = counter.get_total_flops() / 1e12
+    return {"seconds_per_step": seconds, "tflop_per_step": tflop, "tflop_per_s": tflop / seconds}
+
+
+def measure_ours(config: Config, cached: Any, settings: train.Config, device: Any) -> dict:
+    """This project's loop: cache, augmentation, precision, layout."""
+    augmented = Subvolumes(cached, augmentation(**settings.augmentation()), seed=0)
+    precision = pick_precision("auto", device)
+    model = new_network(config, device).to(memory_format=torch.channels_last_3d)
+    optimizer = train.OPTIMIZERS["adam"](model.parameters(), 1e-4)
+    context = {
+        "loss_function": train.LOSSES["dice"](torch.ones(2)), "device": device,
+        "precision": precision, "clip": settings.gradient_clip, "title": "ours",
+    }  # fmt: skip
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    rows = []
+    for steps in (1, config.steps):
+        indices = [index % len(cached) for index in range(steps * config.batch_size)]
+        part = torch.utils.data.Subset(augmented, indices)
+        loader = SubvolumeLoader(part, config.batch_size, shuffle=True, seed=0)
+        row = train_one_epoch(model, loader, optimizer, scaler, [], lambda: False, **context)
+        rows.append(row)
+    row = rows[-1]
+    return {
+        "seconds_per_step": config.batch_size / row["subvolumes_per_s"],
+        "data_wait_percent": row["data_wait_percent"],
+        "peak_memory_mb": row["peak_memory_mb"],
+    }
+
+
+def measure_matmul(device: torch.device, precision: torch.dtype) -> float:
+    """TFLOP/s of a square matrix product, the ceiling of what convolutions can reach."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=precision) for _ in range(2))
+    return 2 * n**3 / seconds_per_step(lambda: a @ b, 10, device) / 1e12
+
+
+def measure_caches(config: Config, items: list, settings: train.Config, device: Any) -> dict:
+    """The cache's build against the usual chain, the same files and workers; seconds."""
+    chains = {
+        "usual_chain": transforms.Compose([*usual_chain(settings), transforms.ToTensord(KEYS)]),
+        "ours": deterministic_chain(**settings.preprocessing(), device=device),
+    }
+    result: dict[str, Any] = {"items": len(items), "workers": config.workers}
+    for name, chain in chains.items():
+        start = time.perf_counter()
+        built = CacheDataset(items, chain, num_workers=config.workers, copy_cache=False)
+        result[f"{name}_s"] = time.perf_counter() - start
+    result["speedup"] = result["usual_chain_s"] / result["ours_s"]
+    return {"measured": result, "cached": built}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"cpu": name, "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__}
+
+
+def main(config: Config) -> None:
+    warnings.simplefilter("ignore")
+    device = pick_device(config.device)
+    precision = pick_precision("auto", device)
+    settings = train.Config(data=config.data, input_size=config.input_size)
+    items = subvolume_items(read_prepared(config.data), config.data, "training")
+    caches = measure_caches(config, items, settings, device)
+    result: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "n": f"{config.steps} steps of {config.batch_size} sub-volumes, after one to warm up",
+        "machine": machine(device),
+        "precision": str(precision),
+        "cache": caches["measured"],
+        "plain": measure_plain(config, items, settings, device),
+        "bare": measure_bare(config, device, precision),
+        "ours": measure_ours(config, caches["cached"], settings, device),
+        "matmul_tflop_per_s": measure_matmul(device, precision),
+    }
+    ours = result["ours"]["seconds_per_step"]
+    result["ours_over_plain"] = result["plain"]["seconds_per_step"] / ours
+    result["ours_of_bare"] = result["bare"]["seconds_per_step"] / ours
+    if device.type == "cuda":
+        result["sweep"] = [
+            {"batch_size": b, "compiled": c,
+             **measure_bare(config, device, precision, batch_size=b, compiled=c),
+             "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6}
+            for c in (False, True)
+            for b in (1, 2, 4, 8, 16, 32)
+        ]  # fmt: skip
+    path = ROOT / "benchmarks" / "results" / f"train_{device.type}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
