@@ -90,6 +90,7 @@ class Config:
     deterministic: bool = False  # bit-identical repeats on a GPU too, slower; a CPU always repeats
     sync_batch_norm: bool = False  # under torchrun: statistics over all GPUs, for small batches
     disk_cache: bool = False  # keep preprocessed sub-volumes beside the data for the next run
+    tensorboard: bool = False  # also write event files: tensorboard --logdir checkpoints
     seed: int = 0  # of weights, order and augmentation
 
     # -- inference, carried to apply_model.py
@@ -286,6 +287,7 @@ def run(
         gradient_clip=config.gradient_clip,
         patience=config.patience,
         compile_network=config.compile,
+        tensorboard=config.tensorboard,
         resume=resume,
     )
     if rank == 0:

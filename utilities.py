@@ -753,6 +753,7 @@ def train(
     gradient_clip: float = 0.0,
     patience: int = 0,
     compile_network: bool = False,
+    tensorboard: bool = False,
     resume: dict[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Fit `model`; leave best.pt, last.pt, metrics.csv, curves.png and preview.png in `folder`.
@@ -768,6 +769,8 @@ def train(
         val_interval: validate every so many epochs, and after the last one.
         gradient_clip: largest norm of the gradient; 0 leaves it alone.
         patience: stop after so many validations without a better Dice; 0 never stops early.
+        compile_network: run the network through torch.compile.
+        tensorboard: also write the history as TensorBoard event files.
         resume: content of a last.pt, to go on exactly where it was written.
 
     Returns:
@@ -831,6 +834,8 @@ def train(
                     save_checkpoint(folder / "best.pt", **state())
                 save_checkpoint(folder / "last.pt", **resumable())
                 _report(history, names, folder)
+                if tensorboard:
+                    _write_events(row, folder)
                 if "val_dice" in row:
                     figure = preview_figure(model, val_loader, device, dtype)
                     save_figure(figure, folder / "preview.png")
@@ -992,6 +997,15 @@ def _best_epoch(history: list[dict[str, float]]) -> int:
 def _validations_since_best(history: list[dict[str, float]]) -> int:
     best = _best_epoch(history)
     return sum(row["epoch"] > best for row in _validated(history))
+
+
+def _write_events(row: dict[str, float], folder: Path) -> None:
+    """One epoch as TensorBoard scalars; a file per epoch, so that a crash tears none."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder / "events"), filename_suffix=f".{row['epoch']}") as writer:
+        for key, value in row.items():
+            writer.add_scalar(key, value, row["epoch"])
 
 
 def _report(history: list[dict[str, float]], names: Sequence[str], folder: Path) -> None:

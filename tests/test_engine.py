@@ -165,6 +165,19 @@ def test_class_weights_come_from_the_counted_voxels(prepared):
     assert weights[0] < weights[1] < weights[2]
 
 
+def test_tensorboard_shows_the_history(few, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    train.main(small_config(few, run, max_epochs=2, tensorboard=True))
+    events = EventAccumulator(str(run / "events")).Reload()
+    history = load_checkpoint(run / "last.pt")["history"]
+    for key in ("train_loss", "val_dice"):
+        assert [event.value for event in events.Scalars(key)] == pytest.approx(
+            [row[key] for row in history]
+        )
+
+
 # ---------------------------------------------------------------------------------------
 # Cache
 # ---------------------------------------------------------------------------------------
