@@ -122,16 +122,10 @@ LABEL_WORDS = re.compile(r"label|seg|mask|truth|annot|outline", re.IGNORECASE)
 
 def find_cases(config: Config) -> tuple[list[Case], dict[str, int]]:
     """Cases in the order of their names, and label name → value."""
-    source, destination = config.source, config.destination.resolve()
+    source = config.source.absolute()
     if not source.is_dir():
-        raise InputError(f"{source}: no such folder; give the folder that holds the scans")
-    files = [
-        path.resolve()
-        for path in sorted(source.rglob("*"))
-        if not any(part.startswith(".") for part in path.relative_to(source).parts)
-        and destination not in path.resolve().parents  # macOS leaves `._x.nii` beside `x.nii`
-        and path.is_file()
-    ]
+        raise InputError(f"{config.source}: no such folder; give the folder that holds the scans")
+    files = files_below(source, config.destination.absolute())
     volumes = [path for path in files if path.name.endswith(VOLUME_SUFFIXES)]
     labels = label_values(files, config.foreground)
     for layout in (decathlon, lits, patient_folders):
@@ -159,6 +153,19 @@ def find_cases(config: Config) -> tuple[list[Case], dict[str, int]]:
     cases = [case for case in cases if case.name not in config.leave_out]
     name_patients(cases, config)
     return cases, labels
+
+
+def files_below(source: Path, destination: Path) -> list[Path]:
+    """All files, also through links; hidden ones (macOS leaves `._x.nii`) and outputs are not."""
+    files = []
+    for folder, subfolders, names in os.walk(source, followlinks=True):
+        subfolders[:] = [
+            name
+            for name in sorted(subfolders)
+            if not name.startswith(".") and Path(folder, name) != destination
+        ]
+        files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+    return files
 
 
 def pair_up(images: dict[str, Path], labels: dict[str, Path]) -> list[Case]:
@@ -480,8 +487,8 @@ def judge_intensity(coarse: np.ndarray, dtype: np.dtype) -> list[Finding]:
         findings.append(("hu", f"every voxel is {low:.0f}"))
     elif high - low < 300:
         findings.append(("hu", f"{span}: too narrow for HU"))
-    elif np.mean(coarse[coarse > -1500] >= 0) > 0.999:  # below: padding outside the scan's circle
-        findings.append(("hu", f"{span}, none below 0: the intercept is not applied, or no CT"))
+    elif np.mean(coarse[coarse > -1500] < -30) < 0.01:  # −1500: padding outside the scan's circle
+        findings.append(("hu", f"{span}, no fat or air below 0: intercept not applied, or no CT"))
     elif air < 0.001:
         findings.append(("air", f"{span}: no air near −1000"))
     blank = int(np.sum(coarse.min(axis=(0, 1)) == coarse.max(axis=(0, 1))))
@@ -796,15 +803,19 @@ def fingerprint(paths: Iterable[Path], config: Config, labels: dict[str, int]) -
     settings = [SCHEMA, labels, config.subvolume_depth, config.foreground, config.compress]
     settings += [config.trust_image_grid, config.keep_empty, config.keep_empty and config.seed]
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for path in paths:
-        folder = path if path.is_dir() else path.parent if utilities.is_dicom(path) else None
-        stem = path.name.partition(".hdr")[0]
-        for file in sorted(
-            folder.iterdir() if folder else {path, *path.parent.glob(f"{stem}.img*")}
-        ):
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for file in (file for path in paths for file in source_files(path)):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def source_files(path: Path) -> list[Path]:
+    """The files behind a path: a header's pair, a DICOM folder, or the folder of a DICOM file."""
+    if path.is_dir() or utilities.is_dicom(path):
+        folder = path if path.is_dir() else path.parent
+        return sorted(file for file in folder.iterdir() if file.is_file())
+    stem, header, _ = path.name.partition(".hdr")
+    return [path, *(sorted(path.parent.glob(f"{stem}.img*")) if header else [])]
 
 
 # ---------------------------------------------------------------------------------------
