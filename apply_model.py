@@ -299,9 +299,13 @@ def find_cases(config: Config) -> list[dict[str, Any]]:
     return cases
 
 
-def write_table(rows: list[dict[str, Any]], path: Path) -> None:
-    """One row per case."""
-    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
+def write_table(destination: Path) -> None:
+    """results.csv: one row for each case in the folder, those of earlier calls too."""
+    rows = [json.loads(path.read_text()) for path in sorted(destination.glob("*/*.json"))]
+    with (
+        atomic_write(destination / "results.csv") as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
@@ -320,7 +324,7 @@ def main(config: Config) -> None:
     cases = find_cases(config)
     model = load_model(config.checkpoint, config.device, config.precision)
     rows = [apply_to_case(model, case, config) for case in tqdm(cases, unit="scan")]
-    write_table(rows, config.destination / "results.csv")
+    write_table(config.destination)
     for organ in list(model.labels)[1:]:
         print_mean_dice(organ, [row[f"{organ}_dice"] for row in rows if f"{organ}_dice" in row])
     print(f"look at {config.destination}/<case>/<case>_preview.png; 3D: python visualize_3d.py")

@@ -80,6 +80,7 @@ class Config:
     batch_size: int = 2  # sub-volumes per step (and per process under torchrun)
     max_epochs: int = 100  # passes over the training sub-volumes
     gradient_clip: float = 12.0  # largest gradient norm; 0 leaves it alone
+    ema_decay: float = 0.0  # of the moving average of the weights that is validated and kept
     patience: int = 0  # stop after so many validations without a better Dice; 0 = never
     val_interval: int = 1  # epochs between validations
 
@@ -285,6 +286,7 @@ def run(
         val_interval=config.val_interval,
         precision=config.precision,
         gradient_clip=config.gradient_clip,
+        ema_decay=config.ema_decay,
         patience=config.patience,
         compile_network=config.compile,
         tensorboard=config.tensorboard,

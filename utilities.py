@@ -30,6 +30,7 @@ import torch.distributed as dist
 from isal import igzip
 from torch import nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------
@@ -631,6 +632,7 @@ def save_checkpoint(
     val_dice: float,
     history: list[dict[str, float]],
     step_losses: list[float] | None = None,
+    averaging_state: dict[str, Any] | None = None,
     optimizer_state: dict[str, Any] | None = None,
     scheduler_state: dict[str, Any] | None = None,
     scaler_state: dict[str, Any] | None = None,
@@ -751,6 +753,7 @@ def train(
     val_interval: int = 1,
     precision: str = "auto",
     gradient_clip: float = 0.0,
+    ema_decay: float = 0.0,
     patience: int = 0,
     compile_network: bool = False,
     tensorboard: bool = False,
@@ -768,6 +771,8 @@ def train(
             labels (name → raw values) and config.
         val_interval: validate every so many epochs, and after the last one.
         gradient_clip: largest norm of the gradient; 0 leaves it alone.
+        ema_decay: validate and keep, as best.pt, an exponential moving average of the weights, with
+            this decay per step; 0 uses the weights as they are.
         patience: stop after so many validations without a better Dice; 0 never stops early.
         compile_network: run the network through torch.compile.
         tensorboard: also write the history as TensorBoard event files.
@@ -784,18 +789,27 @@ def train(
     names = list(checkpoint["labels"])[1:]
     dtype = pick_precision(precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    average = None
+    if ema_decay:
+        moving = get_ema_multi_avg_fn(ema_decay)
+        average = AveragedModel(model, multi_avg_fn=moving, use_buffers=True)
+    kept = average.module if average else model  # what is validated, saved and applied later
     history: list[dict[str, float]] = []
     losses: list[float] = []
     if resume is not None:
-        history, losses = _restore(resume, model, optimizer, scheduler, scaler)
+        history, losses = _restore(resume, model, average, optimizer, scheduler, scaler)
     network = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
     network = torch.compile(network) if compile_network else network
     context = {"loss_function": loss_function, "device": device, "precision": dtype}
 
+    def after_step() -> None:
+        if average:
+            average.update_parameters(model)
+
     def state() -> dict[str, Any]:
         return {
             **checkpoint,
-            "network_state": model.state_dict(),
+            "network_state": kept.state_dict(),
             "epoch": len(history),
             "val_dice": history[-1].get("val_dice", math.nan) if history else math.nan,
             "history": history,
@@ -805,6 +819,8 @@ def train(
         return {
             **state(),
             "step_losses": losses,
+            "averaging_state": average
+            and {"weights": model.state_dict(), "steps": int(average.n_averaged)},
             "optimizer_state": optimizer.state_dict(),
             "scheduler_state": scheduler.state_dict(),
             "scaler_state": scaler.state_dict(),
@@ -817,8 +833,8 @@ def train(
             row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
             train_loader.set_epoch(epoch, len(losses))
             row |= train_one_epoch(
-                network, train_loader, optimizer, scaler, losses, interrupted, **context,
-                clip=gradient_clip, title=f"epoch {epoch}/{max_epochs}",
+                network, train_loader, optimizer, scaler, losses, interrupted, after_step,
+                **context, clip=gradient_clip, title=f"epoch {epoch}/{max_epochs}",
             )  # fmt: skip
             if interrupted():
                 save_checkpoint(folder / "last.pt", **resumable())
@@ -827,7 +843,7 @@ def train(
             losses = []
             scheduler.step()
             if epoch % val_interval == 0 or epoch == max_epochs:
-                row |= validate(model, val_loader, **context, class_names=names)
+                row |= validate(kept, val_loader, **context, class_names=names)
             history.append(row)
             if first_process:
                 if _best_epoch(history) == epoch:
@@ -837,7 +853,7 @@ def train(
                 if tensorboard:
                     _write_events(row, folder)
                 if "val_dice" in row:
-                    figure = preview_figure(model, val_loader, device, dtype)
+                    figure = preview_figure(kept, val_loader, device, dtype)
                     save_figure(figure, folder / "preview.png")
             if patience and _validations_since_best(history) >= patience:
                 print(f"no better Dice in {patience} validations: stopped after epoch {epoch}")
@@ -846,12 +862,21 @@ def train(
 
 
 def _restore(
-    saved: dict[str, Any], model: nn.Module, optimizer: Any, scheduler: Any, scaler: Any
+    saved: dict[str, Any],
+    model: nn.Module,
+    average: AveragedModel | None,
+    optimizer: Any,
+    scheduler: Any,
+    scaler: Any,
 ) -> tuple[list[dict[str, float]], list[float]]:
     """Put everything back as it was; returns the history and the losses of a begun epoch."""
     if saved["optimizer_state"] is None:
         raise InputError("a best.pt holds no optimizer state; resume from the run's last.pt")
     model.load_state_dict(saved["network_state"])
+    if average:
+        average.module.load_state_dict(saved["network_state"])
+        average.n_averaged.fill_(saved["averaging_state"]["steps"])
+        model.load_state_dict(saved["averaging_state"]["weights"])
     optimizer.load_state_dict(saved["optimizer_state"])
     scheduler.load_state_dict(saved["scheduler_state"])
     scaler.load_state_dict(saved["scaler_state"])
@@ -866,6 +891,7 @@ def train_one_epoch(
     scaler: torch.amp.GradScaler,
     losses: list[float],
     interrupted: Callable[[], bool],
+    after_step: Callable[[], None],
     *,
     loss_function: nn.Module,
     device: torch.device,
@@ -903,6 +929,7 @@ def train_one_epoch(
                 nn.utils.clip_grad_norm_(network.parameters(), clip)
             scaler.step(optimizer)
             scaler.update()
+            after_step()
             count += len(image)
             pending.append((list(batch["case"]), loss.detach()))
             bar.update()

@@ -174,7 +174,9 @@ def measure_ours(config: Config, cached: Any, settings: train.Config, device: An
         indices = [index % len(cached) for index in range(steps * config.batch_size)]
         part = torch.utils.data.Subset(augmented, indices)
         loader = SubvolumeLoader(part, config.batch_size, shuffle=True, seed=0)
-        row = train_one_epoch(model, loader, optimizer, scaler, [], lambda: False, **context)
+        row = train_one_epoch(
+            model, loader, optimizer, scaler, [], lambda: False, lambda: None, **context
+        )
         rows.append(row)
     row = rows[-1]
     return {

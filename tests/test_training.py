@@ -28,6 +28,7 @@ SMALL = {
     "max_epochs": 3,
     "device": "cpu",
     "precision": "fp32",
+    "ema_decay": 0.9,
 }
 
 
