@@ -46,6 +46,8 @@ from utilities import (
     pick_precision,
     planes_figure,
     predicted_classes,
+    ras_grid,
+    read_label,
     read_volume,
     save_figure,
     spacing_mm,
@@ -119,12 +121,10 @@ def segment(model: Model, image: nib.Nifti1Image | Path | str, windows: int = 4)
         image if isinstance(image, nib.spatialimages.SpatialImage) else read_volume(Path(image))
     )
     tensor, source_to_network = preprocess_volume(
-        voxels(volume), volume.affine, **model.preprocessing, device=model.device
+        volume, **model.preprocessing, device=model.device
     )
     logits = predict(model, tensor, windows)
-    to_ras_axes = io_orientation(volume.affine)
-    ras_shape = np.empty(3, int)
-    ras_shape[to_ras_axes[:, 0].astype(int)] = volume.shape
+    ras_shape, _ = ras_grid(volume)
     values = torch.tensor([raw[0] for raw in model.labels.values()], dtype=torch.uint8)
     labels = np.empty(ras_shape, np.uint8)
     # Slab by slab, so that memory does not grow with classes × full resolution.
@@ -132,7 +132,7 @@ def segment(model: Model, image: nib.Nifti1Image | Path | str, windows: int = 4)
         slab = slice(start, start + 16)
         fine = to_source_plane(logits[..., slab], source_to_network, ras_shape[:2])
         labels[..., slab] = values[predicted_classes(fine[None])[0].cpu().long()].numpy()
-    return like(volume, from_ras(labels, to_ras_axes))
+    return like(volume, from_ras(labels, io_orientation(volume.affine)))
 
 
 def from_ras(array: np.ndarray, orientation: np.ndarray) -> np.ndarray:
@@ -224,7 +224,7 @@ def preview(case: str, image: Any, label: Any, truth: Any, note: str) -> Any:
 
 def read_truth(path: Path, image: nib.Nifti1Image) -> nib.Nifti1Image:
     """A reference label map, which must lie on the scan's grid."""
-    truth = read_volume(path)
+    truth = read_label(path, image)
     if truth.shape != image.shape or not np.allclose(truth.affine, image.affine, atol=1e-2):
         raise InputError(
             f"{path}: the label map must lie on the scan's grid {image.shape}, got {truth.shape} "

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import nibabel as nib
 import numpy as np
 import psutil
 import torch
@@ -55,7 +56,10 @@ from utilities import (
     draw_plane,
     human_bytes,
     pick_device,
+    ras_grid,
     save_figure,
+    spacing_mm,
+    voxels,
 )
 
 if TYPE_CHECKING:
@@ -191,32 +195,26 @@ def deterministic_chain(**settings: Any) -> Compose:
 # ---------------------------------------------------------------------------------------
 
 
-def preprocess_volume(
-    array: np.ndarray, affine: np.ndarray, **settings: Any
-) -> tuple[torch.Tensor, np.ndarray]:
+def preprocess_volume(image: nib.Nifti1Image, **settings: Any) -> tuple[torch.Tensor, np.ndarray]:
     """Bring a whole volume to the network's grid.
 
     Args:
-        array: (X, Y, Z) in HU, any orientation, with its 4×4 `affine` (voxel → RAS+ mm).
+        image: volume in HU, any orientation.
         settings: those of `in_plane_chain`.
 
     Returns:
         Tensor (1, *input_size, slices) in 0..1, slices from inferior to superior, and the 3×3 map
         from RAS-ordered source pixel (i, j, 1) to network pixel.
     """
-    volume = MetaTensor(torch.as_tensor(np.ascontiguousarray(array))[None], affine=affine)
+    array = voxels(image)
+    if array.dtype.kind == "u":  # torch cannot flip unsigned integers wider than a byte
+        array = array.astype(np.float32)
+    volume = MetaTensor(torch.as_tensor(array)[None], affine=image.affine)
     slices = Compose(in_plane_chain(**settings))({IMAGE: volume})[IMAGE]
-    columns = [np.linalg.norm(affine[:3, axis]) for axis in ras_axes(affine)[:2]]
-    source_to_mm = np.diag([*columns, 1.0])
+    _, ras_affine = ras_grid(image)
+    source_to_mm = np.diag([*spacing_mm(ras_affine)[:2], 1.0])
     source_to_network = np.linalg.inv(slices.affine.cpu().numpy()) @ source_to_mm
     return ChannelsToSlicesd([IMAGE])({IMAGE: slices})[IMAGE], source_to_network
-
-
-def ras_axes(affine: np.ndarray) -> list[int]:
-    """Which array axis runs nearest to right, anterior and superior."""
-    from nibabel.orientations import io_orientation
-
-    return [int(axis) for axis in np.argsort(io_orientation(affine)[:, 0])]
 
 
 def interpolation_matrix(scale: float, offset: float, source: int, network: int) -> torch.Tensor:
@@ -486,10 +484,10 @@ def montage(before: Subvolumes, after: Subvolumes, titles: Sequence[str]) -> Any
                 axes, image, "axial", middle, (1.0, 1.0, 1.0), {TRUTH_COLOUR: label}, window=(0, 1)
             )
             axes.set_title(f"{titles[index]}, {name}", fontsize=10)
-            for voxels, what in ((image.ravel(), "all"), (image[label], "organ")):
+            for values, what in ((image.ravel(), "all"), (image[label], "organ")):
                 style = "-" if dataset is before else "--"
                 colour = "0.4" if what == "all" else LABEL_COLOURS[1]
-                row[2].hist(voxels, 60, (0, 1), histtype="step", color=colour, linestyle=style,
+                row[2].hist(values, 60, (0, 1), histtype="step", color=colour, linestyle=style,
                             label=f"{what}, {name}")  # fmt: skip
         row[2].set(xlabel="network input (0..1 over the HU window)", ylabel="voxels", yscale="log")
         row[2].legend(fontsize=8)

@@ -96,7 +96,7 @@ def test_window_of_the_preprocessed_volume_is_the_preprocessed_window(tmp_path):
     array = rng.integers(-300, 400, (70, 61, 40))
     image = to_ras(ct_image(array, random_affine(5, shear=0.1)))
     label = nib.Nifti1Image(rng.integers(0, 3, image.shape).astype(np.uint8), image.affine)
-    whole, _ = preprocess_volume(voxels(image), image.affine, **SETTINGS, device="cpu")
+    whole, _ = preprocess_volume(image, **SETTINGS, device="cpu")
     chain = deterministic_chain(**SETTINGS, device="cpu")
     for start in (0, 11, image.shape[2] - 16):
         files = {}
@@ -170,6 +170,15 @@ def test_scaled_and_unsigned_scans_keep_their_hu(tmp_path):
     stored = nib.Nifti1Image(np.full((8, 8, 8), 200, np.uint16), np.eye(4))
     empty = nib.Nifti1Image(np.zeros((8, 8, 8), np.uint8), np.eye(4))
     assert (voxels(masked(stored, empty, -1024)) == -1024).all()
+
+
+@pytest.mark.parametrize(
+    "dtype", ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8", ">i2"]
+)
+def test_any_number_type_is_read(dtype):
+    array = ((blob((30, 28, 18)) > 0) * 100).astype(dtype)
+    image = nib.Nifti1Image(array, np.diag([-1.0, -1.0, 2.0, 1.0]), dtype=array.dtype)
+    assert dice_metric(voxels(segment(known_model(), image)), array > 0) > 0.95
 
 
 def test_a_write_that_would_change_the_grid_is_refused(tmp_path):
