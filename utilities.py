@@ -328,7 +328,8 @@ def slices(image: nib.Nifti1Image) -> Iterator[Callable[[int, int], np.ndarray]]
     """
     proxy, name = image.dataobj, image.get_filename() or "volume"
     if not nib.is_proxy(proxy):
-        yield lambda first, last: proxy[:, :, first:last]
+        native = proxy.astype(proxy.dtype.newbyteorder("="), copy=False)
+        yield lambda first, last: native[:, :, first:last]
         return
     data_file = str(proxy.file_like)
     open_file = igzip.open if data_file.endswith(".gz") else io.FileIO
