@@ -1,0 +1,197 @@
+"""Time and memory of prepare.py, against the plain nibabel way and against the floor.
+
+    python benchmarks/prepare.py --source ../shared/data/ct
+
+On the same files, in one run, caches warm, medians of --repeats: (a) cutting and writing by
+prepare.py with one worker, (b) the plain way: get_fdata, one slicer per sub-volume, nib.save of the
+same files, (c) the floor: each file decompressed once by isal, the bytes of (a) written. The check
+with its overlay is counted apart. Then the peak memory of one worker on the largest LiTS grid,
+512 × 512 × 987, axial and sagittal. Writes benchmarks/results/prepare.json, one entry per source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "benchmarks")]
+
+import make_phantoms  # noqa: E402
+import nibabel as nib  # noqa: E402
+import numpy as np  # noqa: E402
+import tyro  # noqa: E402
+from isal import igzip  # noqa: E402
+from prepare_lits import machine, prepare_one  # noqa: E402
+
+import prepare  # noqa: E402
+import utilities  # noqa: E402
+
+
+@dataclass
+class Config:
+    source: Path | None = None  # folder with .nii.gz cases; default: 4 painted LiTS grids
+    livers: Path = ROOT.parent / "shared/data/lits_labels"  # liver masks to paint around
+    work: Path = Path("/tmp/prepare_benchmark")  # folder that is made and removed
+    results: Path = ROOT / "benchmarks/results/prepare.json"  # JSON to write
+    repeats: int = 3  # runs of each way; the median counts
+    memory: bool = True  # also measure the memory on 512 × 512 × 987
+
+
+def seconds(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall-clock seconds, and seconds of this process's CPU, which other programs do not change."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def plain_way(records: list[dict], destination: Path) -> None:
+    """(b) As tutorials do it, on the same sub-volumes and with the same file formats."""
+    for record in records:
+        folder = destination / record["case"]
+        folder.mkdir(parents=True)
+        image, label = (
+            nib.as_closest_canonical(nib.load(record[key])) for key in ("image", "label")
+        )
+        _, outline = image.get_fdata(), label.get_fdata()
+        for first, last in utilities.ranges(outline.shape[2], 16):
+            if outline[:, :, first:last].any():
+                nib.save(image.slicer[:, :, first:last], folder / f"image_{first:04d}.nii")
+                nib.save(label.slicer[:, :, first:last], folder / f"label_{first:04d}.nii.gz")
+
+
+def floor(records: list[dict], pieces: dict[Path, bytes], destination: Path) -> None:
+    """(c) Nothing but one decompression of each file and the writing of the same bytes."""
+    for record in records:
+        for key in ("image", "label"):
+            with igzip.open(record[key]) as stream:
+                while stream.read(1 << 20):
+                    pass
+        for path, content in pieces.items():
+            if path.parent.name == record["case"]:
+                target = destination / path.parent.name / path.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+
+
+def cut_all(
+    records: list[dict], config: prepare.Config, labels: dict[str, int], pool: object = None
+) -> None:
+    with contextlib.redirect_stderr(io.StringIO()):
+        prepare.run_cases(pool, prepare.cut_case, records, config, labels, title="cutting")
+
+
+def measure(source: Path, config: Config) -> dict:
+    """Seconds of all ways on the cases of `source`."""
+    out = config.work / "a"
+    settings = prepare.Config(source=source, destination=out, workers=1)
+    cases, labels = prepare.find_cases(settings)
+    prepare.check_case(cases[0], settings, labels)  # libraries are loaded once, not per case
+    shutil.rmtree(out)
+    records = []
+    check = [
+        seconds(lambda case=case: records.append(prepare.check_case(case, settings, labels)))
+        for case in cases
+    ]
+    times = {"a": [], "b": [], "c": [], "two": []}
+    two_workers = prepare.Config(source=source, destination=out, workers=2)
+    with prepare.open_pool(two_workers, 2) as pool:
+        cut_all(records, settings, labels, pool)  # both processes have loaded their libraries
+        for _ in range(config.repeats):
+            shutil.rmtree(out / "subvolumes")
+            times["two"].append(seconds(lambda: cut_all(records, settings, labels, pool)))
+    for _ in range(config.repeats):
+        shutil.rmtree(out / "subvolumes")
+        times["a"].append(seconds(lambda: cut_all(records, settings, labels)))
+        pieces = {path: path.read_bytes() for path in (out / "subvolumes").rglob("*.nii*")}
+        times["c"].append(seconds(lambda: floor(records, pieces, config.work / "c")))  # noqa: B023
+        times["b"].append(seconds(lambda: plain_way(records, config.work / "b")))
+        shutil.rmtree(config.work / "b")
+        shutil.rmtree(config.work / "c")
+    wall, cpu = (
+        {way: statistics.median(run[clock] for run in runs) for way, runs in times.items()}
+        for clock in (0, 1)
+    )
+    slices = sum(record["slices"] for record in records)
+    return {
+        "n": len(records),
+        "shapes": [" x ".join(map(str, record["shape"])) for record in records],
+        "slices": slices,
+        "subvolumes": len(pieces) // 2,
+        "repeats": config.repeats,
+        "a_prepare_s": {"wall": round(wall["a"], 3), "cpu": round(cpu["a"], 3)},
+        "b_plain_nibabel_s": {"wall": round(wall["b"], 3), "cpu": round(cpu["b"], 3)},
+        "c_floor_s": {"wall": round(wall["c"], 3), "cpu": round(cpu["c"], 3)},
+        "faster_than_plain": {
+            k: round(t["b"] / t["a"], 2) for k, t in (("wall", wall), ("cpu", cpu))
+        },
+        "times_the_floor": {
+            k: round(t["a"] / t["c"], 2) for k, t in (("wall", wall), ("cpu", cpu))
+        },
+        "two_workers_s": {"wall": round(wall["two"], 3)},
+        "speedup_of_two_workers": round(wall["a"] / wall["two"], 2),
+        "cut_ms_per_slice": round(1000 * wall["a"] / slices, 2),
+        "check_s_mean": {
+            clock: round(statistics.mean(run[index] for run in check), 2)
+            for index, clock in enumerate(("wall", "cpu"))
+        },
+        "check_s_per_case": [round(run[0], 2) for run in check],
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+
+
+def measure_memory(config: Config) -> dict:
+    """Peak MB of one worker above the loaded program, on the largest grid of LiTS."""
+    result = {}
+    for name in ("axial", "sagittal"):
+        work = config.work / name
+        paint(config, work / "raw", 127, 1)
+        if name == "sagittal":  # slices of one file lie along the patient's x
+            for path in (work / "raw").rglob("*.nii.gz"):
+                image = nib.load(path)
+                axes = np.array([[1, 1], [2, 1], [0, 1]])
+                utilities.write_volume(image.as_reoriented(axes), path)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            result[name] = pool.apply(prepare_one, (work,))
+        shutil.rmtree(work)
+    return result
+
+
+def paint(config: Config, folder: Path, first: int, cases: int) -> None:
+    make_phantoms.main(
+        make_phantoms.Config(destination=folder, livers=config.livers, first=first, cases=cases)
+    )
+
+
+def main(config: Config) -> None:
+    config.work.mkdir()
+    try:
+        source = config.source or config.work / "raw"
+        if not config.source:
+            paint(config, source, 118, 4)
+        painted = "CT painted around LiTS masks 118-121, full size"
+        name = f"{source.parent.name}/{source.name}" if config.source else painted
+        known = json.loads(config.results.read_text()) if config.results.exists() else {}
+        known |= {"machine": machine()}
+        known[name] = {"command": " ".join(["python benchmarks/prepare.py", *sys.argv[1:]])}
+        known[name] |= measure(source, config)
+        if config.memory:
+            known["memory on 512 x 512 x 987"] = measure_memory(config)
+    finally:
+        shutil.rmtree(config.work)
+    with utilities.atomic_write(config.results) as temporary:
+        temporary.write_text(json.dumps(known, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
