@@ -127,7 +127,7 @@ def find_cases(config: Config) -> tuple[list[Case], dict[str, int]]:
         raise InputError(f"{config.source}: no such folder; give the folder that holds the scans")
     files = files_below(source, config.destination.absolute())
     volumes = [path for path in files if path.name.endswith(VOLUME_SUFFIXES)]
-    labels = label_values(files, config.foreground)
+    labels, announced = read_description(files, config.foreground)
     for layout in (decathlon, lits, patient_folders):
         if cases := layout(volumes):
             break
@@ -145,6 +145,8 @@ def find_cases(config: Config) -> tuple[list[Case], dict[str, int]]:
     pairs = sum(case.image is not None and case.label is not None for case in cases)
     unused = [path for path in volumes if path not in used]
     print(f"{source}: layout {layout.__name__.replace('_', ' ')}, {pairs} scans with label maps")
+    if announced not in (None, pairs):
+        print(f"warning: dataset.json announces {announced} cases; download what is missing")
     if unused:
         print(f"not used: {len(unused)} other volumes, such as {unused[0]}")
     repeated = [name for name, n in Counter(case.name for case in cases).items() if n > 1]
@@ -250,20 +252,30 @@ def dicom(files: list[Path], volumes: list[Path]) -> tuple[list[Case], dict[str,
     return sorted(cases, key=lambda case: case.name), labels
 
 
-def label_values(files: Sequence[Path], foreground: Sequence[int]) -> dict[str, int]:
-    """Label name → value from a Decathlon or nnU-Net `dataset.json`, else liver and tumour."""
-    labels = dict(utilities.LABEL_VALUES)
-    for path in [path for path in files if path.name == "dataset.json"][:1]:
-        try:
-            entries = json.loads(path.read_text())["labels"].items()
-            by_value = all(key.isdigit() for key, _ in entries)
-            labels = {str(n): int(v) for v, n in entries} if by_value else dict(entries)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(
-                f"{path}: must be JSON with 'labels' (value → name), got {error!r}; "
-                "correct it, or remove it to use background 0, liver 1, tumour 2"
-            ) from error
-    return labels | {f"label {v}": v for v in foreground if v not in labels.values()}
+def read_description(
+    files: Sequence[Path], foreground: Sequence[int]
+) -> tuple[dict[str, int], int | None]:
+    """Label name → value and number of cases, from a Decathlon or nnU-Net `dataset.json`.
+
+    Without one: background, liver, tumour, and a name for every other foreground value.
+    """
+    path = next((path for path in files if path.name == "dataset.json"), None)
+    if path is None:
+        labels = utilities.LABEL_VALUES
+        return labels | {f"label {v}": v for v in foreground if v not in labels.values()}, None
+    content = read_json(path)
+    try:
+        entries = content["labels"].items()
+        by_value = all(key.isdigit() for key, _ in entries)
+        labels = {str(n): int(v) for v, n in entries} if by_value else dict(entries)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: must have 'labels' (value → name), got {error!r}; correct it, or remove it "
+            "to use background 0, liver 1, tumour 2"
+        ) from error
+    if not set(foreground) & set(labels.values()):
+        raise InputError(f"{path}: declares {labels}, none of --foreground {foreground}; choose")
+    return labels, content.get("numTraining")
 
 
 def name_patients(cases: list[Case], config: Config) -> None:
@@ -319,7 +331,6 @@ RULES = {  # kind of finding → (level, what to do); an error stops its case, a
     "spacing": ("warning", "compare with the scanner's protocol"),
     "duplicate": ("warning", "remove one; kept together in one split until then"),
     "mixture": ("warning", "nothing; all sub-volumes are written in RAS"),
-    "count": ("warning", "download the missing files, or correct dataset.json"),
 }
 
 
@@ -389,7 +400,7 @@ def inspect(case: Case, config: Config, labels: dict[str, int]) -> dict[str, Any
     low, high = np.percentile(coarse[::2, ::2, ::2], [0.5, 99.5])
     return record | {
         "hu_range": [round(float(low)), round(float(high))],
-        "foreground_voxels": sum(counts[value] for value in config.foreground),
+        "foreground_voxels": sum(counts.get(value, 0) for value in config.foreground),
         "voxels_per_label": {str(value): counts[value] for value in labels.values()},
         "marks": scan_marks(coarse),
     }
@@ -739,7 +750,7 @@ def cut_case(record: dict[str, Any], config: Config, labels: dict[str, int]) -> 
         wanted = [(first, first + outline.shape[2]) for first, (outline, _) in outlines.items()]
         for first, slab in ras_slabs(image, wanted):
             outline, counts = outlines.pop(first)
-            covered[first : first + depth] = sum(counts[value] for value in config.foreground)
+            covered[first : first + depth] = sum(counts.get(v, 0) for v in config.foreground)
             entry = {"case": name, "first_slice": first, "padded_slices": depth - slab.shape[2]}
             for key, array, air in ((IMAGE, slab, AIR_HU), (LABEL, outline, 0)):
                 suffix = ".nii.gz" if config.compress or key == LABEL else ".nii"
@@ -777,7 +788,7 @@ def wanted_outlines(
         chosen = seeded(config.seed, f"{case}:{first}") < config.keep_empty
         if chosen or outline.any():
             counts = count_per_slice(outline, values)
-            if chosen or any(counts[value].any() for value in config.foreground):
+            if chosen or any(np.any(counts.get(v, 0)) for v in config.foreground):
                 kept[first] = outline, counts
     return kept
 

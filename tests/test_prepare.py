@@ -267,12 +267,16 @@ def test_decathlon_as_downloaded(raw, capsys):
     for folder in ("imagesTr", "labelsTr"):
         (raw / folder / "._case_0.nii.gz").write_bytes(b"\0\5\26\7 macOS")
     labels = {"0": "background", "1": "liver", "2": "cancer"}
-    (raw / "dataset.json").write_text(json.dumps({"labels": labels, "numTraining": 3}))
+    (raw / "dataset.json").write_text(json.dumps({"labels": labels, "numTraining": 4}))
     shutil.move(raw, raw.parent / "download" / "Task03_Liver")
     dataset = run(raw.parent / "download")
     assert dataset["labels"] == {"background": 0, "liver": 1, "cancer": 2}
     assert len(dataset["cases"]) == 3
-    assert "not used: 3 other volumes" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "not used: 3 other volumes" in told  # imagesTs
+    assert "dataset.json announces 4 cases" in told
+    with pytest.raises(InputError, match="none of --foreground"):
+        run(raw.parent / "download", foreground=(5,))
 
 
 def test_one_folder_per_patient_with_other_formats(tmp_path):
