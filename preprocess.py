@@ -39,6 +39,8 @@ from monai.transforms import (
     RandAffined,
     RandFlipd,
     RandGaussianNoised,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
     Resized,
     ScaleIntensityRanged,
     Spacingd,
@@ -252,17 +254,21 @@ def augmentation(
     translation: float,
     scaling: float,
     noise_sd: float,
+    intensity_scaling: float,
+    intensity_shift: float,
     flip_probability: float,
     input_size: Sequence[int],
 ) -> Compose:
-    """Random rotation, translation and scaling in ONE in-plane resampling, then noise.
+    """Random rotation, translation and scaling in ONE in-plane resampling, then intensities.
 
     Args:
-        probability: of the affine part and of the noise, each.
+        probability: of the affine part, the noise, the intensity scaling and the shift, each.
         rotation_degrees: largest rotation about the body axis, either way.
         translation: largest shift either way, as a fraction of the picture's side.
         scaling: largest change of size either way (0.1 = ±10 %).
         noise_sd: largest standard deviation of Gaussian noise, in units of the 0..1 intensity.
+        intensity_scaling, intensity_shift: largest change of contrast (fraction) and of brightness
+            (in units of the 0..1 intensity) either way, as contrast agent and scanners differ.
         flip_probability: left-right mirroring. Leave it at 0 for a liver: a mirrored abdomen (situs
             inversus) is 1 in 10,000 people, and the side is the best clue against the spleen.
     """
@@ -282,6 +288,8 @@ def augmentation(
             ),
             RandFlipd(keys, prob=flip_probability, spatial_axis=0),
             RandGaussianNoised(IMAGE, prob=probability, std=noise_sd),
+            RandScaleIntensityd(IMAGE, factors=intensity_scaling, prob=probability),
+            RandShiftIntensityd(IMAGE, offsets=intensity_shift, prob=probability),
             ChannelsToSlicesd(keys),
         ]
     )

@@ -60,12 +60,14 @@ class Config:
     hu_window: tuple[float, float] = (-200.0, 250.0)  # HU that become 0 and 1; soft tissue
     input_size: tuple[int, int] = (256, 256)  # pixels in plane, multiples of 8
 
-    # -- augmentation of the training sub-volumes
-    augment_probability: float = 0.5  # of the affine change and of the noise, each
-    rotation_degrees: float = 10.0  # largest rotation in plane, either way
-    translation: float = 0.05  # largest shift either way, fraction of the picture's side
-    scaling: float = 0.1  # largest change of size either way
+    # -- augmentation of the training sub-volumes (on few patients, more of it measured better)
+    augment_probability: float = 0.8  # of each of: affine change, noise, intensity scaling, shift
+    rotation_degrees: float = 15.0  # largest rotation in plane, either way
+    translation: float = 0.1  # largest shift either way, fraction of the picture's side
+    scaling: float = 0.2  # largest change of size either way
     noise_sd: float = 0.02  # largest noise, in units of the 0..1 intensity (0.02 = 9 HU)
+    intensity_scaling: float = 0.15  # largest change of contrast either way (contrast agent)
+    intensity_shift: float = 0.1  # largest change of brightness either way (0.1 = 45 HU)
     flip_probability: float = 0.0  # left-right; 0, because a liver is on the right
 
     # -- network
@@ -80,7 +82,7 @@ class Config:
     batch_size: int = 2  # sub-volumes per step (and per process under torchrun)
     max_epochs: int = 100  # passes over the training sub-volumes
     gradient_clip: float = 12.0  # largest gradient norm; 0 leaves it alone
-    ema_decay: float = 0.0  # of the moving average of the weights that is validated and kept
+    ema_decay: float = 0.0  # keep a moving average of the weights; 0.99 steadies a constant rate
     patience: int = 0  # stop after so many validations without a better Dice; 0 = never
     val_interval: int = 1  # epochs between validations
 
@@ -114,6 +116,8 @@ class Config:
             "translation": self.translation,
             "scaling": self.scaling,
             "noise_sd": self.noise_sd,
+            "intensity_scaling": self.intensity_scaling,
+            "intensity_shift": self.intensity_shift,
             "flip_probability": self.flip_probability,
             "input_size": tuple(self.input_size),
         }
