@@ -935,11 +935,17 @@ def write_dataset(
 
 
 def open_pool(config: Config, cases: int) -> contextlib.AbstractContextManager:
-    """Processes for `run_cases`; None for one worker. Spawned: forking after threads can hang."""
+    """Processes for `run_cases`; None for one worker.
+
+    Forked from a clean server, which loads the libraries once: forking after threads can hang.
+    """
     workers = min(config.workers or os.cpu_count() or 1, cases)
     if workers <= 1:
         return contextlib.nullcontext()
-    context = multiprocessing.get_context("spawn")
+    if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
+        return ProcessPoolExecutor(workers, initializer=end_with_parent)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["utilities"])
     return ProcessPoolExecutor(workers, context, initializer=end_with_parent)
 
 
