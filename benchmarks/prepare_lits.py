@@ -131,7 +131,9 @@ def write_results(cases: list[dict], config: Config) -> None:
         "peak_mb": max(max(c["check_peak_mb"], c["cut_peak_mb"]) for c in cases),
     }
     with utilities.atomic_write(config.results) as temporary:
-        temporary.write_text(json.dumps(summary | {"cases": cases}, indent=1))
+        lines = ",\n  ".join(json.dumps(case, ensure_ascii=False) for case in cases)
+        head = json.dumps(summary, indent=1).removesuffix("\n}")
+        temporary.write_text(f'{head},\n "cases": [\n  {lines}\n ]\n}}\n')
 
 
 if __name__ == "__main__":
