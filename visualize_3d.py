@@ -32,6 +32,8 @@ from scipy.spatial import cKDTree
 from skimage.measure import find_contours
 from tqdm import tqdm
 from vedo import vtkclasses
+from vtkmodules.vtkCommonDataModel import vtkMultiBlockDataSet
+from vtkmodules.vtkIOGeometry import vtkGLTFWriter
 
 from utilities import (
     AIR_HU,
@@ -258,16 +260,17 @@ class PatientVolume(vedo.Volume):
     transfer: tuple | None = None  # colours, opacities per mm (composite) and per ray (maximum)
 
     def __init__(self, array: np.ndarray, affine: np.ndarray, outside: float = 0) -> None:
-        super().__init__(np.pad(array, 1, constant_values=outside))
-        self.affine = affine @ from_matvec(np.eye(3), [-1, -1, -1])
+        size = voxel_sizes(affine)  # as spacing, so that opacities count per mm
+        super().__init__(np.pad(array, 1, constant_values=outside), spacing=size)
+        self.to_patient = affine @ from_matvec(np.diag(1 / size), [-1, -1, -1])
         matrix = vtkclasses.vtkMatrix4x4()
-        matrix.DeepCopy(self.affine.ravel().tolist())
+        matrix.DeepCopy(self.to_patient.ravel().tolist())
         self.actor.SetUserMatrix(matrix)
 
     def isosurface(self, value: float | None = None, flying_edges: bool = True) -> vedo.Mesh:
         """Marching cubes (VTK's flying edges) in patient mm, faces turned outwards."""
-        mesh = super().isosurface(value, flying_edges=True).apply_transform(self.affine)
-        if np.linalg.det(self.affine[:3, :3]) < 0:
+        mesh = super().isosurface(value, flying_edges=True).apply_transform(self.to_patient)
+        if np.linalg.det(self.to_patient[:3, :3]) < 0:
             mesh.reverse()
         return smooth(mesh, self.smoothing)
 
@@ -471,7 +474,7 @@ def rays_volume(case: Case) -> PatientVolume:
     liver, tumour = LABEL_COLOURS[1], LABEL_COLOURS[2]
     volume.transfer = (
         [(-80, "white"), (-20, liver), (15, liver), (30, tumour), (80, tumour)],
-        [(-150, 0), (-80, 0.004), (-20, 0.004), (15, 0.004), (30, 0.1), (80, 0.2)],
+        [(-150, 0), (-80, 0.006), (-20, 0.006), (15, 0.006), (30, 0.1), (80, 0.2)],
         [(-150, 0), (-20, 0.2), (15, 0.3), (30, 0.6), (60, 0.95)],
     )
     return volume
@@ -480,7 +483,8 @@ def rays_volume(case: Case) -> PatientVolume:
 def rays_scene(case: Case, config: Config, offscreen: bool) -> vedo.Plotter:
     """Ray casting. vedo's window for it cannot be made without a display; a plain one can."""
     volume = rays_volume(case).mode(int(config.projection == "maximum"))
-    if offscreen:
+    if offscreen:  # on the CPU: 2.5 times as fast there as OpenGL without a graphics card
+        volume.mapper.SetRequestedRenderModeToRayCast()
         return vedo.Plotter(**window(config, True)).add(volume)
     plotter = vedo.applications.RayCastPlotter(volume, **window(config, False))
     volume.mode(volume.mode())  # the window has put its own opacities in
@@ -514,7 +518,7 @@ def slice_objects(
 ) -> list:
     """One CT slice as a grey rectangle with the outlines of label maps (colour → map), in mm."""
     axis, side = PLANES[plane][0], SLICE_SIDES[plane]
-    array, affine = np.take(scan.dataobj, index, axis), scan.affine
+    array, affine = np.moveaxis(np.asarray(scan.dataobj), axis, 0)[index], scan.affine
     across, up = array.shape
 
     def place(points: np.ndarray, height: float) -> np.ndarray:
@@ -526,7 +530,7 @@ def slice_objects(
     sheet = vedo.Mesh([place(corners, index), [[0, 1, 2, 3]]]).lighting("off").color("white")
     objects = [sheet.texture(vedo.Image(grey), tcoords=[(0, 0), (1, 0), (1, 1), (0, 1)])]
     for colour, label in labels.items():
-        flat = np.take(label.dataobj, index, axis)
+        flat = np.moveaxis(np.asarray(label.dataobj), axis, 0)[index]
         for value in range(1, int(flat.max(initial=0)) + 1):
             shade = colour if value == 1 else LABEL_COLOURS[value]
             for line in find_contours(np.pad(flat >= value, 1).astype(float), 0.5):
@@ -550,10 +554,12 @@ def slices_scene(case: Case, config: Config, offscreen: bool) -> vedo.Plotter:
         for panel in (PANELS[plane], SPACE_PANEL):
             plotter.at(panel).remove(old).add(shown[plane])
 
-    found = [np.nonzero(label.dataobj) for label in labels.values()]
+    foreground = [np.asarray(label.dataobj) > 0 for label in labels.values()]
+    filled = any(mask.any() for mask in foreground)
     for plane, (axis, _) in PLANES.items():
-        seen = np.concatenate([index[axis] for index in found] or [[scan.shape[axis] // 2]])
-        index = int(np.bincount(seen).argmax()) if seen.size else scan.shape[axis] // 2
+        others = tuple({0, 1, 2} - {axis})
+        counts = sum(np.count_nonzero(mask, axis=others) for mask in foreground)
+        index = int(np.argmax(counts)) if filled else scan.shape[axis] // 2
         show(plane, index)
         face_slice(plotter.at(PANELS[plane]), scan, plane)
         if not offscreen:  # all in the panel at the window's origin, the only one VTK places well
@@ -562,7 +568,7 @@ def slices_scene(case: Case, config: Config, offscreen: bool) -> vedo.Plotter:
                 lambda slider, _, plane=plane: show(plane, round(slider.value)),
                 0, scan.shape[axis] - 1, index, place, f"{plane} slice", tformat="%.0f",
             )  # fmt: skip
-    if any(index[0].size for index in found):
+    if filled:
         plotter.at(SPACE_PANEL).add(*case.meshes.values())
     return plotter.at(SPACE_PANEL)
 
@@ -603,7 +609,7 @@ def compare_scene(case: Case, config: Config, offscreen: bool) -> vedo.Plotter:
         (0, reference, TRUTH_COLOUR, "reference"),
         (1, mesh, PREDICTION_COLOUR, text.format(*numbers)),
     ):
-        plotter.at(at).add(shown, write(words, (0.5, 0.2), colour, "center"))
+        plotter.at(at).add(shown, write(plotter, words, (0.5, 0.2), colour, "center"))
         plotter.renderer.SetActiveCamera(plotter.renderers[0].GetActiveCamera())
     return plotter
 
@@ -620,7 +626,9 @@ SCENES = {
 def draw(case: Case, config: Config, offscreen: bool) -> vedo.Plotter:
     """The scene of `config.mode`, with directions and measurements; not rendered yet."""
     vedo.settings.enable_default_keyboard_callbacks = False  # ours are shown on screen
-    vedo.settings.use_depth_peeling = True  # translucent surfaces in the right order …
+    vedo.settings.use_depth_peeling = (
+        config.mode != "rays"
+    )  # translucent surfaces in the right order …
     vedo.settings.multi_samples, vedo.settings.use_fxaa = 0, True  # … for which VTK wants these
     logger = vtkclasses.get_class("Logger")
     logger.SetStderrVerbosity(logger.VERBOSITY_ERROR)  # no display is no reason to warn
@@ -630,18 +638,20 @@ def draw(case: Case, config: Config, offscreen: bool) -> vedo.Plotter:
         plotter.camera.Azimuth(25)
         plotter.camera.Elevation(25)
     mode = config.mode + (f", {config.projection}" if config.mode == "rays" else "")
-    text = write(
-        "\n".join([f"{case.name} · {mode}", *case.report()]), (0.01, 0.99), INK, "top-left"
-    )
-    plotter.add(text)
+    lines = "\n".join([f"{case.name} · {mode}", *case.report()])
+    plotter.add(write(plotter, lines, (0.01, 0.99), INK, "top-left"))
     for renderer in plotter.renderers:
-        mark_directions(renderer)
+        mark_directions(plotter, renderer)
     return plotter
 
 
-def write(text: str, place: tuple[float, float], colour: str, justify: str) -> vedo.Text2D:
+def write(
+    plotter: vedo.Plotter, text: str, place: tuple, colour: str, justify: str, size: float = 0.7
+) -> vedo.Text2D:
+    """Text at a place (0..1) of a panel, its size going with the window's."""
+    size *= plotter.window.GetSize()[0] / 1200
     return vedo.Text2D(
-        text, place, 0.7, BACKGROUND, c=colour, alpha=0.6, justify=justify, font="Calco"
+        text, place, size, BACKGROUND, c=colour, alpha=0.6, justify=justify, font="Calco"
     )
 
 
@@ -655,12 +665,10 @@ def stand(plotter: vedo.Plotter, place: np.ndarray, up: np.ndarray) -> None:
     plotter.camera.Zoom(1.4 if width > height else 1.2)
 
 
-def mark_directions(renderer: vtkclasses.vtkRenderer) -> None:
+def mark_directions(plotter: vedo.Plotter, renderer: vtkclasses.vtkRenderer) -> None:
     """Letters R L A P S I at the picture's edges, right again before every rendering."""
-    texts = [
-        vedo.Text2D("", place, 1.2, c=INK, justify="center", font="Calco")
-        for place in ((0.02, 0.5), (0.98, 0.5), (0.5, 0.97), (0.5, 0.03))
-    ]
+    places = (0.02, 0.5), (0.98, 0.5), (0.5, 0.97), (0.5, 0.03)
+    texts = [write(plotter, "", place, INK, "center", 1.3) for place in places]
     for text in texts:
         renderer.AddActor(text.actor)
 
@@ -726,7 +734,7 @@ def browse(plotter: vedo.Plotter, config: Config, note: str) -> tuple[Config | N
             plotter.break_interaction()
 
     plotter.add_callback("KeyPress", press, enable_picking=False)
-    plotter.add(write(note, (0.5, 0.07), INK, "center"))
+    plotter.add(write(plotter, note, (0.5, 0.07), INK, "center"))
     plotter.show(resetcam=False, interactive=True)
     plotter._interactive = False  # it has ended; close() would end it again and crash VTK
     plotter.close()
@@ -775,10 +783,10 @@ def write_mesh(case: Case, config: Config, path: Path) -> None:
 
 def write_glb(mesh: vedo.Mesh, path: Path) -> None:
     """glTF 2.0 binary, which VTK writes and vedo does not."""
-    scene, node = vtkclasses.new("MultiBlockDataSet"), vtkclasses.new("MultiBlockDataSet")
+    scene, node = vtkMultiBlockDataSet(), vtkMultiBlockDataSet()
     node.SetBlock(0, mesh.dataset)
     scene.SetBlock(0, node)
-    writer = vtkclasses.new("GLTFWriter")
+    writer = vtkGLTFWriter()
     writer.SetFileName(str(path))
     writer.SetInputData(scene)
     writer.Write()
@@ -816,11 +824,21 @@ def write_html(case: Case, config: Config, path: Path) -> None:
         template="plotly_dark",
         paper_bgcolor=BACKGROUND,
         scene={"aspectmode": "data", "camera": cameras[config.view], **axes},
-        updatemenus=[{"type": "buttons", "direction": "right", "buttons": buttons, "x": 0, "y": 0}],
-        annotations=[note | {"x": 0, "y": 1, "xref": "paper", "yref": "paper"}],
+        updatemenus=[
+            {
+                "type": "buttons",
+                "direction": "right",
+                "buttons": buttons,
+                "showactive": False,
+                "x": 0,
+                "y": 0,
+                "xanchor": "left",
+            }
+        ],
+        annotations=[note | {"x": 0, "y": 1, "xanchor": "left", "xref": "paper", "yref": "paper"}],
     )
     with atomic_write(path) as temporary:
-        figure.write_html(temporary, include_plotlyjs=True)
+        figure.write_html(temporary, include_plotlyjs=True, default_height="100vh")
 
 
 OUTPUTS = {  # option → how, and which endings it can write

@@ -1,0 +1,108 @@
+"""Time and memory to the first picture of a 512×512×300 case with a liver, per mode.
+
+    python benchmarks/visualize.py
+
+Each mode is a fresh process: `python visualize_3d.py <case> --mode <mode> --screenshot x.png`, from
+the command to the written picture, off screen, imports included. Median of `repeats`.
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import tyro
+from scipy.ndimage import gaussian_filter, zoom
+
+ROOT = Path(__file__).resolve().parent.parent
+MODES = ("surface", "rays", "organs", "slices", "compare")
+MEASURED = (  # runs the command and reports the peak memory of that process alone
+    "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, "
+    "stdout=subprocess.DEVNULL); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+)
+
+
+@dataclass
+class Config:
+    repeats: int = 3  # runs per mode
+    shape: tuple[int, int, int] = (512, 512, 300)  # voxels, 0.75 × 0.75 × 1 mm
+    destination: Path = ROOT / "benchmarks" / "results" / "visualize.json"  # file to write
+
+
+def make_case(folder: Path, shape: tuple[int, int, int]) -> Path:
+    """A body with a lumpy liver of about 1.6 l and two tumours, as apply_model.py leaves it."""
+    rng = np.random.default_rng(0)
+    size = np.array([0.75, 0.75, 1.0])
+    x, y, z = (np.arange(n, dtype=np.float32) * mm for n, mm in zip(shape, size, strict=True))
+    x, y, z = x[:, None, None], y[None, :, None], z[None, None, :]
+    waves = zoom(
+        gaussian_filter(rng.normal(size=(16, 16, 12)), 1), np.array(shape) / (16, 16, 12), order=1
+    )
+    lumpy = 1 + 1.2 * waves.astype(np.float32)
+    middle = np.array(shape) * size / 2
+    body = ((x - middle[0]) / 170) ** 2 + ((y - middle[1]) / 120) ** 2 < 1
+    liver = ((x - middle[0] - 60) / 85) ** 2 + ((y - middle[1]) / 75) ** 2 + (
+        (z - middle[2]) / 65
+    ) ** 2 < lumpy
+    label = (liver & body).astype(np.uint8)
+    for shift in (30, 85):
+        ball = (x - middle[0] - shift) ** 2 + (y - middle[1]) ** 2 + (z - middle[2]) ** 2 < 18**2
+        label[ball & (label > 0)] = 2
+    hu = np.where(body, 20, -1000) + 85 * (label == 1) + 35 * (label == 2)
+    hu = (hu + rng.normal(0, 12, shape).astype(np.float32)).astype(np.int16)
+    affine = np.diag([*size, 1])
+    folder.mkdir()
+    for name, array in {
+        "image": hu,
+        "truth": label,
+        "case_label": np.roll(label, 2, axis=0),
+        "case_masked": np.where(np.roll(label, 2, axis=0) > 0, hu, -1024).astype(np.int16),
+    }.items():
+        nib.save(nib.Nifti1Image(array, affine), folder / f"{name}.nii.gz")
+    sources = {"image": str(folder / "image.nii.gz"), "truth": str(folder / "truth.nii.gz")}
+    (folder / "case.json").write_text(json.dumps({"case": "case", **sources}))
+    return folder
+
+
+def first_picture(case: Path, mode: str) -> tuple[float, float]:
+    """Seconds and peak MiB of one run."""
+    command = [sys.executable, ROOT / "visualize_3d.py", case, "--mode", mode]
+    command += ["--screenshot", case / f"{mode}.png"]
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *command], check=True, capture_output=True, text=True
+    )
+    return time.perf_counter() - start, int(done.stdout) / 1024
+
+
+def main(config: Config) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        case = make_case(Path(folder) / "case", config.shape)
+        label = np.asarray(nib.load(case / "case_label.nii.gz").dataobj)
+        modes = {}
+        for mode in MODES:
+            runs = [first_picture(case, mode) for _ in range(config.repeats)]
+            seconds = statistics.median(run[0] for run in runs)
+            mebibytes = max(run[1] for run in runs)
+            modes[mode] = {"seconds": round(seconds, 2), "peak_mib": round(mebibytes)}
+            print(f"{mode}: {seconds:.1f} s, {mebibytes:.0f} MiB")
+    result = {
+        "command": "python benchmarks/visualize.py",
+        "data": f"synthetic case {config.shape}, {np.count_nonzero(label)} organ voxels",
+        "n": config.repeats,
+        "modes": modes,
+        "machine": f"{platform.machine()}, 2 cores, no GPU, Python {platform.python_version()}",
+    }
+    config.destination.parent.mkdir(exist_ok=True)
+    config.destination.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
