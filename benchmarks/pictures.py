@@ -37,8 +37,8 @@ def overview(case: str, render: Path) -> Figure:
     predicted = voxels(to_ras(read_volume(DEMO / "results" / case / f"{case}_label.nii.gz"))) > 0
     true, spacing = voxels(truth) > 0, spacing_mm(scan.affine)
     middle = int(true.sum(axis=(0, 1)).argmax())
-    figure = Figure(figsize=(13.5, 4.6), layout="constrained")
-    left, centre, right = figure.subplots(1, 3)
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    left, centre, right = figure.subplots(1, 3, width_ratios=(1, 1, 4 / 3))
     draw_plane(left, voxels(scan), "axial", middle, spacing)
     outlines = {TRUTH_COLOUR: true, PREDICTION_COLOUR: predicted}
     draw_plane(centre, voxels(scan), "axial", middle, spacing, outlines)

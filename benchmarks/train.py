@@ -1,6 +1,6 @@
 """Speed of training: this project's loop, the usual tutorial loop, and the bare network.
 
-    python benchmarks/train.py --data data/prepared --input-size 128 128 --batch-size 1 --steps 8
+    python benchmarks/train.py --data data/prepared --input-size 128 128 --steps 4
 
 (a) plain: MONAI's transforms on the fly for each sample, float32, contiguous, `.item()` each step;
 (b) bare: forward and backward on one resident batch, in this project's precision and layout;
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import platform
+import statistics
 import sys
 import time
 import warnings
@@ -59,7 +60,8 @@ class Config:
     input_size: tuple[int, int] = (128, 128)  # pixels in plane
     base_channels: int = 32  # 32 is the paper's network
     batch_size: int = 1  # sub-volumes per step
-    steps: int = 8  # timed steps of each loop, after one to warm up
+    steps: int = 4  # timed steps of each loop in a round, after one to warm up
+    rounds: int = 3  # the loops take turns, so that a busy moment of the machine hits all of them
     device: str = "auto"  # auto, cpu, cuda
     workers: int = 2  # of the two caches
 
@@ -208,6 +210,15 @@ def measure_caches(config: Config, items: list, settings: train.Config, device: 
     return {"measured": result, "cached": built}
 
 
+def in_turns(rounds: int, **loops: Callable[[], dict]) -> dict[str, dict]:
+    """Measure the loops one after the other, several times; the median of each figure."""
+    results = [{name: loop() for name, loop in loops.items()} for _ in range(rounds)]
+    return {
+        name: {key: statistics.median(result[name][key] for result in results) for key in first}
+        for name, first in results[0].items()
+    }
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
@@ -226,13 +237,17 @@ def main(config: Config) -> None:
     caches = measure_caches(config, items, settings, device)
     result: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
-        "n": f"{config.steps} steps of {config.batch_size} sub-volumes, after one to warm up",
+        "n": f"median of {config.rounds} rounds in turns, each of {config.steps} steps of "
+        f"{config.batch_size} sub-volumes after one to warm up",
         "machine": machine(device),
         "precision": str(precision),
         "cache": caches["measured"],
-        "plain": measure_plain(config, items, settings, device),
-        "bare": measure_bare(config, device, precision),
-        "ours": measure_ours(config, caches["cached"], settings, device),
+        **in_turns(
+            config.rounds,
+            plain=lambda: measure_plain(config, items, settings, device),
+            bare=lambda: measure_bare(config, device, precision),
+            ours=lambda: measure_ours(config, caches["cached"], settings, device),
+        ),
         "matmul_tflop_per_s": measure_matmul(device, precision),
     }
     ours = result["ours"]["seconds_per_step"]
