@@ -69,7 +69,7 @@ class Config:
     mesh: Path | None = None  # surface of the organ in mm: .stl .ply .obj .vtp .glb
     mesh_space: Literal["LPS", "RAS"] = "LPS"  # axes of `mesh`; 3D Slicer takes files as LPS
     html: Path | None = None  # one self-contained page that turns in any browser, offline
-    smoothing: int = 100  # iterations of the windowed sinc filter; 0 = bare marching cubes
+    smoothing: int = 80  # iterations of the windowed sinc filter; 0 = bare marching cubes
     size: tuple[int, int] = (1200, 900)  # pixels of the window and of every picture
 
 
@@ -93,10 +93,10 @@ def main(config: Config) -> None:
     outputs = chosen_outputs(config)
     for case in cases:
         print(case.name, *case.report(), sep="\n  ")
-        for path, write in outputs:
+        for path, write_output in outputs:
             if len(cases) > 1:
                 path = path.with_name(f"{path.stem}_{case.name}{path.suffix}")
-            write(case, config, path)
+            write_output(case, config, path)
             print(f"  wrote {path}")
     if not outputs:
         open_windows(cases, config)
@@ -120,7 +120,7 @@ def is_label_map(array: np.ndarray) -> bool:
     small = array.astype(np.uint8, copy=False)
     if array.dtype.kind == "f" and not np.array_equal(small, array):
         return False
-    return sum(np.any(small == value) for value in range(small.max() + 1)) <= 32
+    return small.max() < 32 or np.unique(small).size <= 32
 
 
 def read_labels(path: Path) -> nib.Nifti1Image:
@@ -145,7 +145,7 @@ class Case:
     label: Path | None = None
     truth: Path | None = None
     names: dict[int, str] = field(default_factory=lambda: {v: n for n, v in LABEL_VALUES.items()})
-    smoothing: int = 100
+    smoothing: int = 80
 
     @functools.cached_property
     def labels(self) -> nib.Nifti1Image | None:
@@ -192,7 +192,7 @@ class Case:
 
     @functools.cached_property
     def meshes(self) -> dict[str, vedo.Mesh]:
-        """Class → smooth surface in patient mm, with `measures` in its metadata; organ first."""
+        """Class → smooth surface in patient mm, with its `measures`; the organ first."""
         return class_meshes(self.organ, self.names, self.smoothing)
 
     def report(self) -> list[str]:
@@ -277,7 +277,11 @@ class PatientVolume(vedo.Volume):
     def mode(self, mode: int | None = None) -> PatientVolume | int:
         """0 composite, 1 maximum projection: each with the opacities that suit it."""
         if mode is not None and self.transfer:
-            self.color(self.transfer[0]).alpha(self.transfer[1 + mode]).shade(False)
+            self.color(self.transfer[0]).shade(False)
+            opacity = self.properties.GetScalarOpacity()
+            opacity.RemoveAllPoints()  # vedo's alpha() would give the last value to the data's end
+            for point in self.transfer[1 + mode]:
+                opacity.AddPoint(*point)
         return super().mode(mode)
 
 
@@ -307,13 +311,17 @@ def class_meshes(
     array = np.asarray(labels.dataobj)
     meshes = {}
     for value in range(1, int(array.max()) + 1):
-        name = names.get(value, f"label {value}")
+        name = names.get(value, f"label_{value}")
         mask = np.isin(array, CLASSES.get(name, value))
         if mask.any():
             mesh = smooth(surface_mm(mask, labels.affine), smoothing)
             mesh.measures = measure(mask, labels.affine, mesh)
-            meshes[name] = mesh.color(LABEL_COLOURS[(value - 1) % len(LABEL_COLOURS) + 1])
+            meshes[name] = mesh.color(label_colour(value))
     return meshes
+
+
+def label_colour(value: int) -> str:
+    return LABEL_COLOURS[(value - 1) % len(LABEL_COLOURS) + 1]
 
 
 def surface_mm(mask: np.ndarray, affine: np.ndarray) -> vedo.Mesh:
@@ -373,7 +381,7 @@ def describe(name: str, mesh: vedo.Mesh) -> list[str]:
         f"{name} {found['volume_ml']:.1f} ml, surface {found['surface_cm2']:.0f} cm²",
         "  R–L {:.0f} × A–P {:.0f} × I–S {:.0f} mm".format(*found["extent_mm"]),
         f"  mesh {found['mesh_ml']:.1f} ml, smoothing {mesh.smoothing_percent:+.2f} %",
-    ] + ([f"  {len(parts)} parts: {sizes} ml"] if name != "liver" else [])
+    ] + ([f"  parts {len(parts)}: {sizes} ml"] if name != "liver" else [])
 
 
 def signed_distance(
@@ -532,8 +540,9 @@ def slice_objects(
     for colour, label in labels.items():
         flat = np.moveaxis(np.asarray(label.dataobj), axis, 0)[index]
         for value in range(1, int(flat.max(initial=0)) + 1):
-            shade = colour if value == 1 else LABEL_COLOURS[value]
-            for line in find_contours(np.pad(flat >= value, 1).astype(float), 0.5):
+            shade = colour if value == 1 else label_colour(value)
+            mask = flat > 0 if value == 1 else flat == value
+            for line in find_contours(np.pad(mask, 1).astype(float), 0.5):
                 objects.append(vedo.Line(place(line - 1, index + side / 2), c=shade, lw=2))
     return objects
 
@@ -626,9 +635,7 @@ SCENES = {
 def draw(case: Case, config: Config, offscreen: bool) -> vedo.Plotter:
     """The scene of `config.mode`, with directions and measurements; not rendered yet."""
     vedo.settings.enable_default_keyboard_callbacks = False  # ours are shown on screen
-    vedo.settings.use_depth_peeling = (
-        config.mode != "rays"
-    )  # translucent surfaces in the right order …
+    vedo.settings.use_depth_peeling = config.mode != "rays"  # translucent surfaces in right order …
     vedo.settings.multi_samples, vedo.settings.use_fxaa = 0, True  # … for which VTK wants these
     logger = vtkclasses.get_class("Logger")
     logger.SetStderrVerbosity(logger.VERBOSITY_ERROR)  # no display is no reason to warn
