@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from monai import losses
 from preprocess import SubvolumeLoader, Subvolumes, augmentation, cache_split, read_prepared
 from utilities import (
     CLASSES,
+    IMAGE,
     InputError,
     NetworkName,
     atomic_write,
@@ -90,7 +92,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: the fastest one here
     compile: bool = False  # torch.compile: a minute at the start, faster steps on a GPU
-    deterministic: bool = False  # bit-identical repeats on a GPU too, slower; a CPU always repeats
+    deterministic: bool = False  # repeatable on a GPU as far as torch can, slower; a CPU always is
     sync_batch_norm: bool = False  # under torchrun: statistics over all GPUs, for small batches
     disk_cache: bool = False  # keep preprocessed sub-volumes beside the data for the next run
     tensorboard: bool = False  # also write event files: tensorboard --logdir checkpoints
@@ -231,7 +233,9 @@ def run(
     """Data, network, optimizer, loop: one process of possibly several."""
     rank, processes = rank_and_size()
     torch.manual_seed(config.seed)
-    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:  # 3D max pooling has no such algorithm on a GPU: warned, not refused
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = not config.deterministic  # all batches have one shape
 
     # data
@@ -239,11 +243,15 @@ def run(
     settings |= {"rank": rank, "processes": processes}
     training = cache_split(prepared, config.data, "training", **settings)
     validation = cache_split(prepared, config.data, "validation", **settings)
-    augmented = Subvolumes(training, augmentation(**config.augmentation()), config.seed)
-    train_loader = SubvolumeLoader(augmented, config.batch_size, shuffle=True, seed=config.seed)
-    val_loader = SubvolumeLoader(
-        Subvolumes(validation), config.batch_size, shuffle=False, seed=config.seed
-    )
+    augment = augmentation(**config.augmentation(), device=device)
+    augmented = Subvolumes(training, augment, config.seed)
+    loading = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "pin": device.type == "cuda" and not training[0][IMAGE].is_cuda,
+    }
+    train_loader = SubvolumeLoader(augmented, shuffle=True, **loading)
+    val_loader = SubvolumeLoader(Subvolumes(validation), shuffle=False, **loading)
 
     # network, loss, optimizer
     network_args = {

@@ -707,6 +707,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL's collectives use the current one
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
@@ -919,11 +921,12 @@ def train_one_epoch(
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            image = batch[IMAGE].to(device, memory_format=torch.channels_last_3d)
+            image = batch[IMAGE].to(device, non_blocking=True, memory_format=torch.channels_last_3d)
+            label = batch[LABEL].to(device, non_blocking=True)
             optimizer.zero_grad(set_to_none=True)
             with autocast(device, precision):
                 logits = network(image)
-            loss = loss_function(logits.float(), batch[LABEL].to(device))
+            loss = loss_function(logits.float(), label)
             scaler.scale(loss).backward()
             if clip:
                 scaler.unscale_(optimizer)

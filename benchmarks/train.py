@@ -162,7 +162,7 @@ def measure_bare(config: Config, device: torch.device, precision: torch.dtype, *
 
 def measure_ours(config: Config, cached: Any, settings: train.Config, device: Any) -> dict:
     """This project's loop: cache, augmentation, precision, layout."""
-    augmented = Subvolumes(cached, augmentation(**settings.augmentation()), seed=0)
+    augmented = Subvolumes(cached, augmentation(**settings.augmentation(), device=device), seed=0)
     precision = pick_precision("auto", device)
     model = new_network(config, device).to(memory_format=torch.channels_last_3d)
     optimizer = train.OPTIMIZERS["adam"](model.parameters(), 1e-4)
