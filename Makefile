@@ -35,7 +35,7 @@ lint: .venv/installed
 # What the tests with real windows and a real browser need; without it they skip and say so.
 system-packages:
 	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends xvfb xdotool chromium > /dev/null
+	apt-get install -y -qq --no-install-recommends xvfb x11-apps xdotool chromium > /dev/null
 
 # The README's pictures, from what the demo left.
 pictures:

@@ -60,6 +60,8 @@ def without_given(small: str, options: list[str]) -> list[str]:
     """The small values, less the options that the README's command gives itself."""
     if "--resume" in options:  # keeps the settings of its run
         return []
+    if {"--turntable", "--html", "--mesh"} & set(options):  # they open no window
+        return []
     groups = [f"--{group}" for group in small.split("--")[1:]]
     return [word for group in groups if group.split()[0] not in options for word in group.split()]
 
@@ -81,4 +83,7 @@ def promised_files() -> list[str]:
         "results/results.csv",
         "results/scan/scan_label.nii.gz",
         "scan_3d.png",
+        "scan.gif",
+        "scan.html",
+        "scan.stl",
     ]
