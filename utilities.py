@@ -1114,21 +1114,31 @@ def planes_figure(
     spacing: tuple[float, float, float],
     outlines: dict[str, np.ndarray],
     window: tuple[float, float] = HU_WINDOW,
+    axial_slices: int = 0,
 ) -> Any:
     """Figure of the axial, coronal and sagittal slice with most foreground, RAS array in HU.
 
-    `outlines` maps a colour to a boolean mask (X, Y, Z); the first one chooses the slices. Returns
-    a matplotlib Figure for `save_figure`.
+    `outlines` maps a colour to a boolean mask (X, Y, Z); the first one chooses the slices. With
+    `axial_slices` a second row shows so many, from the lowest to the highest with an outline.
+    Returns a matplotlib Figure for `save_figure`.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    figure = Figure(figsize=(13, 4.6 + 2.6 * bool(axial_slices)), layout="constrained")
+    rows = figure.subfigures(2, 1, height_ratios=(4.6, 2.6)) if axial_slices else [figure]
     guide = next(iter(outlines.values()))
-    for axes, (plane, (cut, _)) in zip(figure.subplots(1, 3), PLANES.items(), strict=True):
+    for axes, (plane, (cut, _)) in zip(rows[0].subplots(1, 3), PLANES.items(), strict=True):
         counts = np.count_nonzero(guide, axis=tuple(axis for axis in range(3) if axis != cut))
         index = int(counts.argmax()) if counts.any() else image.shape[cut] // 2
         draw_plane(axes, image, plane, index, spacing, outlines, window)
         axes.set_title(f"{plane}, slice {index + 1} of {image.shape[cut]}", fontsize=10)
+    if axial_slices:
+        used = [np.flatnonzero(mask.any(axis=(0, 1))) for mask in outlines.values()]
+        used = np.concatenate(used) if sum(map(len, used)) else np.array([0, image.shape[2] - 1])
+        chosen = np.linspace(used.min(), used.max(), axial_slices).round().astype(int)
+        for axes, index in zip(rows[1].subplots(1, axial_slices), chosen, strict=True):
+            draw_plane(axes, image, "axial", int(index), spacing, outlines, window)
+            axes.set_title(f"slice {index + 1}", fontsize=9)
     figure.suptitle(title, fontsize=11)
     return figure
 

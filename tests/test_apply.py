@@ -109,6 +109,9 @@ def test_bad_input_is_named(tmp_path, checkpoint, prepared):
     refused(use | {"paths": (tmp_path / "torn.nii.gz",)}, r"torn\.nii\.gz: .*(cut off|damaged)")
     other = nib.Nifti1Image(np.zeros((16, 16, 17), np.uint8), np.eye(4))
     nib.save(other, tmp_path / "other.nii.gz")
+    refused(use | paths, r"scan\.nii\.gz: does not look like CT in HU .*--force")
+    assert not (tmp_path / "results").exists()
+    use["force"] = True
     refused(use | paths | {"truth": (tmp_path / "other.nii.gz",)}, "must lie on the scan's grid")
     refused(use | {"paths": paths["paths"] * 2}, "two volumes are called scan")
     refused(use | {"checkpoint": tmp_path / "no.pt"} | paths, r"no\.pt: no such checkpoint")
