@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import threading
+import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +34,7 @@ from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -468,6 +470,18 @@ def unflipped(array: np.ndarray) -> np.ndarray:
     return array[tuple(slice(None, None, -1 if step < 0 else 1) for step in array.strides)]
 
 
+def flipped(array: np.ndarray) -> np.ndarray:
+    """The same array, its flips done in memory: by torch, which takes a quarter of numpy's time."""
+    axes = [axis for axis, step in enumerate(array.strides) if step < 0]
+    if not axes or array.itemsize > 8:
+        return array
+    bits = unflipped(array).view(f"i{array.itemsize}")  # torch does not flip every type
+    with warnings.catch_warnings():  # bytes read from a file may not be written to: nobody does
+        warnings.simplefilter("ignore")
+        tensor = torch.from_numpy(bits.T)
+    return tensor.flip([2 - axis for axis in axes]).numpy().T.view(array.dtype)
+
+
 def busiest(mask: np.ndarray) -> tuple[int, int, int]:
     """Index of the sagittal, coronal and axial slice with most voxels; the middle if none has."""
     if not mask.any():
@@ -577,13 +591,10 @@ def judge_tumour(
 
 def scan_marks(coarse: np.ndarray) -> dict[str, list[int]]:
     """What a copy of the scan shares: checksums of its slices, and a 16×16×16 picture of it."""
-    from torch import from_numpy
-    from torch.nn.functional import adaptive_avg_pool3d
-
     whole = np.clip(coarse, -3000, 3000).round().astype(np.int16)
     full = [z for z in range(whole.shape[2]) if whole[:, :, z].min() < whole[:, :, z].max()]
-    soft = from_numpy(np.clip(whole[::2, ::2], -200, 250).astype(np.float32))
-    picture = adaptive_avg_pool3d(soft[None, None], 16).numpy()
+    soft = torch.from_numpy(np.clip(whole[::2, ::2], -200, 250).astype(np.float32))
+    picture = torch.nn.functional.adaptive_avg_pool3d(soft[None, None], 16).numpy()
     return {
         "slices": [zlib.crc32(np.ascontiguousarray(whole[:, :, z])) for z in full],
         "picture": np.rint(picture.ravel()).astype(int).tolist(),
@@ -770,7 +781,7 @@ def cut_case(record: dict[str, Any], config: Config, labels: dict[str, int]) -> 
             for key, array, air in ((IMAGE, slab, AIR_HU), (LABEL, outline, 0)):
                 suffix = ".nii.gz" if config.compress or key == LABEL else ".nii"
                 file = f"{key}_{first:04d}{suffix}"
-                write_volume(subvolume(array, affine, first, depth, air), folder / file)
+                write_volume(subvolume(flipped(array), affine, first, depth, air), folder / file)
                 entry[key] = f"subvolumes/{name}/{file}"
             entry["voxels_per_label"] = {str(value): int(n.sum()) for value, n in counts.items()}
             entries.append(entry)
@@ -949,13 +960,13 @@ def write_dataset(
 
 
 def open_pool(config: Config, cases: int) -> contextlib.AbstractContextManager:
-    """Processes for `run_cases`; None for one worker.
+    """Processes for `run_cases`, one core each; None for one worker.
 
     Forked from a clean server, which loads the libraries once: forking after threads can hang.
     """
     workers = min(config.workers or os.cpu_count() or 1, cases)
     if workers <= 1:
-        return contextlib.nullcontext()
+        return one_core()
     if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
         return ProcessPoolExecutor(workers, initializer=end_with_parent)
     context = multiprocessing.get_context("forkserver")
@@ -963,8 +974,20 @@ def open_pool(config: Config, cases: int) -> contextlib.AbstractContextManager:
     return ProcessPoolExecutor(workers, context, initializer=end_with_parent)
 
 
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """torch's threads would wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def end_with_parent() -> None:
-    """A worker whose parent was killed must not go on writing."""
+    """A worker whose parent was killed must not go on writing; it keeps to one core."""
+    torch.set_num_threads(1)
 
     def watch() -> None:
         multiprocessing.parent_process().join()

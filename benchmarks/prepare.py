@@ -40,12 +40,14 @@ import utilities  # noqa: E402
 
 @dataclass
 class Config:
-    source: Path | None = None  # folder with .nii.gz cases; default: 4 painted LiTS grids
+    source: Path | None = None  # folder with .nii.gz cases; default: painted LiTS grids
     livers: Path = ROOT.parent / "shared/data/lits_labels"  # liver masks to paint around
     work: Path = Path("/tmp/prepare_benchmark")  # folder that is made and removed
     results: Path = ROOT / "benchmarks/results/prepare.json"  # JSON to write
     repeats: int = 3  # runs of each way; the median counts
     memory: bool = True  # also measure the memory on 512 × 512 × 987
+    first: int = 118  # of the LiTS masks to paint around, without --source
+    cases: int = 8  # number of them: enough that two workers are not idle at the end
 
 
 def seconds(work: Callable[[], object]) -> tuple[float, float]:
@@ -87,7 +89,8 @@ def floor(records: list[dict], pieces: dict[Path, bytes], destination: Path) -> 
 def cut_all(
     records: list[dict], config: prepare.Config, labels: dict[str, int], pool: object = None
 ) -> None:
-    with contextlib.redirect_stderr(io.StringIO()):
+    one_core = contextlib.nullcontext() if pool else prepare.one_core()
+    with contextlib.redirect_stderr(io.StringIO()), one_core:
         prepare.run_cases(pool, prepare.cut_case, records, config, labels, title="cutting")
 
 
@@ -99,10 +102,11 @@ def measure(source: Path, config: Config) -> dict:
     prepare.check_case(cases[0], settings, labels)  # libraries are loaded once, not per case
     shutil.rmtree(out)
     records = []
-    check = [
-        seconds(lambda case=case: records.append(prepare.check_case(case, settings, labels)))
-        for case in cases
-    ]
+    with prepare.one_core():
+        check = [
+            seconds(lambda case=case: records.append(prepare.check_case(case, settings, labels)))
+            for case in cases
+        ]
     times = {"a": [], "b": [], "c": [], "two": []}
     two_workers = prepare.Config(source=source, destination=out, workers=2)
     with prepare.open_pool(two_workers, 2) as pool:
@@ -178,8 +182,9 @@ def main(config: Config) -> None:
     try:
         source = config.source or config.work / "raw"
         if not config.source:
-            paint(config, source, 118, 4)
-        painted = "CT painted around LiTS masks 118-121, full size"
+            paint(config, source, config.first, config.cases)
+        last = config.first + config.cases - 1
+        painted = f"CT painted around LiTS masks {config.first}-{last}, full size"
         name = f"{source.parent.name}/{source.name}" if config.source else painted
         known = json.loads(config.results.read_text()) if config.results.exists() else {}
         known |= {"machine": machine()}
