@@ -570,7 +570,7 @@ def surface_voxels(mask: np.ndarray) -> np.ndarray:
         along, inside = np.moveaxis(mask, axis, 0), np.moveaxis(inner, axis, 0)
         inside[1:] &= along[:-1]
         inside[:-1] &= along[1:]
-        inside[0] = inside[-1] = False
+        inside[:1] = inside[-1:] = False
     return np.stack(np.nonzero(mask & ~inner), axis=1)
 
 
@@ -657,12 +657,15 @@ def write_checked(result: nib.Nifti1Image, source: nib.Nifti1Image, path: Path) 
     with atomic_write(path) as temporary:
         write_volume(result, temporary)
         written = nib.load(temporary)
-        floating = result.get_data_dtype().kind == "f"
+        expected, (slope, _) = voxels(result), result.header.get_slope_inter()
+        expected = expected if slope == 1 else expected * np.float32(slope)
         same = {
             "shape": written.shape == source.shape,
             "affine": np.allclose(written.affine, source.affine, rtol=0, atol=1e-4),
             "qform and sform codes": _form_codes(written) == _form_codes(source),
-            "voxels": np.array_equal(voxels(written), voxels(result), equal_nan=floating),
+            "voxels": np.array_equal(
+                voxels(written), expected, equal_nan=expected.dtype.kind == "f"
+            ),
         }
         wrong = [name for name, equal in same.items() if not equal]
         if wrong:
@@ -734,9 +737,8 @@ def apply_to_case(model: Model, case: dict[str, Any], config: Config) -> dict[st
     write_checked(outside, image, place.with_name(f"{name}_masked.nii.gz"))
     if config.probability:
         likely = from_ras(probability_on_grid(scores, to_network, shape), turn)
-        likely = like(image, likely * np.float32(1 / 255))
-        likely.set_data_dtype(np.uint8)
-        likely.header.set_slope_inter(1 / 255, 0)
+        likely = like(image, likely)
+        likely.header.set_slope_inter(1 / 255, 0)  # readers see 0..1
         write_checked(likely, image, place.with_name(f"{name}_probability.nii.gz"))
     watch.lap("write")
     note = ", ".join(

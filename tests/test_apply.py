@@ -2,11 +2,13 @@
 
 import csv
 import json
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import run_script
+import torch
+from conftest import SHARED_DATA, run_script
 
 import apply_model
 import train
@@ -50,7 +52,7 @@ def test_results_lie_on_the_scan_and_say_what_they_hold(results, prepared):
     for record in tested:
         case = record["case"]
         folder = results / case
-        scan = read_volume(record_path(record["image"]))
+        scan = read_volume(Path(record["image"]))
         label = nib.load(folder / f"{case}_label.nii.gz")
         outside = nib.load(folder / f"{case}_masked.nii.gz")
         for written in (label, outside):
@@ -62,7 +64,7 @@ def test_results_lie_on_the_scan_and_say_what_they_hold(results, prepared):
         inside = voxels(label) > 0
         assert np.array_equal(voxels(outside)[inside], voxels(scan)[inside])
         assert (voxels(outside)[~inside] == AIR_HU).all()
-        truth = voxels(read_volume(record_path(record["label"]))) > 0
+        truth = voxels(read_volume(Path(record["label"]))) > 0
         assert float(rows[case]["liver_dice"]) == pytest.approx(dice_metric(inside, truth)[0])
         ml = inside.sum() * np.prod(scan.header.get_zooms()) / 1000
         assert float(rows[case]["liver_volume_ml"]) == pytest.approx(ml, rel=1e-3, abs=0.01)
@@ -71,20 +73,155 @@ def test_results_lie_on_the_scan_and_say_what_they_hold(results, prepared):
     assert not list(results.rglob(".*")), "nothing half-written stays behind"
 
 
-def record_path(text):
-    from pathlib import Path
-
-    return Path(text)
-
-
 def test_the_checkpoint_alone_says_how_to_use_it(checkpoint, prepared):
     """Two loads predict the same, bit for bit; a path and an image are the same input."""
     record = json.loads((prepared / "dataset.json").read_text())["cases"][0]
     first, second = (apply_model.load_model(checkpoint, "cpu", "fp32") for _ in range(2))
     assert first.preprocessing["input_size"] == (32, 32)
     a = apply_model.segment(first, record["image"])
-    b = apply_model.segment(second, read_volume(record_path(record["image"])))
+    b = apply_model.segment(second, read_volume(Path(record["image"])))
     assert np.array_equal(voxels(a), voxels(b))
+
+
+def test_the_summary_is_that_of_the_rows(results):
+    rows = list(csv.DictReader((results / "results.csv").open()))
+    summary = json.loads((results / "summary.json").read_text())
+    dice = [float(row["liver_dice"]) for row in rows]
+    assert summary["patients"] == summary["liver"]["dice"]["n"] == len(rows)
+    assert summary["liver"]["dice"]["mean"] == pytest.approx(np.mean(dice))
+    assert summary["liver"]["dice"]["worst"] == min(dice)
+    assert (results / "summary.png").stat().st_size > 10_000
+    for row in rows:
+        assert float(row["seconds"]) > float(row["seconds_network"]) > 0
+        assert len(row["weights"]) == 12
+
+
+@pytest.fixture(scope="module")
+def scans(prepared, tmp_path_factory):
+    """Two phantoms in a folder with their labels in another, and the second scan cut off."""
+    records = json.loads((prepared / "dataset.json").read_text())["cases"][:2]
+    folder = tmp_path_factory.mktemp("scans")
+    (folder / "images").mkdir()
+    (folder / "labels").mkdir()
+    for record in records:
+        for key in ("image", "label"):
+            target = folder / f"{key}s" / f"{record['case']}.nii.gz"
+            target.write_bytes(Path(record[key]).read_bytes())
+    return folder
+
+
+def test_a_broken_scan_stops_nothing_and_finished_ones_are_skipped(
+    scans, checkpoint, tmp_path, capsys
+):
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in (scans / "images").iterdir():
+        (images / path.name).write_bytes(path.read_bytes())
+    first, second = sorted(images.iterdir())
+    whole = first.read_bytes()
+    first.write_bytes(whole[: len(whole) // 2])
+    (images / "._junk.nii.gz").write_text("macOS")
+    config = apply_model.Config(
+        paths=(images,), truth=(scans / "labels",), checkpoint=checkpoint, device="cpu",
+        destination=tmp_path / "out",
+    )  # fmt: skip
+    names = [path.name.removesuffix(".nii.gz") for path in (first, second)]
+    with pytest.raises(InputError, match=rf"1 of 2 scans failed:\n.*{names[0]}.*cut off"):
+        apply_model.main(config)
+    made = tmp_path / "out" / names[1] / f"{names[1]}_label.nii.gz"
+    assert [path.name for path in (tmp_path / "out" / names[1]).iterdir()]
+    assert not (tmp_path / "out" / names[0]).exists()
+    before = made.stat().st_mtime_ns
+    first.write_bytes(whole)
+    capsys.readouterr()
+    apply_model.main(config)
+    assert f"{names[1]}: finished before" in capsys.readouterr().out
+    assert made.stat().st_mtime_ns == before
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert [row["case"] for row in rows] == names
+    config.background = -500  # another result is asked for
+    config.paths = (second,)
+    config.truth = ()
+    apply_model.main(config)
+    assert made.stat().st_mtime_ns > before
+
+
+def test_networks_are_averaged_and_probabilities_written(scans, checkpoint, tmp_path):
+    scan = min((scans / "images").iterdir())
+    config = apply_model.Config(
+        paths=(scan,), checkpoint=checkpoint, folds=(checkpoint,), destination=tmp_path,
+        mirror=True, probability=True, device="cpu", precision="fp32", largest_component=False,
+        fill_holes=False,
+    )  # fmt: skip
+    apply_model.main(config)
+    name = scan.name.removesuffix(".nii.gz")
+    likely = read_volume(tmp_path / name / f"{name}_probability.nii.gz")
+    assert likely.get_data_dtype() == np.uint8
+    assert np.allclose(likely.affine, read_volume(scan).affine, atol=1e-4)
+    label = voxels(read_volume(tmp_path / name / f"{name}_label.nii.gz")) > 0
+    values = voxels(likely)
+    assert 0 <= values.min() <= values.max() <= 1
+    assert values[label].min() >= 0.499
+    assert values[~label].max() <= 0.501
+    one, two = (apply_model.load_model(c, "cpu", "fp32") for c in (checkpoint, [checkpoint] * 2))
+    assert np.array_equal(
+        voxels(apply_model.segment(one, scan)), voxels(apply_model.segment(two, scan))
+    )
+    assert json.loads((tmp_path / name / f"{name}.json").read_text())["network_windows"] % 4 == 0
+
+
+def test_mirroring_is_front_to_back_alone(checkpoint):
+    """What is symmetric front to back is predicted so, and left and right keep their difference."""
+    model = apply_model.load_model(checkpoint, "cpu", "fp32")
+    half = torch.rand(1, 32, 16, 16, generator=torch.Generator().manual_seed(0))
+    volume = torch.cat([half, half.flip(2)], dim=2)
+    scores = apply_model.predict(model, volume, mirror=True)
+    assert torch.allclose(scores, scores.flip(2), atol=1e-4)
+    assert not torch.allclose(scores, scores.flip(1), atol=1e-2)
+
+
+def test_too_little_memory_makes_smaller_batches(checkpoint, capsys):
+    model = apply_model.load_model(checkpoint, "cpu", "fp32")
+    volume = torch.rand(1, 32, 32, 40, generator=torch.Generator().manual_seed(0))
+    expected = apply_model.predict(model, volume, windows=1)
+
+    class Small(torch.nn.Module):
+        """A device that holds one window: its error is that of torch on a GPU."""
+
+        def forward(self, x):
+            if len(x) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return network(x)
+
+    network, model.network = model.network, Small()
+    assert torch.equal(apply_model.predict(model, volume, windows=4), expected)
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_a_dicom_series_is_a_scan(checkpoint, tmp_path):
+    series = SHARED_DATA / "dicom" / "jpeg2000_20"
+    if not series.is_dir():
+        pytest.skip("the DICOM series are not here (shared/data beside the project)")
+    assert apply_model.scans_in(series) == [series]
+    assert series in apply_model.scans_in(series.parent)
+    config = apply_model.Config(
+        paths=(series,), checkpoint=checkpoint, destination=tmp_path, device="cpu", force=True
+    )
+    apply_model.main(config)
+    scan = read_volume(series)
+    label = read_volume(tmp_path / series.name / f"{series.name}_label.nii.gz")
+    assert label.shape == scan.shape
+    assert np.allclose(label.affine, scan.affine, atol=1e-4)
+
+
+def test_a_trailing_axis_of_length_one_is_no_hindrance(scans, checkpoint, tmp_path):
+    scan = nib.load(min((scans / "images").iterdir()))
+    nib.save(nib.Nifti1Image(scan.dataobj[..., None], scan.affine), tmp_path / "four.nii.gz")
+    model = apply_model.load_model(checkpoint, "cpu", "fp32")
+    label = apply_model.segment(model, tmp_path / "four.nii.gz")
+    assert np.array_equal(
+        voxels(label), voxels(apply_model.segment(model, read_volume(Path(scan.get_filename()))))
+    )
 
 
 def refused(arguments, match):

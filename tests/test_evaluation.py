@@ -1,0 +1,241 @@
+"""The figures that are reported agree with well-kept implementations, also where they are odd."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_affine
+from monai.metrics import (
+    compute_average_surface_distance,
+    compute_hausdorff_distance,
+    compute_surface_dice,
+)
+from scipy import ndimage
+
+import apply_model
+from apply_model import bounding_box, clean, doubts, evaluate, hu_faults, lesion_figures, measure
+
+NAMES = ["liver", "tumour"]
+SPACING = (0.8, 1.5, 2.5)
+AFFINE = np.diag([*SPACING, 1.0])
+
+
+def ball(shape, centre, radius) -> np.ndarray:
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"))
+    return ((grid - np.reshape(centre, (3, 1, 1, 1))) ** 2).sum(0) <= radius**2
+
+
+def blobs(seed: int, shape=(34, 30, 22)) -> np.ndarray:
+    """Random smooth pieces of both classes, some of them at the border."""
+    noise = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=shape), 2)
+    return np.digitize(noise, np.quantile(noise, [0.7, 0.93])).astype(np.uint8)
+
+
+def one_hot(classes: np.ndarray) -> torch.Tensor:
+    """(1, 2, X, Y, Z): the two foreground classes, as MONAI takes them."""
+    return torch.from_numpy(np.stack([classes == 1, classes == 2])[None]).float()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_surface_figures_agree_with_monai(seed):
+    predicted, truth = blobs(seed), blobs(seed + 100 * (seed % 2) + 1)
+    row = evaluate(predicted, truth, AFFINE, NAMES)
+    pair, options = (one_hot(predicted), one_hot(truth)), {"include_background": True}
+    hd95 = compute_hausdorff_distance(*pair, percentile=95, spacing=SPACING, **options)
+    asd = compute_average_surface_distance(*pair, symmetric=True, spacing=SPACING, **options)
+    nsd = compute_surface_dice(*pair, class_thresholds=[2.0, 2.0], spacing=SPACING, **options)
+    for index, name in enumerate(NAMES):
+        assert row[f"{name}_hd95_mm"] == pytest.approx(float(hd95[0, index]), rel=1e-4)
+        assert row[f"{name}_asd_mm"] == pytest.approx(float(asd[0, index]), rel=1e-4)
+        assert row[f"{name}_nsd_2mm"] == pytest.approx(float(nsd[0, index]), abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_overlap_figures_agree_with_the_confusion_matrix(seed):
+    """scikit-learn's formulas, from its confusion matrix: rows are the truth."""
+    predicted, truth = blobs(seed), blobs(seed + 1)
+    row = evaluate(predicted, truth, AFFINE, NAMES)
+    matrix = np.zeros((3, 3))
+    np.add.at(matrix, (truth.ravel(), predicted.ravel()), 1)
+    tp, fn, fp = matrix.diagonal(), matrix.sum(1) - matrix.diagonal(), 0
+    fp = matrix.sum(0) - tp
+    tn = matrix.sum() - tp - fn - fp
+    expected = {
+        "precision": tp / (tp + fp), "recall": tp / (tp + fn), "iou": tp / (tp + fp + fn),
+        "dice": 2 * tp / (2 * tp + fp + fn), "specificity": tn / (tn + fp),
+        "accuracy": (tp + tn) / matrix.sum(),
+        "volume_error_ml": (fp - fn) * 0.8 * 1.5 * 2.5 / 1000,
+        "volume_error_percent": 100 * (fp - fn) / (tp + fn),
+    }  # fmt: skip
+    for figure, values in expected.items():
+        for index, name in enumerate(NAMES, start=1):
+            assert row[f"{name}_{figure}"] == pytest.approx(values[index]), figure
+    assert row["accuracy"] == pytest.approx(tp.sum() / matrix.sum())
+    assert row["mean_iou"] == pytest.approx(expected["iou"].mean())
+
+
+def test_empty_cases_are_told():
+    organ = ball((20, 20, 20), (10, 10, 10), 5).astype(np.uint8)
+    nothing = np.zeros_like(organ)
+    missed = evaluate(nothing, organ, AFFINE, ["liver"])
+    assert (missed["liver_dice"], missed["liver_nsd_2mm"], missed["liver_recall"]) == (0, 0, 0)
+    assert missed["liver_empty"] == "prediction"
+    assert missed["liver_hd95_mm"] is missed["liver_precision"] is None
+    assert missed["liver_volume_error_percent"] == -100
+    alarm = evaluate(organ, nothing, AFFINE, ["liver"])
+    assert (alarm["liver_dice"], alarm["liver_nsd_2mm"]) == (0, 0)
+    assert alarm["liver_volume_error_percent"] is alarm["liver_recall"] is None
+    assert alarm["liver_empty"] == "truth"
+    neither = evaluate(nothing, nothing, AFFINE, ["liver"])
+    assert neither["liver_empty"] == "both"
+    assert neither["liver_dice"] is neither["liver_nsd_2mm"] is neither["liver_hd95_mm"] is None
+    assert (neither["accuracy"], neither["mean_iou"], neither["liver_specificity"]) == (1, 1, 1)
+    without_tumour = evaluate(nothing, nothing, AFFINE, NAMES)
+    assert (without_tumour["tumour_lesions"], without_tumour["tumour_lesion_recall"]) == (0, None)
+    rows = [{"case": c, **r} for c, r in (("a", missed), ("b", alarm), ("c", neither))]
+    summary = apply_model.summarise(rows, ["liver"])
+    assert summary["liver"]["empty"] == {"truth": 1, "prediction": 1, "both": 1}
+    assert (summary["liver"]["dice"]["n"], summary["liver"]["dice"]["mean"]) == (2, 0)
+    assert summary["liver"]["hd95_mm"] == {"n": 0}
+    assert "NaN" not in json.dumps(summary)
+
+
+def test_one_voxel_and_a_full_volume():
+    single = np.zeros((5, 5, 5), np.uint8)
+    other = single.copy()
+    single[0, 2, 2] = other[3, 2, 2] = 1
+    row = evaluate(single, other, AFFINE, ["liver"])
+    assert row["liver_hd95_mm"] == row["liver_asd_mm"] == pytest.approx(3 * 0.8)
+    assert row["liver_nsd_2mm"] == 0
+    full = np.ones((5, 5, 5), np.uint8)
+    row = evaluate(full, full, AFFINE, ["liver"])
+    assert (row["liver_dice"], row["liver_hd95_mm"], row["liver_nsd_2mm"]) == (1, 0, 1)
+    assert row["liver_specificity"] is None  # there is no background to get wrong
+
+
+def test_two_millimetres_are_within_two_millimetres():
+    near = ball((30, 20, 20), (10, 10, 10), 6).astype(np.uint8)
+    row = evaluate(np.roll(near, 2, axis=0), near, random_affine(3, (1.0, 1.0, 1.0)), ["liver"])
+    assert row["liver_nsd_2mm"] == 1
+    assert row["liver_hd95_mm"] <= 2 + 1e-9
+
+
+def test_distances_do_not_depend_on_how_a_patient_is_stored():
+    predicted, truth = (blobs(7) > 0).astype(np.uint8), (blobs(8) > 0).astype(np.uint8)
+    first = evaluate(predicted, truth, AFFINE, ["liver"])
+    turned = random_affine(1, spacing=SPACING)  # columns come in another order
+    order = np.argsort(np.linalg.norm(turned[:3, :3], axis=0))
+    assert np.allclose(sorted(SPACING), np.linalg.norm(turned[:3, :3], axis=0)[order])
+    lengths = np.linalg.norm(turned[:3, :3], axis=0)
+    back = [SPACING.index(pytest.approx(length)) for length in lengths]
+    second = evaluate(predicted.transpose(back), truth.transpose(back), turned, ["liver"])
+    for key, value in first.items():
+        assert second[key] == pytest.approx(value), key
+
+
+def test_lesions_are_counted_one_by_one():
+    """Three true lesions; one found, one touched by less than a tenth, one missed; one false."""
+    truth, found = np.zeros((2, 80, 40, 40), bool)
+    for at in (10, 40, 65):
+        truth |= ball(truth.shape, (at, 20, 20), 7)
+    truth |= ball(truth.shape, (25, 5, 5), 2)
+    found |= ball(truth.shape, (11, 20, 20), 6)
+    found[34:36, 20, 20] = True  # a corner of the second
+    found |= ball(truth.shape, (25, 35, 35), 3)
+    row = lesion_figures(found, truth, np.eye(4))
+    assert (row["lesions"], row["lesions_found"]) == (4, 1)
+    assert row["lesion_recall"] == 0.25
+    # The two voxels in the second lesion are themselves right: they lie in a tumour.
+    assert (row["lesions_predicted"], row["lesions_right"]) == (3, 2)
+    assert (row["lesions_0_to_10_mm"], row["lesions_10_to_20_mm"]) == (1, 3)
+    assert (row["lesions_found_0_to_10_mm"], row["lesions_found_10_to_20_mm"]) == (0, 1)
+    empty = lesion_figures(np.zeros_like(truth), np.zeros_like(truth), np.eye(4))
+    assert empty["lesion_recall"] is empty["lesion_precision"] is None
+
+
+def test_post_processing_keeps_the_organ_and_its_tumours():
+    shape = (60, 40, 40)
+    classes = ball(shape, (20, 20, 20), 12).astype(np.uint8)
+    tumours = ball(shape, (16, 20, 20), 3) | ball(shape, (27, 20, 20), 2)
+    classes[tumours] = 2  # two tumours in one liver
+    classes[20, 12, 20] = 0  # a hole
+    whole = classes.copy()
+    whole[20, 12, 20] = 1
+    stray = ball(shape, (52, 20, 20), 4)
+    classes[stray] = 1
+    classes[52, 20, 20] = 2  # a tumour in the stray piece
+    classes[45, 2, 2] = 2  # a tumour in nothing
+    before = classes.copy()
+    assert np.array_equal(clean(classes, NAMES), whole)
+    assert np.array_equal(classes, before), "the input stays as it is"
+    off = {"largest_component": False, "fill_holes": False, "tumour_inside": False}
+    assert np.array_equal(clean(classes, NAMES, **off), classes)
+    only_holes = clean(classes, NAMES, **off | {"fill_holes": True})
+    assert (only_holes != classes).sum() == 1
+    only_inside = clean(classes, NAMES, **off | {"tumour_inside": True})
+    assert only_inside[45, 2, 2] == 0
+    assert only_inside[52, 20, 20] == 2
+    only_largest = clean(classes, NAMES, **off | {"largest_component": True})
+    assert not (only_largest[stray] == 1).any()
+    assert only_largest[45, 2, 2] == 2
+    assert not clean(np.zeros(shape, np.uint8), NAMES).any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_post_processing_agrees_with_scipy(seed):
+    classes = (blobs(seed) > 0).astype(np.uint8)
+    labels, count = ndimage.label(classes, np.ones((3, 3, 3)))
+    sizes = ndimage.sum_labels(classes, labels, range(1, count + 1))
+    largest = ndimage.binary_fill_holes(labels == 1 + int(np.argmax(sizes)))
+    assert np.array_equal(clean(classes, ["liver"]) > 0, largest)
+
+
+def test_what_is_implausible_is_told():
+    """A liver of 1.4 l on the right is fine; on the left, small, or cut off it is not."""
+    shape, affine = (80, 60, 40), np.diag([4.0, 4.0, 5.0, 1.0])
+    scan = np.where(ball(shape, (40, 30, 20), 28), 40, -1000).astype(np.int16)
+    right = ball(shape, (52, 30, 20), 16).astype(np.uint8)
+    assert doubts(right, scan, affine, ["liver"]) == []
+    assert "left" in doubts(right[::-1], scan, affine, ["liver"])[0]
+    small = doubts(ball(shape, (52, 30, 20), 5).astype(np.uint8), scan, affine, ["liver"])
+    assert "expected 500 to 4000" in small[0]
+    cut = doubts(right[:, :, :20], scan[:, :, :20], affine, ["liver"])
+    assert ["upper end" in text for text in cut] == [True]
+    assert doubts(np.zeros_like(right), scan, affine, ["liver"]) == ["no liver found"]
+    assert doubts(right[::-1], scan, affine, ["spleen"]) == []
+
+
+def test_what_is_no_ct_is_told():
+    rng = np.random.default_rng(0)
+    ct = rng.choice([-1000, -100, 50], (32, 32, 32)).astype(np.int16)
+    assert hu_faults(ct, ct.dtype) == (None, None)
+    assert "8 bits" in hu_faults(ct.astype(np.uint8), np.dtype(np.uint8))[0]
+    assert "too narrow" in hu_faults(ct // 10, ct.dtype)[0]
+    assert "no fat or air" in hu_faults(ct + 1024, ct.dtype)[0]
+    assert "no air" in hu_faults(np.where(ct < -500, 400, ct), ct.dtype)[1]
+    assert "finite" in hu_faults(np.full((8, 8, 8), np.nan), np.dtype(float))[0]
+
+
+def test_measurements_in_units():
+    mask = np.zeros((20, 20, 20), np.uint8)
+    mask[5:15, 5:10, 5:9] = 1
+    scan = np.where(mask, 60, -100).astype(np.int16)
+    scan[5:10][mask[5:10] > 0] = 80
+    row = measure(mask, scan, AFFINE, ["liver", "spleen"])
+    assert row["liver_volume_ml"] == pytest.approx(200 * 3 / 1000)
+    assert (row["liver_hu_mean"], row["liver_hu_sd"]) == (70, 10)
+    extent = [row[f"liver_extent_{axis}_mm"] for axis in "xyz"]
+    assert extent == [8.0, 7.5, 10.0]
+    assert (row["spleen_volume_ml"], row["spleen_hu_mean"]) == (0, None)
+    assert [part.stop - part.start for part in bounding_box(mask)] == [10, 5, 4]
+
+
+def test_summary_names_the_worst():
+    values = {"a": 0.9, "b": 0.5, "c": 0.7}
+    low = apply_model.statistics(values, "low")
+    assert (low["worst"], low["worst_case"], low["median"], low["n"]) == (0.5, "b", 0.7, 3)
+    assert low["sd"] == pytest.approx(np.std([0.9, 0.5, 0.7], ddof=1))
+    assert apply_model.statistics({"a": -30.0, "b": 10.0}, "far")["worst_case"] == "a"
+    assert apply_model.statistics({"a": 3.0, "b": math.pi}, "high")["worst_case"] == "b"
