@@ -634,7 +634,7 @@ def class_indices(array: np.ndarray, labels: dict[str, tuple[int, ...]]) -> np.n
     classes = np.zeros(array.shape, np.uint8, order="F")
     for index, values in enumerate(labels.values()):
         for value in values if index else ():
-            np.putmask(classes, array == value, index)
+            np.copyto(classes, np.uint8(index), where=array == value)
     return classes
 
 
@@ -648,7 +648,7 @@ def masked(image: nib.Nifti1Image, label: nib.Nifti1Image, background: int) -> n
     scan = voxels(image)
     dtype = np.result_type(scan.dtype, np.min_scalar_type(background))
     scan = scan.astype(dtype, copy=False)
-    np.putmask(scan, voxels(label) == 0, background)
+    np.copyto(scan, dtype.type(background), where=voxels(label) == 0)
     return like(image, scan)
 
 

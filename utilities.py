@@ -1089,7 +1089,8 @@ def draw_plane(
     across, up = (step for axis, step in enumerate(spacing) if axis != cut)
 
     def picture(array: np.ndarray) -> np.ndarray:  # first axis runs leftwards, second one up
-        return np.take(array, index, axis=cut)[::-1, ::-1].T
+        # np.take would copy a whole volume that is stored in Fortran order
+        return np.moveaxis(array, cut, 0)[index][::-1, ::-1].T
 
     grey = picture(image)
     axes.imshow(grey, cmap="gray", vmin=window[0], vmax=window[1], aspect=up / across)
