@@ -39,18 +39,7 @@ import tyro
 from tqdm import tqdm
 
 import utilities
-from utilities import (
-    AIR_HU,
-    IMAGE,
-    LABEL,
-    InputError,
-    ranges,
-    ras_grid,
-    ras_slabs,
-    read_label,
-    read_volume,
-    write_volume,
-)
+from utilities import AIR_HU, IMAGE, LABEL, InputError, ranges, ras_grid, ras_slabs
 
 SCHEMA = 1  # of dataset.json
 SPLITS = ("training", "validation", "test")
@@ -94,13 +83,11 @@ def main(config: Config) -> None:
                 (config.destination / "dataset.json").unlink(missing_ok=True)
             cut = run_cases(pool, cut_case, sound, config, labels, title="cutting")
             write_dataset(cut, records, notes, split, labels, config)
-    if len(sound) < len(records):
+    if left_out := len(records) - len(sound):
+        elsewhere = f"; the others are in {config.destination}"
         raise InputError(
-            f"{len(records) - len(sound)} of {len(records)} cases are left out for the errors "
-            f"above; correct them, or name them in --leave-out; the others are in "
-            f"{config.destination}"
-            if sound and not config.check_only
-            else f"{len(records) - len(sound)} of {len(records)} cases have errors, see above"
+            f"{left_out} of {len(records)} cases have errors, see above; correct them, or name "
+            f"them in --leave-out{elsewhere if sound and not config.check_only else ''}"
         )
 
 
@@ -164,22 +151,21 @@ def files_below(source: Path, destination: Path) -> list[Path]:
     """All files, also through links; hidden ones (macOS leaves `._x.nii`) and outputs are not."""
     files = []
     for folder, subfolders, names in os.walk(source, followlinks=True):
-        subfolders[:] = [
-            name
-            for name in sorted(subfolders)
-            if not name.startswith(".") and Path(folder, name) != destination
-        ]
+        subfolders[:] = sorted(
+            n for n in subfolders if not n.startswith(".") and Path(folder, n) != destination
+        )
         files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
     return files
 
 
 def pair_up(images: dict[str, Path], labels: dict[str, Path]) -> list[Case]:
     """Cases in natural order: liver_2 before liver_10."""
-    names = images.keys() | labels.keys()
-    natural = sorted(
-        names, key=lambda name: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", name)]
-    )
-    return [Case(name, name, images.get(name), labels.get(name)) for name in natural]
+
+    def natural(name: str) -> list[str | int]:
+        return [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", name)]
+
+    names = sorted(images.keys() | labels.keys(), key=natural)
+    return [Case(name, name, images.get(name), labels.get(name)) for name in names]
 
 
 def decathlon(volumes: list[Path]) -> list[Case]:
@@ -337,21 +323,20 @@ RULES = {  # kind of finding → (level, what to do); an error stops its case, a
 }
 
 
+def level(finding: Finding, config: Config) -> str:
+    """An error stops its case, unless it was accepted; a warning is told."""
+    return "warning" if finding[0] in config.accept else RULES[finding[0]][0]
+
+
 def errors(record: dict[str, Any], config: Config) -> list[Finding]:
     """Findings that stop the case."""
-    return [
-        f for f in record["findings"] if RULES[f[0]][0] == "error" and f[0] not in config.accept
-    ]
+    return [finding for finding in record["findings"] if level(finding, config) == "error"]
 
 
 def check_case(case: Case, config: Config, labels: dict[str, int]) -> dict[str, Any]:
     """Record of a case for `dataset.json` with its findings; draws `check/<case>.png`."""
-    paths = {
-        "case": case.name,
-        "patient": case.patient,
-        IMAGE: str(case.image),
-        LABEL: str(case.label),
-    }
+    paths = {"case": case.name, "patient": case.patient}
+    paths |= {IMAGE: str(case.image), LABEL: str(case.label)}
     if case.image is None or case.label is None:
         missing = "scan" if case.image is None else "label map"
         return paths | {"findings": [("orphan", f"{case.image or case.label} has no {missing}")]}
@@ -418,8 +403,8 @@ def inspect(case: Case, config: Config, labels: dict[str, int]) -> dict[str, Any
 def read_pair(
     image_path: Path, label_path: Path, trust_image_grid: bool
 ) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
-    image = read_volume(image_path)
-    label = read_label(label_path, image)
+    image = utilities.read_volume(image_path)
+    label = utilities.read_label(label_path, image)
     if trust_image_grid and label.shape == image.shape:
         label = type(label)(label.dataobj, image.affine, file_map=label.file_map)
     return image, label
@@ -505,14 +490,15 @@ def read_coarse(
         if coarse is None:  # Fortran order: a slice lies in one piece
             small = slab[::step, ::step].shape[:2]
             coarse = np.empty((*small, shape[2]), slab.dtype, order="F")
-            planes["sagittal"] = np.empty((1, *shape[1:]), slab.dtype, order="F")
-            planes["coronal"] = np.empty((shape[0], 1, shape[2]), slab.dtype, order="F")
+            sizes = {"axial": (*shape[:2], 1), "coronal": (shape[0], 1, shape[2])}
+            sizes["sagittal"] = (1, *shape[1:])
+            planes = {plane: np.empty(n, slab.dtype, order="F") for plane, n in sizes.items()}
         here = slice(first, first + slab.shape[2])
         coarse[:, :, here] = slab[::step, ::step]
         planes["sagittal"][:, :, here] = slab[x : x + 1]
         planes["coronal"][:, :, here] = slab[:, y : y + 1]
         if first <= z < here.stop:
-            planes["axial"] = slab[:, :, z - first : z - first + 1].copy()
+            planes["axial"][:, :, 0] = slab[:, :, z - first]
     return coarse, planes, not_finite
 
 
@@ -614,18 +600,15 @@ def draw_overlay(
 
     figure = Figure(figsize=(13, 4.6))  # no layout engine: it would draw everything twice
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.87, wspace=0.02)
-    for axes, (plane, (cut, _)) in zip(
-        figure.subplots(1, 3), utilities.PLANES.items(), strict=True
-    ):
-        at = middle[cut]
-        steps = [-(-n // 512) for n in planes[plane].shape]  # 512 voxels are all that can be seen
-        coarser = tuple(slice(None, None, step) for step in steps)
-        flat = outline[
-            tuple(slice(at, at + 1) if axis == cut else coarser[axis] for axis in range(3))
-        ]
+    for axes, (plane, picture) in zip(figure.subplots(1, 3), planes.items(), strict=True):
+        cut, _ = utilities.PLANES[plane]
+        at, steps = middle[cut], [-(-n // 512) for n in picture.shape]  # more cannot be seen
+        coarser = [slice(None, None, step) for step in steps]
+        outlined = coarser[:cut] + [slice(at, at + 1)] + coarser[cut + 1 :]
+        flat = outline[tuple(outlined)]
         outlines = {colour: flat == v for v, colour in utilities.LABEL_COLOURS.items()}
         spacing = utilities.spacing_mm(affine @ np.diag([*steps, 1]))
-        utilities.draw_plane(axes, planes[plane][coarser], plane, 0, spacing, outlines)
+        utilities.draw_plane(axes, picture[tuple(coarser)], plane, 0, spacing, outlines)
         axes.set_title(f"{plane}, slice {at + 1} of {outline.shape[cut]}", fontsize=10)
     figure.suptitle(name, fontsize=11)
     utilities.save_figure(figure, destination / "check" / f"{name}.png")
@@ -653,11 +636,10 @@ def compare_cases(records: list[dict[str, Any]]) -> list[Finding]:
     usual = np.median([sorted(r["spacing_mm"]) for r in readable] or [[1, 1, 1]], axis=0)
     for record in readable:
         ratio = np.sort(record["spacing_mm"]) / usual
-        if (ratio > 8).any() or (ratio < 1 / 8).any() or max(record["spacing_mm"]) > 10:
+        if np.abs(np.log2(ratio)).max() > 3 or max(record["spacing_mm"]) > 10:
             text = " × ".join(f"{s:g}" for s in record["spacing_mm"])
-            record["findings"].append(
-                ("spacing", f"spacing {text} mm is far from the other scans'")
-            )
+            found = f"spacing {text} mm is far from the other scans'"
+            record["findings"].append(("spacing", found))
     mixture = Counter(record["orientation"] for record in readable)
     text = ", ".join(f"{number} {axes}" for axes, number in mixture.most_common())
     return [("mixture", f"orientations are mixed: {text}")] * (len(mixture) > 1)
@@ -672,16 +654,15 @@ def print_check(records: list[dict[str, Any]], notes: list[Finding], config: Con
         shape = "×".join(map(str, r.get("shape", [])))
         spacing = "×".join(f"{s:.3g}" for s in r.get("spacing_mm", []))
         hu = "…".join(map(str, r.get("hu_range", [])))
-        levels = Counter("error" if f in errors(r, config) else "warning" for f in r["findings"])
-        verdict = ", ".join(f"{n} {level}s" for level, n in sorted(levels.items())) or "ok"
+        levels = Counter(level(finding, config) for finding in r["findings"])
+        verdict = ", ".join(f"{n} {name}s" for name, n in sorted(levels.items())) or "ok"
         print(
             f"{r['case']:<20} {shape:>13} {spacing:>15} {r.get('orientation', ''):>4} {hu:>11} "
             f"{r.get('foreground_voxels', ''):>10} {verdict}"
         )
     for r in records:
-        for finding in r["findings"]:
-            level = "error" if finding in errors(r, config) else "warning"
-            print(f"{level}: {r['case']}: {finding[1]}; {RULES[finding[0]][1]}")
+        for kind, found in r["findings"]:
+            print(f"{level((kind, found), config)}: {r['case']}: {found}; {RULES[kind][1]}")
     for kind, found in notes:
         print(f"warning: {found}; {RULES[kind][1]}")
 
@@ -699,9 +680,8 @@ def split_patients(records: Sequence[dict[str, Any]], config: Config) -> dict[st
     """
     if config.split:
         return given_split(records, config.split)
-    patients = sorted(
-        {record["patient"] for record in records}, key=lambda name: seeded(config.seed, name)
-    )
+    names = {record["patient"] for record in records}
+    patients = sorted(names, key=lambda name: seeded(config.seed, name))
     if config.folds:
         if not (2 <= config.folds <= len(patients) and 0 <= config.fold < config.folds):
             raise InputError(
@@ -781,7 +761,8 @@ def cut_case(record: dict[str, Any], config: Config, labels: dict[str, int]) -> 
             for key, array, air in ((IMAGE, slab, AIR_HU), (LABEL, outline, 0)):
                 suffix = ".nii.gz" if config.compress or key == LABEL else ".nii"
                 file = f"{key}_{first:04d}{suffix}"
-                write_volume(subvolume(flipped(array), affine, first, depth, air), folder / file)
+                piece = subvolume(flipped(array), affine, first, depth, air)
+                utilities.write_volume(piece, folder / file)
                 entry[key] = f"subvolumes/{name}/{file}"
             entry["voxels_per_label"] = {str(value): int(n.sum()) for value, n in counts.items()}
             entries.append(entry)
@@ -907,33 +888,26 @@ def write_dataset(
     config: Config,
 ) -> None:
     """Write `dataset.json` last, in one step, with the proof that no foreground is lost."""
-    cuts = {result["subvolumes"][0]["case"]: result for result in cut if result["subvolumes"]}
-    cases, subvolumes, left_out = [], [], []
+    results, cases, subvolumes, left_out = iter(cut), [], [], []
     for record in records:
         kept = {k: v for k, v in record.items() if k not in ("marks", "findings", "fingerprint")}
         kept["warnings"] = [found for _, found in record["findings"]]
         if errors(record, config):
             left_out.append(kept)
             continue
-        done = cuts.get(record["case"], {"subvolumes": [], "covered_foreground_voxels": 0})
+        done = next(results)
         kept["split"] = split[record["patient"]]
         kept["covered_foreground_voxels"] = done["covered_foreground_voxels"]
         cases.append(kept)
         subvolumes += [entry | {"split": kept["split"]} for entry in done["subvolumes"]]
-    inside, covered = (
-        sum(case[key] for case in cases)
-        for key in ("foreground_voxels", "covered_foreground_voxels")
-    )
+    inside = sum(case["foreground_voxels"] for case in cases)
+    covered = sum(case["covered_foreground_voxels"] for case in cases)
     if inside != covered:
         raise RuntimeError(f"{inside} foreground voxels, {covered} covered: a fault of prepare.py")
-    settings = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in asdict(config).items()
-        if key not in ("source", "destination", "workers", "check_only")  # content is the same
-    }
+    aside = ("source", "destination", "workers", "check_only")  # the content is the same
     dataset = {
         "schema": SCHEMA,
-        "settings": settings,
+        "settings": {key: value for key, value in asdict(config).items() if key not in aside},
         "subvolume_depth": config.subvolume_depth,
         "foreground": list(config.foreground),
         "labels": labels,
@@ -946,7 +920,7 @@ def write_dataset(
         chosen = [entry for entry in subvolumes if entry["split"] == name]
         dataset[name] = [{key: entry[key] for key in (IMAGE, LABEL, "case")} for entry in chosen]
     with utilities.atomic_write(config.destination / "dataset.json") as temporary:
-        temporary.write_text(json.dumps(dataset, indent=1))
+        temporary.write_text(json.dumps(dataset, indent=1, default=str))  # a Path is its text
     patients = " / ".join(f"{sum(s == name for s in split.values())} {name}" for name in SPLITS)
     print(
         f"{config.destination}: {len(cases)} cases, {len(subvolumes)} sub-volumes; patients "
@@ -967,10 +941,10 @@ def open_pool(config: Config, cases: int) -> contextlib.AbstractContextManager:
     workers = min(config.workers or os.cpu_count() or 1, cases)
     if workers <= 1:
         return one_core()
-    if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
-        return ProcessPoolExecutor(workers, initializer=end_with_parent)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["utilities"])
+    forkserver = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
+    context = multiprocessing.get_context("forkserver" if forkserver else None)
+    if forkserver:
+        context.set_forkserver_preload(["utilities"])
     return ProcessPoolExecutor(workers, context, initializer=end_with_parent)
 
 

@@ -110,18 +110,18 @@ def measure(source: Path, config: Config) -> dict:
     times = {"a": [], "b": [], "c": [], "two": []}
     two_workers = prepare.Config(source=source, destination=out, workers=2)
     with prepare.open_pool(two_workers, 2) as pool:
-        cut_all(records, settings, labels, pool)  # both processes have loaded their libraries
-        for _ in range(config.repeats):
+        for index in range(config.repeats + 1):  # the ways take turns; the first turn warms up
+            shutil.rmtree(out / "subvolumes", ignore_errors=True)
+            two = seconds(lambda: cut_all(records, settings, labels, pool))
             shutil.rmtree(out / "subvolumes")
-            times["two"].append(seconds(lambda: cut_all(records, settings, labels, pool)))
-    for _ in range(config.repeats):
-        shutil.rmtree(out / "subvolumes")
-        times["a"].append(seconds(lambda: cut_all(records, settings, labels)))
-        pieces = {path: path.read_bytes() for path in (out / "subvolumes").rglob("*.nii*")}
-        times["c"].append(seconds(lambda: floor(records, pieces, config.work / "c")))  # noqa: B023
-        times["b"].append(seconds(lambda: plain_way(records, config.work / "b")))
-        shutil.rmtree(config.work / "b")
-        shutil.rmtree(config.work / "c")
+            one = seconds(lambda: cut_all(records, settings, labels))
+            pieces = {path: path.read_bytes() for path in (out / "subvolumes").rglob("*.nii*")}
+            least = seconds(lambda: floor(records, pieces, config.work / "c"))  # noqa: B023
+            plain = seconds(lambda: plain_way(records, config.work / "b"))
+            shutil.rmtree(config.work / "b")
+            shutil.rmtree(config.work / "c")
+            for way, run in zip(times, (one, plain, least, two), strict=True):
+                times[way] += [run] * (index > 0)
     wall, cpu = (
         {way: statistics.median(run[clock] for run in runs) for way, runs in times.items()}
         for clock in (0, 1)

@@ -3,7 +3,6 @@
 import filecmp
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from conftest import ROOT, run_script
 from monai.data import load_decathlon_datalist
 
 import prepare
+import utilities
 from prepare import Config
 from utilities import InputError
 
@@ -323,17 +323,15 @@ def test_processes_and_killing_do_not_change_a_byte(tmp_path):
     run(raw, destination=tmp_path / "whole")
     killed = tmp_path / "killed"
     command = [sys.executable, "prepare.py", raw, "--destination", killed, "--workers", "2"]
-    pause, stopped = random.Random(0), 0
-    for _ in range(2):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        seen = ""
-        while "%|" not in seen and process.poll() is None:  # a bar: work has begun
-            seen += process.stderr.read(1)
-        time.sleep(pause.uniform(0, 3))
+    stopped = 0
+    for begun in ("check", "subvolumes"):  # once while checking, once while cutting
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+        while not (killed / begun).exists() and process.poll() is None:
+            time.sleep(0.001)
         stopped += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    assert stopped > 0
+    assert stopped == 2
     time.sleep(0.3)  # workers end themselves when their parent is gone
     result = run_script(*command[1:])
     assert result.returncode == 0, result.stderr
@@ -359,7 +357,7 @@ def test_finished_cases_are_not_done_again_unless_their_content_changed(raw):
 
 
 def test_a_full_disk_stops_with_a_message_and_keeps_finished_cases(raw, monkeypatch):
-    real, calls = prepare.write_volume, []
+    real, calls = utilities.write_volume, []
 
     def full(image, path):
         calls.append(path)
@@ -367,7 +365,7 @@ def test_a_full_disk_stops_with_a_message_and_keeps_finished_cases(raw, monkeypa
             raise OSError(28, "No space left on device")
         real(image, path)
 
-    monkeypatch.setattr(prepare, "write_volume", full)
+    monkeypatch.setattr(utilities, "write_volume", full)
     with pytest.raises(InputError, match=r"No space left on device.*free space"):
         run(raw)
     prepared = raw.parent / "prepared"
