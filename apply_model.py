@@ -89,7 +89,7 @@ class Config:
     probability: bool = False  # also write the probability of foreground, 0..1
     force: bool = False  # go on with scans that do not look like CT in HU
     overwrite: bool = False  # do finished cases again
-    windows: int = 4  # windows per network call; more need more memory
+    windows: int = 0  # windows per network call; 0: 4 on a GPU, 1 on the CPU (4 are no faster)
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     precision: Literal["auto", "bf16", "fp16", "fp32"] = (
         "auto"  # auto: what the hardware is fast in
@@ -192,7 +192,7 @@ def load_model(
 def segment(
     model: Model,
     image: nib.Nifti1Image | Path | str,
-    windows: int = 4,
+    windows: int = 0,
     *,
     mirror: bool = False,
     largest_component: bool = True,
@@ -203,7 +203,7 @@ def segment(
 
     Args:
         image: volume in HU, or the path of one; any orientation and spacing.
-        windows: windows per network call.
+        windows: windows per network call; 0: 4 on a GPU, 1 on the CPU.
         mirror: average with the prediction of the front-back mirror image.
         largest_component, fill_holes, tumour_inside: see `clean`.
 
@@ -249,7 +249,7 @@ def window_count(slices: int, depth: int, overlap: float) -> int:
 
 @torch.no_grad()
 def predict(
-    model: Model, volume: torch.Tensor, windows: int = 4, mirror: bool = False
+    model: Model, volume: torch.Tensor, windows: int = 0, mirror: bool = False
 ) -> torch.Tensor:
     """How far each class's logit lies above the background's, (C − 1, X, Y, Z), on the CPU.
 
@@ -273,6 +273,7 @@ def predict(
         return scores
 
     depth, overlap = model.inference["depth"], model.inference["overlap"]
+    windows = windows or (1 if model.device.type == "cpu" else 4)
     while True:
         total = window_count(volume.shape[3], depth, overlap)
         try:
