@@ -6,8 +6,8 @@ A CT painted around a LiTS liver mask on its own grid, cut to 512 × 512 × 450,
 oracle that knows the liver, so that what is left is everything but the network: reading,
 preprocessing, the way back to the scan's grid, post-processing, writing, preview. The true mask
 against itself, moved, gives the evaluation's time on 512 × 512 × 300.
-Arithmetic is counted by torch on the real network, without running it. Writes
-benchmarks/results/apply.json.
+Arithmetic is counted by torch on the real network, without running it. `--part round_trip` measures
+what a perfect network loses on the way to its grid and back. Writes benchmarks/results/apply.json.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 from prepare_lits import machine  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import apply_model  # noqa: E402
 import preprocess  # noqa: E402
@@ -44,7 +45,8 @@ class Config:
     work: Path = Path("/tmp/apply_benchmark")  # folder for the scan and the results
     results: Path = ROOT / "benchmarks/results/apply.json"  # JSON to write
     repeats: int = 3  # runs; the median counts
-    part: str = ""  # internal: what a process of its own measures
+    every: int = 1  # of the LiTS masks in the round trip each such one
+    part: str = ""  # "round_trip" alone, or internal: what a process of its own measures
 
 
 SETTINGS = {
@@ -156,6 +158,42 @@ def evaluation(config: Config) -> dict:
     }
 
 
+class Threshold(torch.nn.Module):
+    """Above the middle of the HU window is liver."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([0.5 - x, x - 0.5], dim=1)
+
+
+def round_trip(config: Config) -> dict:
+    """Liver Dice of a perfect network: a mask to 256 × 256 in plane and back onto its own grid."""
+    cpu = torch.device("cpu")
+    model = apply_model.Model(Threshold(), SETTINGS, INFERENCE, cpu, torch.float32)
+    groups = {
+        "real_ct": sorted((config.livers.parent / "ct/labelsTr").glob("*.nii.gz")),
+        "lits": sorted(config.livers.glob("*.nii.gz"))[:: config.every],
+    }
+    result = {"command": "python benchmarks/apply.py --part round_trip"}
+    for group, paths in groups.items():
+        dice = {}
+        for path in tqdm(paths, desc=group):
+            truth = utilities.read_volume(path)
+            mask = utilities.voxels(truth) > 0
+            as_ct = utilities.like(truth, np.where(mask, np.int16(250), np.int16(-200)))
+            off = {"largest_component": False, "fill_holes": False}
+            found = utilities.voxels(apply_model.segment(model, as_ct, 32, **off)) > 0
+            dice[utilities.case_name(path)] = float(utilities.dice_metric(found, mask)[0])
+        values = {case: round(value, 4) for case, value in dice.items()}
+        worst = min(values, key=values.get)
+        mean = round(statistics.mean(dice.values()), 4)
+        result[group] = {"n": len(dice), "mean": mean, "worst": values[worst], "worst_case": worst,
+                         "each": values}  # fmt: skip
+    known = json.loads(config.results.read_text()) if config.results.exists() else {}
+    with utilities.atomic_write(config.results) as temporary:
+        temporary.write_text(json.dumps({**known, "round_trip": result}, indent=1) + "\n")
+    return {group: {**result[group], "each": None} for group in groups}
+
+
 def teraflops(network: torch.nn.Module, shape: tuple[int, ...]) -> float:
     """TFLOP of one forward pass, a multiplication and an addition counting two; nothing is run."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -203,6 +241,7 @@ def main(config: Config) -> None:
         parts = {
             "case": whole_case,
             "evaluation": evaluation,
+            "round_trip": round_trip,
             "network": lambda config: whole_case(
                 config, unet().eval().to(memory_format=torch.channels_last_3d)
             ),
@@ -230,9 +269,11 @@ def main(config: Config) -> None:
         "arithmetic": arithmetic((512, 512, 450)),
         "runs": runs,
     }
+    known = json.loads(config.results.read_text()) if config.results.exists() else {}
+    result |= {key: known[key] for key in ("round_trip",) if key in known}
     with utilities.atomic_write(config.results) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: result[key] for key in list(result)[3:-1]}, indent=1))
+    print(json.dumps({key: result[key] for key in list(result)[4:] if key != "runs"}, indent=1))
 
 
 if __name__ == "__main__":

@@ -146,6 +146,20 @@ def test_a_broken_scan_stops_nothing_and_finished_ones_are_skipped(
     assert made.stat().st_mtime_ns > before
 
 
+def test_processes_share_the_scans(scans, checkpoint, tmp_path, monkeypatch):
+    """As torchrun starts them: each takes its part, the last one's table holds all."""
+    config = apply_model.Config(
+        paths=(scans / "images",), checkpoint=checkpoint, destination=tmp_path, device="cpu"
+    )
+    names = sorted(path.name.removesuffix(".nii.gz") for path in (scans / "images").iterdir())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        apply_model.main(config)
+        done = [row["case"] for row in csv.DictReader((tmp_path / "results.csv").open())]
+        assert done == names[: rank + 1]
+
+
 def test_networks_are_averaged_and_probabilities_written(scans, checkpoint, tmp_path):
     scan = min((scans / "images").iterdir())
     config = apply_model.Config(
