@@ -176,7 +176,8 @@ def round_trip(config: Config) -> dict:
         "real_ct": sorted((config.livers.parent / "ct/labelsTr").glob("*.nii.gz")),
         "lits": sorted(config.livers.glob("*.nii.gz"))[:: config.every],
     }
-    result = {"command": "python benchmarks/apply.py --part round_trip"}
+    command = f"python benchmarks/apply.py --part round_trip --every {config.every}"
+    result: dict = {"command": command}
     for group, paths in groups.items():
         dice = {}
         for path in tqdm(paths, desc=group):
