@@ -404,7 +404,8 @@ def screen():
     if missing:
         pytest.skip(f"windows need {', '.join(missing)} (apt-get install xvfb xdotool x11-apps)")
     read, write = os.pipe()
-    command = ["Xvfb", "-displayfd", str(write), "-screen", "0", "640x480x24"]
+    # -noreset: otherwise the screen starts anew whenever its only client, xwd, has left
+    command = ["Xvfb", "-displayfd", str(write), "-noreset", "-screen", "0", "640x480x24"]
     server = subprocess.Popen(command, pass_fds=[write], stderr=subprocess.DEVNULL)
     os.close(write)
     with os.fdopen(read) as pipe:
