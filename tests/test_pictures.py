@@ -1,0 +1,68 @@
+"""Pictures show what they say: the right side, both outlines, readable without a display."""
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+
+from utilities import (
+    IMAGE,
+    LABEL,
+    PRED,
+    PREDICTION_COLOUR,
+    TRUTH_COLOUR,
+    curves_figure,
+    save_figure,
+    show_patient,
+)
+
+
+def patient() -> dict:
+    """A body in RAS with the organ on the patient's right: at high x."""
+    image, label = torch.zeros(1, 64, 64, 16), torch.zeros(1, 64, 64, 16)
+    image[0, 8:56, 12:52] = 0.5
+    label[0, 38:50, 20:40, 4:12] = 1
+    prediction = torch.roll(label, 3, dims=2)
+    return {IMAGE: image, LABEL: label, PRED: prediction}
+
+
+def pixels_of(picture: np.ndarray, colour: str) -> np.ndarray:
+    """(n, 2) rows and columns of pixels near a colour."""
+    return np.argwhere(np.abs(picture[..., :3] - to_rgb(colour)).max(axis=-1) < 0.1)
+
+
+def test_show_patient_draws_both_outlines_on_the_patients_right(tmp_path):
+    show_patient(patient(), 8, tmp_path / "patient.png")
+    picture = imread(tmp_path / "patient.png")
+    for colour in (TRUTH_COLOUR, PREDICTION_COLOUR):
+        found = pixels_of(picture, colour)
+        assert len(found) > 50
+        assert found[:, 1].mean() < 0.45 * picture.shape[1]  # right of the patient: picture's left
+
+
+def test_show_patient_chooses_the_slice_with_most_label_and_needs_no_label(tmp_path):
+    data = patient()
+    figure = show_patient(data, path=tmp_path / "a.png")
+    assert "slice 5 of 16" in figure.axes[0].get_title()
+    only_image = {IMAGE: data[IMAGE][0].numpy()}
+    figure = show_patient(only_image, 3, tmp_path / "b.png")
+    assert figure.axes[0].get_title() == "slice 4 of 16"
+
+
+def test_show_patient_in_a_notebook_returns_the_figure(monkeypatch):
+    matplotlib.use("Agg")
+    assert show_patient(patient(), 8).axes
+
+
+def test_curves_mark_the_best_epoch(tmp_path):
+    history = [
+        {"epoch": 1, "train_loss": 0.9, "val_loss": 0.8, "val_dice": 0.5, "val_dice_liver": 0.5},
+        {"epoch": 2, "train_loss": 0.5, "val_loss": 0.4, "val_dice": 0.8, "val_dice_liver": 0.8},
+        {"epoch": 3, "train_loss": 0.4, "val_loss": 0.5, "val_dice": 0.7, "val_dice_liver": 0.7},
+    ]
+    figure = curves_figure(history, ["liver"])
+    labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert "best.pt (epoch 2)" in labels
+    save_figure(figure, tmp_path / "curves.png")
+    assert len(pixels_of(imread(tmp_path / "curves.png"), "#0072B2")) > 100
