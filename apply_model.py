@@ -35,7 +35,13 @@ from nibabel.orientations import apply_orientation, io_orientation, ornt_transfo
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
-from preprocess import preprocess_volume, read_prepared, to_source_plane
+from preprocess import (
+    SLAB,
+    network_slices,
+    preprocess_volume,
+    read_prepared,
+    to_source_grid,
+)
 from utilities import (
     AIR_HU,
     IMAGE,
@@ -54,13 +60,13 @@ from utilities import (
     is_dicom,
     like,
     load_checkpoint,
+    on_device,
     overlap_counts,
     pick_device,
     pick_precision,
     planes_figure,
     ranges,
     ras_grid,
-    ras_slabs,
     read_label,
     read_volume,
     save_figure,
@@ -96,7 +102,7 @@ class Config:
     )
 
 
-SLAB = 32  # slices that are resampled at a time, so that memory does not grow with the scan
+OUTSIDE = -20.0  # score of what the network is not asked about: surely background
 TUMOUR_WORDS = ("tumour", "tumor", "lesion", "metasta")  # in the name of a class
 PLAUSIBLE_ML = {"liver": (500, 4000)}  # volumes of adults
 RIGHT_SIDED = ("liver",)  # organs on the patient's right
@@ -124,7 +130,7 @@ class Model:
 
     network: torch.nn.Module
     preprocessing: dict[str, Any]  # spacing, HU window, input size, labels
-    inference: dict[str, Any]  # depth of a window in slices, overlap
+    inference: dict[str, Any]  # window (x, y, z) in voxels of the network's grid, overlap
     device: torch.device
     precision: torch.dtype
 
@@ -183,7 +189,7 @@ def load_model(
                 )
         network = build_network(**saved["network_args"])
         network.load_state_dict(saved["network_state"])
-        networks.append(network.to(where, memory_format=torch.channels_last_3d).eval())
+        networks.append(on_device(network, where).eval())
     network = networks[0] if len(networks) == 1 else Average(networks).eval()
     dtype = pick_precision(precision, where)
     return Model(network, loaded[0]["preprocessing"], loaded[0]["inference"], where, dtype)
@@ -227,24 +233,20 @@ def score_volume(
     mirror: bool,
     watch: Stopwatch | None = None,
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Scores of `predict` for a scan, and the 3×3 map from its RAS pixel to the network's."""
-    shape, affine = ras_grid(volume)
-    slabs = {}
-    for first, slab in ras_slabs(volume, ranges(shape[2], SLAB, reach_back=False)):
-        part = nib.Nifti1Image(slab, affine, dtype=slab.dtype)
-        slabs[first], to_network = preprocess_volume(
-            part, **model.preprocessing, device=model.device
-        )
-    tensor = torch.cat([slabs.pop(first) for first in sorted(slabs)], dim=3)
+    """Scores of `predict` for a scan, and the 4×4 map from its RAS voxel to the network's."""
+    tensor, to_network = preprocess_volume(volume, **model.preprocessing, device=model.device)
     if watch:
         watch.lap("preprocess")
     return predict(model, tensor, windows, mirror), to_network
 
 
-def window_count(slices: int, depth: int, overlap: float) -> int:
-    """Windows of `depth` slices that slide along a volume of so many slices."""
-    step = max(int(depth * (1 - overlap)), 1)
-    return math.ceil(max(slices - depth, 0) / step) + 1
+def window_count(size: Sequence[int], window: Sequence[int], overlap: float) -> int:
+    """Windows that slide along the axes of a volume of `size` voxels."""
+    counts = []
+    for voxels_along, width in zip(size, window, strict=True):
+        step = max(int(width * (1 - overlap)), 1)
+        counts.append(math.ceil(max(voxels_along - width, 0) / step) + 1)
+    return math.prod(counts)
 
 
 @torch.no_grad()
@@ -253,12 +255,25 @@ def predict(
 ) -> torch.Tensor:
     """How far each class's logit lies above the background's, (C − 1, X, Y, Z), on the CPU.
 
-    Windows as deep as the training sub-volumes slide along the slices of a preprocessed volume
-    (1, X, Y, Z) and are blended with a Gaussian, because a window knows least about its outer
-    slices. A scan of fewer slices is padded with air. `mirror` averages with the front-back mirror
-    image; never left-right, because the side is the best clue against the spleen. Where memory
-    does not suffice, batches get smaller, and at last the CPU takes over.
+    Windows of the training's size slide over a preprocessed volume (1, X, Y, Z) and are blended
+    with a Gaussian, because a window knows least about its outer slices. Sub-volumes are as wide
+    as the volume, so they slide along the slices alone; patches slide along all axes, over the box
+    in which there is anything but air, as prepare.py cut it. A smaller volume is padded with air.
+    `mirror` averages with the front-back mirror image; never left-right, because the side is the
+    best clue against the spleen. Where memory does not suffice, batches get smaller, and at last
+    the CPU takes over.
     """
+    if model.preprocessing["sampling"] == "subvolumes":
+        return slide(model, volume, windows, mirror)
+    scores = torch.full((len(model.names), *volume.shape[1:]), OUTSIDE)
+    box = (slice(None), *bounding_box((volume[0] > 0).cpu().numpy()))
+    if volume[box].numel():
+        scores[box] = slide(model, volume[box], windows, mirror)
+    return scores
+
+
+def slide(model: Model, volume: torch.Tensor, windows: int, mirror: bool) -> torch.Tensor:
+    """`predict` of all of `volume`, air or not."""
 
     def above_background(batch: torch.Tensor) -> torch.Tensor:
         with autocast(model.device, model.precision):
@@ -272,15 +287,15 @@ def predict(
         bar.update(len(batch))
         return scores
 
-    depth, overlap = model.inference["depth"], model.inference["overlap"]
+    window, overlap = model.inference["window"], model.inference["overlap"]
     windows = windows or (1 if model.device.type == "cpu" else 4)
     while True:
-        total = window_count(volume.shape[3], depth, overlap)
+        total = window_count(volume.shape[1:], window, overlap)
         try:
             with tqdm(total=total, unit="window", leave=False, disable=None) as bar:
                 return sliding_window_inference(
                     volume[None],
-                    roi_size=(*volume.shape[1:3], depth),
+                    roi_size=window,
                     sw_batch_size=windows,
                     predictor=network,
                     overlap=overlap,
@@ -308,10 +323,10 @@ def classes_on_grid(
     """Class indices (X, Y, Z) uint8 on the scan's RAS grid, of scores on the network's."""
     classes = np.zeros(ras_shape, np.uint8, order="F")
     for first, last in ranges(ras_shape[2], SLAB, reach_back=False):
-        coarse = scores[..., first:last]
-        if not (coarse > 0).any():  # then no interpolated score is above 0 either
+        # where no score is above 0, no interpolated one is either
+        if not (network_slices(scores, source_to_network, first, last)[0] > 0).any():
             continue
-        fine = to_source_plane(coarse, source_to_network, ras_shape[:2])
+        fine = to_source_grid(scores, source_to_network, ras_shape[:2], first, last)
         best, index = fine.max(dim=0)
         found = (index.to(torch.uint8) + 1) * (best > 0)
         classes[..., first:last] = found.numpy()
@@ -324,7 +339,7 @@ def probability_on_grid(
     """Probability that a voxel is not background, as uint8 in steps of 1/255, RAS (X, Y, Z)."""
     probability = np.empty(ras_shape, np.uint8, order="F")
     for first, last in ranges(ras_shape[2], SLAB, reach_back=False):
-        fine = to_source_plane(scores[..., first:last], source_to_network, ras_shape[:2])
+        fine = to_source_grid(scores, source_to_network, ras_shape[:2], first, last)
         # softmax: 1 − p(background) = sigmoid(log Σ exp(logit − background's logit))
         some = torch.logsumexp(fine, dim=0).sigmoid()
         probability[..., first:last] = (some * 255).round().to(torch.uint8).numpy()
@@ -751,7 +766,8 @@ def apply_to_case(model: Model, case: dict[str, Any], config: Config) -> dict[st
     watch.lap("preview")
     row |= {f"seconds_{stage}": round(spent, 2) for stage, spent in watch.seconds.items()}
     row["seconds"] = round(sum(watch.seconds.values()), 2)
-    windows = window_count(shape[2], model.inference["depth"], model.inference["overlap"])
+    asked = bounding_box((scores[0] != OUTSIDE).numpy())
+    windows = window_count([axis.stop - axis.start for axis in asked], **model.inference)
     row["network_windows"] = windows * (1 + config.mirror) * (1 + len(config.folds))
     row["warnings"] = "; ".join(warnings)
     tqdm.write(f"{name}: {note}" + "".join(f"\n  look: {text}" for text in warnings))

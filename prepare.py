@@ -43,13 +43,14 @@ from utilities import AIR_HU, IMAGE, LABEL, InputError, ranges, ras_grid, ras_sl
 
 SCHEMA = 1  # of dataset.json
 SPLITS = ("training", "validation", "test")
+BODY_HU = -500  # between lung and fat
 
 
 @dataclass
 class Config:
     source: tyro.conf.Positional[Path] = Path("data/raw")  # folder with the scans, as downloaded
     destination: Path = Path("data/prepared")  # folder to write
-    subvolume_depth: int = 16  # axial slices per sub-volume
+    subvolume_depth: int = 16  # axial slices per sub-volume; 0 keeps cases whole, for patches
     foreground: tuple[int, ...] = (1, 2)  # label values that must not be lost
     keep_empty: float = 0.0  # fraction of the sub-volumes without foreground that is kept
     training: float = 0.70  # fraction of the patients that the network is fitted to
@@ -747,9 +748,10 @@ def cut_case(record: dict[str, Any], config: Config, labels: dict[str, int]) -> 
     """Write the sub-volumes of a case; returns them with the proof that no foreground is lost."""
     if known := finished(record, config):
         return known
-    name, depth = record["case"], config.subvolume_depth
+    name, depth = record["case"], config.subvolume_depth or record["slices"]
     image, label = read_pair(Path(record[IMAGE]), Path(record[LABEL]), config.trust_image_grid)
     _, affine = ras_grid(image)
+    spacing = [round(step, 6) for step in utilities.spacing_mm(affine)]
     entries, covered = [], np.zeros(record["slices"], np.int64)
     with whole_folder(config.destination / "subvolumes" / name) as folder:
         outlines = wanted_outlines(label, name, config, sorted(labels.values()))
@@ -757,11 +759,14 @@ def cut_case(record: dict[str, Any], config: Config, labels: dict[str, int]) -> 
         for first, slab in ras_slabs(image, wanted):
             outline, counts = outlines.pop(first)
             covered[first : first + depth] = sum(counts.get(v, 0) for v in config.foreground)
+            box = (slice(None), slice(None)) if config.subvolume_depth else body_box(slab, outline)
+            corner = [box[0].start or 0, box[1].start or 0, first]
             entry = {"case": name, "first_slice": first, "padded_slices": depth - slab.shape[2]}
+            entry |= {"shape": [*slab[box].shape[:2], depth], "spacing_mm": spacing}
             for key, array, air in ((IMAGE, slab, AIR_HU), (LABEL, outline, 0)):
                 suffix = ".nii.gz" if config.compress or key == LABEL else ".nii"
                 file = f"{key}_{first:04d}{suffix}"
-                piece = subvolume(flipped(array), affine, first, depth, air)
+                piece = subvolume(flipped(array[box]), affine, corner, depth, air)
                 utilities.write_volume(piece, folder / file)
                 entry[key] = f"subvolumes/{name}/{file}"
             entry["voxels_per_label"] = {str(value): int(n.sum()) for value, n in counts.items()}
@@ -790,7 +795,7 @@ def wanted_outlines(
 ) -> dict[int, tuple[np.ndarray, dict[int, np.ndarray]]]:
     """First slice → label map (X, Y, Z) uint8 and counts per slice, of the sub-volumes to keep."""
     depth, kept = ras_grid(label)[0][2], {}
-    for first, slab in ras_slabs(label, ranges(depth, config.subvolume_depth)):
+    for first, slab in ras_slabs(label, ranges(depth, config.subvolume_depth or depth)):
         chosen = seeded(config.seed, f"{case}:{first}") < config.keep_empty
         if chosen or unflipped(slab).any():
             counts = count_per_slice(slab, values)
@@ -806,15 +811,22 @@ def count_per_slice(label: np.ndarray, values: Sequence[int]) -> dict[int, np.nd
     return {0: planes[0].size - sum(counts.values())} | counts
 
 
+def body_box(image: np.ndarray, label: np.ndarray) -> tuple[slice, slice]:
+    """In-plane box around what is denser than lung, in HU, and around all foreground."""
+    body = (image > BODY_HU).any(axis=2) | (label > 0).any(axis=2)
+    used = [np.flatnonzero(body.any(axis=axis)) for axis in (1, 0)]
+    return tuple(slice(int(u[0]), int(u[-1]) + 1) if u.size else slice(None) for u in used)
+
+
 def subvolume(
-    array: np.ndarray, affine: np.ndarray, first: int, depth: int, air: int
+    array: np.ndarray, affine: np.ndarray, corner: Sequence[int], depth: int, air: int
 ) -> nib.Nifti1Image:
-    """`array` (X, Y, ≤ depth) from slice `first` of a RAS grid; padded above with `air`."""
+    """`array` (X, Y, ≤ depth) from voxel `corner` of a RAS grid on; padded above with `air`."""
     if array.dtype.kind in "iu":
         air = max(air, np.iinfo(array.dtype).min)
     if missing := depth - array.shape[2]:
         array = np.pad(array, ((0, 0), (0, 0), (0, missing)), constant_values=air)
-    moved = affine @ nib.affines.from_matvec(np.eye(3), [0, 0, first])
+    moved = affine @ nib.affines.from_matvec(np.eye(3), corner)
     piece = nib.Nifti1Image(array, moved, dtype=array.dtype)
     piece.header.set_xyzt_units("mm")
     return piece

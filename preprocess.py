@@ -5,7 +5,8 @@
 One deterministic chain, used by training and by inference, resamples each axial slice in its own
 plane and leaves the slice axis alone: 16 slices in, 16 out. So a whole volume can be preprocessed
 once and then cut into windows (the same voxels as preprocessing each window), and the way back to
-the scan's grid is an interpolation inside each slice.
+the scan's grid is an interpolation inside each slice. For patches, which are cut from whole volumes
+at one spacing in all three axes, the slice axis is resampled as a second step.
 
 Run as a script it writes `preprocess.png` beside the prepared data: sub-volumes before and after
 augmentation with the label's outline, and histograms; and prints counts and memory.
@@ -14,8 +15,10 @@ augmentation with the label's outline, and histograms; and prints counts and mem
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -30,13 +33,17 @@ import torch
 from monai.data import CacheDataset, MetaTensor, PersistentDataset
 from monai.transforms import (
     CastToTyped,
+    ClassesToIndicesd,
     Compose,
+    DeleteItemsd,
     EnsureChannelFirstd,
     EnsureTyped,
+    Lambdad,
     LoadImaged,
     MapTransform,
     Orientationd,
     RandAffined,
+    RandCropByLabelClassesd,
     RandFlipd,
     RandGaussianNoised,
     RandScaleIntensityd,
@@ -44,6 +51,7 @@ from monai.transforms import (
     Resized,
     ScaleIntensityRanged,
     Spacingd,
+    SpatialPadd,
 )
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -58,14 +66,20 @@ from utilities import (
     draw_plane,
     human_bytes,
     pick_device,
+    ranges,
     ras_grid,
+    ras_slabs,
     save_figure,
     spacing_mm,
-    voxels,
 )
 
 if TYPE_CHECKING:
     from train import Config  # the settings' home; never imported when the program runs
+
+SLAB = 32  # slices that are resampled at a time, so that memory does not grow with the scan
+SLICE_MM = "slice_mm"  # meta data: distance of slices
+PATCH_MARGIN = 1.3  # patches are cut so much wider in plane: rotated, they then have no corners
+INDICES = f"{LABEL}_indices"  # where the voxels of each class lie, for balanced patches
 
 # ---------------------------------------------------------------------------------------
 # The deterministic chain
@@ -76,7 +90,7 @@ class SlicesToChannelsd(MapTransform):
     """(1, X, Y, Z) → (Z, X, Y): MONAI's 2D transforms then treat all slices alike, each in plane.
 
     A 3D interpolation would mix slices by rounding, and would straighten a sheared grid. The affine
-    becomes the 3×3 map from pixel to in-plane millimetres.
+    becomes the 3×3 map from pixel to in-plane millimetres; the meta data keep the third spacing.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -87,10 +101,9 @@ class SlicesToChannelsd(MapTransform):
             plain = volume.as_tensor() if has_affine else volume
             slices = plain[0].permute(2, 0, 1).contiguous()
             if has_affine:
-                columns = volume.affine[:3, :2].norm(dim=0)  # mm per voxel along x and y
-                slices = MetaTensor(
-                    slices, affine=torch.diag(torch.cat([columns, columns.new_ones(1)]))
-                )
+                x, y, z = volume.affine[:3, :3].norm(dim=0).tolist()  # mm per voxel
+                in_plane = torch.diag(torch.tensor([x, y, 1.0], dtype=torch.float64))
+                slices = MetaTensor(slices, affine=in_plane, meta={SLICE_MM: z})
             result[key] = slices
         return result
 
@@ -105,6 +118,35 @@ class ChannelsToSlicesd(MapTransform):
             slices = slices.as_tensor() if isinstance(slices, MetaTensor) else slices
             result[key] = slices.permute(1, 2, 0)[None].contiguous()
         return result
+
+
+class SliceSpacingd(MapTransform):
+    """Resample (Z, X, Y) along the slices to `spacing` in mm, from the centre of the first slice.
+
+    Between slices the image is interpolated linearly, the label is that of the nearest one.
+    """
+
+    def __init__(self, keys: Sequence[str], spacing: float, **kwargs: Any):
+        super().__init__(keys, **kwargs)
+        self.spacing = spacing
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(result):
+            slices = result[key]
+            position, size = slice_positions(len(slices), slices.meta[SLICE_MM], self.spacing)
+            if key == LABEL:
+                result[key] = slices[position.round().astype(int).clip(0, size - 1)]
+            else:
+                weights = interpolation_matrix(position, size).to(slices.as_tensor())
+                result[key] = torch.einsum("wz,zxy->wxy", weights, slices.as_tensor())
+        return result
+
+
+def slice_positions(slices: int, slice_mm: float, spacing: float) -> tuple[np.ndarray, int]:
+    """Where the resampled slices lie among `slices` that are `slice_mm` apart, and `slices`."""
+    count = round((slices - 1) * slice_mm / spacing) + 1
+    return np.arange(count) * (spacing / slice_mm), slices
 
 
 class ValuesToClassesd(MapTransform):
@@ -129,48 +171,68 @@ class ValuesToClassesd(MapTransform):
         return result
 
 
+def divide_by_maximum(slices: torch.Tensor) -> torch.Tensor:
+    """(Z, X, Y): negatives to 0, then each slice divided by its own maximum."""
+    positive = slices.clamp(min=0)
+    return positive / positive.amax(dim=(1, 2), keepdim=True).clamp(min=1e-6)
+
+
 def in_plane_chain(
     *,
+    sampling: str,
     spacing: Sequence[float],
-    hu_window: Sequence[float],
+    hu_window: Sequence[float] | None,
     input_size: Sequence[int],
     labels: Mapping[str, Sequence[int]],
     device: torch.device | str,
 ) -> list[Any]:
-    """Steps from a loaded volume (1, X, Y, Z), any orientation, to slices (Z, *input_size) in 0..1.
+    """Steps from a loaded volume (1, X, Y, Z), any orientation, to slices (Z, X', Y') in 0..1.
 
     Args:
-        spacing: mm per pixel in plane (x, y), before the resize to `input_size`.
-        hu_window: HU that become 0 and 1; what lies outside is clipped.
-        input_size: pixels of the network's input in plane (x, y).
+        sampling: "subvolumes" resizes each slice to `input_size`; "patches" leaves it at `spacing`.
+        spacing: mm per voxel along x and y (and z, of patches).
+        hu_window: HU that become 0 and 1, what lies outside is clipped; None: `divide_by_maximum`.
+        input_size: voxels of the network's input along x and y (and z, of patches).
         labels: class name → raw label values; the order gives the class index.
         device: where the resampling runs and the result stays.
     """
     keys, both = (IMAGE, LABEL), {"allow_missing_keys": True}
+    intensity, resize = Lambdad(IMAGE, divide_by_maximum), []
+    if hu_window:
+        to_unit = {"a_min": hu_window[0], "a_max": hu_window[1], "b_min": 0.0, "b_max": 1.0}
+        intensity = ScaleIntensityRanged(IMAGE, **to_unit, clip=True)
+    if sampling == "subvolumes":
+        # "nearest" rounds towards the corner and would shift each label by half a pixel;
+        # "nearest-exact" keeps pixel centres (liver Dice of the round trip 0.99 instead of 0.98).
+        modes = ("bilinear", "nearest-exact")
+        resize = [Resized(keys, spatial_size=tuple(input_size), mode=modes, **both)]
     return [
         Orientationd(keys, axcodes=ORIENTATION, labels=None, **both),
         EnsureTyped(keys, device=torch.device(device), dtype=torch.float32, **both),
         SlicesToChannelsd(keys, **both),
         Spacingd(
             keys,
-            pixdim=tuple(spacing),
+            pixdim=tuple(spacing[:2]),
             mode=("bilinear", "nearest"),
             padding_mode="border",
             dtype=torch.float32,  # MONAI's default float64 is 3.5 times slower
             **both,
         ),
-        ScaleIntensityRanged(
-            IMAGE, a_min=hu_window[0], a_max=hu_window[1], b_min=0.0, b_max=1.0, clip=True
-        ),
-        # "nearest" rounds towards the corner and would shift each label by half a pixel;
-        # "nearest-exact" keeps pixel centres (liver Dice of the round trip 0.99 instead of 0.98).
-        Resized(keys, spatial_size=tuple(input_size), mode=("bilinear", "nearest-exact"), **both),
+        intensity,
+        *resize,
         ValuesToClassesd([LABEL], labels=labels, **both),
     ]
 
 
+def slice_chain(*, sampling: str, spacing: Sequence[float], **_: Any) -> list[Any]:
+    """Steps from all slices of a volume (Z, X', Y') to the network's (1, X', Y', Z')."""
+    keys, both = (IMAGE, LABEL), {"allow_missing_keys": True}
+    resample = [SliceSpacingd(keys, spacing[2], **both)] if sampling == "patches" else []
+    return [*resample, ChannelsToSlicesd(keys, **both)]
+
+
 def deterministic_chain(**settings: Any) -> Compose:
-    """Files of a sub-volume → image (1, X, Y, Z) float16 in 0..1 and label uint8 class indices.
+    """Files of a sub-volume or case → image (1, X, Y, Z) float16 in 0..1, label uint8 indices.
 
     Takes the settings of `in_plane_chain`. Half precision halves the cache: 1/2048 of the HU
     window at most, far below CT noise.
@@ -186,7 +248,7 @@ def deterministic_chain(**settings: Any) -> Compose:
             load,
             EnsureChannelFirstd(keys, channel_dim="no_channel"),
             *in_plane_chain(**settings),
-            ChannelsToSlicesd(keys),
+            *slice_chain(**settings),
             CastToTyped(keys, dtype=(torch.float16, torch.uint8)),
         ]
     )
@@ -198,48 +260,78 @@ def deterministic_chain(**settings: Any) -> Compose:
 
 
 def preprocess_volume(image: nib.Nifti1Image, **settings: Any) -> tuple[torch.Tensor, np.ndarray]:
-    """Bring a whole volume to the network's grid.
+    """Bring a whole volume to the network's grid, slab by slab.
 
     Args:
         image: volume in HU, any orientation.
         settings: those of `in_plane_chain`.
 
     Returns:
-        Tensor (1, *input_size, slices) in 0..1, slices from inferior to superior, and the 3×3 map
-        from RAS-ordered source pixel (i, j, 1) to network pixel.
+        Tensor (1, X, Y, Z) in 0..1, slices from inferior to superior, and the 4×4 map from
+        RAS-ordered source voxel (i, j, k, 1) to network voxel, which has no rotation.
     """
-    array = voxels(image)
-    if array.dtype.kind == "u":  # torch cannot flip unsigned integers wider than a byte
-        array = array.astype(np.float32)
-    volume = MetaTensor(torch.as_tensor(array)[None], affine=image.affine)
-    slices = Compose(in_plane_chain(**settings))({IMAGE: volume})[IMAGE]
-    _, ras_affine = ras_grid(image)
-    source_to_mm = np.diag([*spacing_mm(ras_affine)[:2], 1.0])
-    source_to_network = np.linalg.inv(slices.affine.cpu().numpy()) @ source_to_mm
-    return ChannelsToSlicesd([IMAGE])({IMAGE: slices})[IMAGE], source_to_network
+    shape, affine = ras_grid(image)
+    chain, slabs = Compose(in_plane_chain(**settings)), {}
+    for first, slab in ras_slabs(image, ranges(shape[2], SLAB, reach_back=False)):
+        if slab.dtype.kind == "u":  # torch cannot flip unsigned integers wider than a byte
+            slab = slab.astype(np.float32)
+        volume = MetaTensor(torch.as_tensor(np.array(slab, order="F"))[None], affine=affine)
+        slabs[first] = chain({IMAGE: volume})[IMAGE]
+    in_plane = slabs[0].affine.cpu().numpy()  # network pixel → mm
+    slices = torch.cat([slabs.pop(first) for first in sorted(slabs)])
+    x, y, z = spacing_mm(affine)
+    step = settings["spacing"][2] if settings["sampling"] == "patches" else z
+    to_network = np.diag([1.0, 1.0, z / step, 1.0])
+    to_network[np.ix_([0, 1, 3], [0, 1, 3])] = np.linalg.inv(in_plane) @ np.diag([x, y, 1.0])
+    return Compose(slice_chain(**settings))({IMAGE: slices})[IMAGE], to_network
 
 
-def interpolation_matrix(scale: float, offset: float, source: int, network: int) -> torch.Tensor:
-    """(source, network) weights of linear interpolation at `scale * i + offset`, edges held."""
-    position = np.clip(scale * np.arange(source) + offset, 0, network - 1)
-    lower = np.minimum(position.astype(int), max(network - 2, 0))
+def interpolation_matrix(position: np.ndarray, size: int) -> torch.Tensor:
+    """(len(position), size) weights of linear interpolation among `size` samples, edges held."""
+    position = np.clip(position, 0, size - 1)
+    lower = np.minimum(position.astype(int), max(size - 2, 0))
     fraction = position - lower
-    matrix = np.zeros((source, network), np.float32)
-    matrix[np.arange(source), lower] = 1 - fraction
-    if network > 1:
-        matrix[np.arange(source), lower + 1] = fraction
+    matrix = np.zeros((len(position), size), np.float32)
+    rows = np.arange(len(position))
+    matrix[rows, lower] = 1 - fraction
+    if size > 1:
+        matrix[rows, lower + 1] = fraction
     return torch.from_numpy(matrix)
 
 
-def to_source_plane(
-    logits: torch.Tensor, source_to_network: np.ndarray, source_size: Sequence[int]
+def source_positions(
+    to_network: np.ndarray, axis: int, first: int, last: int, size: int
+) -> np.ndarray:
+    """Where the source voxels first … last − 1 of an axis lie among `size` network voxels."""
+    position = to_network[axis, axis] * np.arange(first, last) + to_network[axis, 3]
+    return np.clip(position, 0, size - 1)
+
+
+def network_slices(
+    scores: torch.Tensor, to_network: np.ndarray, first: int, last: int
+) -> tuple[torch.Tensor, np.ndarray]:
+    """The part of `scores` (…, Z) between which source slices lie, and their positions in it."""
+    position = source_positions(to_network, 2, first, last, scores.shape[-1])
+    low = int(position[0])
+    return scores[..., low : math.ceil(position[-1]) + 1], position - low
+
+
+def to_source_grid(
+    scores: torch.Tensor, to_network: np.ndarray, plane: Sequence[int], first: int, last: int
 ) -> torch.Tensor:
-    """Interpolate logits (C, *input_size, Z) in each slice to (C, *source_size, Z), RAS order."""
-    (a, _, b), (_, c, d) = source_to_network[:2]
-    along_x = interpolation_matrix(a, b, source_size[0], logits.shape[1]).to(logits)
-    along_y = interpolation_matrix(c, d, source_size[1], logits.shape[2]).to(logits)
+    """Interpolate scores (C, X, Y, Z) on the network's grid at slices of the source's grid.
+
+    `plane` is the source's size (x, y). Returns (C, *plane, last − first) in RAS order.
+    """
+    part, z = network_slices(scores, to_network, first, last)
+    if not np.array_equal(z, np.arange(part.shape[-1])):
+        along_z = interpolation_matrix(z, part.shape[-1]).to(part)
+        part = torch.einsum("zw,cuvw->cuvz", along_z, part)
+    x, y = (source_positions(to_network, a, 0, plane[a], part.shape[a + 1]) for a in (0, 1))
+    along_x = interpolation_matrix(x, part.shape[1]).to(part)
+    along_y = interpolation_matrix(y, part.shape[2]).to(part)
     # Two small matrix products per slice: linear interpolation is separable.
-    return torch.einsum("xu,cuvz,yv->cxyz", along_x, logits, along_y)
+    return torch.einsum("xu,cuvz,yv->cxyz", along_x, part, along_y)
 
 
 # ---------------------------------------------------------------------------------------
@@ -249,6 +341,9 @@ def to_source_plane(
 
 def augmentation(
     *,
+    sampling: str,
+    foreground_sampling: float,
+    classes: int,
     probability: float,
     rotation_degrees: float,
     translation: float,
@@ -263,6 +358,10 @@ def augmentation(
     """Random rotation, translation and scaling in ONE in-plane resampling, then intensities.
 
     Args:
+        sampling: "patches" cuts a random patch of `input_size` (x, y, z) from each volume first.
+        foreground_sampling: part of the patches that are centred on a voxel of a foreground class,
+            all classes alike, however few voxels they have; the others lie anywhere.
+        classes: number of classes, background counted.
         probability: of the affine part, the noise, the intensity scaling and the shift, each.
         rotation_degrees: largest rotation about the body axis, either way.
         translation: largest shift either way, as a fraction of the picture's side.
@@ -275,15 +374,36 @@ def augmentation(
         device: where the resampling runs.
     """
     keys = (IMAGE, LABEL)
+    patches = []
+    if sampling == "patches":
+        foreground = foreground_sampling / max(classes - 1, 1)
+        x, y, z = input_size
+        cut = (math.ceil(PATCH_MARGIN * x), math.ceil(PATCH_MARGIN * y), z)
+        patches = [
+            RandCropByLabelClassesd(
+                keys,
+                label_key=LABEL,
+                spatial_size=cut,
+                ratios=[1 - foreground_sampling, *[foreground] * (classes - 1)],
+                num_classes=classes,
+                indices_key=INDICES,
+                allow_smaller=True,
+                warn=False,  # a case may lack a class
+            ),
+            DeleteItemsd(INDICES),
+            SpatialPadd(keys, spatial_size=cut),  # 0 is air and background
+        ]
     return Compose(
         [
+            *patches,
             CastToTyped(keys, dtype=(torch.float32, torch.float32)),
             SlicesToChannelsd(keys),
             RandAffined(
                 keys,
+                spatial_size=tuple(input_size[:2]),
                 prob=probability,
                 rotate_range=(np.deg2rad(rotation_degrees),),
-                translate_range=[translation * size for size in input_size],
+                translate_range=[translation * size for size in input_size[:2]],
                 scale_range=(scaling, scaling),
                 mode=("bilinear", "nearest"),
                 padding_mode="zeros",  # 0 is air in the image and background in the label
@@ -299,26 +419,77 @@ def augmentation(
 
 
 class Subvolumes(Dataset):
-    """Cached sub-volumes, augmented on the way out.
+    """Cached sub-volumes, augmented on the way out; or random patches of cached volumes.
 
     The random numbers of a sample depend on (seed, epoch, sample) alone: not on the order, the
     number of processes, or where a run was interrupted. Items: image (1, X, Y, Z) float32 in 0..1,
-    label (1, X, Y, Z) class indices, and the names of case and sub-volume.
+    label (1, X, Y, Z) class indices, and the names of case and sub-volume. In an epoch each cached
+    item is used `repeats` times.
     """
 
-    def __init__(self, cached: Dataset, augment: Compose | None = None, seed: int = 0):
+    def __init__(
+        self, cached: Dataset, augment: Compose | None = None, seed: int = 0, repeats: int = 1
+    ):
         self.cached, self.augment, self.seed, self.epoch = cached, augment, seed, 0
+        self.repeats = repeats
 
     def __len__(self) -> int:
-        return len(self.cached)
+        return len(self.cached) * self.repeats
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.cached[index]
+        turn, place = divmod(index, len(self.cached))
+        item = self.cached[place]
         if self.augment is None:
             return {**item, IMAGE: item[IMAGE].float()}
-        state = np.random.SeedSequence([self.seed, self.epoch, item["index"]]).generate_state(1)
-        self.augment.set_random_state(seed=int(state[0]))
-        return self.augment(item)
+        entropy = [self.seed, self.epoch, item["index"], turn]
+        self.augment.set_random_state(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        return single(self.augment(item))
+
+    def worth_showing(self) -> list[int]:
+        """Indices of the samples among which a preview chooses."""
+        return list(range(len(self)))
+
+
+def single(sample: Any) -> dict[str, Any]:
+    """MONAI's random crops return a list of samples, of one here."""
+    return sample[0] if isinstance(sample, list) else sample
+
+
+class Tiles(Dataset):
+    """Whole cached volumes as tiles of `window` (x, y, z) voxels that do not overlap.
+
+    Every voxel is in one tile, so that validation counts it once; the last tiles are filled up with
+    air. Items as those of `Subvolumes`.
+    """
+
+    def __init__(self, cached: Dataset, window: Sequence[int]):
+        self.cached, self.window = cached, tuple(window)
+        self.places = [
+            (index, corner)
+            for index, item in enumerate(cached)
+            for corner in itertools.product(
+                *(range(0, n, step) for n, step in zip(item[IMAGE].shape[1:], window, strict=True))
+            )
+        ]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        place, corner = self.places[index]
+        item = {key: value for key, value in self.cached[place].items() if key != INDICES}
+        box = tuple(slice(a, a + n) for a, n in zip(corner, self.window, strict=True))
+        item["first_slice"] = corner[2]  # of the resampled volume
+        for key in (IMAGE, LABEL):
+            tile = item[key][(slice(None), *box)]
+            fill = [(0, n - m) for m, n in zip(tile.shape[1:], self.window, strict=True)]
+            item[key] = torch.nn.functional.pad(tile, [*fill[2], *fill[1], *fill[0]])
+        return {**item, IMAGE: item[IMAGE].float()}
+
+    def worth_showing(self) -> list[int]:
+        """Indices of the tiles with foreground; of all where there is none."""
+        found = [index for index in range(len(self)) if bool(self[index][LABEL].any())]
+        return found or list(range(len(self)))
 
 
 class EpochOrder(Sampler[int]):
@@ -398,6 +569,8 @@ def subvolume_items(prepared: dict[str, Any], folder: Path, split: str) -> list[
             "case": record["case"],
             "first_slice": record["first_slice"],
             "index": index,
+            "shape": record["shape"],
+            "spacing_mm": record["spacing_mm"],
             "fingerprint": str(source[record["case"]].get("fingerprint")),
         }
         for index, record in enumerate(records)
@@ -410,6 +583,27 @@ def share_of_process(items: list[Any], rank: int, processes: int, even: bool) ->
         return items[rank::processes]
     count = -(-len(items) // processes)
     return [items[(rank + step * processes) % len(items)] for step in range(count)]
+
+
+def network_shape(
+    shape: Sequence[int],
+    spacing_mm: Sequence[float],
+    *,
+    sampling: str,
+    spacing: Sequence[float],
+    input_size: Sequence[int],
+    **_: Any,
+) -> tuple[float, ...]:
+    """About the size that a volume of RAS `shape` has after the deterministic chain."""
+    if sampling == "subvolumes":
+        return (*input_size, shape[2])
+    return tuple(n * mm / step for n, mm, step in zip(shape, spacing_mm, spacing, strict=True))
+
+
+def balanced_indices(classes: int) -> ClassesToIndicesd:
+    """Remember where voxels of each class lie; 20,000 of each tell as much as all of them."""
+    postfix = INDICES.removeprefix(LABEL)
+    return ClassesToIndicesd(LABEL, postfix, num_classes=classes, max_samples_per_class=20_000)
 
 
 def cache_place(needed: int, device: torch.device) -> tuple[torch.device, float]:
@@ -456,14 +650,19 @@ def cache_split(
     """
     items = subvolume_items(prepared, folder, split)
     items = share_of_process(items, rank, processes, even=split == "training")
-    x, y = settings["input_size"]
-    bytes_each = x * y * prepared["subvolume_depth"] * 3  # image float16, label uint8
-    place, rate = cache_place(bytes_each * len(items), torch.device(device))
-    size = human_bytes(bytes_each * len(items))
-    print(
-        f"cache: {len(items)} {split} sub-volumes × {human_bytes(bytes_each)} = {size} on {place}"
+    patches = settings["sampling"] == "patches"
+    needed = sum(
+        math.ceil(math.prod(network_shape(item["shape"], item["spacing_mm"], **settings)))
+        * 3  # image float16, label uint8
+        for item in items
     )
+    place, rate = cache_place(needed, torch.device(device))
+    what = "whole cases" if patches else "sub-volumes"
+    mean = human_bytes(needed / len(items))
+    print(f"cache: {len(items)} {split} {what} × {mean} = {human_bytes(needed)} on {place}")
     chain = deterministic_chain(device=place, **settings)
+    if patches:
+        chain = Compose([*chain.transforms, balanced_indices(len(settings["labels"]))])
     options = {"num_workers": min(os.cpu_count() or 1, 8), "copy_cache": False, "cache_rate": rate}
     if not disk_cache:
         return CacheDataset(items, chain, **options)

@@ -2,6 +2,7 @@
 
     python train.py                             # the settings below
     python train.py --learning-rate 3e-4        # any of them from the command line
+    python train.py liver-tumour-ce             # one of the RECIPES below, settings for a purpose
     python train.py --resume checkpoints/liver  # go on where a run stopped
     torchrun --nproc-per-node 4 train.py        # on four GPUs
 
@@ -18,12 +19,20 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from monai import losses
 
-from preprocess import SubvolumeLoader, Subvolumes, augmentation, cache_split, read_prepared
+from preprocess import (
+    SubvolumeLoader,
+    Subvolumes,
+    Tiles,
+    augmentation,
+    cache_split,
+    read_prepared,
+)
 from utilities import (
     CLASSES,
     IMAGE,
@@ -33,6 +42,7 @@ from utilities import (
     build_network,
     command_line,
     load_checkpoint,
+    on_device,
     pick_device,
     pick_precision,
     process_group,
@@ -40,9 +50,33 @@ from utilities import (
     train,
 )
 
-LossName = Literal["dice", "ce", "weighted_ce", "dice_ce", "dice_focal", "tversky"]
+LossName = Literal[
+    "dice", "ce", "weighted_ce", "dice_ce", "weighted_dice_ce", "dice_focal", "tversky"
+]
 OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["constant", "cosine", "poly"]
+
+
+Values = tuple[int, ...]
+
+
+def parse_labels(words: list[str]) -> dict[str, Values]:
+    """`["liver=1,2"]` → {"background": (0,), "liver": (1, 2)}."""
+    pairs = (word.partition("=") for word in words)
+    named = {name: tuple(int(value) for value in values.split(",")) for name, _, values in pairs}
+    return {"background": (0,)} | named
+
+
+Labels = Annotated[  # on the command line: --labels liver=1 tumour=2
+    dict[str, Values],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME=VALUE,…",
+        instance_from_str=parse_labels,
+        is_instance=lambda labels: isinstance(labels, dict),
+        str_from_instance=lambda labels: [f"{n}={','.join(map(str, labels[n]))}" for n in labels],
+    ),
+]
 
 
 @dataclass
@@ -55,12 +89,20 @@ class Config:
     resume: Path | None = None  # folder of a run to go on with; its settings are taken from there
 
     # -- what is learnt: class name → raw label values; the order is the channel order
-    labels: dict[str, tuple[int, ...]] = field(default_factory=CLASSES.copy)
+    labels: Labels = field(default_factory=CLASSES.copy)
 
-    # -- what the network sees (each slice in its own plane; the slice axis is never resampled)
-    spacing: tuple[float, float] = (1.0, 1.0)  # mm per pixel, before the resize to input_size
-    hu_window: tuple[float, float] = (-200.0, 250.0)  # HU that become 0 and 1; soft tissue
-    input_size: tuple[int, int] = (256, 256)  # pixels in plane, multiples of 8
+    # -- what the network sees
+    # "subvolumes": as prepare.py cut them; each slice is resampled in its own plane, the slice axis
+    # never. "patches": cut at random from whole cases (prepare.py --subvolume-depth 0), at one
+    # spacing along all three axes, which small tumours survive.
+    sampling: Literal["subvolumes", "patches"] = "subvolumes"
+    spacing: tuple[float, ...] = (1.0, 1.0)  # mm per voxel: x y (then resized), or x y z of patches
+    input_size: tuple[int, ...] = (256, 256)  # voxels, multiples of 8: x y, or x y z of patches
+    hu_window: tuple[float, float] | None = (-200.0, 250.0)  # HU that become 0 and 1; soft tissue.
+    # None, for MR: negatives become 0, then each slice is divided by its maximum. Of CT that makes
+    # the brightness of a liver depend on the bone beside it.
+    patches_per_case: int = 8  # random patches from each case in an epoch
+    foreground_sampling: float = 0.67  # part of the patches centred on foreground, classes alike
 
     # -- augmentation of the training sub-volumes (on few patients, more of it measured better)
     augment_probability: float = 0.8  # of each of: affine change, noise, intensity scaling, shift
@@ -99,20 +141,29 @@ class Config:
     seed: int = 0  # of weights, order and augmentation
 
     # -- inference, carried to apply_model.py
-    overlap: float = 0.5  # of neighbouring windows along the slices
+    overlap: float = 0.5  # of neighbouring windows, along each axis they slide on
 
     def preprocessing(self) -> dict[str, Any]:
         """Arguments of the deterministic chain."""
         return {
+            "sampling": self.sampling,
             "spacing": tuple(self.spacing),
-            "hu_window": tuple(self.hu_window),
+            "hu_window": self.hu_window and tuple(self.hu_window),
             "input_size": tuple(self.input_size),
             "labels": {name: tuple(values) for name, values in self.labels.items()},
         }
 
+    def window(self, subvolume_depth: int) -> tuple[int, ...]:
+        """Voxels (x, y, z) of the network's input."""
+        depth = () if self.sampling == "patches" else (subvolume_depth,)
+        return (*self.input_size, *depth)
+
     def augmentation(self) -> dict[str, Any]:
         """Arguments of the random augmentation."""
         return {
+            "sampling": self.sampling,
+            "foreground_sampling": self.foreground_sampling,
+            "classes": len(self.labels),
             "probability": self.augment_probability,
             "rotation_degrees": self.rotation_degrees,
             "translation": self.translation,
@@ -128,6 +179,52 @@ class Config:
         """All settings as plain Python types, for the checkpoint and config.json."""
         settings = dataclasses.asdict(self)
         return {key: str(v) if isinstance(v, Path) else v for key, v in settings.items()}
+
+
+# Named settings, each for a purpose: `python train.py NAME`, any of them still to be overridden.
+# The first one is `python train.py` alone. Add your own.
+RECIPES: dict[str, tuple[str, Config]] = {
+    "liver-unet3d": (
+        "liver with its tumours; 19 M 3D U-Net on 16-slice sub-volumes, Dice",
+        Config(),
+    ),
+    "liver-monai": (
+        "the same with MONAI's residual U-Net on patches, Dice + weighted cross-entropy",
+        Config(
+            data=Path("data/whole"),  # prepare.py … --subvolume-depth 0 --destination data/whole
+            run_folder=Path("checkpoints/liver-monai"),
+            sampling="patches",
+            spacing=(1.5, 1.5, 1.0),
+            input_size=(128, 128, 64),
+            hu_window=(-200.0, 200.0),
+            network="unet",
+            loss="weighted_dice_ce",
+            learning_rate=1e-3,
+        ),
+    ),
+    "liver-slices-resnet34": (
+        "the same slice by slice; 2D U-Net with a ResNet-34 encoder",
+        Config(
+            run_folder=Path("checkpoints/liver-slices-resnet34"),
+            network="resnet34_unet",
+            loss="dice_ce",
+            learning_rate=1e-3,
+            overlap=0.0,  # windows know nothing of each other: a slice is the same in each
+        ),
+    ),
+    "liver-tumour-ce": (
+        "liver and tumour apart; 3D U-Net on patches, cross-entropy (try weighted_ce, dice_ce)",
+        Config(
+            data=Path("data/whole"),
+            run_folder=Path("checkpoints/liver-tumour-ce"),
+            labels={"background": (0,), "liver": (1,), "tumour": (2,)},
+            sampling="patches",
+            spacing=(1.0, 1.0, 1.0),
+            input_size=(128, 128, 64),
+            loss="ce",
+        ),
+    ),
+}
 
 
 class CrossEntropy(torch.nn.CrossEntropyLoss):
@@ -146,6 +243,7 @@ LOSSES: dict[str, Callable[[torch.Tensor], torch.nn.Module]] = {  # class weight
     "ce": lambda weights: CrossEntropy(),
     "weighted_ce": lambda weights: CrossEntropy(weight=weights),
     "dice_ce": lambda weights: losses.DiceCELoss(**DICE),
+    "weighted_dice_ce": lambda weights: losses.DiceCELoss(**DICE, weight=weights),
     "dice_focal": lambda weights: losses.DiceFocalLoss(**DICE),
     # β > α: a missed voxel costs more than a false one, because organs are small beside the body
     "tversky": lambda weights: losses.TverskyLoss(**DICE, alpha=0.3, beta=0.7),
@@ -168,10 +266,25 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # progress 0..1 → factor o
 
 def check(config: Config, prepared: dict[str, Any]) -> None:
     """Refuse settings that cannot work, before hours are spent on them."""
-    if any(size % 8 for size in config.input_size) or prepared["subvolume_depth"] % 8:
+    patches, depth = config.sampling == "patches", prepared["subvolume_depth"]
+    if patches == bool(depth):
+        found = f"sub-volumes of {depth} slices" if depth else "whole cases"
         raise InputError(
-            f"--input-size and the sub-volume depth must be multiples of 8 (three poolings), got "
-            f"{config.input_size} and {prepared['subvolume_depth']}"
+            f"{config.data}: holds {found}, but --sampling is {config.sampling}; prepare it again "
+            f"into another --destination with --subvolume-depth {0 if patches else 16}, and name "
+            "that folder in --data"
+        )
+    axes = "x y z" if patches else "x y"
+    for name in ("spacing", "input_size"):
+        if len(given := getattr(config, name)) != len(axes.split()):
+            raise InputError(
+                f"--{name.replace('_', '-')} of {config.sampling} must be {axes}, got {given}"
+            )
+    window = config.window(depth)
+    if any(size % 8 for size in window):
+        raise InputError(
+            "the network's input must be a multiple of 8 along each axis (three poolings), got "
+            f"{window} voxels; change --input-size, or prepare.py's --subvolume-depth"
         )
     learnt = {value for values in config.labels.values() for value in values}
     missing = learnt - set(prepared["labels"].values())
@@ -244,14 +357,17 @@ def run(
     training = cache_split(prepared, config.data, "training", **settings)
     validation = cache_split(prepared, config.data, "validation", **settings)
     augment = augmentation(**config.augmentation(), device=device)
-    augmented = Subvolumes(training, augment, config.seed)
+    patches, window = config.sampling == "patches", config.window(prepared["subvolume_depth"])
+    repeats = config.patches_per_case if patches else 1
+    augmented = Subvolumes(training, augment, config.seed, repeats)
+    known = Tiles(validation, window) if patches else Subvolumes(validation)
     loading = {
         "batch_size": config.batch_size,
         "seed": config.seed,
         "pin": device.type == "cuda" and not training[0][IMAGE].is_cuda,
     }
     train_loader = SubvolumeLoader(augmented, shuffle=True, **loading)
-    val_loader = SubvolumeLoader(Subvolumes(validation), shuffle=False, **loading)
+    val_loader = SubvolumeLoader(known, shuffle=False, **loading)
 
     # network, loss, optimizer
     network_args = {
@@ -259,9 +375,9 @@ def run(
         "in_channels": 1,
         "out_channels": len(config.labels),
         "base_channels": config.base_channels,
-        "input_size": (*config.input_size, prepared["subvolume_depth"]),
+        "input_size": window,
     }
-    model = build_network(**network_args).to(device, memory_format=torch.channels_last_3d)
+    model = on_device(build_network(**network_args), device)
     if config.sync_batch_norm and processes > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     loss_function = LOSSES[config.loss](class_weights(prepared, config.labels)).to(device)
@@ -291,7 +407,7 @@ def run(
         checkpoint={
             "network_args": network_args,
             "preprocessing": config.preprocessing(),
-            "inference": {"depth": prepared["subvolume_depth"], "overlap": config.overlap},
+            "inference": {"window": window, "overlap": config.overlap},
             "labels": config.preprocessing()["labels"],
             "config": config.plain(),
         },
@@ -311,4 +427,4 @@ def run(
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__)
+    command_line(main, Config, __doc__, RECIPES)

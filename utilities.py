@@ -54,11 +54,30 @@ class InputError(ValueError):
 # ---------------------------------------------------------------------------------------
 
 
-def command_line(main: Callable[[Any], None], config_class: type, description: str | None) -> None:
-    """Run `main(config)`, config from the command line; a user's fault ends in one line, exit 1."""
+def command_line(
+    main: Callable[[Any], None],
+    config_class: type,
+    description: str | None,
+    recipes: dict[str, tuple[str, Any]] | None = None,
+) -> None:
+    """Run `main(config)`, config from the command line; a user's fault ends in one line, exit 1.
+
+    `recipes` maps a name, which may be the first word of the command line, to an explanation and
+    the config whose values the options then override. The first recipe is the default.
+    """
     import tyro
 
-    config = tyro.cli(config_class, description=description)
+    words, chosen = sys.argv[1:], {}
+    if recipes:
+        named = bool(words) and not words[0].startswith("-")
+        name = words.pop(0) if named else next(iter(recipes))
+        if name not in recipes:
+            sys.exit(f"error: the recipe must be one of {', '.join(recipes)}, got {name}")
+        chosen = {"default": recipes[name][1]}
+        lines = [f"    {key:<24}{text}" for key, (text, _) in recipes.items()]
+        description = f"{description}\nRecipes (here: {name}):\n\n" + "\n".join(lines)
+    flat = [tyro.conf.AvoidSubcommands]
+    config = tyro.cli(config_class, args=words, description=description, config=flat, **chosen)
     try:
         main(config)
     except (InputError, OSError) as error:
@@ -508,6 +527,18 @@ class UNet3D(nn.Module):
         return self.head(x)
 
 
+class SliceBySlice(nn.Module):
+    """A 2D network on volumes (B, C, X, Y, Z): slices are folded into the batch and back."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        slices = x.movedim(-1, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        return self.network(slices).unflatten(0, (x.shape[0], x.shape[-1])).movedim(1, -1)
+
+
 class PaddedSlices(nn.Module):
     """A network whose slice count must be a multiple of `multiple`: pads with air, crops back."""
 
@@ -521,8 +552,9 @@ class PaddedSlices(nn.Module):
 
 
 NetworkName = Literal[
-    "unet3d", "unet", "attention_unet", "segresnet", "vnet", "unetr", "dynunet", "swin_unetr"
-]
+    "unet3d", "unet", "attention_unet", "segresnet", "vnet", "unetr", "dynunet", "swin_unetr",
+    "resnet34_unet",
+]  # fmt: skip
 
 
 def build_network(
@@ -557,10 +589,18 @@ def build_network(
         "swin_unetr": lambda: PaddedSlices(
             nets.SwinUNETR(i, o, feature_size=12 * max(c // 16, 1)), multiple=32
         ),
+        "resnet34_unet": lambda: SliceBySlice(nets.FlexibleUNet(i, o, "resnet34", spatial_dims=2)),
     }
     if name not in factories:
         raise InputError(f"network must be one of {', '.join(factories)}, got {name!r}")
     return factories[name]()
+
+
+def on_device(network: nn.Module, device: torch.device) -> nn.Module:
+    """Move a network; channels last in its weights is the fastest layout in half precision."""
+    flat = isinstance(network, SliceBySlice)
+    layout = torch.channels_last if flat else torch.channels_last_3d
+    return network.to(device, memory_format=layout)
 
 
 # ---------------------------------------------------------------------------------------
@@ -946,7 +986,7 @@ def train_one_epoch(
     seconds = time.perf_counter() - start
     return {
         "train_loss": float(np.mean(gathered(np.mean(losses) if losses else math.nan))),
-        "subvolumes_per_s": processes * count / seconds,
+        "samples_per_s": processes * count / seconds,
         "data_wait_percent": 100 * waited / seconds,
         "peak_memory_mb": _peak_memory_mb(device),
     }
@@ -985,7 +1025,10 @@ def validate(
     precision: torch.dtype,
     class_names: Sequence[str],
 ) -> dict[str, float]:
-    """Mean loss, and Dice per class: voxels counted per patient, then the mean over patients."""
+    """Mean loss of batches with foreground, and Dice per class.
+
+    Dice: voxels counted per patient, then the mean over patients.
+    """
     model.eval()
     losses: list[float] = []
     counts: dict[str, np.ndarray] = {}
@@ -993,7 +1036,8 @@ def validate(
         label = batch[LABEL].to(device)
         with autocast(device, precision):
             logits = model(batch[IMAGE].to(device, memory_format=torch.channels_last_3d))
-        losses.append(loss_function(logits.float(), label).item())
+        if label.any():  # the Dice of nothing is nearly always 0, and would drown the others
+            losses.append(loss_function(logits.float(), label).item())
         prediction = predicted_classes(logits)
         for case, predicted, true in zip(batch["case"], prediction, label[:, 0], strict=True):
             new = overlap_counts(predicted, true, len(class_names) + 1)
@@ -1003,7 +1047,7 @@ def validate(
         for case, count in part.items():
             merged[case] = merged.get(case, 0) + count
     dice, _ = mean_dice([dice_of_counts(count) for count in merged.values()])
-    loss = float(np.mean([value for part in gathered(losses) for value in part]))
+    loss = float(np.mean([value for part in gathered(losses) for value in part] or [math.nan]))
     row = {"val_loss": loss, "val_dice": float(np.nanmean(dice))}
     return row | {f"val_dice_{name}": float(d) for name, d in zip(class_names, dice, strict=True)}
 
@@ -1055,7 +1099,7 @@ def _report(history: list[dict[str, float]], names: Sequence[str], folder: Path)
     if "val_dice" in row:
         mark = " (best so far)" if _best_epoch(history) == row["epoch"] else ""
         line += f", validation loss {row['val_loss']:.4f}, Dice {row['val_dice']:.4f}{mark}"
-    print(f"{line}, {row['subvolumes_per_s']:.2f} sub-volumes/s")
+    print(f"{line}, {row['samples_per_s']:.2f} samples/s")
 
 
 # ---------------------------------------------------------------------------------------
@@ -1188,7 +1232,8 @@ def preview_figure(
 
     model.eval()
     dataset = loader.dataset
-    chosen = np.linspace(0, len(dataset) - 1, min(6, len(dataset))).astype(int)
+    worthy = dataset.worth_showing()
+    chosen = [worthy[int(n)] for n in np.linspace(0, len(worthy) - 1, min(6, len(worthy)))]
     rows, columns = (1, len(chosen)) if len(chosen) <= 3 else (2, math.ceil(len(chosen) / 2))
     figure = Figure(figsize=(4 * columns, 4.2 * rows + 0.4), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()

@@ -182,7 +182,7 @@ def measure_ours(config: Config, cached: Any, settings: train.Config, device: An
         rows.append(row)
     row = rows[-1]
     return {
-        "seconds_per_step": config.batch_size / row["subvolumes_per_s"],
+        "seconds_per_step": config.batch_size / row["samples_per_s"],
         "data_wait_percent": row["data_wait_percent"],
         "peak_memory_mb": row["peak_memory_mb"],
     }

@@ -76,3 +76,14 @@ def prepared(raw_phantoms: Path) -> Path:
     folder = raw_phantoms.parent / "prepared"
     prepare.main(prepare.Config(source=raw_phantoms, destination=folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole_cases(raw_phantoms: Path) -> Path:
+    """The same phantoms, each case kept whole for patches; tests must not change it."""
+    import prepare
+
+    folder = raw_phantoms.parent / "whole"
+    config = prepare.Config(source=raw_phantoms, destination=folder, subvolume_depth=0)
+    prepare.main(config)
+    return folder

@@ -15,11 +15,20 @@ from preprocess import deterministic_chain, preprocess_volume
 from utilities import IMAGE, LABEL, InputError, case_name, dice_metric, read_volume, to_ras, voxels
 
 SETTINGS = {
+    "sampling": "subvolumes",
     "spacing": (1.0, 1.0),
     "hu_window": (-200.0, 250.0),
     "input_size": (96, 96),
     "labels": {"background": (0,), "liver": (1, 2)},
 }
+PATCHES = {
+    **SETTINGS,
+    "sampling": "patches",
+    "spacing": (1.1, 1.1, 1.3),
+    "input_size": (32, 24, 16),
+}
+WINDOWS = {"subvolumes": (96, 96, 16), "patches": PATCHES["input_size"]}
+BOTH = pytest.mark.parametrize("settings", [SETTINGS, PATCHES], ids=["subvolumes", "patches"])
 
 
 class Threshold(torch.nn.Module):
@@ -29,9 +38,9 @@ class Threshold(torch.nn.Module):
         return torch.cat([0.5 - x, x - 0.5], dim=1)
 
 
-def known_model(**inference) -> Model:
-    inference = {"depth": 16, "overlap": 0.5} | inference
-    return Model(Threshold(), SETTINGS, inference, torch.device("cpu"), torch.float32)
+def known_model(settings=SETTINGS) -> Model:
+    inference = {"window": WINDOWS[settings["sampling"]], "overlap": 0.5}
+    return Model(Threshold(), settings, inference, torch.device("cpu"), torch.float32)
 
 
 def blob(shape, seed=0) -> np.ndarray:
@@ -49,26 +58,28 @@ def all_orientations():
             yield np.array([[axis, 1 - 2 * sign] for axis, sign in zip(axes, signs, strict=True)])
 
 
-def test_every_orientation_gives_the_same_segmentation():
+@BOTH
+def test_every_orientation_gives_the_same_segmentation(settings):
     """All 48: the same patient stored differently gets the same voxels marked, in place."""
     image = ct_image(blob((40, 44, 20)), random_affine(0))
-    expected = voxels(to_ras(segment(known_model(), image)))
+    expected = voxels(to_ras(segment(known_model(settings), image)))
     assert expected.any()
     for orientation in all_orientations():
         array = np.ascontiguousarray(apply_orientation(np.asarray(image.dataobj), orientation))
         affine = image.affine @ inv_ornt_aff(orientation, image.shape)
-        label = segment(known_model(), ct_image(array, affine))
+        label = segment(known_model(settings), ct_image(array, affine))
         assert label.shape == array.shape
         assert np.allclose(label.affine, affine)
         assert np.array_equal(voxels(to_ras(label)), expected)
 
 
+@BOTH
 @pytest.mark.parametrize("shear", [0.0, 0.2])
 @pytest.mark.parametrize("slices", [1, 15, 16, 17, 40])
-def test_segmentation_lies_on_the_organ(tmp_path, slices, shear):
+def test_segmentation_lies_on_the_organ(tmp_path, slices, shear, settings):
     # Nearly RAS, so that the last axis is the one that is cut into windows.
     image = ct_image(blob((80, 72, slices)), random_affine(3, shear=shear, shuffle=False))
-    label = segment(known_model(), image)
+    label = segment(known_model(settings), image)
     truth = voxels(image) > 0
     assert dice_metric(voxels(label), truth) > 0.97
     write_checked(label, image, tmp_path / "a_label.nii.gz")
@@ -77,7 +88,8 @@ def test_segmentation_lies_on_the_organ(tmp_path, slices, shear):
     assert np.allclose(written.affine, image.affine, atol=1e-4)
 
 
-def test_landmark_keeps_its_millimetres():
+@BOTH
+def test_landmark_keeps_its_millimetres(settings):
     """The centre of mass of a small bright ball, in patient mm, before and after; sub-voxel."""
     for seed in range(6):
         affine = random_affine(seed, spacing=(0.9, 0.8, 2.0))
@@ -86,7 +98,7 @@ def test_landmark_keeps_its_millimetres():
         centre = nib.affines.apply_affine(affine, [41, 20, 17])
         inside = np.linalg.norm(points - centre, axis=-1) < 12
         image = ct_image(np.where(inside, 150, -100), affine)
-        found = voxels(segment(known_model(), image)) > 0
+        found = voxels(segment(known_model(settings), image)) > 0
         assert np.linalg.norm(points[found].mean(axis=0) - centre) < 0.25
         assert volume_ml(found, affine) == pytest.approx(4 / 3 * np.pi * 12**3 / 1000, rel=0.06)
 

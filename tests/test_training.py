@@ -44,7 +44,7 @@ def small_cache(prepared):
 
 
 def comparable(history):
-    timing = ("subvolumes_per_s", "data_wait_percent", "peak_memory_mb")
+    timing = ("samples_per_s", "data_wait_percent", "peak_memory_mb")
     return [{key: value for key, value in row.items() if key not in timing} for row in history]
 
 
@@ -199,7 +199,7 @@ def test_unusable_checkpoints_are_named(tmp_path, finished):
 
 def test_wrong_settings_are_refused_before_training(prepared, tmp_path):
     run = tmp_path / "run"
-    with pytest.raises(InputError, match="multiples of 8"):
+    with pytest.raises(InputError, match="multiple of 8"):
         train.main(small_config(prepared, run, input_size=(36, 36)))
     with pytest.raises(InputError, match=r"names the values \[7\]"):
         train.main(small_config(prepared, run, labels={"background": (0,), "spleen": (7,)}))

@@ -1,0 +1,193 @@
+"""Each recipe trains, reloads, predicts and is evaluated; patches lose nothing and are balanced."""
+
+import csv
+import dataclasses
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import run_script
+
+import apply_model
+import train
+from preprocess import (
+    Subvolumes,
+    Tiles,
+    augmentation,
+    cache_split,
+    deterministic_chain,
+    preprocess_volume,
+    read_prepared,
+)
+from utilities import (
+    IMAGE,
+    LABEL,
+    InputError,
+    build_network,
+    load_checkpoint,
+    read_volume,
+    to_ras,
+    voxels,
+)
+
+TINY = {"max_epochs": 2, "base_channels": 4, "device": "cpu", "precision": "fp32"}
+TINY_IN = {
+    "subvolumes": {"input_size": (32, 32), "spacing": (8.0, 8.0)},
+    "patches": {"input_size": (32, 32, 16), "spacing": (8.0, 8.0, 5.0), "patches_per_case": 2},
+}
+
+
+def tiny(name: str, prepared, whole_cases, run, **changes) -> train.Config:
+    recipe = train.RECIPES[name][1]
+    data = whole_cases if recipe.sampling == "patches" else prepared
+    small = {**TINY, **TINY_IN[recipe.sampling], "data": data, "run_folder": run, **changes}
+    return dataclasses.replace(recipe, **small)
+
+
+def cached_patches(whole_cases, **changes):
+    config = tiny("liver-tumour-ce", None, whole_cases, None, **changes)
+    settings = {**config.preprocessing(), "device": "cpu"}
+    return config, cache_split(read_prepared(whole_cases), whole_cases, "training", **settings)
+
+
+@pytest.mark.parametrize("name", train.RECIPES)
+def test_a_recipe_trains_reloads_predicts_and_is_evaluated(name, prepared, whole_cases, tmp_path):
+    config = tiny(name, prepared, whole_cases, tmp_path / "run")
+    train.main(config)
+    saved = load_checkpoint(tmp_path / "run" / "best.pt")
+    assert saved["labels"] == config.preprocessing()["labels"]
+    apply = apply_model.Config(
+        split="test", data=config.data, checkpoint=tmp_path / "run" / "best.pt",
+        destination=tmp_path / "results", device="cpu",
+    )  # fmt: skip
+    apply_model.main(apply)
+    with (tmp_path / "results" / "results.csv").open() as file:
+        row = next(csv.DictReader(file))
+    for organ in list(config.labels)[1:]:
+        assert 0 <= float(row[f"{organ}_dice"] or 0) <= 1
+    assert 0 < float(row["accuracy"]) <= 1
+    assert 0 <= float(row["mean_iou"]) <= 1
+
+
+def test_a_recipe_by_name_on_the_command_line(whole_cases, tmp_path):
+    """A name first, then any option: those win over the recipe, which wins over the defaults."""
+    run = tmp_path / "run"
+    result = run_script(
+        "train.py", "liver-tumour-ce", "--data", whole_cases, "--run-folder", run, "--loss",
+        "weighted_ce", "--input-size", 32, 32, 16, "--spacing", 8, 8, 5, "--base-channels", 4,
+        "--max-epochs", 1, "--patches-per-case", 1, "--labels", "liver=1", "tumour=2",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    config = load_checkpoint(run / "best.pt")["config"]
+    assert (config["sampling"], config["loss"]) == ("patches", "weighted_ce")
+    assert config["labels"] == {"background": (0,), "liver": (1,), "tumour": (2,)}
+
+
+def test_help_explains_the_recipes_and_a_wrong_name_is_refused():
+    shown = run_script("train.py", "--help").stdout
+    assert all(name in shown for name in train.RECIPES)
+    assert "--learning-rate" in shown
+    result = run_script("train.py", "liver-tumor")
+    assert result.returncode == 1
+    assert "must be one of liver-unet3d" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampling": "patches"}, "--subvolume-depth 0"),
+        ({"spacing": (1.0, 1.0, 1.0)}, "--spacing of subvolumes must be x y"),
+        ({"input_size": (100, 100)}, "multiple of 8"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_are_refused(prepared, tmp_path, change, message):
+    config = dataclasses.replace(train.Config(), data=prepared, run_folder=tmp_path, **change)
+    with pytest.raises(InputError, match=message):
+        train.main(config)
+
+
+def test_whole_cases_keep_every_labelled_voxel_in_its_place(raw_phantoms, whole_cases):
+    prepared = read_prepared(whole_cases)
+    assert len(prepared["subvolumes"]) == len(prepared["cases"])
+    for case, record in zip(prepared["cases"], prepared["subvolumes"], strict=True):
+        source = to_ras(read_volume(raw_phantoms / "labelsTr" / f"{case['case']}.nii.gz"))
+        kept = read_volume(whole_cases / record[LABEL])
+        assert list(kept.shape) == record["shape"]
+        found = []
+        for image in (source, kept):
+            where = np.argwhere(voxels(image) > 0)
+            found.append(nib.affines.apply_affine(image.affine, where))
+        assert len(found[0]) == len(found[1]) > 0
+        assert np.allclose(found[0], found[1], atol=1e-3)
+
+
+def test_cached_volume_is_the_preprocessed_volume(whole_cases):
+    """Training and inference see the same voxels, in all three axes."""
+    config, _ = cached_patches(whole_cases)
+    record = read_prepared(whole_cases)["subvolumes"][0]
+    files = {key: whole_cases / record[key] for key in (IMAGE, LABEL)}
+    settings = {**config.preprocessing(), "device": "cpu"}
+    item = deterministic_chain(**settings)(files)
+    volume, _ = preprocess_volume(read_volume(files[IMAGE]), **settings)
+    assert torch.equal(item[IMAGE], volume.half())
+    assert item[LABEL].shape == item[IMAGE].shape
+    assert set(item[LABEL].unique().tolist()) <= {0, 1, 2}
+
+
+def test_patches_show_a_rare_class_as_often_as_a_common_one(whole_cases):
+    plain = {"foreground_sampling": 1.0, "augment_probability": 0.0, "input_size": (8, 8, 8)}
+    config, cached = cached_patches(whole_cases, **plain)
+    augment = augmentation(**config.augmentation(), device="cpu")
+    with_tumour = [item for item in cached if (item[LABEL] == 2).any()]
+    assert with_tumour
+    assert all((item[LABEL] == 2).float().mean() < 0.02 for item in with_tumour)
+    patches = Subvolumes(with_tumour, augment, seed=0, repeats=100)
+    samples = [patches[index] for index in range(len(patches))]
+    assert all(sample[IMAGE].shape == sample[LABEL].shape == (1, 8, 8, 8) for sample in samples)
+    assert all(sample[LABEL].any() for sample in samples)
+    tumours = np.mean([bool((sample[LABEL] == 2).any()) for sample in samples])
+    assert tumours > 0.45  # half of them are centred on it
+
+
+def test_tiles_hold_every_voxel_once(whole_cases):
+    _, cached = cached_patches(whole_cases)
+    tiles = Tiles(cached, (32, 32, 16))
+    for value in (1, 2):
+        in_tiles = sum(int((tiles[n][LABEL] == value).sum()) for n in range(len(tiles)))
+        assert in_tiles == sum(int((item[LABEL] == value).sum()) for item in cached)
+    assert {tuple(tiles[n][IMAGE].shape) for n in range(len(tiles))} == {(1, 32, 32, 16)}
+
+
+def test_patch_training_resumes_exactly(whole_cases, tmp_path):
+    def run(folder, **changes):
+        train.main(tiny("liver-monai", None, whole_cases, tmp_path / folder, **changes))
+        return load_checkpoint(tmp_path / folder / "last.pt")["network_state"]
+
+    whole = run("whole", schedule="constant")
+    run("broken", schedule="constant", max_epochs=1)
+    resume = train.Config(resume=tmp_path / "broken", device="cpu", max_epochs=2)
+    train.main(resume)
+    resumed = load_checkpoint(tmp_path / "broken" / "last.pt")["network_state"]
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_2d_network_sees_each_slice_alone():
+    network = build_network(
+        "resnet34_unet", in_channels=1, out_channels=2, base_channels=32, input_size=(32, 32, 16)
+    ).eval()
+    volume = torch.randn(2, 1, 32, 32, 5)
+    with torch.no_grad():
+        together, alone = network(volume), network(volume[..., 3:4])
+    assert together.shape == (2, 2, 32, 32, 5)
+    assert torch.allclose(together[..., 3:4], alone, atol=1e-5)
+
+
+def test_without_a_window_each_slice_is_divided_by_its_maximum(prepared):
+    settings = {**train.Config(hu_window=None).preprocessing(), "input_size": (32, 32)}
+    record = read_prepared(prepared)["subvolumes"][0]
+    files = {key: prepared / record[key] for key in (IMAGE, LABEL)}
+    image = deterministic_chain(**settings, device="cpu")(files)[IMAGE]
+    assert image.min() == 0
+    # the resize to the network's input smooths the brightest pixel
+    assert 0.7 < image.amax(dim=(0, 1, 2)).min() <= image.max() <= 1
