@@ -23,6 +23,7 @@ import os
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -478,18 +479,27 @@ class Tiles(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         place, corner = self.places[index]
         item = {key: value for key, value in self.cached[place].items() if key != INDICES}
-        box = tuple(slice(a, a + n) for a, n in zip(corner, self.window, strict=True))
         item["first_slice"] = corner[2]  # of the resampled volume
         for key in (IMAGE, LABEL):
-            tile = item[key][(slice(None), *box)]
+            tile = item[key][(slice(None), *self.box(corner))]
             fill = [(0, n - m) for m, n in zip(tile.shape[1:], self.window, strict=True)]
             item[key] = torch.nn.functional.pad(tile, [*fill[2], *fill[1], *fill[0]])
         return {**item, IMAGE: item[IMAGE].float()}
 
     def worth_showing(self) -> list[int]:
         """Indices of the tiles with foreground; of all where there is none."""
-        found = [index for index in range(len(self)) if bool(self[index][LABEL].any())]
-        return found or list(range(len(self)))
+        return self.with_foreground or list(range(len(self)))
+
+    @cached_property
+    def with_foreground(self) -> list[int]:
+        return [
+            index
+            for index, (place, corner) in enumerate(self.places)
+            if self.cached[place][LABEL][(slice(None), *self.box(corner))].any()
+        ]
+
+    def box(self, corner: Sequence[int]) -> tuple[slice, ...]:
+        return tuple(slice(a, a + n) for a, n in zip(corner, self.window, strict=True))
 
 
 class EpochOrder(Sampler[int]):
@@ -672,7 +682,7 @@ def cache_split(
         return hashlib.sha256(content.encode()).hexdigest().encode()
 
     stored = PersistentDataset(items, chain, cache_dir=folder / "cache", hash_func=key)
-    return CacheDataset(stored, EnsureTyped([IMAGE, LABEL], device=place), **options)
+    return CacheDataset(stored, EnsureTyped([IMAGE, LABEL], device=place, track_meta=False), **options)
 
 
 # ---------------------------------------------------------------------------------------
@@ -726,4 +736,4 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     import train  # only to show what its settings do: as a module, preprocess never needs it
 
-    command_line(main, train.Config, __doc__)
+    command_line(main, train.Config, __doc__, train.RECIPES)
