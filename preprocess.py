@@ -682,7 +682,9 @@ def cache_split(
         return hashlib.sha256(content.encode()).hexdigest().encode()
 
     stored = PersistentDataset(items, chain, cache_dir=folder / "cache", hash_func=key)
-    return CacheDataset(stored, EnsureTyped([IMAGE, LABEL], device=place, track_meta=False), **options)
+    return CacheDataset(
+        stored, EnsureTyped([IMAGE, LABEL], device=place, track_meta=False), **options
+    )
 
 
 # ---------------------------------------------------------------------------------------
