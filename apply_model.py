@@ -47,20 +47,20 @@ from utilities import (
     IMAGE,
     ITK_SUFFIXES,
     LABEL,
-    LABEL_COLOURS,
     NIFTI_SUFFIXES,
-    PREDICTION_COLOUR,
-    TRUTH_COLOUR,
     InputError,
+    add_legend,
     atomic_write,
     autocast,
     build_network,
     case_name,
+    class_colour,
     command_line,
     is_dicom,
     like,
     load_checkpoint,
     on_device,
+    outlines_of,
     overlap_counts,
     pick_device,
     pick_precision,
@@ -761,7 +761,7 @@ def apply_to_case(model: Model, case: dict[str, Any], config: Config) -> dict[st
         f"{organ} {row[f'{organ}_volume_ml']:.0f} ml" + _dice_text(row.get(f"{organ}_dice"))
         for organ in model.names
     )
-    figure = preview(name, scan, affine, classes, known, note)
+    figure = preview(name, scan, affine, classes, known, model.names, note)
     save_figure(figure, place.with_name(f"{name}_preview.png"))
     watch.lap("preview")
     row |= {f"seconds_{stage}": round(spent, 2) for stage, spent in watch.seconds.items()}
@@ -784,15 +784,16 @@ def preview(
     affine: np.ndarray,
     classes: np.ndarray,
     truth: np.ndarray | None,
+    names: Sequence[str],
     note: str,
 ) -> Any:
     """Figure with the outlines of prediction and truth on three planes and six axial slices."""
-    outlines, title = {PREDICTION_COLOUR: classes > 0}, f"{case} · prediction in orange"
-    if truth is not None:
-        outlines = {TRUTH_COLOUR: truth > 0, **outlines}
-        title += ", truth in blue"
-    step = spacing_mm(affine)
-    return planes_figure(f"{title} · {note}", scan, step, outlines, axial_slices=6)
+    figure = planes_figure(
+        f"{case} · {note}", scan, spacing_mm(affine), outlines_of(truth, classes, len(names) + 1),
+        axial_slices=6,
+    )  # fmt: skip
+    add_legend(figure, names, truth is not None)
+    return figure
 
 
 # ---------------------------------------------------------------------------------------
@@ -989,7 +990,7 @@ def figures_figure(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Any:
         figure.subplots(1, 3, width_ratios=[5, 3, 2]), panels.items(), strict=True
     ):
         for index, name in enumerate(names, start=1):
-            colour = LABEL_COLOURS[(index - 1) % len(LABEL_COLOURS) + 1]
+            colour = class_colour(index)
             for place, key in enumerate(keys):
                 values = [row[f"{name}_{key}"] for row in rows]
                 values = [value for value in values if value is not None]

@@ -487,16 +487,17 @@ class Tiles(Dataset):
         return {**item, IMAGE: item[IMAGE].float()}
 
     def worth_showing(self) -> list[int]:
-        """Indices of the tiles with foreground; of all where there is none."""
-        return self.with_foreground or list(range(len(self)))
+        """Of each case the tile with most of its last class, which is the tumour, if any."""
+        return self.fullest
 
     @cached_property
-    def with_foreground(self) -> list[int]:
-        return [
-            index
-            for index, (place, corner) in enumerate(self.places)
-            if self.cached[place][LABEL][(slice(None), *self.box(corner))].any()
-        ]
+    def fullest(self) -> list[int]:
+        best: dict[int, tuple[int, int]] = {}
+        for index, (place, corner) in enumerate(self.places):
+            label = self.cached[place][LABEL]
+            wanted = label[(slice(None), *self.box(corner))] == max(int(label.max()), 1)
+            best[place] = max(best.get(place, (-1, 0)), (int(wanted.sum()), index))
+        return [index for _, index in best.values()]
 
     def box(self, corner: Sequence[int]) -> tuple[slice, ...]:
         return tuple(slice(a, a + n) for a, n in zip(corner, self.window, strict=True))
@@ -703,13 +704,16 @@ def montage(before: Subvolumes, after: Subvolumes, titles: Sequence[str]) -> Any
             row, (before, after), ("as cached", "augmented"), strict=False
         ):
             item = dataset[int(index)]
-            image, label = item[IMAGE][0].cpu().numpy(), item[LABEL][0].cpu().numpy() > 0
-            middle = int(label.sum(axis=(0, 1)).argmax())
+            image, label = (
+                item[IMAGE][0].cpu().numpy(),
+                item[LABEL][0].cpu().numpy().astype(np.uint8),
+            )
+            middle = int((label > 0).sum(axis=(0, 1)).argmax())
             draw_plane(
                 axes, image, "axial", middle, (1.0, 1.0, 1.0), {TRUTH_COLOUR: label}, window=(0, 1)
             )
             axes.set_title(f"{titles[index]}, {name}", fontsize=10)
-            for values, what in ((image.ravel(), "all"), (image[label], "organ")):
+            for values, what in ((image.ravel(), "all"), (image[label > 0], "organ")):
                 style = "-" if dataset is before else "--"
                 colour = "0.4" if what == "all" else LABEL_COLOURS[1]
                 row[2].hist(values, 60, (0, 1), histtype="step", color=colour, linestyle=style,

@@ -896,7 +896,7 @@ def train(
                 if tensorboard:
                     _write_events(row, folder)
                 if "val_dice" in row:
-                    figure = preview_figure(kept, val_loader, device, dtype)
+                    figure = preview_figure(kept, val_loader, device, dtype, names)
                     save_figure(figure, folder / "preview.png")
             if patience and _validations_since_best(history) >= patience:
                 print(f"no better Dice in {patience} validations: stopped after epoch {epoch}")
@@ -1127,7 +1127,8 @@ def draw_plane(
 ) -> None:
     """Draw one slice of a RAS array (X, Y, Z) with outlines of masks, to scale, with its letters.
 
-    `outlines` maps a colour to a boolean mask (X, Y, Z); `spacing` is in mm per voxel.
+    `outlines` maps a colour to a mask (X, Y, Z), or to class indices, between which lines are drawn
+    too; `spacing` is in mm per voxel.
     """
     cut, (left, right, top, bottom) = PLANES[plane]
     across, up = (step for axis, step in enumerate(spacing) if axis != cut)
@@ -1141,7 +1142,8 @@ def draw_plane(
     for colour, mask in (outlines or {}).items():
         flat = picture(mask)
         if flat.any() and not flat.all():
-            axes.contour(flat, levels=[0.5], colors=[colour], linewidths=1.2)
+            levels = np.arange(0.5, int(flat.max()))
+            axes.contour(flat, levels=levels, colors=[colour] * len(levels), linewidths=1.2)
     marks = {left: (0.02, 0.5), right: (0.98, 0.5), top: (0.5, 0.97), bottom: (0.5, 0.03)}
     for letter, (x, y) in marks.items():
         axes.text(
@@ -1151,6 +1153,31 @@ def draw_plane(
         )  # fmt: skip
     axes.set_xticks([])
     axes.set_yticks([])
+
+
+def outlines_of(
+    truth: np.ndarray | None, prediction: np.ndarray, num_classes: int
+) -> dict[str, np.ndarray]:
+    """Class indices → colour and mask for `draw_plane`: truth in blue, each class in its colour."""
+    known = {} if truth is None else {TRUTH_COLOUR: truth}
+    classes = range(1, num_classes)
+    return known | {class_colour(value): prediction == value for value in classes}
+
+
+def class_colour(value: int) -> str:
+    """Colour of class 1, 2, …; after five they come again."""
+    return LABEL_COLOURS[(value - 1) % len(LABEL_COLOURS) + 1]
+
+
+def add_legend(figure: Any, class_names: Sequence[str], truth: bool) -> None:
+    """Say below a figure which colour is what."""
+    from matplotlib.lines import Line2D
+
+    lines = {"truth": TRUTH_COLOUR} if truth else {}
+    for value, name in enumerate(class_names, start=1):
+        lines[f"predicted {name}"] = class_colour(value)
+    handles = [Line2D([], [], color=colour, label=text) for text, colour in lines.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
 
 
 def planes_figure(
@@ -1163,7 +1190,7 @@ def planes_figure(
 ) -> Any:
     """Figure of the axial, coronal and sagittal slice with most foreground, RAS array in HU.
 
-    `outlines` maps a colour to a boolean mask (X, Y, Z); the first one chooses the slices. With
+    `outlines`: see `draw_plane`; the first one chooses the slices. With
     `axial_slices` a second row shows so many, from the lowest to the highest with an outline.
     Returns a matplotlib Figure for `save_figure`.
     """
@@ -1209,7 +1236,7 @@ def curves_figure(history: list[dict[str, float]], class_names: Sequence[str]) -
     line(loss_axes, "train_loss", "training", "#0072B2", "-o")
     line(loss_axes, "val_loss", "validation", "#E69F00", "-s")
     for value, name in enumerate(class_names, start=1):
-        line(dice_axes, f"val_dice_{name}", name, LABEL_COLOURS[(value - 1) % 5 + 1], "-s")
+        line(dice_axes, f"val_dice_{name}", name, class_colour(value), "-s")
     best = _best_epoch(history)
     if best:
         dice_axes.axvline(best, color="0.6", linestyle=":", label=f"best.pt (epoch {best})")
@@ -1225,9 +1252,16 @@ def curves_figure(history: list[dict[str, float]], class_names: Sequence[str]) -
 
 @torch.no_grad()
 def preview_figure(
-    model: nn.Module, loader: Any, device: torch.device, precision: torch.dtype
+    model: nn.Module,
+    loader: Any,
+    device: torch.device,
+    precision: torch.dtype,
+    class_names: Sequence[str],
 ) -> Any:
-    """The same few validation slices every time: truth and prediction outlined."""
+    """The same few validation slices every time: truth and prediction outlined.
+
+    Of each sub-volume the slice with most of its last class, the tumour where there is one.
+    """
     from matplotlib.figure import Figure
 
     model.eval()
@@ -1243,15 +1277,14 @@ def preview_figure(
         item = dataset[int(index)]
         with autocast(device, precision):
             logits = model(item[IMAGE][None].to(device))
-        masks = {
-            TRUTH_COLOUR: item[LABEL][0].cpu().numpy() > 0,
-            PREDICTION_COLOUR: predicted_classes(logits)[0].cpu().numpy() > 0,
-        }
-        middle = int(masks[TRUTH_COLOUR].sum(axis=(0, 1)).argmax())
+        truth = item[LABEL][0].cpu().numpy().astype(np.uint8)
+        found = predicted_classes(logits)[0].cpu().numpy()
+        masks = outlines_of(truth, found, len(class_names) + 1)
+        middle = int((truth == max(truth.max(), 1)).sum(axis=(0, 1)).argmax())
         image = item[IMAGE][0].float().cpu().numpy()
         draw_plane(axes, image, "axial", middle, (1.0, 1.0, 1.0), masks, window=(0.0, 1.0))
         axes.set_title(f"{item['case']}, slice {item['first_slice'] + middle + 1}", fontsize=10)
-    figure.suptitle("validation: truth in blue, prediction in orange")
+    add_legend(figure, class_names, truth=True)
     return figure
 
 
@@ -1277,11 +1310,11 @@ def show_patient(
         if key in data
     }
     colours = {LABEL: TRUTH_COLOUR, PRED: PREDICTION_COLOUR}
-    masks = {colours[key]: arrays[key] > 0 for key in (LABEL, PRED) if key in arrays}
+    masks = {colours[key]: arrays[key].astype(np.uint8) for key in (LABEL, PRED) if key in arrays}
     image = arrays[IMAGE]
     if slice_index is None:
         guide = next(iter(masks.values()), image > image.mean())
-        slice_index = int(guide.sum(axis=(0, 1)).argmax())
+        slice_index = int((guide > 0).sum(axis=(0, 1)).argmax())
     window = (0.0, 1.0) if image.min() >= 0 and image.max() <= 1 else HU_WINDOW
     if path is None:
         from matplotlib import pyplot

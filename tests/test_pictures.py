@@ -12,7 +12,11 @@ from utilities import (
     PRED,
     PREDICTION_COLOUR,
     TRUTH_COLOUR,
+    add_legend,
+    class_colour,
     curves_figure,
+    outlines_of,
+    planes_figure,
     save_figure,
     show_patient,
 )
@@ -53,6 +57,21 @@ def test_show_patient_chooses_the_slice_with_most_label_and_needs_no_label(tmp_p
 def test_show_patient_in_a_notebook_returns_the_figure(monkeypatch):
     matplotlib.use("Agg")
     assert show_patient(patient(), 8).axes
+
+
+def test_a_tumour_is_outlined_in_its_own_colour(tmp_path):
+    image = np.zeros((64, 64, 16), np.float32)
+    truth = np.zeros(image.shape, np.uint8)
+    truth[20:50, 20:50] = 1
+    truth[30:40, 30:40, 6:10] = 2
+    figure = planes_figure("case", image, (1.0, 1.0, 1.0), outlines_of(None, truth, 3), (0, 1))
+    add_legend(figure, ["liver", "tumour"], truth=False)
+    save_figure(figure, tmp_path / "both.png")
+    liver, tumour = (len(pixels_of(imread(tmp_path / "both.png"), class_colour(v))) for v in (1, 2))
+    assert liver > tumour > 50
+    figure = planes_figure("case", image, (1.0, 1.0, 1.0), {TRUTH_COLOUR: truth}, (0, 1))
+    save_figure(figure, tmp_path / "truth.png")
+    assert len(pixels_of(imread(tmp_path / "truth.png"), TRUTH_COLOUR)) > 300
 
 
 def test_curves_mark_the_best_epoch(tmp_path):
