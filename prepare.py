@@ -124,7 +124,7 @@ def find_cases(config: Config) -> tuple[list[Case], dict[str, int]]:
             break
     else:
         layout, (cases, segments) = dicom, dicom(files, volumes)
-        labels |= segments
+        labels = name_segments(segments, labels)
     if not cases:
         raise InputError(
             f"{source}: no scans with label maps found among {len(files)} files; expected "
@@ -146,6 +146,16 @@ def find_cases(config: Config) -> tuple[list[Case], dict[str, int]]:
     cases = [case for case in cases if case.name not in config.leave_out]
     name_patients(cases, config)
     return cases, labels
+
+
+def name_segments(segments: dict[str, int], labels: dict[str, int]) -> dict[str, int]:
+    """`labels` with the segments that they do not name; tells which value each segment has."""
+    values = utilities.segment_values(segments, labels)
+    if values:
+        told = ", ".join(f"{name} = {value}" for name, value in values.items())
+        print(f"label values of the DICOM SEGs, by segment names: {told}")
+    spelt = {name.lower() for name in labels}
+    return labels | {n: value for n, value in values.items() if n.lower() not in spelt}
 
 
 def files_below(source: Path, destination: Path) -> list[Path]:
@@ -211,26 +221,25 @@ def patient_folders(volumes: list[Path]) -> list[Case]:
 
 
 def dicom(files: list[Path], volumes: list[Path]) -> tuple[list[Case], dict[str, int]]:
-    """Series and their labels: a DICOM SEG that names the series, or a NIfTI file beside or named
-    like the series' folder. Names are hashes of series UIDs: no patient's name, id or date."""
-    series, segments, labels = defaultdict(list), {}, {}
+    """Series and their labels, segment name → number. Names are hashes of series UIDs: no patient's
+    name, id or date. A label map is a DICOM SEG that names the series, or see `nifti_label`."""
+    series, segments, numbers = defaultdict(list), {}, {}
     for folder in tqdm(sorted({path.parent for path in files}), desc="DICOM folders"):
         for path, header in utilities.dicom_headers(folder).items():
             if header.get("Modality") == "SEG":
-                segments[header.ReferencedSeriesSequence[0].SeriesInstanceUID] = path
-                labels |= {
-                    s.SegmentLabel.lower(): int(s.SegmentNumber) for s in header.SegmentSequence
-                }
+                other = segments.setdefault(
+                    header.ReferencedSeriesSequence[0].SeriesInstanceUID, path
+                )
+                if other != path:
+                    raise InputError(f"{other} and {path}: DICOM SEGs of one series; keep one")
+                for name, number in utilities.segments_of(header).items():
+                    if name.lower() not in map(str.lower, numbers):
+                        numbers[name] = number
             elif "ImagePositionPatient" in header:
                 series[folder, header.SeriesInstanceUID].append((path, header.get("PatientID", "")))
     in_folder, cases, first_of = Counter(folder for folder, _ in series), [], {}
     for (folder, uid), slices in series.items():
-        near = [
-            path for path in volumes
-            if (path.parent in (folder, folder.parent) and in_folder[folder] == 1 == len(volumes))
-            or path.parent == folder or utilities.case_name(path) == folder.name
-        ]  # fmt: skip
-        label = segments.get(uid) or (near[0] if len(near) == 1 else None)
+        label = segments.get(uid) or nifti_label(folder, volumes, in_folder)
         name = "series_" + hashlib.sha256(uid.encode()).hexdigest()[:10]
         patient = first_of.setdefault(slices[0][1] or name, name)  # the id itself is not kept
         if label:
@@ -239,7 +248,26 @@ def dicom(files: list[Path], volumes: list[Path]) -> tuple[list[Case], dict[str,
             )
         else:
             print(f"not used: {folder}, a series of {len(slices)} images without a label map")
-    return sorted(cases, key=lambda case: case.name), labels
+    return sorted(cases, key=lambda case: case.name), numbers
+
+
+def nifti_label(folder: Path, volumes: list[Path], series: Iterable[Path]) -> Path | None:
+    """The label map of the series in `folder`: in it, beside it, or anywhere of the folder's name.
+
+    `<folder>_label.nii.gz`, as `apply_model.py` writes it, counts as that name. Beside it any other
+    name will do where there is one series and one volume.
+    """
+    beside = [path for path in volumes if path.parent == folder.parent]
+    named = [p for p in volumes if utilities.case_name(p).removesuffix("_label") == folder.name]
+    only = [other for other in series if other.parent == folder.parent] == [folder]
+    groups = [[path for path in volumes if path.parent == folder]]
+    groups += [[path for path in beside if path in named], beside if only else [], named]
+    for group in groups:
+        if len(group) > 1:
+            group = [path for path in group if LABEL_WORDS.search(path.name)]
+        if len(group) == 1:
+            return group[0]
+    return None
 
 
 def read_description(
@@ -359,7 +387,7 @@ def check_case(case: Case, config: Config, labels: dict[str, int]) -> dict[str, 
 
 def inspect(case: Case, config: Config, labels: dict[str, int]) -> dict[str, Any]:
     """Grid, voxel counts, findings and the marks by which a second copy of a scan is known."""
-    image, label = read_pair(case.image, case.label, config.trust_image_grid)
+    image, label = read_pair(case.image, case.label, config.trust_image_grid, labels)
     (shape, affine), findings = ras_grid(image), []
     record = {
         "shape": list(image.shape),
@@ -402,10 +430,10 @@ def inspect(case: Case, config: Config, labels: dict[str, int]) -> dict[str, Any
 
 
 def read_pair(
-    image_path: Path, label_path: Path, trust_image_grid: bool
+    image_path: Path, label_path: Path, trust_image_grid: bool, labels: dict[str, int]
 ) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
     image = utilities.read_volume(image_path)
-    label = utilities.read_label(label_path, image)
+    label = utilities.read_label(label_path, image, labels)
     if trust_image_grid and label.shape == image.shape:
         label = type(label)(label.dataobj, image.affine, file_map=label.file_map)
     return image, label
@@ -504,21 +532,9 @@ def read_coarse(
 
 
 def judge_intensity(coarse: np.ndarray, dtype: np.dtype) -> list[Finding]:
-    """Are these Hounsfield units of a CT: air near −1000, fat below 0, a span of hundreds?"""
+    """Are these Hounsfield units of a CT, and is there something on every slice?"""
     blank = int(np.sum(coarse.min(axis=(0, 1)) == coarse.max(axis=(0, 1))))
-    low, high = float(coarse.min()), float(coarse.max())
-    span, findings = f"values from {low:.0f} to {high:.0f}", []
-    sample = np.asfortranarray(coarse[::2, ::2, ::2])
-    if dtype.itemsize == 1:
-        findings.append(("hu", f"{span} in {dtype}: 8 bits cannot hold HU"))
-    elif low == high:
-        findings.append(("hu", f"every voxel is {low:.0f}"))
-    elif high - low < 300:
-        findings.append(("hu", f"{span}: too narrow for HU"))
-    elif np.mean(sample[sample > -1500] < -30) < 0.01:  # −1500: padding outside the scan's circle
-        findings.append(("hu", f"{span}, no fat or air below 0: intercept not applied, or no CT"))
-    elif np.mean((sample > -1100) & (sample < -900)) < 0.001:
-        findings.append(("air", f"{span}: no air near −1000"))
+    findings = utilities.hu_faults(coarse, dtype)
     if 0 < blank < coarse.shape[2]:
         findings.append(("blank", f"{blank} of {coarse.shape[2]} slices hold no data"))
     return findings
@@ -749,7 +765,8 @@ def cut_case(record: dict[str, Any], config: Config, labels: dict[str, int]) -> 
     if known := finished(record, config):
         return known
     name, depth = record["case"], config.subvolume_depth or record["slices"]
-    image, label = read_pair(Path(record[IMAGE]), Path(record[LABEL]), config.trust_image_grid)
+    paths = Path(record[IMAGE]), Path(record[LABEL])
+    image, label = read_pair(*paths, config.trust_image_grid, labels)
     _, affine = ras_grid(image)
     spacing = [round(step, 6) for step in utilities.spacing_mm(affine)]
     entries, covered = [], np.zeros(record["slices"], np.int64)

@@ -12,6 +12,7 @@ import io
 import math
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -40,6 +41,7 @@ from tqdm import tqdm
 IMAGE, LABEL, PRED = "image", "label", "pred"  # dictionary keys, as in MONAI
 ORIENTATION = "RAS"  # axes of a prepared array: indices grow to the Right, Anterior, Superior
 AIR_HU = -1024  # what lies outside a scan
+SEGMENT_VALUE = "label value {}"  # in a DICOM SEG, whose own numbers must run from 1
 LABEL_VALUES = {"background": 0, "liver": 1, "tumour": 2}  # values in a label map (LiTS, Task03)
 CLASSES = {"background": (0,), "liver": (1, 2)}  # what is learnt by default: a tumour is liver too
 HU_WINDOW = (-200.0, 250.0)  # HU window of every picture for people (training has its own setting)
@@ -136,7 +138,8 @@ def read_volume(path: Path) -> nib.Nifti1Image:
     """Read a 3D volume: NIfTI, Analyze pair, .mha, .nrrd, a DICOM folder or one file of a series.
 
     Of NIfTI the header only; its voxels are read by `voxels` or, in parts, `slices`. Trailing axes
-    of length 1 are dropped. `image.extra["notes"]` tells what of a DICOM series was left out.
+    of length 1 are dropped. Of a DICOM series, `image.extra` has the "files" in the order of the
+    slices, and "notes" on what was left out.
     Raises InputError for anything that is not one 3D volume of numbers.
     """
     if not path.exists():
@@ -162,15 +165,22 @@ def read_volume(path: Path) -> nib.Nifti1Image:
     return image
 
 
-def read_label(path: Path, image: nib.Nifti1Image) -> nib.Nifti1Image:
-    """Read the label map of `image`; a DICOM SEG (values: segment numbers) is laid on its grid."""
+def read_label(
+    path: Path, image: nib.Nifti1Image, known: dict[str, int] = LABEL_VALUES
+) -> nib.Nifti1Image:
+    """Read the label map of `image`; a DICOM SEG is laid on its grid.
+
+    `known` maps label names to values, see `segment_values`; of a SEG, `extra["segments"]` has the
+    values of its names.
+    """
     if path.is_dir() or not is_dicom(path):
         return read_volume(path)
     import highdicom
 
     to_lps = np.diag([-1.0, -1.0, 1.0, 1.0])
     try:
-        segments = highdicom.seg.segread(path).get_volume(combine_segments=True)
+        file = highdicom.seg.segread(path)
+        segments = file.get_volume(combine_segments=True)
         grid = highdicom.VolumeGeometry(
             to_lps @ image.affine, image.shape, "PATIENT", segments.frame_of_reference_uid
         )
@@ -180,7 +190,45 @@ def read_label(path: Path, image: nib.Nifti1Image) -> nib.Nifti1Image:
             f"{path}: not a DICOM SEG on the grid of its scan ({error}); export it again from the "
             "series it belongs to, or as NIfTI"
         ) from error
-    return nib.Nifti1Image(np.asfortranarray(array), image.affine, dtype=array.dtype)
+    values = segment_values(segments_of(file), known)
+    table = np.zeros(int(array.max(initial=0)) + 1, np.min_scalar_type(max(values.values())))
+    for segment in file.SegmentSequence:
+        if segment.SegmentNumber < len(table):
+            table[segment.SegmentNumber] = values[str(segment.SegmentLabel)]
+    if not np.array_equal(table, np.arange(len(table))):
+        array = table[array]
+    result = nib.Nifti1Image(np.asfortranarray(array), image.affine, dtype=array.dtype)
+    result.extra["segments"] = values
+    return result
+
+
+def segments_of(header: Any) -> dict[str, int]:
+    """Name → number of a DICOM SEG's segments.
+
+    Numbers must run from 1; where a label value is another one, the segment's description tells it,
+    as `apply_model.py` writes it.
+    """
+    numbers: dict[str, int] = {}
+    for segment in header.SegmentSequence:
+        told = re.fullmatch(SEGMENT_VALUE.format(r"(\d+)"), segment.get("SegmentDescription") or "")
+        number = int(told[1]) if told else int(segment.SegmentNumber)
+        numbers.setdefault(str(segment.SegmentLabel), number)
+    return numbers
+
+
+def segment_values(segments: dict[str, int], known: dict[str, int]) -> dict[str, int]:
+    """Label value of each segment: of a known name (in capitals or not) the known one.
+
+    Any other name keeps its number, or gets a value of its own where that number is taken: SEGs of
+    one data set may number the same organs differently.
+    """
+    spelt = {name.lower(): value for name, value in known.items()}
+    values = {name: spelt[name.lower()] for name in segments if name.lower() in spelt}
+    for name, number in segments.items():
+        if name not in values:
+            taken = set(values.values())
+            values[name] = number if number not in taken else max(taken | set(known.values())) + 1
+    return values
 
 
 def _read_nifti(path: Path) -> nib.Nifti1Image:
@@ -253,7 +301,7 @@ def _read_dicom(path: Path) -> nib.Nifti1Image:
     notes = [f"{len(slices) - len(copies)} copies of slices left out"] * (len(slices) > len(copies))
     ordered, affine = _series_grid(path, {f: slices[f] for f in copies.values()}, notes)
     image = nib.Nifti1Image(_series_voxels(ordered), affine)
-    image.extra["notes"] = notes
+    image.extra |= {"notes": notes, "files": ordered}
     return image
 
 
@@ -457,6 +505,30 @@ def write_volume(image: nib.Nifti1Image, path: Path) -> None:
 def to_ras(image: nib.Nifti1Image) -> nib.Nifti1Image:
     """Permute and flip the axes to the nearest RAS; every voxel keeps its place in the patient."""
     return nib.as_closest_canonical(like(image, voxels(image)))
+
+
+def hu_faults(array: np.ndarray, stored: np.dtype) -> list[tuple[str, str]]:
+    """What speaks against Hounsfield units of a CT, from every 8th voxel of an array (X, Y, Z).
+
+    ("hu", why they cannot be) or ("air", what is only unusual); `stored` is the file's data type.
+    """
+    sample = np.asfortranarray(array[::2, ::2, ::2]).ravel("K")
+    sample = sample[np.isfinite(sample)]
+    if not sample.size:
+        return [("hu", "no finite values")]
+    low, high = float(sample.min()), float(sample.max())
+    span = f"values from {low:.0f} to {high:.0f}"
+    if stored.itemsize == 1:
+        return [("hu", f"{span} in {stored}: 8 bits cannot hold HU")]
+    if low == high:
+        return [("hu", f"every voxel is {low:.0f}")]
+    if high - low < 300:
+        return [("hu", f"{span}: too narrow for HU")]
+    if np.mean(sample[sample > -1500] < -30) < 0.01:  # −1500: padding outside the scan's circle
+        return [("hu", f"{span}, no fat or air below 0: intercept not applied, or no CT")]
+    if np.mean((sample > -1100) & (sample < -900)) < 0.001:
+        return [("air", f"{span}: no air near −1000")]
+    return []
 
 
 def spacing_mm(affine: np.ndarray) -> tuple[float, float, float]:
