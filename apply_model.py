@@ -47,7 +47,9 @@ from utilities import (
     IMAGE,
     ITK_SUFFIXES,
     LABEL,
+    LABEL_VALUES,
     NIFTI_SUFFIXES,
+    SEGMENT_VALUE,
     InputError,
     add_legend,
     atomic_write,
@@ -56,6 +58,7 @@ from utilities import (
     case_name,
     class_colour,
     command_line,
+    hu_faults,
     is_dicom,
     like,
     load_checkpoint,
@@ -93,6 +96,7 @@ class Config:
     tumour_inside: bool = True  # drop tumours that touch no kept organ
     mirror: bool = False  # average with the front-back mirror image; twice the time
     probability: bool = False  # also write the probability of foreground, 0..1
+    dicom_seg: bool = False  # also write a DICOM SEG of scans that are DICOM series
     force: bool = False  # go on with scans that do not look like CT in HU
     overwrite: bool = False  # do finished cases again
     windows: int = 0  # windows per network call; 0: 4 on a GPU, 1 on the CPU (4 are no faster)
@@ -109,13 +113,13 @@ RIGHT_SIDED = ("liver",)  # organs on the patient's right
 NSD_MM = 2.0  # tolerance of the normalised surface Dice
 LESION_OVERLAP = 0.1  # a lesion counts as found when this part of it is covered
 LESION_SIZES_MM = (10, 20)  # diameters that part small, medium and large lesions
-# Figure of merit → which end is the worst, and its unit. The order is that of the tables.
+# Figure of merit → which end is the worst. The order is that of the tables.
 FIGURES = {
-    "dice": ("low", ""), "iou": ("low", ""), "precision": ("low", ""), "recall": ("low", ""),
-    "specificity": ("low", ""), "accuracy": ("low", ""), "nsd_2mm": ("low", ""),
-    "hd95_mm": ("high", "mm"), "asd_mm": ("high", "mm"),
-    "volume_error_ml": ("far", "ml"), "volume_error_percent": ("far", "%"),
+    "dice": "low", "iou": "low", "precision": "low", "recall": "low", "specificity": "low",
+    "accuracy": "low", "nsd_2mm": "low", "hd95_mm": "high", "asd_mm": "high",
+    "volume_error_ml": "far", "volume_error_percent": "far",
 }  # fmt: skip
+WORST_SHOWN = 3  # previews in worst.png
 PRINTED = ("dice", "nsd_2mm", "hd95_mm", "volume_error_percent")
 
 
@@ -471,24 +475,6 @@ def doubts(
     return found
 
 
-def hu_faults(scan: np.ndarray, dtype: np.dtype) -> tuple[str | None, str | None]:
-    """(why an array cannot be CT in Hounsfield units, what is only unusual); None where fine."""
-    coarse = scan[::4, ::4, ::4]
-    coarse = coarse[np.isfinite(coarse)]
-    if not coarse.size:
-        return "no finite values", None
-    low, high = float(coarse.min()), float(coarse.max())
-    span = f"values from {low:.0f} to {high:.0f}"
-    if dtype.itemsize == 1:
-        return f"{span} in {dtype}, and 8 bits cannot hold HU", None
-    if high - low < 300:
-        return f"{span}, too narrow", None
-    if np.mean(coarse[coarse > -1500] < -30) < 0.01:
-        return f"{span}, no fat or air below 0", None
-    no_air = np.mean((coarse > -1100) & (coarse < -900)) < 0.001
-    return None, f"{span}, no air near -1000" if no_air else None
-
-
 # ---------------------------------------------------------------------------------------
 # Measurements and evaluation: class indices (X, Y, Z) and their affine
 # ---------------------------------------------------------------------------------------
@@ -692,9 +678,96 @@ def _form_codes(image: nib.Nifti1Image) -> tuple[int, int]:
     return int(image.header["qform_code"]), int(image.header["sform_code"])
 
 
-def read_truth(path: Path, image: nib.Nifti1Image) -> nib.Nifti1Image:
-    """A reference label map, which must lie on the scan's grid."""
-    truth = read_label(path, image)
+NEEDED_BY_SEG = (
+    "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID", "FrameOfReferenceUID",
+)  # fmt: skip
+MAY_BE_EMPTY = (
+    "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID",
+    "StudyDate", "StudyTime",
+)  # fmt: skip
+
+
+def write_dicom_seg(
+    label: nib.Nifti1Image, image: nib.Nifti1Image, labels: dict[str, tuple[int, ...]], path: Path
+) -> list[str]:
+    """Write a label map as DICOM SEG of the series that `image` was read from, and read it back.
+
+    Returns why there is none, if so: the scan is no series, or not one that can be referred to.
+    """
+    import warnings
+
+    import highdicom
+    import pydicom
+
+    files = image.extra.get("files")
+    if not files:
+        return ["no DICOM SEG: the scan is no DICOM series"]
+    headers = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
+    if lacking := [key for key in NEEDED_BY_SEG if not headers[0].get(key)]:
+        return [f"no DICOM SEG: the series has no {', '.join(lacking)} to refer to"]
+    for header, key in itertools.product(headers, MAY_BE_EMPTY):
+        header.setdefault(key, None)
+    array = class_indices(voxels(label), labels)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of names that are no person's
+            result = highdicom.seg.Segmentation(
+                headers,
+                array.T,  # (frames, rows, columns): as the slices are stored
+                "BINARY",  # what most viewers read
+                [segment_of(i, *item) for i, item in enumerate(labels.items()) if i],
+                series_instance_uid=highdicom.UID(),
+                series_number=1000 + int(headers[0].get("SeriesNumber") or 0),
+                series_description="segmentation",
+                sop_instance_uid=highdicom.UID(),
+                instance_number=1,
+                manufacturer="apply_model.py",
+                manufacturer_model_name="apply_model.py",
+                software_versions=torch.__version__,
+                device_serial_number="none",
+                omit_empty_frames=bool(array.any()),  # a SEG must have a frame
+            )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return [f"no DICOM SEG: the headers of the series are not sound ({error})"]
+    with atomic_write(path) as temporary:
+        result.save_as(temporary)
+        written = read_label(temporary, image, {name: raw[0] for name, raw in labels.items()})
+        if not np.array_equal(voxels(written), voxels(label)):
+            raise InputError(f"{path}: voxels changed in writing; nothing was kept")
+    return []
+
+
+def segment_of(number: int, name: str, values: Sequence[int]) -> Any:
+    """A class as a segment of a DICOM SEG, with its SNOMED code; `Organ` where none is known."""
+    import highdicom
+    from matplotlib.colors import to_rgb
+    from pydicom.sr.codedict import codes
+
+    rgb = to_rgb(class_colour(number))
+    kind, what = codes.SCT.AnatomicalStructure, name.title().replace(" ", "")
+    what = getattr(codes.SCT, what, codes.SCT.Organ)
+    if is_tumour(name):
+        kind, what = codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Neoplasm
+    segment = highdicom.seg.SegmentDescription(
+        number,
+        name,
+        kind,
+        what,
+        "AUTOMATIC",
+        highdicom.AlgorithmIdentificationSequence(
+            "apply_model.py", codes.DCM.ArtificialIntelligence, torch.__version__
+        ),
+        display_color=highdicom.color.CIELabColor.from_rgb(*(255 * c for c in rgb)),
+    )
+    segment.SegmentDescription = SEGMENT_VALUE.format(values[0])
+    return segment
+
+
+def read_truth(
+    path: Path, image: nib.Nifti1Image, labels: dict[str, tuple[int, ...]]
+) -> nib.Nifti1Image:
+    """A reference label map, which must lie on the scan's grid; `labels` are the network's."""
+    own = {f"{name} {value}": value for name, raw in labels.items() for value in raw}
+    truth = read_label(path, image, LABEL_VALUES | own | {n: raw[0] for n, raw in labels.items()})
     if truth.shape != image.shape or not np.allclose(truth.affine, image.affine, atol=1e-2):
         raise InputError(
             f"{path}: the label map must lie on the scan's grid {image.shape}, got {truth.shape} "
@@ -707,14 +780,16 @@ def read_scan(path: Path, force: bool) -> tuple[nib.Nifti1Image, list[str]]:
     """A scan in memory, and what is unusual about it; refuses what cannot be CT in HU."""
     stored = read_volume(path)
     array = voxels(stored)
-    fault, unusual = hu_faults(array, array.dtype)
-    if fault and not force:
-        raise InputError(
-            f"{path}: does not look like CT in HU ({fault}); convert it with its rescale slope and "
-            "intercept as int16, or go on with --force"
-        )
-    notes = [*stored.extra.get("notes", ()), fault, unusual]
-    return like(stored, array), [note for note in notes if note]
+    faults = hu_faults(array[::2, ::2], array.dtype)
+    for kind, fault in faults:
+        if kind == "hu" and not force:
+            raise InputError(
+                f"{path}: does not look like CT in HU ({fault}); convert it with its rescale slope "
+                "and intercept as int16, or go on with --force"
+            )
+    image = like(stored, array)
+    image.extra |= stored.extra
+    return image, [*stored.extra.get("notes", ()), *(fault for _, fault in faults)]
 
 
 def apply_to_case(model: Model, case: dict[str, Any], config: Config) -> dict[str, Any]:
@@ -722,7 +797,7 @@ def apply_to_case(model: Model, case: dict[str, Any], config: Config) -> dict[st
     watch, name = Stopwatch(), case["case"]
     place = config.destination / name / name
     image, warnings = read_scan(case[IMAGE], config.force)
-    truth = read_truth(case[LABEL], image) if case[LABEL] else None
+    truth = read_truth(case[LABEL], image, model.labels) if case[LABEL] else None
     turn = io_orientation(image.affine)
     shape, affine = ras_grid(image)
     scan = apply_orientation(np.asanyarray(image.dataobj), turn)  # a view, in RAS order
@@ -751,6 +826,10 @@ def apply_to_case(model: Model, case: dict[str, Any], config: Config) -> dict[st
     write_checked(label, image, place.with_name(f"{name}_label.nii.gz"))
     outside = masked(image, label, config.background)
     write_checked(outside, image, place.with_name(f"{name}_masked.nii.gz"))
+    if config.dicom_seg:
+        warnings += write_dicom_seg(
+            label, image, model.labels, place.with_name(f"{name}_label.dcm")
+        )
     if config.probability:
         likely = from_ras(probability_on_grid(scores, to_network, shape), turn)
         likely = like(image, likely)
@@ -870,11 +949,16 @@ def truth_of(names: Sequence[str], truth: Sequence[Path]) -> list[Path | None]:
     return list(truth) or [None] * len(names)
 
 
+def is_series(path: Path) -> bool:
+    """Whether a scan is a DICOM series: its folder, or one of its files."""
+    return path.is_dir() or (path.exists() and is_dicom(path))
+
+
 def files_of(path: Path) -> list[Path]:
     """All files that belong to a scan: a series, or a header and its data."""
     if not path.exists():
         return []
-    if path.is_dir() or is_dicom(path):
+    if is_series(path):
         folder = path if path.is_dir() else path.parent
         return [file for file in sorted(folder.iterdir()) if file.is_file()]
     return [file for file in sorted(path.parent.iterdir()) if case_name(file) == case_name(path)]
@@ -893,6 +977,7 @@ def fingerprint(case: dict[str, Any], weights: str, config: Config) -> str:
     """Changes whenever the scan, its truth, the networks or a setting of the result change."""
     settings = [config.background, config.largest_component, config.fill_holes]
     settings += [config.tumour_inside, config.mirror, config.probability, config.precision]
+    settings += [config.dicom_seg]
     inputs = [digest(files_of(case[key])) if case[key] else None for key in (IMAGE, LABEL)]
     return hashlib.sha256(json.dumps([inputs, weights, settings]).encode()).hexdigest()
 
@@ -905,6 +990,8 @@ def do_case(model: Model, case: dict[str, Any], weights: str, config: Config) ->
     if known.get("fingerprint") == mark and not config.overwrite:
         tqdm.write(f"{case['case']}: finished before; --overwrite does it again")
         return
+    for leftover in record.parent.glob(".*.partial.*"):  # of a run that was killed
+        leftover.unlink()
     row = apply_to_case(model, case, config)
     row |= {
         "image": str(case[IMAGE].resolve()),
@@ -913,8 +1000,7 @@ def do_case(model: Model, case: dict[str, Any], weights: str, config: Config) ->
         "weights": weights[:12],
         "fingerprint": mark,
     }
-    with atomic_write(record) as temporary:
-        temporary.write_text(json.dumps(row, indent=2))
+    write_json(row, record)
 
 
 # ---------------------------------------------------------------------------------------
@@ -923,7 +1009,7 @@ def do_case(model: Model, case: dict[str, Any], weights: str, config: Config) ->
 
 
 def write_table(destination: Path) -> list[dict[str, Any]]:
-    """results.csv: one row for each case in the folder, those of earlier calls too."""
+    """results.csv and results.json: a row for each case in the folder, of earlier calls too."""
     records = [folder / f"{folder.name}.json" for folder in sorted(destination.iterdir())]
     rows = [json.loads(path.read_text()) for path in records if path.is_file()]
     with (
@@ -933,7 +1019,13 @@ def write_table(destination: Path) -> list[dict[str, Any]]:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
+    write_json(rows, destination / "results.json")
     return rows
+
+
+def write_json(content: Any, path: Path) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2))
 
 
 def statistics(values: dict[str, float], worst: str) -> dict[str, Any]:
@@ -958,7 +1050,7 @@ def summarise(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str,
         summary[key] = statistics(known, "low")
     for name in names:
         part: dict[str, Any] = {}
-        for figure, (worst, _) in FIGURES.items():
+        for figure, worst in FIGURES.items():
             key = f"{name}_{figure}"
             known = {row["case"]: row[key] for row in rows if row[key] is not None}
             part[figure] = statistics(known, worst)
@@ -1012,8 +1104,8 @@ def figures_figure(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Any:
     return figure
 
 
-def print_summary(summary: dict[str, Any], names: Sequence[str], destination: Path) -> None:
-    """The figures that are reported most, and the worst case's preview first."""
+def print_summary(summary: dict[str, Any], names: Sequence[str]) -> None:
+    """The figures that are reported most."""
     print(f"{'':<30}{'mean ± SD':>17}{'median':>9}{'worst':>9}{'n':>5}   worst case")
     for name in names:
         for figure in PRINTED:
@@ -1034,9 +1126,28 @@ def print_summary(summary: dict[str, Any], names: Sequence[str], destination: Pa
                 f"{name}: {got['lesions_found']} of {got['lesions']} lesions found, "
                 f"{got['lesions_right']} of {got['lesions_predicted']} findings right"
             )
-    worst = summary[names[0]]["dice"].get("worst_case")
-    if worst:
-        print(f"look first at {destination / worst / worst}_preview.png")
+
+
+def show_worst(rows: Sequence[dict[str, Any]], name: str, destination: Path) -> None:
+    """worst.png: the previews of the cases of lowest Dice, the worst on top."""
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
+
+    dice = {row["case"]: row[f"{name}_dice"] for row in rows if row[f"{name}_dice"] is not None}
+    worst = {
+        case: destination / case / f"{case}_preview.png" for case in sorted(dice, key=dice.get)
+    }
+    shown = [case for case, path in worst.items() if path.exists()][:WORST_SHOWN]
+    if not shown:
+        return
+    figure = Figure(figsize=(13, 7.2 * len(shown)))
+    figure.subplots_adjust(0, 0, 1, 1, hspace=0)
+    for axes, case in zip(figure.subplots(len(shown), squeeze=False).flat, shown, strict=True):
+        axes.imshow(imread(worst[case]), interpolation="none")
+        axes.axis("off")
+    save_figure(figure, destination / "worst.png")
+    told = ", ".join(f"{case} (Dice {dice[case]:.4f})" for case in shown)
+    print(f"look first at {destination / 'worst.png'}: {told}")
 
 
 def report(destination: Path, names: Sequence[str], weights: str) -> None:
@@ -1045,14 +1156,19 @@ def report(destination: Path, names: Sequence[str], weights: str) -> None:
     rows = [row for row in rows if row.get("truth") and row.get("weights") == weights[:12]]
     if rows:
         summary = summarise(rows, names)
-        with atomic_write(destination / "summary.json") as temporary:
-            temporary.write_text(json.dumps({**summary, "weights": weights[:12]}, indent=2))
+        write_json({**summary, "weights": weights[:12]}, destination / "summary.json")
         save_figure(figures_figure(rows, names), destination / "summary.png")
-        print_summary(summary, names, destination)
+        print_summary(summary, names)
+        show_worst(rows, names[0], destination)
 
 
 def main(config: Config) -> None:
     cases = find_cases(config)
+    if config.dicom_seg and not any(is_series(case[IMAGE]) for case in cases):
+        raise InputError(
+            "--dicom-seg: none of the scans is a DICOM series, to which a DICOM SEG must refer; "
+            "give the series themselves, or leave the option out"
+        )
     # Under torchrun every process takes its share; nobody waits, the last one's table is complete.
     rank, processes = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     mine = cases[rank::processes]

@@ -87,3 +87,18 @@ def whole_cases(raw_phantoms: Path) -> Path:
     config = prepare.Config(source=raw_phantoms, destination=folder, subvolume_depth=0)
     prepare.main(config)
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that has learnt something: a few seconds on small phantoms."""
+    import train
+
+    run = tmp_path_factory.mktemp("apply") / "run"
+    train.main(
+        train.Config(
+            data=prepared, run_folder=run, base_channels=4, input_size=(32, 32), spacing=(8.0, 8.0),
+            learning_rate=5e-3, max_epochs=4, device="cpu", precision="fp32",
+        )
+    )  # fmt: skip
+    return run / "best.pt"

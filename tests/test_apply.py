@@ -1,31 +1,26 @@
 """apply_model.py by hand: results on the scan's grid, honest numbers, clear refusals."""
 
+import contextlib
 import csv
+import itertools
 import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 
+import monai
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from conftest import SHARED_DATA, run_script
+from matplotlib.image import imread
 
 import apply_model
-import train
 from utilities import AIR_HU, InputError, dice_metric, read_volume, voxels
-
-
-@pytest.fixture(scope="module")
-def checkpoint(prepared, tmp_path_factory):
-    """A network that has learnt something: a few seconds on small phantoms."""
-    run = tmp_path_factory.mktemp("apply") / "run"
-    train.main(
-        train.Config(
-            data=prepared, run_folder=run, base_channels=4, input_size=(32, 32), spacing=(8.0, 8.0),
-            learning_rate=5e-3, max_epochs=4, device="cpu", precision="fp32",
-        )
-    )  # fmt: skip
-    return run / "best.pt"
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +44,10 @@ def test_results_lie_on_the_scan_and_say_what_they_hold(results, prepared):
     assert tested
     rows = {row["case"]: row for row in csv.DictReader((results / "results.csv").open())}
     assert set(rows) == {record["case"] for record in tested}
+    same = json.loads((results / "results.json").read_text())
+    assert [{k: "" if v is None else str(v) for k, v in row.items()} for row in same] == list(
+        rows.values()
+    )
     for record in tested:
         case = record["case"]
         folder = results / case
@@ -91,6 +90,14 @@ def test_the_summary_is_that_of_the_rows(results):
     assert summary["liver"]["dice"]["mean"] == pytest.approx(np.mean(dice))
     assert summary["liver"]["dice"]["worst"] == min(dice)
     assert (results / "summary.png").stat().st_size > 10_000
+    worst, previews = (
+        imread(results / "worst.png"),
+        [
+            imread(results / row["case"] / f"{row['case']}_preview.png")
+            for row in sorted(rows, key=lambda row: float(row["liver_dice"]))[:3]
+        ],
+    )
+    assert np.abs(worst - np.concatenate(previews)).max() < 0.01  # the worst one on top
     for row in rows:
         assert float(row["seconds"]) > float(row["seconds_network"]) > 0
         assert len(row["weights"]) == 12
@@ -194,22 +201,57 @@ def test_mirroring_is_front_to_back_alone(checkpoint):
     assert not torch.allclose(scores, scores.flip(1), atol=1e-2)
 
 
-def test_too_little_memory_makes_smaller_batches(checkpoint, capsys):
+class Device(torch.nn.Module):
+    """A network on a device that holds few windows; its error is that of torch on a GPU."""
+
+    def __init__(self, network, holds):
+        super().__init__()
+        self.network, self.holds, self.refused = network, holds, []
+
+    def forward(self, x):
+        if len(x) > self.holds[x.device.type]:
+            self.refused.append((x.device.type, len(x)))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.network(x)
+
+
+@pytest.mark.parametrize(
+    ("holds", "begin", "refused"),
+    [
+        ({"cpu": 3}, "cpu", [("cpu", 8), ("cpu", 4)]),
+        ({"cpu": 1}, "cpu", [("cpu", 8), ("cpu", 4), ("cpu", 2)]),
+        # "meta" stands for a GPU: windows go there, and not even one of them fits
+        ({"meta": 0, "cpu": 1}, "meta", [("meta", n) for n in (8, 4, 2, 1)]),
+    ],
+)
+def test_too_little_memory_makes_smaller_batches_and_then_the_cpu(
+    checkpoint, capsys, monkeypatch, holds, begin, refused
+):
+    weights = monai.inferers.utils.compute_importance_map
+    monkeypatch.setattr(apply_model, "autocast", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(  # "meta" tensors have no values that MONAI could compare
+        "monai.inferers.utils.compute_importance_map",
+        lambda *shape, **how: weights(*shape, **how | {"device": "cpu"}),
+    )
     model = apply_model.load_model(checkpoint, "cpu", "fp32")
-    volume = torch.rand(1, 32, 32, 40, generator=torch.Generator().manual_seed(0))
+    volume = torch.rand(1, 32, 32, 80, generator=torch.Generator().manual_seed(0))
     expected = apply_model.predict(model, volume, windows=1)
+    model.network, model.device = Device(model.network, holds), torch.device(begin)
+    scores = apply_model.predict(model, volume, windows=8)
+    assert torch.allclose(scores, expected, atol=1e-4)
+    assert model.network.refused == refused
+    assert model.device.type == "cpu"
+    told = capsys.readouterr().out
+    assert told.count("out of memory") == len(refused)
+    assert ("the CPU takes over" in told) == (begin != "cpu")
 
-    class Small(torch.nn.Module):
-        """A device that holds one window: its error is that of torch on a GPU."""
 
-        def forward(self, x):
-            if len(x) > 1:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return network(x)
-
-    network, model.network = model.network, Small()
-    assert torch.equal(apply_model.predict(model, volume, windows=4), expected)
-    assert "out of memory" in capsys.readouterr().out
+def test_too_little_memory_for_one_window_on_the_cpu_fails_the_scan_alone(checkpoint):
+    model = apply_model.load_model(checkpoint, "cpu", "fp32")
+    model.network = Device(model.network, {"cpu": 0})
+    with pytest.raises(torch.OutOfMemoryError):
+        apply_model.predict(model, torch.rand(1, 32, 32, 20), windows=2)
+    assert model.network.refused == [("cpu", 2), ("cpu", 1)]
 
 
 def test_a_dicom_series_is_a_scan(checkpoint, tmp_path):
@@ -236,6 +278,85 @@ def test_a_trailing_axis_of_length_one_is_no_hindrance(scans, checkpoint, tmp_pa
     assert np.array_equal(
         voxels(label), voxels(apply_model.segment(model, read_volume(Path(scan.get_filename()))))
     )
+
+
+# ---------------------------------------------------------------------------------------
+# Killed
+# ---------------------------------------------------------------------------------------
+
+
+def _apply(scans: Path, checkpoint: Path, destination: Path, writes: int | None) -> None:
+    """In a child process, as a user begins or goes on; dies in the middle of the n-th write."""
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+    replace, count = Path.replace, itertools.count(1)
+
+    def replace_or_die(temporary: Path, final: Path) -> Path:
+        if next(count) == writes:
+            os.truncate(temporary, temporary.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(temporary, final)
+
+    Path.replace = replace_or_die
+    apply_model.main(
+        apply_model.Config(
+            paths=(scans / "images",), truth=(scans / "labels",), destination=destination,
+            checkpoint=checkpoint, device="cpu", precision="fp32",
+        )
+    )  # fmt: skip
+
+
+def _outputs(folder: Path) -> dict[str, object]:
+    """Everything under a final name, whole: voxels as bytes, records without their seconds."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.name.startswith(".") or path.is_dir():
+            continue
+        if path.suffix == ".png":
+            found[name] = imread(path).tobytes()
+        elif path.suffix == ".json":
+            content = json.loads(path.read_text())
+            rows = content if isinstance(content, list) else [content]
+            timeless = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+            found[name] = json.dumps(timeless)
+        elif path.suffix == ".gz":
+            found[name] = path.read_bytes()
+            voxels(nib.load(path))
+    return found
+
+
+def test_killed_at_any_moment_the_same_command_finishes_the_rest(scans, checkpoint, tmp_path):
+    """SIGKILL within a write or anywhere: no torn file, and at the end the undisturbed bytes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["apply_model", "test_apply"])
+
+    def run(destination: Path, writes: int | None = None, seconds: float | None = None) -> int:
+        child = context.Process(target=_apply, args=(scans, checkpoint, destination, writes))
+        child.start()
+        child.join(seconds)
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+        return child.exitcode
+
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    begin = time.perf_counter()
+    assert run(unbroken) == 0
+    duration, expected = time.perf_counter() - begin, _outputs(unbroken)
+    assert len(expected) == 2 * 4 + 4
+    # a case is 6 writes (of a volume, two: the file, and its check); then come the tables
+    moments = [{"writes": n} for n in (1, 4, 5, 6, 6, 8, 9, 5)]
+    moments += [{"seconds": duration * part} for part in (0.2, 0.5)]
+    for moment in moments:
+        code = run(broken, **moment)
+        assert code == -signal.SIGKILL or "seconds" in moment
+        for name, content in _outputs(broken).items():
+            if "/" in name:  # of a case; the tables grow with the cases
+                assert content == expected[name], name
+    assert run(broken) == 0
+    assert _outputs(broken) == expected
+    assert not list(broken.glob("*/.*"))
 
 
 def refused(arguments, match):

@@ -15,7 +15,8 @@ from monai.metrics import (
 from scipy import ndimage
 
 import apply_model
-from apply_model import bounding_box, clean, doubts, evaluate, hu_faults, lesion_figures, measure
+from apply_model import bounding_box, clean, doubts, evaluate, lesion_figures, measure
+from utilities import hu_faults
 
 NAMES = ["liver", "tumour"]
 SPACING = (0.8, 1.5, 2.5)
@@ -210,12 +211,19 @@ def test_what_is_implausible_is_told():
 def test_what_is_no_ct_is_told():
     rng = np.random.default_rng(0)
     ct = rng.choice([-1000, -100, 50], (32, 32, 32)).astype(np.int16)
-    assert hu_faults(ct, ct.dtype) == (None, None)
-    assert "8 bits" in hu_faults(ct.astype(np.uint8), np.dtype(np.uint8))[0]
-    assert "too narrow" in hu_faults(ct // 10, ct.dtype)[0]
-    assert "no fat or air" in hu_faults(ct + 1024, ct.dtype)[0]
-    assert "no air" in hu_faults(np.where(ct < -500, 400, ct), ct.dtype)[1]
-    assert "finite" in hu_faults(np.full((8, 8, 8), np.nan), np.dtype(float))[0]
+    assert hu_faults(ct, ct.dtype) == []
+    for array, kind, told in (
+        (ct.astype(np.uint8), "hu", "8 bits"),
+        (ct // 10, "hu", "too narrow"),
+        (ct * 0 + 7, "hu", "every voxel is 7"),
+        (ct + 1024, "hu", "no fat or air"),
+        (np.where(ct < -500, 400, ct), "air", "no air near"),
+        (np.full((8, 8, 8), np.nan), "hu", "finite"),
+    ):
+        ((found, text),) = hu_faults(array, array.dtype)
+        assert found == kind and told in text
+    some = np.where(ct == 50, np.nan, ct.astype(np.float32))  # the rest is judged
+    assert hu_faults(some, some.dtype) == []
 
 
 def test_measurements_in_units():
