@@ -307,10 +307,12 @@ def slide(model: Model, volume: torch.Tensor, windows: int, mirror: bool) -> tor
                     sw_device=model.device,
                     device="cpu",
                 )[0]
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            if windows == 1 and model.device.type == "cpu":
+        except RuntimeError as error:
+            # MONAI wraps the one that happens while it makes the blending weights
+            full = any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__cause__))
+            if not full or (windows == 1 and model.device.type == "cpu"):
                 raise
+            torch.cuda.empty_cache()
             if windows > 1:
                 windows //= 2
                 tqdm.write(f"out of memory on {model.device}: going on with {windows} windows each")

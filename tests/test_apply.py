@@ -243,6 +243,22 @@ def test_too_little_memory_makes_smaller_batches_and_then_the_cpu(
     assert ("the CPU takes over" in told) == (begin != "cpu")
 
 
+def test_too_little_memory_for_the_blending_weights_counts_too(checkpoint, monkeypatch):
+    """MONAI hands that error on as another one."""
+    weights, calls = monai.inferers.utils.compute_importance_map, []
+
+    def full_once(*shape, **how):
+        calls.append(shape)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return weights(*shape, **how)
+
+    monkeypatch.setattr("monai.inferers.utils.compute_importance_map", full_once)
+    model = apply_model.load_model(checkpoint, "cpu", "fp32")
+    apply_model.predict(model, torch.rand(1, 32, 32, 20), windows=2)
+    assert len(calls) == 2
+
+
 def test_too_little_memory_for_one_window_on_the_cpu_fails_the_scan_alone(checkpoint):
     model = apply_model.load_model(checkpoint, "cpu", "fp32")
     model.network = Device(model.network, {"cpu": 0})
