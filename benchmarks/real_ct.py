@@ -176,9 +176,10 @@ def main(config: Config) -> None:
             table += one_round(config, held_out, others, work)
         print(json.dumps(table, indent=1), flush=True)
     minutes = {row["patient"]: row["training_minutes"] for row in table}
+    given = shlex.join(sys.argv).replace(f" --work {config.work}", "")
     write(
         {
-            "command": " ".join(["python", *sys.argv]),
+            "command": f"python {given}",
             "keep_empty": config.keep_empty,
             "train_options": f"{config.recipe} {config.train_options}".strip(),
             "prepare_options": config.prepare_options,
