@@ -52,12 +52,13 @@ class Config:
 
 
 SETTINGS = {
+    "sampling": "subvolumes",
     "spacing": (1.0, 1.0),
     "hu_window": (-200.0, 250.0),
     "input_size": (256, 256),
     "labels": {"background": (0,), "liver": (1, 2)},
 }
-INFERENCE = {"depth": 16, "overlap": 0.5}
+INFERENCE = {"window": (256, 256, 16), "overlap": 0.5}
 
 
 class Oracle(torch.nn.Module):
@@ -72,12 +73,9 @@ class Oracle(torch.nn.Module):
         self.network, self.seconds = network, 0.0
         array = utilities.voxels(truth)
         as_ct = utilities.like(truth, np.where(array > 0, 250, -200).astype(np.int16))
-        (shape, affine), parts = utilities.ras_grid(as_ct), []
-        for _, slab in utilities.ras_slabs(as_ct, utilities.ranges(shape[2], 32, False)):
-            part = nib.Nifti1Image(slab, affine, dtype=slab.dtype)
-            parts.append(preprocess.preprocess_volume(part, **SETTINGS, device="cpu")[0].half())
-        self.scores, self.next = torch.cat(parts, dim=3), 0
-        self.starts = [min(start, shape[2] - 16) for start in range(0, shape[2] - 8, 8)]
+        self.scores = preprocess.preprocess_volume(as_ct, **SETTINGS, device="cpu")[0].half()
+        depth, self.next = self.scores.shape[3], 0
+        self.starts = [min(start, depth - 16) for start in range(0, depth - 8, 8)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.network is not None and self.next < 2:
@@ -177,8 +175,8 @@ def there_and_back(
     soft, to_network = preprocess.preprocess_volume(as_ct, **settings)
     raw = MetaTensor(torch.from_numpy(slab.astype(np.float32))[None], affine=affine)
     item = {key: raw for key in (utilities.IMAGE, utilities.LABEL)}
-    item = Compose(preprocess.in_plane_chain(**settings))(item)
-    hard = preprocess.ChannelsToSlicesd([utilities.LABEL])(item)[utilities.LABEL]
+    chain = [*preprocess.in_plane_chain(**settings), *preprocess.slice_chain(**settings)]
+    hard = Compose(chain)(item)[utilities.LABEL]
     return tuple(
         apply_model.classes_on_grid(2 * mask.float() - 1, to_network, slab.shape) > 0
         for mask in (hard, soft)
@@ -246,8 +244,8 @@ def arithmetic(shape: tuple[int, int, int]) -> dict:
     theirs = DynUNet(
         3, 1, 3, [3] * 6, [1, 2, 2, 2, 2, 2], [2] * 5, [32, 64, 128, 256, 320, 320]
     )  # fmt: skip
-    windows = apply_model.window_count(shape[2], INFERENCE["depth"], INFERENCE["overlap"])
-    patches = int(np.prod([apply_model.window_count(size, 128, 0.5) for size in shape]))
+    windows = apply_model.window_count((256, 256, shape[2]), **INFERENCE)
+    patches = apply_model.window_count(shape, (128, 128, 128), 0.5)
     each, patch = teraflops(unet(), (1, 1, 256, 256, 16)), teraflops(theirs, (1, 1, 128, 128, 128))
     return {
         "ours": {"network_evaluations": windows, "tflop_each": round(each, 3),

@@ -2,6 +2,8 @@
 
     python benchmarks/real_ct.py ../shared/data/ct
     python benchmarks/real_ct.py --keep-empty 0.25 --name real_ct_keep_empty --entry 0.25
+    python benchmarks/real_ct.py --recipe liver-tumour-ce --prepare-options="--subvolume-depth 0" \\
+        --train-options="" --name real_ct_tumour
 
 Runs the scripts as a user does: prepare.py with a given split, train.py, apply_model.py. The
 held-out patients stand in the validation split to be monitored, and the LAST checkpoint is applied:
@@ -35,6 +37,7 @@ from nibabel.orientations import apply_orientation, io_orientation  # noqa: E402
 from prepare_lits import machine  # noqa: E402
 
 import apply_model  # noqa: E402
+import train  # noqa: E402
 import utilities  # noqa: E402
 
 VARIANTS = {  # post-processing → options of apply_model.py
@@ -52,8 +55,8 @@ class Config:
     held_out: int = 2  # patients per round
     epochs: float = 100  # over ALL sub-volumes: with fewer of them kept, as many steps as that
     keep_empty: float = 1.0  # for prepare.py: fraction kept of the sub-volumes without foreground
-    batch_size: int = 2  # for train.py
-    recipe: str = ""  # for train.py: what stands before its options
+    batch_size: int = 0  # for train.py; 0: that of the recipe
+    recipe: str = ""  # of train.py; none: its first
     train_options: str = (
         "--network unet --input-size 128 128 --loss dice_ce --learning-rate 2e-3"  # for train.py
     )
@@ -70,17 +73,26 @@ def run(*command: object) -> float:
     return time.perf_counter() - start
 
 
+def recipe(config: Config) -> train.Config:
+    """The settings of the recipe."""
+    return train.RECIPES[config.recipe or next(iter(train.RECIPES))][1]
+
+
 def equal_steps(config: Config, data: Path) -> tuple[int, int]:
     """Epochs that give the steps of `config.epochs` over all sub-volumes, and what they amount to.
 
-    All is what --keep-empty 1 would cut: a patient's slices in pieces of `subvolume_depth`.
+    All is what --keep-empty 1 would cut: a patient's slices in pieces of `subvolume_depth`. Where
+    patches are cut from whole cases, nothing is left out.
     """
     prepared = json.loads((data / "dataset.json").read_text())
-    depth = prepared["subvolume_depth"]
+    depth, batch = prepared["subvolume_depth"], config.batch_size or recipe(config).batch_size
     cases = [case for case in prepared["cases"] if case["split"] == "training"]
+    if not depth:
+        steps = math.ceil(len(cases) * recipe(config).patches_per_case / batch)
+        return round(config.epochs), round(config.epochs) * steps
     kept = sum(item["split"] == "training" for item in prepared["subvolumes"])
     every = sum(math.ceil(case["slices"] / depth) for case in cases)
-    each, all_of_them = (math.ceil(count / config.batch_size) for count in (kept, every))
+    each, all_of_them = (math.ceil(count / batch) for count in (kept, every))
     epochs = round(config.epochs * all_of_them / each)
     return epochs, epochs * each
 
@@ -101,11 +113,10 @@ def figures(
     for index, name in enumerate(labels):
         if index:
             false = ((predicted == index) & (known != index)).sum(axis=(0, 1))
-            values = (row[f"{name}_dice"], false.sum() * millilitres, false[empty].sum())
-            values = (*values[:2], values[2] * millilitres)
+            in_ml = (part.sum() * millilitres for part in (false, false[empty]))
             result[name] = {
                 key: None if value is None else round(float(value), 4 if key == "dice" else 2)
-                for key, value in zip(FIGURES, values, strict=True)
+                for key, value in zip(FIGURES, (row[f"{name}_dice"], *in_ml), strict=True)
             }
     return result
 
@@ -117,9 +128,9 @@ def one_round(config: Config, held_out: list[str], others: list[str], work: Path
     run("prepare.py", config.source, "--destination", data, "--split", split, "--keep-empty",
         config.keep_empty, *shlex.split(config.prepare_options))  # fmt: skip
     epochs, steps = equal_steps(config, data)
-    recipe = [config.recipe] if config.recipe else []
-    seconds = run("train.py", *recipe, "--data", data, "--run-folder", checkpoint.parent,
-                  "--max-epochs", epochs, "--batch-size", config.batch_size,
+    batch = ["--batch-size", config.batch_size] if config.batch_size else []
+    seconds = run("train.py", *filter(None, [config.recipe]), "--data", data, "--run-folder",
+                  checkpoint.parent, "--max-epochs", epochs, *batch,
                   *shlex.split(config.train_options))  # fmt: skip
     for variant, options in VARIANTS.items():
         run("apply_model.py", "--split", "validation", "--data", data, "--checkpoint", checkpoint,
