@@ -57,8 +57,8 @@ class Config:
     keep_empty: float = 1.0  # for prepare.py: fraction kept of the sub-volumes without foreground
     batch_size: int = 0  # for train.py; 0: that of the recipe
     recipe: str = ""  # of train.py; none: its first
-    train_options: str = (
-        "--network unet --input-size 128 128 --loss dice_ce --learning-rate 2e-3"  # for train.py
+    train_options: str = (  # for train.py; small enough for a CPU
+        "--network unet --input-size 128 128 --loss dice_ce --learning-rate 2e-3"
     )
     prepare_options: str = ""  # more for prepare.py
     name: str = "real_ct"  # of the result file
