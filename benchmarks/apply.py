@@ -29,6 +29,8 @@ import nibabel as nib  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import tyro  # noqa: E402
+from monai.data import MetaTensor  # noqa: E402
+from monai.transforms import Compose  # noqa: E402
 from prepare_lits import machine  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -50,12 +52,13 @@ class Config:
 
 
 SETTINGS = {
+    "sampling": "subvolumes",
     "spacing": (1.0, 1.0),
     "hu_window": (-200.0, 250.0),
     "input_size": (256, 256),
     "labels": {"background": (0,), "liver": (1, 2)},
 }
-INFERENCE = {"depth": 16, "overlap": 0.5}
+INFERENCE = {"window": (256, 256, 16), "overlap": 0.5}
 
 
 class Oracle(torch.nn.Module):
@@ -70,12 +73,9 @@ class Oracle(torch.nn.Module):
         self.network, self.seconds = network, 0.0
         array = utilities.voxels(truth)
         as_ct = utilities.like(truth, np.where(array > 0, 250, -200).astype(np.int16))
-        (shape, affine), parts = utilities.ras_grid(as_ct), []
-        for _, slab in utilities.ras_slabs(as_ct, utilities.ranges(shape[2], 32, False)):
-            part = nib.Nifti1Image(slab, affine, dtype=slab.dtype)
-            parts.append(preprocess.preprocess_volume(part, **SETTINGS, device="cpu")[0].half())
-        self.scores, self.next = torch.cat(parts, dim=3), 0
-        self.starts = [min(start, shape[2] - 16) for start in range(0, shape[2] - 8, 8)]
+        self.scores = preprocess.preprocess_volume(as_ct, **SETTINGS, device="cpu")[0].half()
+        depth, self.next = self.scores.shape[3], 0
+        self.starts = [min(start, depth - 16) for start in range(0, depth - 8, 8)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.network is not None and self.next < 2:
@@ -161,41 +161,69 @@ def evaluation(config: Config) -> dict:
     }
 
 
-class Threshold(torch.nn.Module):
-    """Above the middle of the HU window is liver."""
+def there_and_back(
+    slab: np.ndarray, affine: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A liver label (X, Y, Z) in RAS order to `size` × `size` pixels in plane and back: two masks.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([0.5 - x, x - 0.5], dim=1)
+    "hard" takes the label's path through the chain, as in training: the classes that a network is
+    taught, so that no network can be better taught than this. "soft" takes the image's path, whose
+    blurred edges carry where between two pixels the border runs: a network with ideal logits.
+    """
+    settings = {**SETTINGS, "input_size": (size, size), "device": "cpu"}
+    as_ct = nib.Nifti1Image(np.where(slab > 0, np.int16(250), np.int16(-200)), affine)
+    soft, to_network = preprocess.preprocess_volume(as_ct, **settings)
+    raw = MetaTensor(torch.from_numpy(slab.astype(np.float32))[None], affine=affine)
+    item = {key: raw for key in (utilities.IMAGE, utilities.LABEL)}
+    chain = [*preprocess.in_plane_chain(**settings), *preprocess.slice_chain(**settings)]
+    hard = Compose(chain)(item)[utilities.LABEL]
+    return tuple(
+        apply_model.classes_on_grid(2 * mask.float() - 1, to_network, slab.shape) > 0
+        for mask in (hard, soft)
+    )
+
+
+def label_dice(path: Path, size: int) -> dict[str, float]:
+    """Liver Dice of `there_and_back` for a whole label map, on its own grid; no post-processing."""
+    label = utilities.read_volume(path)
+    shape, affine = utilities.ras_grid(label)
+    counts = {"hard": np.zeros(2), "soft": np.zeros(2)}
+    for _, slab in utilities.ras_slabs(label, utilities.ranges(shape[2], 32, False)):
+        if slab.any():  # slices without liver come back without
+            truth = slab > 0
+            for kind, found in zip(counts, there_and_back(slab, affine, size), strict=True):
+                both, either = np.count_nonzero(found & truth), found.sum() + truth.sum()
+                counts[kind] += 2 * both, either
+    return {kind: float(both / either) for kind, (both, either) in counts.items()}
 
 
 def round_trip(config: Config) -> dict:
-    """Liver Dice of a perfect network: a mask to 256 × 256 in plane and back onto its own grid."""
-    cpu = torch.device("cpu")
-    model = apply_model.Model(Threshold(), SETTINGS, INFERENCE, cpu, torch.float32)
-    groups = {
-        "real_ct": sorted((config.livers.parent / "ct/labelsTr").glob("*.nii.gz")),
-        "lits": sorted(config.livers.glob("*.nii.gz"))[:: config.every],
+    """Liver Dice of a perfect network: label maps to the network's grid and back onto their own."""
+    lits = sorted(config.livers.glob("*.nii.gz"))[:: config.every]
+    real = sorted((config.livers.parent / "ct/labelsTr").glob("*.nii.gz"))
+    result: dict = {
+        "command": f"python benchmarks/apply.py --part round_trip --every {config.every}",
+        "data": "real_ct: labels of six real CTs, liver and tumour as one; lits: LiTS liver masks",
+        "meaning": "hard: the label as training has it, back by linear interpolation of ±1; soft: "
+        "the mask through the image's path; Dice on the label's own grid, no post-processing",
     }
-    command = f"python benchmarks/apply.py --part round_trip --every {config.every}"
-    result: dict = {"command": command}
-    for group, paths in groups.items():
-        dice = {}
-        for path in tqdm(paths, desc=group):
-            truth = utilities.read_volume(path)
-            mask = utilities.voxels(truth) > 0
-            as_ct = utilities.like(truth, np.where(mask, np.int16(250), np.int16(-200)))
-            off = {"largest_component": False, "fill_holes": False}
-            found = utilities.voxels(apply_model.segment(model, as_ct, 32, **off)) > 0
-            dice[utilities.case_name(path)] = float(utilities.dice_metric(found, mask)[0])
-        values = {case: round(value, 4) for case, value in dice.items()}
-        worst = min(values, key=values.get)
-        mean = round(statistics.mean(dice.values()), 4)
-        result[group] = {"n": len(dice), "mean": mean, "worst": values[worst], "worst_case": worst,
-                         "each": values}  # fmt: skip
+    for group, size, paths in (("real_ct", 256, real), ("real_ct", 128, real), ("lits", 256, lits)):
+        dice = {utilities.case_name(path): label_dice(path, size)
+                for path in tqdm(paths, desc=f"{group} {size}")}  # fmt: skip
+        part = result[f"{group}_{size}"] = {"n": len(dice)}
+        for kind in ("hard", "soft"):
+            values = {case: round(each[kind], 4) for case, each in dice.items()}
+            worst = min(values, key=values.get)
+            mean = round(statistics.mean(each[kind] for each in dice.values()), 4)
+            part[kind] = {"mean": mean, "worst": values[worst], "worst_case": worst, "each": values}
     known = json.loads(config.results.read_text()) if config.results.exists() else {}
     with utilities.atomic_write(config.results) as temporary:
         temporary.write_text(json.dumps({**known, "round_trip": result}, indent=1) + "\n")
-    return {group: {**result[group], "each": None} for group in groups}
+    return {
+        key: {kind: {**part[kind], "each": None} for kind in ("hard", "soft")}
+        for key, part in result.items()
+        if isinstance(part, dict)
+    }
 
 
 def teraflops(network: torch.nn.Module, shape: tuple[int, ...]) -> float:
@@ -216,8 +244,8 @@ def arithmetic(shape: tuple[int, int, int]) -> dict:
     theirs = DynUNet(
         3, 1, 3, [3] * 6, [1, 2, 2, 2, 2, 2], [2] * 5, [32, 64, 128, 256, 320, 320]
     )  # fmt: skip
-    windows = apply_model.window_count(shape[2], INFERENCE["depth"], INFERENCE["overlap"])
-    patches = int(np.prod([apply_model.window_count(size, 128, 0.5) for size in shape]))
+    windows = apply_model.window_count((256, 256, shape[2]), **INFERENCE)
+    patches = apply_model.window_count(shape, (128, 128, 128), 0.5)
     each, patch = teraflops(unet(), (1, 1, 256, 256, 16)), teraflops(theirs, (1, 1, 128, 128, 128))
     return {
         "ours": {"network_evaluations": windows, "tflop_each": round(each, 3),
