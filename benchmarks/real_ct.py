@@ -121,6 +121,12 @@ def figures(
     return result
 
 
+def whole_scan(folder: Path, case: str) -> dict[str, float]:
+    """Mean IoU over the classes and pixel accuracy, background counted in both."""
+    row = json.loads((folder / case / f"{case}.json").read_text())
+    return {key: round(row[key], 4) for key in ("mean_iou", "accuracy")}
+
+
 def one_round(config: Config, held_out: list[str], others: list[str], work: Path) -> list[dict]:
     """Train on `others`, apply to `held_out`; one row per held-out patient."""
     split, data, checkpoint = work / "split.json", work / "prepared", work / "run" / "last.pt"
@@ -139,6 +145,7 @@ def one_round(config: Config, held_out: list[str], others: list[str], work: Path
     return [
         {"patient": patient, "epochs": epochs, "steps": steps,
          "training_minutes": round(seconds / 60, 1),
+         **whole_scan(work / "with", patient),
          **{variant: figures(work / variant, patient,
                              config.source / "labelsTr" / f"{patient}.nii.gz", labels)
             for variant in VARIANTS}}
@@ -198,6 +205,8 @@ def main(config: Config) -> None:
             "n": f"{len(table)} patients, each unseen by its network",
             "machine": {**machine(), "torch_threads": torch.get_num_threads()},
             "median_training_minutes": statistics.median(minutes.values()),
+            "mean_iou": round(float(np.mean([row["mean_iou"] for row in table])), 4),
+            "accuracy": round(float(np.mean([row["accuracy"] for row in table])), 4),
             "summary": summary(table),
             "patients": table,
         },
