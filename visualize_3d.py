@@ -48,6 +48,8 @@ from utilities import (
     atomic_write,
     case_name,
     command_line,
+    is_dicom,
+    read_label,
     read_volume,
     to_ras,
 )
@@ -125,7 +127,11 @@ def is_label_map(array: np.ndarray) -> bool:
 
 def read_labels(path: Path) -> nib.Nifti1Image:
     """A label map as uint8 in RAS; InputError when the file holds anything else."""
-    image = read_ras(path)
+    return checked_labels(read_ras(path), path)
+
+
+def checked_labels(image: nib.Nifti1Image, path: Path) -> nib.Nifti1Image:
+    """`image` of `path` as uint8, if it is a label map."""
     array = np.asarray(image.dataobj)
     if not is_label_map(array):
         raise InputError(
@@ -157,6 +163,14 @@ class Case:
         masked = read_ras(self.masked)
         array = np.asarray(masked.dataobj)  # its corner lies outside every organ
         return nib.Nifti1Image((array != array[0, 0, 0]).astype(np.uint8), masked.affine)
+
+    @functools.cached_property
+    def reference(self) -> nib.Nifti1Image:
+        """The reference label map; a DICOM SEG is laid on the grid of the label map."""
+        if self.labels is None or self.truth.is_dir() or not is_dicom(self.truth):
+            return self.on_grid(read_labels(self.truth), self.truth)
+        known = {name: value for value, name in self.names.items()}
+        return checked_labels(read_label(self.truth, self.labels, known), self.truth)
 
     def on_grid(self, image: nib.Nifti1Image, path: Path) -> nib.Nifti1Image:
         """`image`, once it is known to lie on the label map's grid."""
@@ -552,7 +566,7 @@ def slices_scene(case: Case, config: Config, offscreen: bool) -> vedo.Plotter:
     path = case.scan or case.masked or case.label
     scan, labels = case.on_grid(read_ras(path), path), {}
     if case.truth:
-        labels[TRUTH_COLOUR] = case.on_grid(read_labels(case.truth), case.truth)
+        labels[TRUTH_COLOUR] = case.reference
     if case.labels is not None:
         labels[PREDICTION_COLOUR] = case.labels
     plotter = vedo.Plotter(shape=(2, 2), sharecam=False, **window(config, offscreen))
@@ -602,7 +616,7 @@ def compare_scene(case: Case, config: Config, offscreen: bool) -> vedo.Plotter:
     """The reference, and beside it the prediction coloured by its distance from the reference."""
     if case.truth is None:
         raise InputError(f"{case.name}: to compare, give the reference label map with --truth")
-    truth = crop(case.on_grid(read_labels(case.truth), case.truth), case.truth)
+    truth = crop(case.reference, case.truth)
     mask = np.asarray(truth.dataobj) > 0
     reference = smooth(surface_mm(mask, truth.affine), config.smoothing).color(TRUTH_COLOUR)
     mesh = next(iter(case.meshes.values())).clone()

@@ -203,3 +203,15 @@ def test_real_series_with_a_stray_picture(tmp_path):
     empty = like(bare, np.zeros(bare.shape, np.uint8))
     (reason,) = apply_model.write_dicom_seg(empty, bare, classes, tmp_path / "bare.dcm")
     assert "no StudyInstanceUID" in reason and not (tmp_path / "bare.dcm").exists()
+
+
+def test_the_3d_view_compares_with_a_dicom_seg(tmp_path):
+    import visualize_3d
+
+    _, label = series_with_seg(tmp_path)
+    nib.save(label, tmp_path / "a_label.nii.gz")
+    case = visualize_3d.Case(
+        "a", label=tmp_path / "a_label.nii.gz", truth=tmp_path / "ct_label.dcm"
+    )
+    assert np.array_equal(case.reference.dataobj, case.labels.dataobj)
+    assert np.asarray(case.reference.dataobj).max() == 2
