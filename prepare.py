@@ -333,7 +333,10 @@ RULES = {  # kind of finding → (level, what to do); an error stops its case, a
     "values": ("error", "correct the label map, or declare its values in dataset.json"),
     "empty": ("error", "add the outline or remove the case"),
     "nan": ("error", "convert the scan again; every voxel needs a number"),
-    "hu": ("error", "convert the scan to HU (rescale slope and intercept), as int16; not for MR"),
+    "hu": (
+        "error",
+        "convert to HU (rescale slope and intercept) as int16; for MR: --accept hu",
+    ),
     "outside": ("error", "look at the overlay; the label map may be shifted, flipped or another's"),
     "mirrored": ("error", "look at the overlay; flip the label map back"),
     "left_right": ("warning", "correct the header's left-right unless it is situs inversus"),
@@ -617,6 +620,7 @@ def draw_overlay(
 
     figure = Figure(figsize=(13, 4.6))  # no layout engine: it would draw everything twice
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.87, wspace=0.02)
+    window = utilities.grey_window(planes["axial"])
     for axes, (plane, picture) in zip(figure.subplots(1, 3), planes.items(), strict=True):
         cut, _ = utilities.PLANES[plane]
         at, steps = middle[cut], [-(-n // 512) for n in picture.shape]  # more cannot be seen
@@ -625,7 +629,7 @@ def draw_overlay(
         flat = outline[tuple(outlined)]
         outlines = {colour: flat == v for v, colour in utilities.LABEL_COLOURS.items()}
         spacing = utilities.spacing_mm(affine @ np.diag([*steps, 1]))
-        utilities.draw_plane(axes, picture[tuple(coarser)], plane, 0, spacing, outlines)
+        utilities.draw_plane(axes, picture[tuple(coarser)], plane, 0, spacing, outlines, window)
         axes.set_title(f"{plane}, slice {at + 1} of {outline.shape[cut]}", fontsize=10)
     figure.suptitle(name, fontsize=11)
     utilities.save_figure(figure, destination / "check" / f"{name}.png")

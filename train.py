@@ -118,6 +118,7 @@ class Config:
     # No deep supervision: it has not been measured to help here.
     network: NetworkName = "unet3d"  # unet3d is Çiçek et al. 2016; the others are MONAI's
     base_channels: int = 32  # width; 32 is the paper's 19 M parameters, 8 trains on a laptop
+    pretrained: Path | None = None  # a checkpoint whose weights to begin with, of the same network
 
     # -- optimisation
     loss: LossName = "dice"  # soft Dice of the foreground classes
@@ -330,6 +331,24 @@ def class_weights(prepared: dict[str, Any], labels: dict[str, tuple[int, ...]]) 
     return (inverse / inverse.mean()).float()
 
 
+def begin_with(network: torch.nn.Module, path: Path) -> None:
+    """Load the weights of a checkpoint; raises InputError where it holds another network."""
+    saved, own = load_checkpoint(path), network.state_dict()
+    given = saved["network_state"]
+    other = [
+        name for name in {**own, **given}
+        if name not in given or name not in own or given[name].shape != own[name].shape
+    ]  # fmt: skip
+    if other:
+        raise InputError(
+            f"{path}: --pretrained must be the same network, but {len(other)} of its weights "
+            f"differ, such as {other[0]}; it was trained with {saved['network_args']} for "
+            f"{', '.join(saved['labels'])}: give the same --network, --base-channels and as many "
+            "--labels"
+        )
+    network.load_state_dict(given)
+
+
 def main(config: Config) -> None:
     resume = load_checkpoint(config.resume / "last.pt") if config.resume else None
     if resume is not None:
@@ -379,6 +398,8 @@ def run(
         "input_size": window,
     }
     model = on_device(build_network(**network_args), device)
+    if config.pretrained and resume is None:
+        begin_with(model, config.pretrained)
     if config.sync_batch_norm and processes > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     loss_function = LOSSES[config.loss](class_weights(prepared, config.labels)).to(device)

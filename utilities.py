@@ -1188,6 +1188,18 @@ PLANES = {  # plane → (axis that is cut, letters at the picture's left, right,
 }
 
 
+def grey_window(scan: np.ndarray) -> tuple[float, float]:
+    """Values shown as black and white: HU_WINDOW, or of an array that is no CT (MR) its own range.
+
+    CT in HU has fat and air below 0.
+    """
+    sample = scan[tuple(slice(None, None, max(1, size // 64)) for size in scan.shape)]
+    if np.mean(sample < -30) >= 0.01:
+        return HU_WINDOW
+    low, high = np.percentile(sample, [1, 99])
+    return float(low), float(max(high, low + 1))
+
+
 def draw_plane(
     axes: Any,
     image: np.ndarray,
@@ -1257,17 +1269,18 @@ def planes_figure(
     image: np.ndarray,
     spacing: tuple[float, float, float],
     outlines: dict[str, np.ndarray],
-    window: tuple[float, float] = HU_WINDOW,
+    window: tuple[float, float] | None = None,
     axial_slices: int = 0,
 ) -> Any:
     """Figure of the axial, coronal and sagittal slice with most foreground, RAS array in HU.
 
-    `outlines`: see `draw_plane`; the first one chooses the slices. With
+    `outlines`: see `draw_plane`; the first one chooses the slices. `window`: as `grey_window`. With
     `axial_slices` a second row shows so many, from the lowest to the highest with an outline.
     Returns a matplotlib Figure for `save_figure`.
     """
     from matplotlib.figure import Figure
 
+    window = window or grey_window(image)
     figure = Figure(figsize=(13, 4.6 + 2.6 * bool(axial_slices)), layout="constrained")
     rows = figure.subfigures(2, 1, height_ratios=(4.6, 2.6)) if axial_slices else [figure]
     guide = next(iter(outlines.values()))

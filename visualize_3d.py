@@ -48,6 +48,7 @@ from utilities import (
     atomic_write,
     case_name,
     command_line,
+    grey_window,
     is_dicom,
     read_label,
     read_volume,
@@ -546,7 +547,7 @@ def slice_objects(
     def place(points: np.ndarray, height: float) -> np.ndarray:
         return apply_affine(affine, np.insert(points, axis, height, axis=1))
 
-    low, high = HU_WINDOW
+    low, high = grey_window(np.asarray(scan.dataobj))
     grey = ((array.T.clip(low, high) - low) * (255 / (high - low))).astype(np.uint8)
     corners = np.array([(0, 0), (across, 0), (across, up), (0, up)]) - 0.5
     sheet = vedo.Mesh([place(corners, index), [[0, 1, 2, 3]]]).lighting("off").color("white")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+README = (ROOT / "README.md").read_text()
+
+
+def commands(section: str = "", without: tuple[str, ...] = ()) -> list[str]:
+    """The README's commands in order, of one section or of all `without` some."""
+    first, *sections = re.split(r"^## ", README, flags=re.MULTILINE)
+    titles = {text.partition("\n")[0]: text for text in (f"\n{first}", *sections)}
+    chosen = [section] if section else [title for title in titles if title not in without]
+    blocks = re.findall(r"```bash\n(.*?)```", "".join(titles[t] for t in chosen), flags=re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
 
 
 def run_script(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,342 @@
+"""The README's guides are followed to the letter: recipes, another organ, MR, own labels, DICOM.
+
+Each command is read from the README, and made small by options that are added to it. It runs in
+this process, through the same `command_line` as the script, because starting Python twenty times
+would take longer than the work.
+"""
+
+import csv
+import importlib
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import make_phantoms
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import tyro
+from conftest import README, commands
+from monai.losses import DiceLoss
+from test_prepare_dicom import write_seg, write_series
+
+import apply_model
+import train
+from utilities import (
+    InputError,
+    command_line,
+    grey_window,
+    like,
+    load_checkpoint,
+    read_volume,
+    to_ras,
+    voxels,
+)
+
+SUBVOLUMES = "--input-size 32 32 --spacing 8 8"
+PATCHES = "--input-size 32 32 16 --spacing 8 8 5 --patches-per-case 1"
+NETWORK = "--base-channels 4 --device cpu --precision fp32"
+
+
+def follow(line: str, small: str = "") -> None:
+    """Run a command of the README, in this process and folder, with the options of `small`."""
+    program, script, *options = shlex.split(line)
+    assert program == "python", line
+    name = Path(script).stem
+    module = importlib.import_module(name)
+    given = {word for word in options if word.startswith("--")}
+    added = [f"--{group}".split() for group in small.split("--")[1:]]
+    words = [word for group in added if group[0] not in given for word in group]
+    before, sys.argv = sys.argv, [script, *options, *words]
+    try:
+        if name == "make_phantoms":  # it has no user's faults to tell
+            module.main(tyro.cli(module.Config))
+        else:
+            recipes = getattr(module, "RECIPES", None)
+            command_line(module.main, module.Config, module.__doc__, recipes)
+    except SystemExit as stop:
+        pytest.fail(f"{' '.join(sys.argv)}: {stop}")
+    finally:
+        sys.argv = before
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def block(section: str, language: str) -> str:
+    """The first code block of a section in some language."""
+    text = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return re.search(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)[1]
+
+
+def link(folder: Path, target: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.symlink_to(target)
+
+
+# ---------------------------------------------------------------------------------------
+# Recipes, and weights to begin with
+# ---------------------------------------------------------------------------------------
+
+
+def test_recipes(raw_phantoms, prepared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    link(tmp_path / "data/raw", raw_phantoms)
+    link(tmp_path / "data/prepared", prepared)
+    used = set()
+    for line in commands("Recipes"):
+        small = {"prepare.py": "--workers 1", "apply_model.py": "--device cpu"}
+        for name in (word for word in line.split() if word in train.RECIPES):
+            used.add(name)
+            patches = train.RECIPES[name][1].sampling == "patches"
+            sizes = PATCHES if patches else SUBVOLUMES
+            small["train.py"] = f"{sizes} {NETWORK} --max-epochs 1"
+        follow(line, small[line.split()[1]])
+    assert used == set(list(train.RECIPES)[1:])  # the first one is `python train.py` alone
+    table = README.split("\n## Recipes\n")[1].split("\n## ")[0]
+    assert all(f"| `{name}`" in table for name in train.RECIPES)
+    assert set(load_checkpoint(Path("checkpoints/liver-tumour-ce/best.pt"))["labels"]) == {
+        "background", "liver", "tumour"
+    }  # fmt: skip
+    assert rows(tmp_path / "results/liver-tumour-ce")[0]["tumour_volume_ml"]
+
+
+def small_run(prepared: Path, folder: Path, **changes) -> dict:
+    """The last checkpoint of a training of one epoch."""
+    settings = {"base_channels": 4, "max_epochs": 1, "precision": "fp32", "device": "cpu"}
+    settings |= {"input_size": (32, 32), "spacing": (8.0, 8.0)}
+    train.main(train.Config(**{**settings, "data": prepared, "run_folder": folder, **changes}))
+    return load_checkpoint(folder / "last.pt")
+
+
+@pytest.fixture(scope="module")
+def first(prepared, tmp_path_factory) -> Path:
+    """The folder of a short training of the liver."""
+    folder = tmp_path_factory.mktemp("first") / "liver"
+    small_run(prepared, folder, max_epochs=4, val_interval=2, learning_rate=1e-2)
+    return folder
+
+
+def test_training_begins_with_the_weights_that_are_given(prepared, first, tmp_path):
+    """So small a learning rate leaves the weights where they began."""
+    start = first / "last.pt"
+    still = {"learning_rate": 1e-12, "seed": 5}
+    again = small_run(prepared, tmp_path / "again", pretrained=start, **still)
+    assert again["config"]["pretrained"] == str(start)
+    other = small_run(prepared, tmp_path / "other", **still)
+    states = (load_checkpoint(start), again, other)
+    given, begun, drawn = (state["network_state"] for state in states)
+    weights = [name for name in given if name.endswith("weight")]
+    assert all(torch.allclose(given[name], begun[name], atol=1e-6) for name in weights)
+    assert not torch.allclose(given[weights[0]], drawn[weights[0]], atol=1e-3)
+
+
+def test_a_run_that_began_with_other_weights_resumes_without_them(prepared, first, tmp_path):
+    start = shutil.copy(first / "last.pt", tmp_path / "start.pt")
+    half = small_run(prepared, tmp_path / "run", pretrained=start, schedule="constant")
+    start.unlink()
+    train.main(train.Config(resume=tmp_path / "run", device="cpu", max_epochs=2))
+    resumed = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert (half["epoch"], resumed["epoch"]) == (1, 2)
+    assert resumed["config"]["pretrained"] == half["config"]["pretrained"] == str(start)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"base_channels": 8},
+        {"network": "unet"},
+        {"labels": {"background": (0,), "liver": (1,), "tumour": (2,)}},
+    ],
+)
+def test_weights_of_another_network_are_refused(prepared, first, tmp_path, change):
+    with pytest.raises(InputError, match=r"last\.pt: --pretrained must be the same network"):
+        small_run(prepared, tmp_path / "other", pretrained=first / "last.pt", **change)
+    assert not (tmp_path / "other").exists()
+
+
+# ---------------------------------------------------------------------------------------
+# Another organ, or MR
+# ---------------------------------------------------------------------------------------
+
+SPLEEN = {
+    "data/make_phantoms.py": "--cases 8 --size 48 --slices 40 50",
+    "prepare.py": "--workers 1",
+    "train.py": f"{SUBVOLUMES} {NETWORK} --max-epochs 14 --learning-rate 1e-2 --val-interval 7",
+    "apply_model.py": "--device cpu",
+    "visualize_3d.py": "--screenshot spleen.png",
+}
+
+
+def as_mr(hu: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Intensities unlike HU: air and bone dark, fat bright, each scan with a gain of its own."""
+    soft = np.clip(4 * hu.astype(float), 0, 600)
+    signal = np.select([hu < -300, hu < 0, hu > 150], [5, 900, 60], soft) * rng.uniform(0.6, 1.6)
+    return (signal + np.abs(rng.normal(0, 8, hu.shape))).astype(np.uint16)
+
+
+def test_another_organ_or_mr(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    section = "Another organ, or MR"
+    lines = commands(section)
+    for line in lines:
+        small = SPLEEN[line.split()[1]]
+        if "data/mr" in line and not Path("data/mr").exists():
+            told = capsys.readouterr().out
+            shutil.copytree("data/spleen/raw", "data/mr/raw")
+            rng = np.random.default_rng(0)
+            for path in Path("data/mr/raw/imagesTr").iterdir():
+                image = nib.load(path)
+                nib.save(nib.Nifti1Image(as_mr(voxels(image), rng), image.affine), path)
+        if "--hu-window" in line:  # the same network, so that a single epoch shows it runs
+            small = small.replace("--max-epochs 14", "--max-epochs 1")
+        if "results/spleen/phantom_000" in line:
+            first = min(path for path in Path("results/spleen").iterdir() if path.is_dir())
+            line = line.replace("results/spleen/phantom_000", str(first))
+        follow(line, small)
+        if "make_phantoms" in line:  # as the README says for scans of one's own
+            Path("data/spleen/raw/dataset.json").write_text(block(section, "json"))
+    (spleen,), (mr,) = rows(Path("results/spleen")), rows(Path("results/mr"))
+    assert float(spleen["spleen_dice"]) > 0.6
+    assert "liver" not in spleen["warnings"] + told
+    assert "left" not in spleen["warnings"] + told.replace("left out", "")
+    assert "spleen_volume_ml" in mr
+    assert Path("spleen.png").stat().st_size > 1000
+
+
+def test_a_recipe_of_ones_own(tmp_path, monkeypatch, raw_phantoms, prepared):
+    """The README's lines, added to RECIPES; on the liver phantoms, which are there."""
+    added = eval("{" + block("Another organ, or MR", "python") + "}", vars(train))
+    monkeypatch.setitem(train.RECIPES, *next(iter(added.items())))
+    (name,) = added
+    monkeypatch.chdir(tmp_path)
+    follow(f"python train.py {name} --data {prepared}", f"{SUBVOLUMES} {NETWORK} --max-epochs 1")
+    assert set(load_checkpoint(Path("checkpoints/spleen/best.pt"))["labels"]) == {
+        "background", "spleen"
+    }  # fmt: skip
+
+
+def test_pictures_show_mr_in_its_own_range():
+    rng = np.random.default_rng(0)
+    hu = rng.uniform(-1000, 400, (32, 32, 16))
+    assert grey_window(hu) == (-200, 250)
+    low, high = grey_window(as_mr(hu, rng))
+    assert 0 <= low < 50
+    assert 300 < high < 1600
+
+
+# ---------------------------------------------------------------------------------------
+# Label your own scans
+# ---------------------------------------------------------------------------------------
+
+
+def corrected(case: str, truth: nib.Nifti1Image) -> nib.Nifti1Image:
+    """What a reader makes of the prediction: a label map on its grid, here the truth."""
+    predicted = nib.load(f"results/own/{case}/{case}_label.nii.gz")
+    assert predicted.shape == truth.shape
+    assert np.allclose(predicted.affine, truth.affine, atol=1e-4)
+    return like(predicted, voxels(truth).astype(np.uint8))
+
+
+def test_label_your_own_scans(first, tmp_path, monkeypatch):
+    """Predict unlabelled scans, correct, prepare, train on; then the same with DICOM."""
+    monkeypatch.chdir(tmp_path)
+    link(tmp_path / "checkpoints/liver", first)
+    source = tmp_path / "new"
+    make_phantoms.main(make_phantoms.Config(source, cases=4, size=48, slices=(40, 44), first=50))
+    shutil.copytree(source / "imagesTr", "data/own/imagesTr")
+    slices = write_dicom(source)
+    voxels_in = 0
+    for line in commands("Label your own scans"):
+        follow(line, {"train.py": f"{SUBVOLUMES} {NETWORK} --max-epochs 1"}.get(
+            line.split()[1], "--device cpu" if "apply_model" in line else "--workers 1"
+        ))  # fmt: skip
+        if "apply_model.py data/own" in line:
+            for path in sorted((source / "labelsTr").iterdir()):
+                case = path.name.removesuffix(".nii.gz")
+                truth = nib.load(path)
+                voxels_in += np.count_nonzero(voxels(truth))
+                Path("data/own/labelsTr").mkdir(exist_ok=True)
+                nib.save(corrected(case, truth), f"data/own/labelsTr/{path.name}")
+        if "apply_model.py data/dicom" in line:
+            correct_dicom(source, slices)
+    own = json.loads(Path("data/own/prepared/dataset.json").read_text())
+    assert sum(case["foreground_voxels"] for case in own["cases"]) == voxels_in
+    config = load_checkpoint(Path("checkpoints/own/best.pt"))["config"]
+    assert config["pretrained"] == "checkpoints/liver/best.pt"
+    dicom = json.loads(Path("data/dicom/prepared/dataset.json").read_text())
+    assert sum(case["foreground_voxels"] for case in dicom["cases"]) == voxels_in
+
+
+def write_dicom(source: Path) -> dict[str, list]:
+    """Each scan of a Decathlon folder as a series data/dicom/<case>."""
+    slices = {}
+    for path in sorted((source / "imagesTr").iterdir()):
+        image = to_ras(nib.load(path))
+        x, y, z = (float(step) for step in nib.affines.voxel_sizes(image.affine))
+        case = path.name.removesuffix(".nii.gz")
+        slices[case] = write_series(
+            Path("data/dicom") / case, np.asanyarray(image.dataobj), PatientID=case,
+            PixelSpacing=[round(y, 3), round(x, 3)],
+            ImagePositionPatient=lambda n, z=z: [-100.0, -90.0, round(z, 3) * n],
+        )  # fmt: skip
+    return slices
+
+
+def correct_dicom(source: Path, slices: dict[str, list]) -> None:
+    """Beside each series a corrected label: DICOM SEG in three cases, NIfTI in the last."""
+    for case, series in slices.items():
+        label = np.asanyarray(to_ras(nib.load(source / "labelsTr" / f"{case}.nii.gz")).dataobj)
+        out = Path("results/dicom") / case
+        assert (out / f"{case}_label.dcm").exists()
+        if case != max(slices):
+            write_seg(Path("data/dicom") / case / "corrected.dcm", series, label)
+        else:
+            predicted = nib.load(out / f"{case}_label.nii.gz")
+            scan = read_volume(Path("data/dicom") / case)
+            assert np.allclose(predicted.affine, scan.affine, atol=1e-4)
+            array = label[::-1, ::-1].astype(np.uint8)
+            nib.save(like(predicted, array), Path("data/dicom") / f"{case}_label.nii.gz")
+
+
+# ---------------------------------------------------------------------------------------
+# Coming from another project
+# ---------------------------------------------------------------------------------------
+
+
+def test_what_the_figures_of_other_projects_are_worth(real_ct):
+    """The README's numbers, computed again: whole label maps, and their slices with liver."""
+    _, text = README.split("\n## Coming from another project\n")
+    text = text.split("\n## ")[0]
+    whole, slices, tumours = [], [], []
+    for path in sorted((real_ct / "labelsTr").glob("*.nii.gz")):
+        raw = voxels(read_volume(path))
+        liver = (raw > 0).astype(np.uint8)
+        for chosen, figures in ((liver, whole), (liver[:, :, liver.any(axis=(0, 1))], slices)):
+            row = apply_model.evaluate(np.zeros_like(chosen), chosen, np.eye(4), ["liver"])
+            figures.append((row["accuracy"], row["mean_iou"]))
+        tumours.append(np.mean(raw == 2))
+    assert f"n = {len(whole)} real CTs" in text
+    (accuracy, iou), (accuracy_slices, iou_slices) = np.mean(whole, axis=0), np.mean(slices, axis=0)
+    assert f"{accuracy_slices:.3f} and {iou_slices:.3f} on slices with liver" in text
+    assert f"{accuracy:.3f} and {iou:.3f} on whole scans" in text
+    assert f"has accuracy {1 - np.mean(tumours):.3f}" in text
+    assert f"tumour {100 * min(tumours):.3f} to {100 * max(tumours):.1f} % of a scan" in text
+
+
+def test_one_minus_dice_loss_flatters():
+    """MONAI's DiceLoss with background, of an empty prediction and of half of the liver."""
+    label = torch.zeros(1, 1, 100_000, 1, 1)
+    label[:, :, :2300] = 1
+    half = label.clone()
+    half[:, :, :1150] = 0
+    loss = DiceLoss(to_onehot_y=True)
+    scores = [1 - float(loss(torch.cat([1 - p, p], 1), label)) for p in (0 * label, half)]
+    _, text = README.split("\n## Coming from another project\n")
+    assert f"{scores[0]:.3f} for an empty prediction; {scores[1]:.3f} for half of the liver" in text
