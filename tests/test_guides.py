@@ -96,7 +96,7 @@ def test_recipes(raw_phantoms, prepared, tmp_path, monkeypatch):
             used.add(name)
             patches = train.RECIPES[name][1].sampling == "patches"
             sizes = PATCHES if patches else SUBVOLUMES
-            small["train.py"] = f"{sizes} {NETWORK} --max-epochs 1"
+            small["train.py"] = f"{sizes} {NETWORK} --max-epochs 1 --batch-size 8"
         follow(line, small[line.split()[1]])
     assert used == set(list(train.RECIPES)[1:])  # the first one is `python train.py` alone
     table = README.split("\n## Recipes\n")[1].split("\n## ")[0]
@@ -327,6 +327,7 @@ def test_what_the_figures_of_other_projects_are_worth(real_ct):
     assert f"{accuracy_slices:.3f} and {iou_slices:.3f} on slices with liver" in text
     assert f"{accuracy:.3f} and {iou:.3f} on whole scans" in text
     assert f"has accuracy {1 - np.mean(tumours):.3f}" in text
+    assert f"{351_064_936 / (58_638 * 512**2):.1%}".replace("%", " %") + " are liver" in text
     assert f"tumour {100 * min(tumours):.3f} to {100 * max(tumours):.1f} % of a scan" in text
 
 
