@@ -73,28 +73,34 @@ def run(*command: object) -> float:
     return time.perf_counter() - start
 
 
-def recipe(config: Config) -> train.Config:
-    """The settings of the recipe."""
-    return train.RECIPES[config.recipe or next(iter(train.RECIPES))][1]
+def training_samples(prepared: dict) -> int:
+    """Sub-volumes (or whole cases) of the training split."""
+    return sum(item["split"] == "training" for item in prepared["subvolumes"])
 
 
-def equal_steps(config: Config, data: Path) -> tuple[int, int]:
-    """Epochs that give the steps of `config.epochs` over all sub-volumes, and what they amount to.
+def equal_steps(config: Config, prepared: dict) -> int:
+    """Epochs that give as many steps as `config.epochs` over all sub-volumes would.
 
     All is what --keep-empty 1 would cut: a patient's slices in pieces of `subvolume_depth`. Where
     patches are cut from whole cases, nothing is left out.
     """
-    prepared = json.loads((data / "dataset.json").read_text())
-    depth, batch = prepared["subvolume_depth"], config.batch_size or recipe(config).batch_size
-    cases = [case for case in prepared["cases"] if case["split"] == "training"]
+    depth = prepared["subvolume_depth"]
     if not depth:
-        steps = math.ceil(len(cases) * recipe(config).patches_per_case / batch)
-        return round(config.epochs), round(config.epochs) * steps
-    kept = sum(item["split"] == "training" for item in prepared["subvolumes"])
+        return round(config.epochs)
+    recipe = train.RECIPES[config.recipe or next(iter(train.RECIPES))][1]
+    batch = config.batch_size or recipe.batch_size
+    cases = [case for case in prepared["cases"] if case["split"] == "training"]
     every = sum(math.ceil(case["slices"] / depth) for case in cases)
-    each, all_of_them = (math.ceil(count / batch) for count in (kept, every))
-    epochs = round(config.epochs * all_of_them / each)
-    return epochs, epochs * each
+    each, all_of_them = (math.ceil(n / batch) for n in (training_samples(prepared), every))
+    return round(config.epochs * all_of_them / each)
+
+
+def steps_taken(saved: dict, prepared: dict) -> int:
+    """Gradient steps behind a checkpoint."""
+    settings = saved["config"]
+    repeats = settings["patches_per_case"] if settings["sampling"] == "patches" else 1
+    each = math.ceil(training_samples(prepared) * repeats / settings["batch_size"])
+    return saved["epoch"] * each
 
 
 def figures(
@@ -133,7 +139,8 @@ def one_round(config: Config, held_out: list[str], others: list[str], work: Path
     split.write_text(json.dumps({"training": others, "validation": held_out, "test": []}))
     run("prepare.py", config.source, "--destination", data, "--split", split, "--keep-empty",
         config.keep_empty, *shlex.split(config.prepare_options))  # fmt: skip
-    epochs, steps = equal_steps(config, data)
+    prepared = json.loads((data / "dataset.json").read_text())
+    epochs = equal_steps(config, prepared)
     batch = ["--batch-size", config.batch_size] if config.batch_size else []
     seconds = run("train.py", *filter(None, [config.recipe]), "--data", data, "--run-folder",
                   checkpoint.parent, "--max-epochs", epochs, *batch,
@@ -141,13 +148,13 @@ def one_round(config: Config, held_out: list[str], others: list[str], work: Path
     for variant, options in VARIANTS.items():
         run("apply_model.py", "--split", "validation", "--data", data, "--checkpoint", checkpoint,
             "--destination", work / variant, *shlex.split(options))  # fmt: skip
-    labels = torch.load(checkpoint, weights_only=True)["labels"]
+    saved = torch.load(checkpoint, weights_only=True)
     return [
-        {"patient": patient, "epochs": epochs, "steps": steps,
+        {"patient": patient, "epochs": epochs, "steps": steps_taken(saved, prepared),
          "training_minutes": round(seconds / 60, 1),
          **whole_scan(work / "with", patient),
          **{variant: figures(work / variant, patient,
-                             config.source / "labelsTr" / f"{patient}.nii.gz", labels)
+                             config.source / "labelsTr" / f"{patient}.nii.gz", saved["labels"])
             for variant in VARIANTS}}
         for patient in held_out
     ]  # fmt: skip
