@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import ct_image, random_affine
 from monai import transforms
+from monai.data import MetaTensor
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
-from apply_model import Model, masked, segment, volume_ml, write_checked
-from preprocess import deterministic_chain, preprocess_volume
+from apply_model import Model, classes_on_grid, masked, segment, volume_ml, write_checked
+from preprocess import deterministic_chain, in_plane_chain, preprocess_volume, slice_chain
 from utilities import IMAGE, LABEL, InputError, case_name, dice_metric, read_volume, to_ras, voxels
 
 SETTINGS = {
@@ -202,10 +203,12 @@ def test_a_write_that_would_change_the_grid_is_refused(tmp_path):
 
 
 def test_round_trip_of_real_livers(real_ct: Path):
-    """A perfect network at 256×256 loses only in-plane resolution: Dice ≥ 0.985 on a real liver."""
-    path = real_ct / "labelsTr" / "tace_0697.nii.gz"
-    truth = read_volume(path)
-    as_ct = ct_image(np.where(voxels(truth) > 0, 250, -200), truth.affine)
-    model = known_model()
-    model.preprocessing = SETTINGS | {"input_size": (256, 256)}
-    assert dice_metric(voxels(segment(model, as_ct)), voxels(truth) > 0) >= 0.985
+    """A perfect network loses only in-plane resolution: Dice ≥ 0.985, though its label is hard."""
+    label = to_ras(read_volume(real_ct / "labelsTr" / "tace_0697.nii.gz"))
+    settings = {**SETTINGS, "input_size": (256, 256), "device": "cpu"}
+    raw = MetaTensor(torch.from_numpy(voxels(label).astype(np.float32))[None], affine=label.affine)
+    chain = transforms.Compose([*in_plane_chain(**settings), *slice_chain(**settings)])
+    taught = chain({IMAGE: raw, LABEL: raw})[LABEL]
+    _, to_network = preprocess_volume(label, **settings)
+    found = classes_on_grid(2 * taught.float() - 1, to_network, label.shape)
+    assert dice_metric(found > 0, voxels(label) > 0) >= 0.985
