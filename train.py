@@ -16,13 +16,12 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 from monai import losses
 
 from preprocess import (
@@ -37,6 +36,7 @@ from utilities import (
     CLASSES,
     IMAGE,
     InputError,
+    Labels,
     NetworkName,
     atomic_write,
     build_network,
@@ -55,28 +55,6 @@ LossName = Literal[
 ]
 OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["constant", "cosine", "poly"]
-
-
-Values = tuple[int, ...]
-
-
-def parse_labels(words: list[str]) -> dict[str, Values]:
-    """`["liver=1,2"]` → {"background": (0,), "liver": (1, 2)}."""
-    pairs = (word.partition("=") for word in words)
-    named = {name: tuple(int(value) for value in values.split(",")) for name, _, values in pairs}
-    return {"background": (0,)} | named
-
-
-Labels = Annotated[  # on the command line: --labels liver=1 tumour=2
-    dict[str, Values],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="NAME=VALUE,…",
-        instance_from_str=parse_labels,
-        is_instance=lambda labels: isinstance(labels, dict),
-        str_from_instance=lambda labels: [f"{n}={','.join(map(str, labels[n]))}" for n in labels],
-    ),
-]
 
 
 @dataclass
@@ -349,6 +327,17 @@ def begin_with(network: torch.nn.Module, path: Path) -> None:
     network.load_state_dict(given)
 
 
+def safe_precision(config: Config, device: torch.device, window: Sequence[int]) -> str:
+    """`config.precision`, but float32 where "auto" would meet a fault of torch on the CPU.
+
+    Gradients of bfloat16 convolutions are partly never written (torch 2.13, seen as NaN and as runs
+    that differ) where feature maps shrink to 2 × 2 pixels, or where a single slice is halved.
+    """
+    tiny = min(window[:2]) < 64 or window[2] < 16
+    on_cpu = config.precision == "auto" and device.type == "cpu"
+    return "fp32" if on_cpu and tiny else config.precision
+
+
 def main(config: Config) -> None:
     resume = load_checkpoint(config.resume / "last.pt") if config.resume else None
     if resume is not None:
@@ -410,10 +399,11 @@ def run(
     )
 
     # loop
+    precision = safe_precision(config, device, window)
     if rank == 0:
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        precision = str(pick_precision(config.precision, device)).removeprefix("torch.")
-        print(f"{config.network}: {parameters:,} parameters, {precision} on {processes} × {device}")
+        used = str(pick_precision(precision, device)).removeprefix("torch.")
+        print(f"{config.network}: {parameters:,} parameters, {used} on {processes} × {device}")
         with atomic_write(config.run_folder / "config.json") as temporary:
             temporary.write_text(json.dumps(config.plain(), indent=2))
     train(
@@ -434,7 +424,7 @@ def run(
             "config": config.plain(),
         },
         val_interval=config.val_interval,
-        precision=config.precision,
+        precision=precision,
         gradient_clip=config.gradient_clip,
         ema_decay=config.ema_decay,
         patience=config.patience,

@@ -22,12 +22,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import nibabel as nib
 import numpy as np
 import torch
 import torch.distributed as dist
+import tyro
 from isal import igzip
 from torch import nn
 from torch.nn import functional
@@ -67,8 +68,6 @@ def command_line(
     `recipes` maps a name, which may be the first word of the command line, to an explanation and
     the config whose values the options then override. The first recipe is the default.
     """
-    import tyro
-
     words, chosen = sys.argv[1:], {}
     if recipes:
         named = bool(words) and not words[0].startswith("-")
@@ -86,6 +85,28 @@ def command_line(
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+Values = tuple[int, ...]
+
+
+def parse_labels(words: list[str]) -> dict[str, Values]:
+    """`["liver=1,2"]` → {"background": (0,), "liver": (1, 2)}."""
+    pairs = (word.partition("=") for word in words)
+    named = {name: tuple(int(value) for value in values.split(",")) for name, _, values in pairs}
+    return {"background": (0,)} | named
+
+
+Labels = Annotated[  # type of a setting, on the command line: --labels liver=1 tumour=2
+    dict[str, Values],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME=VALUE,…",
+        instance_from_str=parse_labels,
+        is_instance=lambda labels: isinstance(labels, dict),
+        str_from_instance=lambda labels: [f"{n}={','.join(map(str, labels[n]))}" for n in labels],
+    ),
+]
 
 
 def human_bytes(count: float) -> str:

@@ -215,3 +215,13 @@ def test_a_wrong_word_is_refused_with_the_right_ones():
     done = run_script("train.py", "--optimizer", "adamm")
     assert done.returncode != 0
     assert "adam" in done.stderr + done.stdout
+
+
+def test_tiny_inputs_train_in_float32_on_a_cpu():
+    """There, bfloat16 gradients of torch are partly left unwritten; what is asked for is kept."""
+    cpu, settings = torch.device("cpu"), train.Config()
+    assert train.safe_precision(settings, cpu, (32, 32, 16)) == "fp32"
+    assert train.safe_precision(settings, cpu, (128, 128, 8)) == "fp32"
+    assert train.safe_precision(settings, cpu, (64, 64, 16)) == "auto"
+    assert train.safe_precision(settings, torch.device("cuda"), (32, 32, 16)) == "auto"
+    assert train.safe_precision(train.Config(precision="bf16"), cpu, (32, 32, 16)) == "bf16"
