@@ -23,7 +23,6 @@ import os
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -446,9 +445,14 @@ class Subvolumes(Dataset):
         self.augment.set_random_state(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         return single(self.augment(item))
 
-    def worth_showing(self) -> list[int]:
-        """Indices of the samples among which a preview chooses."""
-        return list(range(len(self)))
+    def examples(self, count: int) -> list[dict[str, Any]]:
+        """Some samples for a preview, the same every time."""
+        return [self[index] for index in spread(len(self), count)]
+
+
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` indices, evenly over `length`."""
+    return np.linspace(0, length - 1, min(count, length)).astype(int).tolist()
 
 
 def single(sample: Any) -> dict[str, Any]:
@@ -477,30 +481,32 @@ class Tiles(Dataset):
         return len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place, corner = self.places[index]
+        return self.cut(*self.places[index])
+
+    def cut(self, place: int, corner: Sequence[int]) -> dict[str, Any]:
+        """The tile of case number `place` that begins at voxel `corner`."""
         item = {key: value for key, value in self.cached[place].items() if key != INDICES}
         item["first_slice"] = corner[2]  # of the resampled volume
+        box = tuple(slice(a, a + n) for a, n in zip(corner, self.window, strict=True))
         for key in (IMAGE, LABEL):
-            tile = item[key][(slice(None), *self.box(corner))]
+            tile = item[key][(slice(None), *box)]
             fill = [(0, n - m) for m, n in zip(tile.shape[1:], self.window, strict=True)]
             item[key] = torch.nn.functional.pad(tile, [*fill[2], *fill[1], *fill[0]])
         return {**item, IMAGE: item[IMAGE].float()}
 
-    def worth_showing(self) -> list[int]:
-        """Of each case the tile with most of its last class, which is the tumour, if any."""
-        return self.fullest
-
-    @cached_property
-    def fullest(self) -> list[int]:
-        best: dict[int, tuple[int, int]] = {}
-        for index, (place, corner) in enumerate(self.places):
-            label = self.cached[place][LABEL]
-            wanted = label[(slice(None), *self.box(corner))] == max(int(label.max()), 1)
-            best[place] = max(best.get(place, (-1, 0)), (int(wanted.sum()), index))
-        return [index for _, index in best.values()]
-
-    def box(self, corner: Sequence[int]) -> tuple[slice, ...]:
-        return tuple(slice(a, a + n) for a, n in zip(corner, self.window, strict=True))
+    def examples(self, count: int) -> list[dict[str, Any]]:
+        """Of some cases the tile around their last class, the tumour where there is one."""
+        found = []
+        for place in spread(len(self.cached), count):
+            label = self.cached[place][LABEL][0]
+            middle = torch.nonzero(label == max(int(label.max()), 1)).float().mean(dim=0)
+            middle = middle.nan_to_num().int().tolist()
+            corner = [
+                max(0, min(at - width // 2, size - width))
+                for at, width, size in zip(middle, self.window, label.shape, strict=True)
+            ]
+            found.append(self.cut(place, corner))
+        return found
 
 
 class EpochOrder(Sampler[int]):

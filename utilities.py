@@ -1371,16 +1371,14 @@ def preview_figure(
     from matplotlib.figure import Figure
 
     model.eval()
-    dataset = loader.dataset
-    worthy = dataset.worth_showing()
-    chosen = [worthy[int(n)] for n in np.linspace(0, len(worthy) - 1, min(6, len(worthy)))]
-    rows, columns = (1, len(chosen)) if len(chosen) <= 3 else (2, math.ceil(len(chosen) / 2))
+    examples = loader.dataset.examples(6)
+    columns = math.ceil(len(examples) / math.ceil(len(examples) / 3))
+    rows = math.ceil(len(examples) / columns)
     figure = Figure(figsize=(4 * columns, 4.2 * rows + 0.4), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid[len(chosen) :]:
+    for axes in grid[len(examples) :]:
         axes.axis("off")
-    for axes, index in zip(grid, chosen, strict=False):
-        item = dataset[int(index)]
+    for axes, item in zip(grid, examples, strict=False):
         with autocast(device, precision):
             logits = model(item[IMAGE][None].to(device))
         truth = item[LABEL][0].cpu().numpy().astype(np.uint8)
