@@ -5,7 +5,7 @@
 Makes phantoms with 1 to 4 tumours each, and trains the same network twice, each within the CPU
 minutes that are given: on patches at one spacing with Dice + cross-entropy, and on sub-volumes
 resized to 64 × 64 with plain cross-entropy. The last checkpoint segments phantoms that neither saw.
-Writes benchmarks/results/tumours.json.
+Writes benchmarks/results/tumours.json and the README's picture of tumours.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import csv
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -94,6 +95,8 @@ def main(config: Config) -> None:
         for (name, options), epochs in zip(SETTINGS.items(), config.epochs, strict=True):
             work = Path(folder) / name.split(",")[0]
             found[name] = one(options, epochs, config, raw, work)
+            if "patches" in name:
+                shutil.copy(work / "run/preview.png", ROOT / "benchmarks/pictures/tumours.png")
             print(json.dumps(found, indent=2))
     config.results.write_text(json.dumps(found, indent=2) + "\n")
 
