@@ -201,9 +201,10 @@ def load_model(
 
 def segment(
     model: Model,
-    image: nib.Nifti1Image | Path | str,
+    image: nib.Nifti1Image | np.ndarray | Path | str,
     windows: int = 0,
     *,
+    affine: np.ndarray | None = None,
     mirror: bool = False,
     largest_component: bool = True,
     fill_holes: bool = True,
@@ -212,7 +213,8 @@ def segment(
     """Label map of a CT volume, on exactly its grid.
 
     Args:
-        image: volume in HU, or the path of one; any orientation and spacing.
+        image: volume in HU, or the path of one; any orientation and spacing. Or an array (X, Y, Z)
+            in HU together with its 4×4 `affine`, voxel → patient mm in RAS+ (as nibabel has it).
         windows: windows per network call; 0: 4 on a GPU, 1 on the CPU.
         mirror: average with the prediction of the front-back mirror image.
         largest_component, fill_holes, tumour_inside: see `clean`.
@@ -221,6 +223,10 @@ def segment(
         uint8 image with the raw label values (the first one of each class), the same shape, affine
         and header forms as the input.
     """
+    if isinstance(image, np.ndarray):
+        if affine is None or image.ndim != 3:
+            raise ValueError(f"an array must be 3D and come with its affine, got {image.shape}")
+        image = nib.Nifti1Image(image, affine, dtype=image.dtype)
     is_image = isinstance(image, nib.spatialimages.SpatialImage)
     volume = image if is_image else read_volume(Path(image))
     scores, to_network = score_volume(model, volume, windows, mirror)

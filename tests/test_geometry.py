@@ -89,6 +89,16 @@ def test_segmentation_lies_on_the_organ(tmp_path, slices, shear, settings):
     assert np.allclose(written.affine, image.affine, atol=1e-4)
 
 
+def test_an_array_with_its_affine_is_segmented_as_the_image_is():
+    image = ct_image(blob((40, 44, 20)), random_affine(0))
+    array = np.asarray(image.dataobj).astype(np.int64)
+    found = segment(known_model(), array, affine=image.affine)
+    assert np.array_equal(voxels(found), voxels(segment(known_model(), image)))
+    assert np.array_equal(found.affine, image.affine)
+    with pytest.raises(ValueError, match="come with its affine"):
+        segment(known_model(), array)
+
+
 @BOTH
 def test_landmark_keeps_its_millimetres(settings):
     """The centre of mass of a small bright ball, in patient mm, before and after; sub-voxel."""
