@@ -42,7 +42,7 @@ SETTINGS = {  # name → (options for prepare.py, options for train.py)
 @dataclass
 class Config:
     cases: int = 30  # phantoms: 60 % train, 10 % watch, 30 % are never seen
-    epochs: tuple[int, int] = (100, 100)  # of the two settings; chosen to fill the minutes
+    epochs: tuple[int, int] = (150, 150)  # of the two settings; chosen to fill the minutes
     seed: int = 0  # of the weights and the order
     results: Path = ROOT / "benchmarks/results/tumours.json"  # JSON to write
 
