@@ -189,11 +189,14 @@ def read_volume(path: Path) -> nib.Nifti1Image:
 def read_label(
     path: Path, image: nib.Nifti1Image, known: dict[str, int] = LABEL_VALUES
 ) -> nib.Nifti1Image:
-    """Read the label map of `image`; a DICOM SEG is laid on its grid.
+    """Read the label map of `image`; a DICOM SEG, or the folder of one, is laid on its grid.
 
     `known` maps label names to values, see `segment_values`; of a SEG, `extra["segments"]` has the
     values of its names.
     """
+    if path.is_dir():
+        inside = [file for file in path.iterdir() if file.is_file() and is_dicom(file)]
+        path = inside[0] if len(inside) == 1 else path
     if path.is_dir() or not is_dicom(path):
         return read_volume(path)
     import highdicom

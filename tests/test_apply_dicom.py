@@ -205,6 +205,13 @@ def test_real_series_with_a_stray_picture(tmp_path):
     assert "no StudyInstanceUID" in reason and not (tmp_path / "bare.dcm").exists()
 
 
+def test_a_folder_with_a_seg_is_that_seg(tmp_path):
+    image, label = series_with_seg(tmp_path)
+    (tmp_path / "outline").mkdir()
+    (tmp_path / "ct_label.dcm").rename(tmp_path / "outline" / "a.dcm")
+    assert np.array_equal(voxels(read_label(tmp_path / "outline", image)), voxels(label))
+
+
 def test_the_3d_view_compares_with_a_dicom_seg(tmp_path):
     import visualize_3d
 
