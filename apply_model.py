@@ -54,6 +54,7 @@ from utilities import (
     add_legend,
     atomic_write,
     autocast,
+    bounding_box,
     build_network,
     case_name,
     class_colour,
@@ -389,16 +390,6 @@ def organs_of(names: Sequence[str]) -> dict[int, list[int]]:
         elif not is_tumour(name):
             organs[index] = []
     return organs
-
-
-def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """Smallest box around what is True; of no voxels where nothing is."""
-    box = [slice(0, size) for size in mask.shape]
-    for axis in reversed(range(mask.ndim)):  # each axis looks at what the ones before left
-        others = tuple(other for other in range(mask.ndim) if other != axis)
-        used = np.flatnonzero(mask[tuple(box)].any(axis=others))
-        box[axis] = slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 0)
-    return tuple(box)
 
 
 def clean(

@@ -835,8 +835,7 @@ def count_per_slice(label: np.ndarray, values: Sequence[int]) -> dict[int, np.nd
 def body_box(image: np.ndarray, label: np.ndarray) -> tuple[slice, slice]:
     """In-plane box around what is denser than lung, in HU, and around all foreground."""
     body = (image > BODY_HU).any(axis=2) | (label > 0).any(axis=2)
-    used = [np.flatnonzero(body.any(axis=axis)) for axis in (1, 0)]
-    return tuple(slice(int(u[0]), int(u[-1]) + 1) if u.size else slice(None) for u in used)
+    return utilities.bounding_box(body) if body.any() else (slice(None), slice(None))
 
 
 def subvolume(

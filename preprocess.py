@@ -86,41 +86,38 @@ INDICES = f"{LABEL}_indices"  # where the voxels of each class lie, for balanced
 # ---------------------------------------------------------------------------------------
 
 
-class SlicesToChannelsd(MapTransform):
+class EachKeyd(MapTransform):
+    """A dictionary transform that does `one(key, value)` for each of its keys."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return {**data, **{key: self.one(key, data[key]) for key in self.key_iterator(data)}}
+
+
+class SlicesToChannelsd(EachKeyd):
     """(1, X, Y, Z) → (Z, X, Y): MONAI's 2D transforms then treat all slices alike, each in plane.
 
     A 3D interpolation would mix slices by rounding, and would straighten a sheared grid. The affine
     becomes the 3×3 map from pixel to in-plane millimetres; the meta data keep the third spacing.
     """
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        result = dict(data)
-        for key in self.key_iterator(result):
-            volume = result[key]
-            has_affine = isinstance(volume, MetaTensor)
-            plain = volume.as_tensor() if has_affine else volume
-            slices = plain[0].permute(2, 0, 1).contiguous()
-            if has_affine:
-                x, y, z = volume.affine[:3, :3].norm(dim=0).tolist()  # mm per voxel
-                in_plane = torch.diag(torch.tensor([x, y, 1.0], dtype=torch.float64))
-                slices = MetaTensor(slices, affine=in_plane, meta={SLICE_MM: z})
-            result[key] = slices
-        return result
+    def one(self, key: Hashable, volume: torch.Tensor) -> torch.Tensor:
+        if not isinstance(volume, MetaTensor):
+            return volume[0].permute(2, 0, 1).contiguous()
+        x, y, z = volume.affine[:3, :3].norm(dim=0).tolist()  # mm per voxel
+        in_plane = torch.diag(torch.tensor([x, y, 1.0], dtype=torch.float64))
+        slices = volume.as_tensor()[0].permute(2, 0, 1).contiguous()
+        return MetaTensor(slices, affine=in_plane, meta={SLICE_MM: z})
 
 
-class ChannelsToSlicesd(MapTransform):
+class ChannelsToSlicesd(EachKeyd):
     """(Z, X, Y) → (1, X, Y, Z), the way back; a plain tensor without affine."""
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        result = dict(data)
-        for key in self.key_iterator(result):
-            slices = result[key]
-            slices = slices.as_tensor() if isinstance(slices, MetaTensor) else slices
-            result[key] = slices.permute(1, 2, 0)[None].contiguous()
-        return result
+    def one(self, key: Hashable, slices: torch.Tensor) -> torch.Tensor:
+        plain = slices.as_tensor() if isinstance(slices, MetaTensor) else slices
+        return plain.permute(1, 2, 0)[None].contiguous()
 
 
-class SliceSpacingd(MapTransform):
+class SliceSpacingd(EachKeyd):
     """Resample (Z, X, Y) along the slices to `spacing` in mm, from the centre of the first slice.
 
     Between slices the image is interpolated linearly, the label is that of the nearest one.
@@ -130,26 +127,16 @@ class SliceSpacingd(MapTransform):
         super().__init__(keys, **kwargs)
         self.spacing = spacing
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        result = dict(data)
-        for key in self.key_iterator(result):
-            slices = result[key]
-            position, size = slice_positions(len(slices), slices.meta[SLICE_MM], self.spacing)
-            if key == LABEL:
-                result[key] = slices[position.round().astype(int).clip(0, size - 1)]
-            else:
-                weights = interpolation_matrix(position, size).to(slices.as_tensor())
-                result[key] = torch.einsum("wz,zxy->wxy", weights, slices.as_tensor())
-        return result
+    def one(self, key: Hashable, slices: MetaTensor) -> torch.Tensor:
+        size, slice_mm, plain = len(slices), slices.meta[SLICE_MM], slices.as_tensor()
+        count = round((size - 1) * slice_mm / self.spacing) + 1
+        position = np.arange(count) * (self.spacing / slice_mm)
+        if key == LABEL:
+            return plain[position.round().astype(int).clip(0, size - 1)]
+        return torch.einsum("wz,zxy->wxy", interpolation_matrix(position, size).to(plain), plain)
 
 
-def slice_positions(slices: int, slice_mm: float, spacing: float) -> tuple[np.ndarray, int]:
-    """Where the resampled slices lie among `slices` that are `slice_mm` apart, and `slices`."""
-    count = round((slices - 1) * slice_mm / spacing) + 1
-    return np.arange(count) * (spacing / slice_mm), slices
-
-
-class ValuesToClassesd(MapTransform):
+class ValuesToClassesd(EachKeyd):
     """Raw label values → class indices 0, 1, 2, … in the order of `labels` (name → raw values).
 
     A value that no class names becomes background: an organ that is not asked for.
@@ -159,16 +146,12 @@ class ValuesToClassesd(MapTransform):
         super().__init__(keys, **kwargs)
         self.labels = labels
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        result = dict(data)
-        for key in self.key_iterator(result):
-            raw = result[key]
-            classes = torch.zeros_like(raw)
-            for index, values in enumerate(self.labels.values()):
-                for value in values:
-                    classes[raw == value] = index
-            result[key] = classes
-        return result
+    def one(self, key: Hashable, raw: torch.Tensor) -> torch.Tensor:
+        classes = torch.zeros_like(raw)
+        for index, values in enumerate(self.labels.values()):
+            for value in values:
+                classes[raw == value] = index
+        return classes
 
 
 def divide_by_maximum(slices: torch.Tensor) -> torch.Tensor:

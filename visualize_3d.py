@@ -46,6 +46,7 @@ from utilities import (
     TRUTH_COLOUR,
     InputError,
     atomic_write,
+    bounding_box,
     case_name,
     command_line,
     grey_window,
@@ -200,7 +201,7 @@ class Case:
         if path is None:
             hu = np.take(np.float32(STAND_IN_HU), labels, mode="clip")
         else:
-            box = foreground_box(np.asarray(self.labels.dataobj))
+            box = bounding_box(np.asarray(self.labels.dataobj) > 0)
             image = self.on_grid(read_ras(path), path).slicer[box]
             hu = np.where(labels > 0, image.dataobj, np.float32(AIR_HU))
         return nib.Nifti1Image(hu, self.organ.affine)
@@ -300,14 +301,6 @@ class PatientVolume(vedo.Volume):
         return super().mode(mode)
 
 
-def foreground_box(labels: np.ndarray) -> tuple[slice, slice, slice]:
-    """Smallest box that holds all labels above 0; labels: (X, Y, Z) with at least one."""
-    foreground = labels > 0
-    seen = [np.flatnonzero(foreground.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
-    x, y, z = (slice(int(index[0]), int(index[-1]) + 1) for index in seen)
-    return x, y, z
-
-
 def crop(labels: nib.Nifti1Image, path: Path) -> nib.Nifti1Image:
     """`labels` around its foreground; InputError when there is none."""
     array = np.asarray(labels.dataobj)
@@ -316,7 +309,7 @@ def crop(labels: nib.Nifti1Image, path: Path) -> nib.Nifti1Image:
             f"{path}: the label map is empty (no voxel above 0), so there is no organ to draw; "
             "look at the scan with --mode slices"
         )
-    return labels.slicer[foreground_box(array)]
+    return labels.slicer[bounding_box(array > 0)]
 
 
 def class_meshes(
