@@ -1295,7 +1295,8 @@ def add_legend(figure: Any, class_names: Sequence[str], truth: bool) -> None:
     for value, name in enumerate(class_names, start=1):
         lines[f"predicted {name}"] = class_colour(value)
     handles = [Line2D([], [], color=colour, label=text) for text, colour in lines.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    columns = max(1, min(len(handles), int(figure.get_figwidth() // 2)))  # an entry takes 2 inches
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def planes_figure(

@@ -85,3 +85,17 @@ def test_curves_mark_the_best_epoch(tmp_path):
     assert "best.pt (epoch 2)" in labels
     save_figure(figure, tmp_path / "curves.png")
     assert len(pixels_of(imread(tmp_path / "curves.png"), "#0072B2")) > 100
+
+
+def test_a_legend_fits_into_a_narrow_figure():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.subplots()
+    add_legend(figure, ["liver", "tumour"], truth=True)
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
