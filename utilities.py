@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
 import math
 import os
 import pickle
@@ -49,7 +50,14 @@ HU_WINDOW = (-200.0, 250.0)  # HU window of every picture for people (training h
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what, why, and what to do."""
+    """Something the user gave cannot be used; the message says what, why, and what to do.
+
+    `kind` names the finding of the check that this is, see `data.check`.
+    """
+
+    def __init__(self, message: str, kind: str = "unreadable") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 # ---------------------------------------------------------------------------------------
@@ -107,6 +115,42 @@ Labels = Annotated[  # type of a setting, on the command line: --labels liver=1 
         str_from_instance=lambda labels: [f"{n}={','.join(map(str, labels[n]))}" for n in labels],
     ),
 ]
+
+
+def read_json(path: Path, what: str = "a JSON object") -> Any:
+    """Content of a JSON file, with or without a byte order mark; InputError where it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: must be {what}, got {error}; correct it or remove it") from error
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write JSON whole or not at all; a Path is written as its text."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of a CSV file with these columns, separated by commas, semicolons or tabs (Excel)."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); save it as CSV in UTF-8") from error
+    first = text.partition("\n")[0]
+    separator = max(",;\t", key=first.count)
+    rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
+    if not rows or not set(columns) <= set(rows[0]):
+        raise InputError(f"{path}: must have the columns {','.join(columns)}, got {first!r}")
+    return rows
+
+
+def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write rows as CSV, whole or not at all; a column for every key that any row has."""
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def human_bytes(count: float) -> str:

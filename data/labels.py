@@ -1,0 +1,120 @@
+"""What the values of a label map mean: names, synonyms, classes, tumours. Names decide, not values.
+
+`Labels` maps a name to the raw values that stand for it: of a data set, one entry per label that it
+declares; of a network, one per class, in the order of its channels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from utilities import InputError
+
+Labels = dict[str, tuple[int, ...]]
+
+BACKGROUND = "background"
+# What is assumed of label maps that nothing describes: the values of LiTS and Decathlon Task03.
+USUAL_LABELS: Labels = {BACKGROUND: (0,), "liver": (1,), "tumour": (2,)}
+# What is learnt by default: a tumour is liver too. Names of labels, of which the data give the values.
+LIVER_WITH_TUMOURS = {"liver": ("liver", "tumour")}
+
+# Words that mean the same; a name is compared word by word.
+SYNONYMS = {
+    "tumour": (
+        "tumour", "tumor", "tumours", "tumors", "lesion", "lesions", "cancer", "metastasis",
+        "metastases", "neoplasm", "neoplasms", "hcc", "carcinoma", "mass",
+    ),
+    "liver": ("liver", "livers", "hepatic", "hepar", "leber", "foie", "higado", "parenchyma"),
+    BACKGROUND: ("background", "clear", "exterior", "unlabeled", "unlabelled"),
+}  # fmt: skip
+WORD = {word: name for name, words in SYNONYMS.items() for word in words}
+
+
+def name_words(name: str) -> list[str]:
+    """`"Liver_Tumor 01"` → `["liver", "tumour"]`: in small letters, without numbers, synonyms one.
+
+    Words that run together are parted where one of the table begins the name: `livertumor02`.
+    """
+    words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+    parted = []
+    for word in words:
+        head = next((w for w in ("liver", "hepatic") if word.startswith(w) and word != w), "")
+        parted += [head, word.removeprefix(head)] if word.removeprefix(head) in WORD else [word]
+    return list(dict.fromkeys(WORD.get(word, word) for word in parted if word))
+
+
+def common_name(name: str) -> str:
+    """The name under which synonyms meet: `Hepatic Lesion` and `liver tumor` are both `tumour`."""
+    words = name_words(name)
+    if set(words) == {"liver", "tumour"}:
+        words = ["tumour"]
+    return " ".join(words) or name.strip().lower()
+
+
+def is_tumour(name: str) -> bool:
+    """Whether a class is a tumour by its name: many pieces, inside the organ named before it."""
+    return "tumour" in name_words(name) or "metasta" in name.lower()
+
+
+def find_label(name: str, labels: Iterable[str]) -> str | None:
+    """The label of `labels` that `name` means: spelt the same, else in other letters, else by
+    synonyms; None where none or several do."""
+    names = list(labels)
+    for spell in (str, str.lower, common_name):
+        found = [other for other in names if spell(other) == spell(name)]
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+def find_values(words: Sequence[str], declared: Labels, setting: str) -> tuple[int, ...]:
+    """Raw values of some names (or values, as numbers) of a data set's labels.
+
+    Raises InputError, which lists what there is, for a name or value that `declared` lacks.
+    """
+    values: list[int] = []
+    known = {value for some in declared.values() for value in some}
+    for word in map(str, words):
+        label = find_label(word, declared)
+        if label is None and not (word.isdigit() and int(word) in known):
+            raise InputError(
+                f"{setting} {word}: is no label of these data, which declare "
+                f"{describe_labels(declared)}; name one of them"
+            )
+        values += declared[label] if label is not None else [int(word)]
+    return tuple(dict.fromkeys(values))
+
+
+def describe_labels(labels: Labels) -> str:
+    """`background = 0, liver = 1, 2` for messages."""
+    pairs = (f"{name} = {', '.join(map(str, values))}" for name, values in labels.items())
+    return "; ".join(pairs)
+
+
+def list_values(labels: Labels) -> list[int]:
+    """All raw values that are declared, in order."""
+    return sorted({value for values in labels.values() for value in values})
+
+
+def group_tumours(names: Sequence[str]) -> dict[int, list[int]]:
+    """Class index of each organ → those of the tumours in it, which follow it in `names`."""
+    organs: dict[int, list[int]] = {}
+    for index, name in enumerate(names, start=1):
+        if is_tumour(name) and organs:
+            organs[max(organs)].append(index)
+        elif not is_tumour(name):
+            organs[index] = []
+    return organs
+
+
+def index_classes(array: np.ndarray, classes: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """Raw label values (X, Y, Z) → class indices uint8 in the order of `classes`; others are 0."""
+    table = np.zeros(max(int(array.max(initial=0)) + 1, 256), np.uint8)
+    for index, values in enumerate(classes.values()):
+        for value in values if index else ():
+            if value < len(table):
+                table[value] = index
+    return np.take(table, array)
