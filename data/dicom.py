@@ -1,4 +1,4 @@
-"""The door for DICOM: a series → `Volume`, DICOM SEG ↔ label map. After it nobody asks for DICOM."""
+"""The door for DICOM: series → `Volume`, SEG ↔ label map. After it nobody asks for DICOM."""
 
 from __future__ import annotations
 

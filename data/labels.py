@@ -18,7 +18,7 @@ Labels = dict[str, tuple[int, ...]]
 BACKGROUND = "background"
 # What is assumed of label maps that nothing describes: the values of LiTS and Decathlon Task03.
 USUAL_LABELS: Labels = {BACKGROUND: (0,), "liver": (1,), "tumour": (2,)}
-# What is learnt by default: a tumour is liver too. Names of labels, of which the data give the values.
+# What is learnt by default: a tumour is liver too. The data give the values of these names.
 LIVER_WITH_TUMOURS = {"liver": ("liver", "tumour")}
 
 # Words that mean the same; a name is compared word by word.
@@ -86,6 +86,36 @@ def find_values(words: Sequence[str], declared: Labels, setting: str) -> tuple[i
             )
         values += declared[label] if label is not None else [int(word)]
     return tuple(dict.fromkeys(values))
+
+
+def resolve_classes(asked: Mapping[str, Sequence[str]], declared: Labels) -> Labels:
+    """Class name → raw values, background first, of class name → names (or values) of labels.
+
+    LIVER_WITH_TUMOURS, the default, takes tumours as far as the data declare them; a name that was
+    asked for by hand and is not there is an error.
+    """
+    if dict(asked) == LIVER_WITH_TUMOURS and find_label("tumour", declared) is None:
+        asked = {"liver": ("liver",)}
+    classes = {name: find_values(words, declared, "--labels") for name, words in asked.items()}
+    several = [v for v in list_values(classes) if sum(v in c for c in classes.values()) > 1]
+    if several or 0 in list_values(classes):
+        raise InputError(
+            f"--labels: {describe_labels(classes)}: each label belongs to one class, and the value "
+            "0 to the background; correct it"
+        )
+    return {BACKGROUND: (0,)} | classes
+
+
+def as_labels(content: Mapping[str, int | Sequence[int]]) -> Labels:
+    """Labels as they stand in JSON (a value or a list of values for each name)."""
+    return {
+        str(name): tuple(map(int, [v] if isinstance(v, int) else v)) for name, v in content.items()
+    }
+
+
+def as_plain(labels: Labels) -> dict[str, int | list[int]]:
+    """`Labels` for JSON: one value as a number, several as a list."""
+    return {name: v[0] if len(v) == 1 else list(v) for name, v in labels.items()}
 
 
 def describe_labels(labels: Labels) -> str:
