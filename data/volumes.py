@@ -250,7 +250,7 @@ class Volume:
         return image
 
     def write(self, path: Path, slope: float = 1.0) -> None:
-        """Write `.nii` or `.nii.gz` (isal, level 1) whole or not at all; same voxels give same bytes."""
+        """Write `.nii` or `.nii.gz` (isal, level 1) whole or not at all; same voxels, same bytes."""
         image = self.to_nibabel(slope)
         with atomic_write(path) as temporary, temporary.open("wb") as stream:
             if path.suffix == ".gz":  # no name and no time in the file

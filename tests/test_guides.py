@@ -1,6 +1,6 @@
-"""The README's guides are followed to the letter: recipes, another organ, MR, own labels, DICOM.
+"""The guides in docs/ are followed to the letter: recipes, another organ, MR, own labels, DICOM.
 
-Each command is read from the README, and made small by options that are added to it. It runs in
+Each command is read from its page, and made small by options that are added to it. It runs in
 this process, through the same `command_line` as the script, because starting Python twenty times
 would take longer than the work.
 """
@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import README, commands
+from documents import PAGES, commands, first_block
 from monai.losses import DiceLoss
 from test_prepare_dicom import write_seg, write_series
 
@@ -69,12 +69,6 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def block(section: str, language: str) -> str:
-    """The first code block of a section in some language."""
-    text = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
-    return re.search(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)[1]
-
-
 def link(folder: Path, target: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.symlink_to(target)
@@ -90,7 +84,7 @@ def test_recipes(raw_phantoms, prepared, tmp_path, monkeypatch):
     link(tmp_path / "data/raw", raw_phantoms)
     link(tmp_path / "data/prepared", prepared)
     used = set()
-    for line in commands("Recipes"):
+    for line in commands("docs/recipes.md"):
         small = {"prepare.py": "--workers 1", "apply_model.py": "--device cpu"}
         for name in (word for word in line.split() if word in train.RECIPES):
             used.add(name)
@@ -99,7 +93,7 @@ def test_recipes(raw_phantoms, prepared, tmp_path, monkeypatch):
             small["train.py"] = f"{sizes} {NETWORK} --max-epochs 1 --batch-size 8"
         follow(line, small[line.split()[1]])
     assert used == set(list(train.RECIPES)[1:])  # the first one is `python train.py` alone
-    table = README.split("\n## Recipes\n")[1].split("\n## ")[0]
+    table = PAGES["docs/recipes.md"]
     assert all(f"| `{name}`" in table for name in train.RECIPES)
     assert set(load_checkpoint(Path("checkpoints/liver-tumour-ce/best.pt"))["labels"]) == {
         "background", "liver", "tumour"
@@ -183,8 +177,8 @@ def as_mr(hu: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def test_another_organ_or_mr(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    section = "Another organ, or MR"
-    lines = commands(section)
+    page = "docs/organs_and_mr.md"
+    lines = commands(page)
     for line in lines:
         small = SPLEEN[line.split()[1]]
         if "data/mr" in line and not Path("data/mr").exists():
@@ -201,7 +195,7 @@ def test_another_organ_or_mr(tmp_path, monkeypatch, capsys):
             line = line.replace("results/spleen/phantom_000", str(first))
         follow(line, small)
         if "make_phantoms" in line:  # as the README says for scans of one's own
-            Path("data/spleen/raw/dataset.json").write_text(block(section, "json"))
+            Path("data/spleen/raw/dataset.json").write_text(first_block(page, "json"))
     (spleen,), (mr,) = rows(Path("results/spleen")), rows(Path("results/mr"))
     assert float(spleen["spleen_dice"]) > 0.6
     assert "liver" not in spleen["warnings"] + told
@@ -212,7 +206,7 @@ def test_another_organ_or_mr(tmp_path, monkeypatch, capsys):
 
 def test_a_recipe_of_ones_own(tmp_path, monkeypatch, raw_phantoms, prepared):
     """The README's lines, added to RECIPES; on the liver phantoms, which are there."""
-    added = eval("{" + block("Another organ, or MR", "python") + "}", vars(train))
+    added = eval("{" + first_block("docs/organs_and_mr.md", "python") + "}", vars(train))
     monkeypatch.setitem(train.RECIPES, *next(iter(added.items())))
     (name,) = added
     monkeypatch.chdir(tmp_path)
@@ -253,7 +247,7 @@ def test_label_your_own_scans(first, tmp_path, monkeypatch):
     shutil.copytree(source / "imagesTr", "data/own/imagesTr")
     slices = write_dicom(source)
     voxels_in = 0
-    for line in commands("Label your own scans"):
+    for line in commands("docs/labelling.md"):
         follow(line, {"train.py": f"{SUBVOLUMES} {NETWORK} --max-epochs 1"}.get(
             line.split()[1], "--device cpu" if "apply_model" in line else "--workers 1"
         ))  # fmt: skip
@@ -312,8 +306,7 @@ def correct_dicom(source: Path, slices: dict[str, list]) -> None:
 
 def test_what_the_figures_of_other_projects_are_worth(real_ct):
     """The README's numbers, computed again: whole label maps, and their slices with liver."""
-    _, text = README.split("\n## Coming from another project\n")
-    text = text.split("\n## ")[0]
+    text = PAGES["docs/other_projects.md"]
     whole, slices, tumours = [], [], []
     for path in sorted((real_ct / "labelsTr").glob("*.nii.gz")):
         raw = voxels(read_volume(path))
@@ -339,5 +332,5 @@ def test_one_minus_dice_loss_flatters():
     half[:, :, :1150] = 0
     loss = DiceLoss(to_onehot_y=True)
     scores = [1 - float(loss(torch.cat([1 - p, p], 1), label)) for p in (0 * label, half)]
-    _, text = README.split("\n## Coming from another project\n")
+    text = PAGES["docs/other_projects.md"]
     assert f"{scores[0]:.3f} for an empty prediction; {scores[1]:.3f} for half of the liver" in text

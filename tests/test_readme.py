@@ -1,14 +1,13 @@
-"""Every command of the README is run, in its order, in an empty folder; made small by options."""
+"""Every command of the README is run, in its order, in an empty folder; every link leads somewhere."""
 
 import re
 import shlex
 import shutil
 from pathlib import Path
 
-from conftest import ROOT, commands, run_script
-
-# Sections that tests/test_guides.py follows.
-GUIDES = ("Recipes", "Another organ, or MR", "Label your own scans")
+import pytest
+from conftest import ROOT, run_script
+from documents import PAGES, commands, find_links
 
 # What makes a command small. The command itself is the README's.
 SMALL = {
@@ -19,7 +18,41 @@ SMALL = {
     "--learning-rate 5e-3",
     "apply_model.py": "",
     "visualize_3d.py": "--screenshot view.png",
+    "data.check": "",
+    "data.evaluate": "",
+    "data.dicom": "",
 }
+WORDS = 1500  # so that the README fits on a desk
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].split()) <= WORDS
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """Files exist, and headings are there."""
+    for target in find_links(page):
+        file, _, heading = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), f"{page}: {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)", path.read_text(), flags=re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in slugs, f"{page}: {target}"
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    reached, pending = set(), ["README.md"]
+    while pending:
+        page = pending.pop()
+        reached.add(page)
+        for target in find_links(page):
+            path = ((ROOT / page).parent / target.partition("#")[0]).resolve()
+            name = path.relative_to(ROOT).as_posix()
+            if name in PAGES and name not in reached:
+                pending.append(name)
+    assert reached == set(PAGES)
 
 
 def test_the_readme_knows_the_two_commands_of_the_makefile():
@@ -32,7 +65,7 @@ def test_the_readme_knows_the_two_commands_of_the_makefile():
 def test_every_command_of_the_readme_runs(tmp_path: Path):
     """The whole path of a user: phantoms, prepare, look, train, apply, see, resume."""
     (tmp_path / "data").mkdir()
-    for line in commands(without=GUIDES):
+    for line in commands():
         program, *words = shlex.split(line)
         if program == "make":
             continue
@@ -42,10 +75,12 @@ def test_every_command_of_the_readme_runs(tmp_path: Path):
         words = [
             segmented_case(tmp_path) if word.startswith("results/ph") else word for word in words
         ]
-        script, *options = words
+        module = words[:1] == ["-m"]
+        script, *options = words[module:]
         assert script in SMALL, f"unknown script: {line}"
         small = without_given(SMALL[script], options)
-        done = run_script(ROOT / script, *options, *small, cwd=tmp_path)
+        start = ["-m", script] if module else [ROOT / script]
+        done = run_script(*start, *options, *small, cwd=tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     for promised in promised_files():
         assert list(tmp_path.glob(promised)), promised

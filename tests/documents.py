@@ -1,0 +1,30 @@
+"""README.md and docs/*.md, and the commands in them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+         for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}  # fmt: skip
+
+
+def commands(page: str = "README.md") -> list[str]:
+    """The commands of a page in order: the lines of its bash blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", PAGES[page], flags=re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def first_block(page: str, language: str) -> str:
+    """The first code block of a page in some language."""
+    found = re.search(rf"```{language}\n(.*?)```", PAGES[page], flags=re.DOTALL)
+    assert found, f"{page} has no block in {language}"
+    return found[1]
+
+
+def find_links(page: str) -> list[str]:
+    """Targets of the links and pictures of a page, without those on the web."""
+    targets = re.findall(r"\]\(([^)]+)\)", PAGES[page])
+    return [target for target in targets if "://" not in target]
