@@ -8,7 +8,6 @@ would take longer than the work.
 import csv
 import importlib
 import json
-import re
 import shlex
 import shutil
 import sys

@@ -1,59 +1,92 @@
-"""The house rules that a reader relies on: where things are, and that importing does no work."""
+"""The house rules that a reader relies on: where things are, how long, and that arrows run down."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 SCRIPTS = ("prepare", "preprocess", "utilities", "train", "apply_model", "visualize_3d")
-ALLOWED = {
-    "utilities": set(),
-    "prepare": {"utilities"},
-    "preprocess": {"utilities"},
-    "train": {"utilities", "preprocess"},
-    "apply_model": {"utilities", "preprocess"},
-    "visualize_3d": {"utilities"},
-}
+FLOORS = (  # imports run down only
+    ("utilities",),
+    ("data.volumes", "data.labels"),
+    ("data.dicom", "data.make_phantoms"),
+    ("data.seg",),
+    ("data.cases",),
+    ("data.layouts",),
+    ("data.check", "data.evaluate"),
+    ("prepare", "preprocess", "visualize_3d"),
+    ("train", "apply_model"),
+)
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+SIX = [ROOT / f"{name}.py" for name in SCRIPTS]
+STORE = [path for path in (ROOT / "data").glob("*.py") if path.stem != "make_phantoms"]
+SOURCES = [*SIX, *STORE]
 
 
-def imported_scripts(path: Path) -> set[str]:
-    """Sibling scripts that a module imports, except where it runs as a script or only for types."""
-    tree = ast.parse(path.read_text())
-    guarded = {
-        child
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) in GUARDS
-        for child in ast.walk(node)
-    }
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of this project that a module imports, anywhere in it."""
     names = set()
-    for node in ast.walk(tree):
-        if node in guarded:
-            continue
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-GUARDS = ("__name__ == '__main__'", "TYPE_CHECKING")
+def name_module(path: Path) -> str:
+    return f"data.{path.stem}" if path.parent.name == "data" else path.stem
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_imports_run_one_way(script):
-    imported = imported_scripts(ROOT / f"{script}.py")
-    assert imported & set(SCRIPTS) <= ALLOWED[script]
-    assert "vedo" not in imported or script == "visualize_3d"
+def functions_of(path: Path) -> Iterator[ast.FunctionDef]:
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef):
+            yield node
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_importing_does_no_work(script, tmp_path):
+# ---------------------------------------------------------------------------------------
+# Rooms and arrows
+# ---------------------------------------------------------------------------------------
+
+
+def test_only_the_six_modules_and_the_store_room():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(SCRIPTS)
+    folders = {path.parent.relative_to(ROOT).parts[0] for path in ROOT.glob("[a-z]*/*.py")}
+    assert folders <= {"data", "tests", "benchmarks"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_module)
+def test_imports_run_down_only(path):
+    """No circle and no exception: each module imports modules of lower floors alone."""
+    if path.stem == "__init__":
+        assert path.read_text() == ""
+        return
+    mine, imported = FLOOR[name_module(path)], imported_modules(path) & set(FLOOR)
+    assert all(FLOOR[other] < mine for other in imported), imported
+    assert "vedo" not in imported_modules(path) or path.stem == "visualize_3d"
+
+
+def test_no_test_imports_another():
+    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    for path in (ROOT / "tests").glob("*.py"):
+        assert not imported_modules(path) & tests, path.name
+
+
+@pytest.mark.parametrize("module", [name_module(path) for path in SOURCES if path.stem[0] != "_"])
+def test_importing_does_no_work(module, tmp_path):
     """No print, no file, no device picked; torch's CUDA is not touched."""
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script}\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {module}\n"
         "torch = sys.modules.get('torch')\n"
         "assert torch is None or not torch.cuda.is_initialized()"
     )
@@ -64,5 +97,85 @@ def test_importing_does_no_work(script, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_the_six_modules():
-    assert {path.stem for path in ROOT.glob("*.py")} == set(SCRIPTS)
+# ---------------------------------------------------------------------------------------
+# Sizes
+# ---------------------------------------------------------------------------------------
+
+
+def count_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_files_stay_short():
+    six = {path.name: count_lines(path) for path in SIX}
+    assert sum(six.values()) <= 4200, six
+    assert max(six.values()) <= 970, six
+    store = {path.name: count_lines(path) for path in STORE}
+    assert max(store.values()) <= 400, store
+
+
+def test_functions_stay_short():
+    lengths = {
+        f"{path.name}:{node.name}": node.end_lineno - node.lineno + 1
+        for path in SOURCES
+        for node in functions_of(path)
+    }
+    long = {name: length for name, length in lengths.items() if length > 40}
+    assert len(long) <= 0.02 * len(lengths), long
+    assert max(lengths.values()) <= 60, long
+
+
+def test_functions_take_few_parameters():
+    """`save_checkpoint`'s keywords are the checkpoint's schema; dataclasses are lists of settings."""
+    for path in SOURCES:
+        for node in functions_of(path):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = len([argument for argument in given if argument.arg not in ("self", "cls")])
+            assert count <= 8 or node.name == "save_checkpoint", f"{path.name}:{node.name}"
+
+
+# ---------------------------------------------------------------------------------------
+# One home for each thing
+# ---------------------------------------------------------------------------------------
+
+HOMES = {  # what → (pattern of its definition or use, the only files that may hold it)
+    "asking whether something is DICOM": (r"\bis_dicom\b|b\"DICM\"", {"dicom.py", "cases.py"}),
+    "grids compared": (r"def lay_on_grid\b", {"cases.py"}),
+    "finding scans": (r"def find_scans\b", {"cases.py", "layouts.py"}),
+    "hashing inputs": (r"def hash_inputs\b", {"cases.py"}),
+    "JSON read": (r"json\.loads?\(", {"utilities.py"}),
+    "CSV read": (r"csv\.DictReader\b", {"utilities.py"}),
+    "CSV written": (r"csv\.DictWriter\b", {"utilities.py"}),
+    "raw value → class": (r"def index_classes\b", {"labels.py"}),
+    "which class is a tumour": (r"def is_tumour\b", {"labels.py"}),
+    "tumour by its words": (r"[\"']tumor[\"']", {"labels.py"}),
+    "class colour": (r"def class_colour\b", {"utilities.py"}),
+    "slice with most foreground": (r"def find_busiest_slice\b", {"utilities.py"}),
+    "outlines drawn": (r"\.contour\(", {"utilities.py"}),
+    "HU judged": (r"8 bits cannot hold HU", {"check.py"}),
+    "nibabel reads": (r"\bnib\.load\(", {"volumes.py"}),
+}
+
+
+@pytest.mark.parametrize("what", HOMES)
+def test_each_thing_has_one_home(what):
+    pattern, homes = HOMES[what]
+    found = {path.name for path in SOURCES if re.search(pattern, path.read_text())}
+    assert found <= homes, f"{what}: also in {found - homes}"
+    assert found, f"{what}: nowhere, so this test tells nothing any more"
+
+
+def test_no_affine_stands_beside_an_array():
+    """A volume carries its own; only what makes one, or compares two, takes an affine."""
+    inside = {"volumes.py", "itk_files.py", "dicom.py", "seg.py", "make_phantoms.py"}
+    for path in SOURCES:
+        for node in functions_of(path):
+            names = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
+            if "affine" in names and path.name not in inside:
+                assert node.name in ("__init__", "_with_grid"), f"{path.name}:{node.name}"
+
+
+def test_the_functions_that_the_pipeline_is_known_for_are_in_use():
+    for name in ("show_patient", "dice_metric"):
+        users = [path.name for path in SOURCES if re.search(rf"\b{name}\(", path.read_text())]
+        assert len(users) > 1, f"{name} is used in {users}"
