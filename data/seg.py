@@ -26,11 +26,11 @@ from data.headers import (
     read_whole,
 )
 from data.labels import WORD, Labels, find_label, index_classes, is_tumour, name_words
-from data.series import FRAME_TOLERANCE
 from data.volumes import TO_LPS, Volume
 from utilities import InputError, atomic_write, class_colour
 
 SEGMENT_VALUE = "label value {}"  # in a DICOM SEG, whose own numbers must run from 1
+TOLERANCE = 0.2  # voxels that a frame may lie beside the voxels of its scan: no shift by a half
 TOLD_APART = 0.01  # voxels from which on it is told that a frame lies beside its slice
 # What a segment is (SegmentedPropertyTypeCode: SNOMED CT, SNOMED RT) where its label does not say.
 CODES = {
@@ -66,6 +66,8 @@ def _list_segments(header: Any, file: Path) -> list[tuple[int, str, int | None]]
         told = re.fullmatch(
             SEGMENT_VALUE.format(r"(\d{1,5})"), read_text(item, "SegmentDescription")
         )
+        if number == 0:  # LABELMAP describes its background too
+            continue
         segments.append((number, _name_segment(item, number), int(told[1]) if told else None))
     if not segments:
         raise InputError(
@@ -199,7 +201,7 @@ def _list_frames(path: Path, header: Any, scan: Volume) -> list[Frame]:
         steps = to_voxel[:3, :3] @ (axes.T * spacing)
         whole, there = np.rint(steps), np.rint(first)
         off = np.abs(first - there) + np.abs(steps - whole) @ [columns - 1, rows - 1]
-        if off.max() > FRAME_TOLERANCE or not np.array_equal(whole.T @ whole, np.eye(2)):
+        if off.max() > TOLERANCE or not np.array_equal(whole.T @ whole, np.eye(2)):
             raise _wrong_grid(path, scan, f"frames lie up to {off.max():.2g} voxels beside it")
         number = read_numbers(what, path, "ReferencedSegmentNumber", default=[0])[0]
         across, down = whole.astype(int).T[:, :, None]

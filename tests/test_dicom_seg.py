@@ -1,34 +1,55 @@
-"""DICOM out of apply_model.py and back in: the same voxels, names and slices."""
+"""DICOM SEG in and out: the same voxels, names and slices; of another scan, or torn: refused."""
 
-import json
+import io
+import re
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from conftest import SHARED_DATA
-from test_prepare import ras_arrays, run
-from test_prepare_dicom import write_seg, write_series
+from conftest import SHARED_DATA, random_affine
+from helpers import (
+    SECRETS,
+    build_phantom_seg,
+    put_raw,
+    ras_arrays,
+    save,
+    write_phantom_seg,
+    write_phantom_series,
+)
+from pydicom.sr.codedict import codes
 
-import apply_model
-from utilities import InputError, like, read_label, read_volume, voxels
+import data.seg
+from data.dicom import find_dicom, read_seg, read_series, write_seg, write_series
+from data.labels import USUAL_LABELS
+from data.volumes import Volume, read_file
+from utilities import InputError
 
 CLASSES = {"background": (0,), "liver": (1,), "tumour": (2,)}
 
 
-def series_with_seg(folder: Path, label=None, classes=CLASSES) -> tuple[nib.Nifti1Image, ...]:
-    """A phantom's series and the DICOM SEG of its label, as apply_model.py writes it."""
-    scan, truth = ras_arrays(0)
-    write_series(folder / "ct", scan, SeriesNumber=3)
-    image = read_volume(folder / "ct")
-    label = like(image, (truth if label is None else label)[::-1, ::-1].astype(np.uint8))
-    assert apply_model.write_dicom_seg(label, image, classes, folder / "ct_label.dcm") == []
+def make_series(folder: Path, **changes) -> tuple[Volume, np.ndarray, list[pydicom.Dataset]]:
+    """A phantom's series as it is read, its label map (RAS) and its slices."""
+    scan, label = ras_arrays(0)
+    slices = write_phantom_series(folder, scan, SeriesNumber=3, **changes)
+    return read_series(folder), label.astype(np.uint8), slices
+
+
+def make_seg(folder: Path, label=None, classes=CLASSES) -> tuple[Volume, Volume]:
+    """A phantom's series and the DICOM SEG of its label map, as `write_seg` writes it."""
+    image, truth, _ = make_series(folder / "ct")
+    label = image.from_ras(truth if label is None else label.astype(np.uint8))
+    assert write_seg(label, image, classes, folder / "ct_label.dcm") == []
     return image, label
 
 
+# ---------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------
+
+
 def test_a_dicom_seg_says_what_it_is_and_where(tmp_path):
-    _, label = series_with_seg(tmp_path)
+    _, label = make_seg(tmp_path)
     assert not list(tmp_path.glob(".*"))
     seg = pydicom.dcmread(tmp_path / "ct_label.dcm")
     slices = {h.SOPInstanceUID: h for h in map(pydicom.dcmread, (tmp_path / "ct").iterdir())}
@@ -38,13 +59,13 @@ def test_a_dicom_seg_says_what_it_is_and_where(tmp_path):
     for key in ("StudyInstanceUID", "FrameOfReferenceUID", "PatientID"):
         assert seg[key].value == first[key].value
     liver, tumour = seg.SegmentSequence
-    codes = [s.SegmentedPropertyTypeCodeSequence[0] for s in (liver, tumour)]
+    found = [s.SegmentedPropertyTypeCodeSequence[0] for s in (liver, tumour)]
     assert [(s.SegmentNumber, s.SegmentLabel) for s in (liver, tumour)] == [
         (1, "liver"), (2, "tumour")
     ]  # fmt: skip
-    assert [code.CodeValue for code in codes] == ["10200004", "108369006"]
+    assert [code.CodeValue for code in found] == ["10200004", "108369006"]
     frames = seg.pixel_array
-    array = voxels(label)
+    array = label.read()
     counted = 0
     for frame, content in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True):
         source = content.DerivationImageSequence[0].SourceImageSequence[0]
@@ -58,132 +79,241 @@ def test_a_dicom_seg_says_what_it_is_and_where(tmp_path):
     assert counted == np.count_nonzero(array)
 
 
-OTHER_VALUES = {"background": (0,), "spleen": (9,), "liver": (1,), "Left Kidney": (4,)}
-
-
-@pytest.mark.parametrize("classes", [CLASSES, OTHER_VALUES], ids=["liver", "any values"])
-def test_prepare_reads_the_written_seg_as_it_reads_the_nifti(tmp_path, classes):
-    """The same sub-volumes bit for bit, though a SEG's own numbers must run from 1."""
-    raw = tmp_path / "raw"
-    values = np.array([v[0] for v in classes.values()] + [0] * 3, np.uint8)
-    _, label = series_with_seg(raw, values[ras_arrays(0)[1]], classes)
-    use = {"foreground": tuple(v for v in values.tolist() if v), "training": 1, "validation": 0}
-    of_seg = run(raw, destination=tmp_path / "seg", test=0, **use)
-    for name, value in classes.items():
-        assert of_seg["labels"][name] == value[0]
-    (raw / "ct_label.dcm").unlink()
-    nib.save(label, raw / "ct_label.nii.gz")
-    of_nifti = run(raw, destination=tmp_path / "nifti", test=0, **use)
-    assert of_seg["subvolumes"] and len(of_seg["subvolumes"]) == len(of_nifti["subvolumes"])
-    for one, other in zip(of_seg["subvolumes"], of_nifti["subvolumes"], strict=True):
-        a, b = (nib.load(tmp_path / f / e["label"]) for f, e in (("seg", one), ("nifti", other)))
-        assert np.array_equal(voxels(a), voxels(b)) and np.array_equal(a.affine, b.affine)
-        for key, number in other["voxels_per_label"].items():
-            assert one["voxels_per_label"][key] == number
-
-
 def test_nothing_found_is_a_sound_seg_too(tmp_path):
-    image, label = series_with_seg(tmp_path, np.zeros_like(ras_arrays(0)[1]))
-    again = read_label(tmp_path / "ct_label.dcm", image)
-    assert again.shape == label.shape and not voxels(again).any()
-
-
-def test_a_series_in_and_a_seg_out_and_in_again_as_truth(checkpoint, tmp_path, capsys):
-    scan, _ = ras_arrays(0)
-    write_series(tmp_path / "scans" / "ct", scan)
-    nifti = nib.Nifti1Image(scan, np.diag([5.0, 5, 5, 1]))
-    nib.save(nifti, tmp_path / "scans" / "other.nii.gz")
-    use = {"checkpoint": checkpoint, "device": "cpu", "dicom_seg": True}
-    apply_model.main(apply_model.Config((tmp_path / "scans",), destination=tmp_path / "out", **use))
-    rows = json.loads((tmp_path / "out" / "results.json").read_text())
-    reason = "no DICOM SEG: the scan is no DICOM series"
-    assert {row["case"]: reason in row["warnings"] for row in rows} == {"ct": False, "other": True}
-    made = tmp_path / "out" / "ct" / "ct_label.dcm"
-    assert [path.name for path in (tmp_path / "out").rglob("*.dcm")] == ["ct_label.dcm"]
-    image = read_volume(tmp_path / "scans" / "ct")
-    found = voxels(read_label(made, image))
-    assert found.any()
-    assert np.array_equal(found, voxels(nib.load(made.with_suffix(".nii.gz"))))
-    apply_model.main(
-        apply_model.Config(
-            (tmp_path / "scans" / "ct",), truth=(made,), destination=tmp_path / "again", **use
-        )
-    )
-    (row,) = json.loads((tmp_path / "again" / "results.json").read_text())
-    assert row["liver_dice"] == 1 and row["truth"] == str(made)
-    assert "look first at" in capsys.readouterr().out
-    assert (tmp_path / "again" / "worst.png").stat().st_size > 10_000
-    with pytest.raises(InputError, match="none of the scans is a DICOM series"):
-        use["destination"] = tmp_path / "never"
-        apply_model.main(apply_model.Config((tmp_path / "scans" / "other.nii.gz",), **use))
-    assert not (tmp_path / "never").exists()
-
-
-def test_segments_are_known_by_name_whatever_their_numbers(tmp_path):
-    """Spleen 1 and liver 2 in one SEG must not make a liver of the spleen."""
-    raw, truth = tmp_path / "raw", ras_arrays(0)[1]
-    swapped = np.array([0, 2, 1], np.uint8)[truth]
-    series_with_seg(raw, swapped, {"background": (0,), "Spleen": (1,), "LIVER": (2,)})
-    image = read_volume(raw / "ct")
-    labels = {"background": (0,), "liver": (1, 2)}  # a network that takes tumours as liver
-    known = voxels(apply_model.read_truth(raw / "ct_label.dcm", image, labels))
-    assert np.array_equal(apply_model.class_indices(known, labels) > 0, truth[::-1, ::-1] == 1)
-    dataset = run(raw, training=1, validation=0, test=0, foreground=(1,))
-    assert dataset["labels"]["liver"] == 1 and dataset["labels"]["Spleen"] == 3
-    (case,) = dataset["cases"]
-    assert case["voxels_per_label"]["1"] == np.count_nonzero(truth == 1)
-    assert case["voxels_per_label"]["3"] == np.count_nonzero(truth == 2)
-
-
-def test_a_corrected_label_map_is_found_beside_its_series(tmp_path):
-    """Several patients, the series' folders of equal names, results of this project beside."""
-    raw = tmp_path / "raw"
-    for index in range(3):
-        scan, label = ras_arrays(index)
-        write_series(raw / f"p{index}" / "ct", scan, PatientID=f"P{index}")
-        image = read_volume(raw / f"p{index}" / "ct")
-        for name, array in (("label", label), ("masked", scan)):
-            nib.save(like(image, array[::-1, ::-1]), raw / f"p{index}" / f"ct_{name}.nii.gz")
-    dataset = run(raw, training=1, validation=0, test=0)
-    assert {Path(case["label"]).relative_to(raw).as_posix() for case in dataset["cases"]} == {
-        f"p{index}/ct_label.nii.gz" for index in range(3)
-    }
-    for case in dataset["cases"]:
-        _, label = ras_arrays(int(Path(case["label"]).parent.name[1:]))
-        assert case["covered_foreground_voxels"] == np.count_nonzero(label)
-
-
-def test_two_segs_of_one_series_are_not_chosen_from(tmp_path):
-    scan, label = ras_arrays(0)
-    slices = write_series(tmp_path / "raw" / "ct", scan)
-    for name in ("mine", "yours"):
-        write_seg(tmp_path / "raw" / f"{name}.dcm", slices, label)
-    with pytest.raises(InputError, match=r"mine\.dcm and .*yours\.dcm: DICOM SEGs of one series"):
-        run(tmp_path / "raw")
+    image, label = make_seg(tmp_path, np.zeros_like(ras_arrays(0)[1]))
+    again = read_seg(tmp_path / "ct_label.dcm", image, CLASSES)
+    assert again.shape == label.shape and not again.read().any()
 
 
 def test_a_seg_that_cannot_be_is_told(tmp_path, monkeypatch):
     """Anonymised to nothing; unsound headers; torn in writing: a reason, and no file."""
-    scan, label = ras_arrays(0)
     for changes, told in (
         ({"FrameOfReferenceUID": ""}, "the series has no FrameOfReferenceUID to refer to"),
         ({"StudyDate": "long ago"}, "the headers of the series are not sound"),
     ):
-        folder = tmp_path / told.split()[-1]
-        write_series(folder, scan, **changes)
-        image = read_volume(folder)
-        labels = like(image, label[::-1, ::-1].astype(np.uint8))
-        (reason,) = apply_model.write_dicom_seg(labels, image, CLASSES, tmp_path / "seg.dcm")
+        image, label, _ = make_series(tmp_path / told.split()[-1], **changes)
+        labels = image.from_ras(label)
+        (reason,) = write_seg(labels, image, CLASSES, tmp_path / "seg.dcm")
         assert told in reason
-    write_series(tmp_path / "ct", scan)
-    image = read_volume(tmp_path / "ct")
-    read = apply_model.read_label
-    monkeypatch.setattr(
-        apply_model, "read_label", lambda *given: like(image, voxels(read(*given)) * 0)
-    )
+    image, label, _ = make_series(tmp_path / "ct")
+    labels = image.from_ras(label)
+    monkeypatch.setattr(data.seg, "read_seg", lambda *given: image.like(labels.read() * 0))
     with pytest.raises(InputError, match="changed in writing"):
-        apply_model.write_dicom_seg(labels, image, CLASSES, tmp_path / "seg.dcm")
+        write_seg(labels, image, CLASSES, tmp_path / "seg.dcm")
     assert not list(tmp_path.glob("*.dcm")) and not list(tmp_path.glob(".*"))
+    (reason,) = write_seg(labels, image.like(image.read()), CLASSES, tmp_path / "seg.dcm")
+    assert reason == "no DICOM SEG: the scan is no DICOM series"
+
+
+@pytest.mark.parametrize("affine", [np.diag([5.0, -5, 5, 1]), random_affine(2)])
+def test_a_nifti_scan_has_its_seg_by_the_series_of_it(affine, tmp_path):
+    """Label → SEG → label on a flipped and on an oblique grid; nothing of a patient in it."""
+    scan, label = ras_arrays(0)
+    for name, array in (("scan", scan), ("label", label)):
+        save(array, affine, tmp_path / f"Doe^Jane_{name}.nii.gz")
+    volume, truth = (read_file(tmp_path / f"Doe^Jane_{name}.nii.gz") for name in ("scan", "label"))
+    write_series(volume, tmp_path / "ct")
+    series = read_series(tmp_path / "ct")
+    assert write_seg(series.from_ras(truth.ras.data), series, CLASSES, tmp_path / "s.dcm") == []
+    again = read_seg(tmp_path / "s.dcm", series, CLASSES)
+    assert np.array_equal(again.ras.data, truth.ras.data)
+    of_nifti = read_seg(tmp_path / "s.dcm", volume, CLASSES)  # NIfTI's own axes
+    assert np.array_equal(of_nifti.read(), truth.read()) and of_nifti.header is volume.header
+    assert not any(s.encode() in (tmp_path / "s.dcm").read_bytes() for s in SECRETS.values())
+
+
+# ---------------------------------------------------------------------------------------
+# Reading: kinds of SEG
+# ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
+@pytest.mark.parametrize("partial", [True, False], ids=["partial", "all frames"])
+def test_every_kind_of_seg_is_read(kind, partial, tmp_path):
+    image, label, slices = make_series(tmp_path / "ct")
+    label[:, :, :4] = 0
+    settings = {"omit_empty_frames": partial}
+    if kind == "FRACTIONAL":
+        settings["fractional_type"] = "PROBABILITY"
+    write_phantom_seg(tmp_path / "seg.dcm", slices, label, kind=kind, **settings)
+    found = read_seg(tmp_path / "seg.dcm", image, USUAL_LABELS)
+    assert np.array_equal(found.ras.data, label) and found.notes == ()
+    assert found.classes == {"Liver": 1, "Tumour": 2} and found.dtype == np.uint8
+
+
+def test_fractions_of_a_half_and_more_count(tmp_path):
+    image, label, slices = make_series(tmp_path / "ct")
+    seg = build_phantom_seg(
+        slices, label, ("liver",), "FRACTIONAL", fractional_type="PROBABILITY",
+        masks=[np.where(label > 0, 0.7, 0.3)],
+    )  # fmt: skip
+    seg.save_as(tmp_path / "seg.dcm")
+    found = read_seg(tmp_path / "seg.dcm", image, USUAL_LABELS)
+    assert np.array_equal(found.ras.data > 0, label > 0)
+
+
+@pytest.mark.parametrize("order", [("Liver", "Tumour"), ("Tumor", "Liver")])
+def test_where_segments_overlap_the_tumour_wins_and_it_is_told(order, tmp_path):
+    image, label, slices = make_series(tmp_path / "ct")
+    masks = {"L": label > 0, "T": label == 2}
+    seg = build_phantom_seg(slices, label, order, masks=[masks[name[0]] for name in order])
+    seg.save_as(tmp_path / "seg.dcm")
+    found = read_seg(tmp_path / "seg.dcm", image, USUAL_LABELS)
+    assert np.array_equal(found.ras.data, label)
+    assert found.notes[0].startswith(f"{np.count_nonzero(label == 2)} voxels are in several")
+
+
+NAMED = {
+    "swapped": (("Tumor", "Liver"), (), {1: 2, 2: 1}, {"Tumor": 2, "Liver": 1}),
+    "synonyms": (("Leber", "Hepatic lesion"), (), {}, {"Leber": 1, "Hepatic lesion": 2}),
+    "codes": (
+        ("Segment_1", "Segment_2"), (codes.SCT.Liver, codes.SCT.Neoplasm), {},
+        {"liver": 1, "tumour": 2},
+    ),
+    "codes, swapped": (
+        ("A", "B"), (codes.SCT.Mass, codes.SCT.Liver), {1: 2, 2: 1}, {"tumour": 2, "liver": 1},
+    ),
+    "others keep out of the way": (
+        ("Spleen", "liver"), (codes.SCT.Liver, codes.SCT.Liver), {1: 3, 2: 1},
+        {"Spleen": 3, "liver": 1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_names_and_codes_decide_not_numbers(kind, tmp_path):
+    names, what, values, classes = NAMED[kind]
+    image, label, slices = make_series(tmp_path / "ct")
+    write_phantom_seg(tmp_path / "seg.dcm", slices, label, names=names, codes=what)
+    found = read_seg(tmp_path / "seg.dcm", image, USUAL_LABELS)
+    table = np.array([0, values.get(1, 1), values.get(2, 2)])
+    assert np.array_equal(found.ras.data, table[label]) and found.classes == classes
+
+
+def test_a_folder_with_a_seg_is_that_seg(tmp_path):
+    image, label = make_seg(tmp_path)
+    (tmp_path / "outline").mkdir()
+    (tmp_path / "ct_label.dcm").rename(tmp_path / "outline" / "a.dcm")
+    assert np.array_equal(read_seg(tmp_path / "outline", image, CLASSES).read(), label.read())
+    with pytest.raises(InputError, match="must hold one DICOM SEG, got none"):
+        read_seg(tmp_path / "ct", image, CLASSES)
+
+
+# ---------------------------------------------------------------------------------------
+# Refused
+# ---------------------------------------------------------------------------------------
+
+
+def test_a_seg_of_another_scan_is_refused(tmp_path):
+    image, label, slices = make_series(tmp_path / "ct")
+    seg = write_phantom_seg(tmp_path / "seg.dcm", slices, label)
+    ras = image.ras
+    moved = [
+        Volume(ras.data, ras.affine * [[0.8], [0.8], [0.8], [1]]),
+        Volume(ras.data, ras.affine + shift(3.0)),
+        ras.crop((slice(0, 24), slice(None), slice(None))),
+        ras.crop((slice(None), slice(None), slice(0, 12))),
+    ]
+    for other in moved:
+        with pytest.raises(InputError, match="not a DICOM SEG on the grid of its scan") as error:
+            read_seg(seg, other, CLASSES)
+        assert error.value.kind == "grid" and str(seg) in str(error.value)
+    again, *_ = make_series(tmp_path / "other")
+    with pytest.raises(InputError, match="its FrameOfReferenceUID is not that of"):
+        read_seg(seg, again, CLASSES)
+    with pytest.raises(InputError, match="must be a DICOM SEG, got image"):
+        read_seg(image.files[0], image, CLASSES)
+
+
+def shift(x_mm: float) -> np.ndarray:
+    moved = np.zeros((4, 4))
+    moved[0, 3] = x_mm
+    return moved
+
+
+@pytest.mark.parametrize("cut", [0.02, 0.1, 0.3, 0.6, 0.95])
+def test_a_cut_seg_is_named(cut, tmp_path):
+    image, label, slices = make_series(tmp_path / "ct")
+    seg = write_phantom_seg(tmp_path / "seg.dcm", slices, label)
+    content = seg.read_bytes()
+    seg.write_bytes(content[: int(cut * len(content))])
+    with pytest.raises(InputError, match=re.escape(str(seg))):
+        read_seg(seg, image, USUAL_LABELS)
+
+
+@pytest.mark.parametrize("lacking", ["ReferencedSeriesSequence", "SegmentLabel", "both"])
+def test_a_seg_without_reference_or_labels_is_read(lacking, tmp_path):
+    image, label, slices = make_series(tmp_path / "ct")
+    seg = pydicom.dcmread(write_phantom_seg(tmp_path / "seg.dcm", slices, label))
+    if lacking != "SegmentLabel":
+        del seg.ReferencedSeriesSequence
+    for segment in seg.SegmentSequence if lacking != "ReferencedSeriesSequence" else ():
+        del segment.SegmentLabel
+    seg.save_as(tmp_path / "seg.dcm")
+    found = read_seg(tmp_path / "seg.dcm", image, {"background": (0,)})
+    assert np.array_equal(found.ras.data, label)
+    (item,) = find_dicom([tmp_path / "seg.dcm"])
+    assert item.is_seg and not item.fault and bool(item.uid) == (lacking == "SegmentLabel")
+
+
+TAGS = (
+    "Modality", "SOPClassUID", "FrameOfReferenceUID", "SegmentationType", "SegmentSequence",
+    "SegmentNumber", "SegmentLabel", "SegmentDescription", "SegmentedPropertyTypeCodeSequence",
+    "CodeValue", "ReferencedSeriesSequence", "PerFrameFunctionalGroupsSequence",
+    "SharedFunctionalGroupsSequence", "PlanePositionSequence", "ImagePositionPatient",
+    "PlaneOrientationSequence", "ImageOrientationPatient", "PixelMeasuresSequence", "PixelSpacing",
+    "SegmentIdentificationSequence", "ReferencedSegmentNumber", "Rows", "Columns",
+    "NumberOfFrames", "BitsAllocated", "BitsStored", "SamplesPerPixel", "PixelRepresentation",
+    "PhotometricInterpretation", "PixelData",
+)  # fmt: skip
+WRONG = {
+    "missing": lambda h, t: h.pop(t),
+    "empty": lambda h, t: put_raw(h, t, h[t].VR, b""),
+    "text": lambda h, t: put_raw(h, t, "LO", b"some words"),
+    "wrong count": lambda h, t: put_raw(h, t, "DS", b"1\\2\\3\\4"),
+    "NaN": lambda h, t: put_raw(h, t, "DS", b"nan"),
+    "as SQ": lambda h, t: h.add_new(t, "SQ", [pydicom.Dataset()]),
+}
+
+
+def list_holders(header: pydicom.Dataset, tag: str) -> list[pydicom.Dataset]:
+    """The datasets, at any depth, that hold a tag."""
+    below = [item for e in header if e.VR == "SQ" for item in e.value]
+    return [header] * (tag in header) + [found for b in below for found in list_holders(b, tag)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sweep_of_tags_gives_the_right_label_map_or_one_input_error(tmp_path):
+    scan, label = (array[24:36, 16:32, 16:20] for array in ras_arrays(0))
+    slices = write_phantom_series(tmp_path / "ct", scan)
+    image, path = read_series(tmp_path / "ct"), tmp_path / "seg.dcm"
+    sound = write_phantom_seg(path, slices, label).read_bytes()
+    counts = {"right": 0, "refused": 0}
+    for tag in TAGS:
+        for name, spoil in WRONG.items():
+            for which in (slice(None), slice(0, 1)):
+                header = pydicom.dcmread(io.BytesIO(sound))
+                for holder in list_holders(header, tag)[which]:
+                    spoil(holder, tag)
+                try:
+                    header.save_as(path)
+                except Exception:  # pydicom cannot write it
+                    continue
+                try:
+                    found = read_seg(path, image, USUAL_LABELS)
+                except InputError as error:
+                    assert str(path) in str(error), (tag, name)
+                    counts["refused"] += 1
+                else:
+                    known = tag in ("SegmentLabel", "SegmentDescription")
+                    same = np.array_equal(found.ras.data > 0, label > 0) and (
+                        known or np.array_equal(found.ras.data, label)
+                    )
+                    assert same, (tag, name, which, found.classes)
+                    counts["right"] += 1
+                find_dicom([path])
+    print(f"\nsweep of a SEG: {sum(counts.values())} tried, {counts}")
+    assert sum(counts.values()) > 250
 
 
 def test_real_series_with_a_stray_picture(tmp_path):
@@ -191,34 +321,14 @@ def test_real_series_with_a_stray_picture(tmp_path):
     folder = SHARED_DATA / "dicom"
     if not folder.is_dir():
         pytest.skip("the real DICOM series are not here (shared/data beside the project)")
-    image = read_volume(folder / "axial_plus_coronal_45")
-    (manual,) = (folder / "liver_seg").iterdir()
-    truth = read_label(manual, image)
-    assert voxels(truth).any()
-    liver = like(image, (voxels(truth) > 0).astype(np.uint8))
+    image = read_series(folder / "axial_plus_coronal_45")
+    truth = read_seg(folder / "liver_seg", image, USUAL_LABELS)
+    assert truth.read().any()
+    liver = image.like((truth.read() > 0).astype(np.uint8))
     classes = {"background": (0,), "liver": (1, 2)}
-    assert apply_model.write_dicom_seg(liver, image, classes, tmp_path / "seg.dcm") == []
-    assert np.array_equal(voxels(read_label(tmp_path / "seg.dcm", image)), voxels(liver))
-    bare = read_volume(folder / "jpeg2000_20")  # its UIDs were emptied
-    empty = like(bare, np.zeros(bare.shape, np.uint8))
-    (reason,) = apply_model.write_dicom_seg(empty, bare, classes, tmp_path / "bare.dcm")
+    assert write_seg(liver, image, classes, tmp_path / "seg.dcm") == []
+    assert np.array_equal(read_seg(tmp_path / "seg.dcm", image, classes).read(), liver.read())
+    bare = read_series(folder / "jpeg2000_20")  # its UIDs were emptied
+    empty = bare.like(np.zeros(bare.shape, np.uint8))
+    (reason,) = write_seg(empty, bare, classes, tmp_path / "bare.dcm")
     assert "no StudyInstanceUID" in reason and not (tmp_path / "bare.dcm").exists()
-
-
-def test_a_folder_with_a_seg_is_that_seg(tmp_path):
-    image, label = series_with_seg(tmp_path)
-    (tmp_path / "outline").mkdir()
-    (tmp_path / "ct_label.dcm").rename(tmp_path / "outline" / "a.dcm")
-    assert np.array_equal(voxels(read_label(tmp_path / "outline", image)), voxels(label))
-
-
-def test_the_3d_view_compares_with_a_dicom_seg(tmp_path):
-    import visualize_3d
-
-    _, label = series_with_seg(tmp_path)
-    nib.save(label, tmp_path / "a_label.nii.gz")
-    case = visualize_3d.Case(
-        "a", label=tmp_path / "a_label.nii.gz", truth=tmp_path / "ct_label.dcm"
-    )
-    assert np.array_equal(case.reference.dataobj, case.labels.dataobj)
-    assert np.asarray(case.reference.dataobj).max() == 2

@@ -216,13 +216,13 @@ def encode(slices: list[pydicom.Dataset], kind: str) -> None:
         elif kind == "a slope for each slice":
             header.RescaleSlope, factor = (0.5, 2) if z % 2 else (1, 1)
             header.PixelData = (stored * factor).astype("<u2").tobytes()
-        elif kind == "JPEGLSLossless":
-            slices[z] = encode_jpeg_ls(header)
+        elif kind == "RLELossless":
+            header.compress(pydicom.uid.RLELossless)
         else:
-            header.compress(getattr(pydicom.uid, kind))
+            slices[z] = encode_by_gdcm(header, kind)
 
 
-def encode_jpeg_ls(header: pydicom.Dataset) -> pydicom.Dataset:
+def encode_by_gdcm(header: pydicom.Dataset, kind: str) -> pydicom.Dataset:
     import gdcm
 
     with tempfile.NamedTemporaryFile() as plain, tempfile.NamedTemporaryFile() as encoded:
@@ -231,7 +231,7 @@ def encode_jpeg_ls(header: pydicom.Dataset) -> pydicom.Dataset:
         change = gdcm.ImageChangeTransferSyntax()
         reader.SetFileName(plain.name)
         assert reader.Read()
-        change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLSLossless))
+        change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, kind)))
         change.SetInput(reader.GetImage())
         assert change.Change()
         writer.SetFileName(encoded.name)
@@ -462,7 +462,7 @@ WRONG = {
     "text": lambda h, t: put_raw(h, t, "DS", b"some words"),
     "text of its VR": lambda h, t: put_raw(h, t, h[t].VR if t in h else "US", b"words"),
     "wrong count": lambda h, t: put_raw(h, t, "DS", b"1\\2\\3\\4"),
-    "too few": lambda h, t: put_raw(h, t, "DS", b"1" if h[t].VM > 1 else b"one"),
+    "too few": lambda h, t: put_raw(h, t, "DS", b"1" if t in h and h[t].VM > 1 else b"one"),
     "NaN": lambda h, t: put_raw(h, t, "DS", b"nan\\nan\\nan"),
     "infinite": lambda h, t: put_raw(h, t, "DS", b"1e999"),
     "as FD": lambda h, t: h.add_new(t, "FD", as_floats(h.get(t))),
@@ -483,14 +483,14 @@ def as_file(header: pydicom.Dataset) -> bytes | None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_sweep_of_tags_gives_the_right_result_or_one_input_error(tmp_path):
-    scan = ras_arrays(0)[0][16:32, 16:32, 8:14]
+    scan = ras_arrays(0)[0][16:32, 16:32, 8:13]
     slices = build_phantom_series(scan)
     sound = [as_file(header) for header in slices]
     expected, counts = scan[::-1, ::-1], {"right": 0, "told": 0, "refused": 0}
     affine = None
     for tag in ("", *TAGS):
         for name, spoil in WRONG.items():
-            for which in (range(6), (3,)) if tag else ((),):
+            for which in (range(5), (3,)) if tag else ((),):
                 files = list(sound)
                 for z in which:
                     header = pydicom.dcmread(io.BytesIO(sound[z]))
