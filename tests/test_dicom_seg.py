@@ -1,0 +1,334 @@
+"""DICOM SEG in and out: the same voxels, names and slices; of another scan, or torn: refused."""
+
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from conftest import SHARED_DATA, random_affine
+from helpers import (
+    SECRETS,
+    build_phantom_seg,
+    put_raw,
+    ras_arrays,
+    save,
+    write_phantom_seg,
+    write_phantom_series,
+)
+from pydicom.sr.codedict import codes
+
+import data.seg
+from data.dicom import find_dicom, read_seg, read_series, write_seg, write_series
+from data.labels import USUAL_LABELS
+from data.volumes import Volume, read_file
+from utilities import InputError
+
+CLASSES = {"background": (0,), "liver": (1,), "tumour": (2,)}
+
+
+def make_series(folder: Path, **changes) -> tuple[Volume, np.ndarray, list[pydicom.Dataset]]:
+    """A phantom's series as it is read, its label map (RAS) and its slices."""
+    scan, label = ras_arrays(0)
+    slices = write_phantom_series(folder, scan, SeriesNumber=3, **changes)
+    return read_series(folder), label.astype(np.uint8), slices
+
+
+def make_seg(folder: Path, label=None, classes=CLASSES) -> tuple[Volume, Volume]:
+    """A phantom's series and the DICOM SEG of its label map, as `write_seg` writes it."""
+    image, truth, _ = make_series(folder / "ct")
+    label = image.from_ras(truth if label is None else label.astype(np.uint8))
+    assert write_seg(label, image, classes, folder / "ct_label.dcm") == []
+    return image, label
+
+
+# ---------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------
+
+
+def test_a_dicom_seg_says_what_it_is_and_where(tmp_path):
+    _, label = make_seg(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+    seg = pydicom.dcmread(tmp_path / "ct_label.dcm")
+    slices = {h.SOPInstanceUID: h for h in map(pydicom.dcmread, (tmp_path / "ct").iterdir())}
+    first = next(iter(slices.values()))
+    assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == first.SeriesInstanceUID
+    assert seg.SeriesInstanceUID != first.SeriesInstanceUID
+    for key in ("StudyInstanceUID", "FrameOfReferenceUID", "PatientID"):
+        assert seg[key].value == first[key].value
+    liver, tumour = seg.SegmentSequence
+    found = [s.SegmentedPropertyTypeCodeSequence[0] for s in (liver, tumour)]
+    assert [(s.SegmentNumber, s.SegmentLabel) for s in (liver, tumour)] == [
+        (1, "liver"), (2, "tumour")
+    ]  # fmt: skip
+    assert [code.CodeValue for code in found] == ["10200004", "108369006"]
+    frames = seg.pixel_array
+    array = label.read()
+    counted = 0
+    for frame, content in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True):
+        source = content.DerivationImageSequence[0].SourceImageSequence[0]
+        there = slices[source.ReferencedSOPInstanceUID].ImagePositionPatient
+        assert content.PlanePositionSequence[0].ImagePositionPatient == there
+        number = content.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+        z = round((there[2] - 30) / 5)
+        assert np.array_equal(frame.T > 0, array[:, :, z] == number)
+        assert frame.any()  # empty frames are left out
+        counted += np.count_nonzero(frame)
+    assert counted == np.count_nonzero(array)
+
+
+def test_nothing_found_is_a_sound_seg_too(tmp_path):
+    image, label = make_seg(tmp_path, np.zeros_like(ras_arrays(0)[1]))
+    again = read_seg(tmp_path / "ct_label.dcm", image, CLASSES)
+    assert again.shape == label.shape and not again.read().any()
+
+
+def test_a_seg_that_cannot_be_is_told(tmp_path, monkeypatch):
+    """Anonymised to nothing; unsound headers; torn in writing: a reason, and no file."""
+    for changes, told in (
+        ({"FrameOfReferenceUID": ""}, "the series has no FrameOfReferenceUID to refer to"),
+        ({"StudyDate": "long ago"}, "the headers of the series are not sound"),
+    ):
+        image, label, _ = make_series(tmp_path / told.split()[-1], **changes)
+        labels = image.from_ras(label)
+        (reason,) = write_seg(labels, image, CLASSES, tmp_path / "seg.dcm")
+        assert told in reason
+    image, label, _ = make_series(tmp_path / "ct")
+    labels = image.from_ras(label)
+    monkeypatch.setattr(data.seg, "read_seg", lambda *given: image.like(labels.read() * 0))
+    with pytest.raises(InputError, match="changed in writing"):
+        write_seg(labels, image, CLASSES, tmp_path / "seg.dcm")
+    assert not list(tmp_path.glob("*.dcm")) and not list(tmp_path.glob(".*"))
+    (reason,) = write_seg(labels, image.like(image.read()), CLASSES, tmp_path / "seg.dcm")
+    assert reason == "no DICOM SEG: the scan is no DICOM series"
+
+
+@pytest.mark.parametrize("affine", [np.diag([5.0, -5, 5, 1]), random_affine(2)])
+def test_a_nifti_scan_has_its_seg_by_the_series_of_it(affine, tmp_path):
+    """Label → SEG → label on a flipped and on an oblique grid; nothing of a patient in it."""
+    scan, label = ras_arrays(0)
+    for name, array in (("scan", scan), ("label", label)):
+        save(array, affine, tmp_path / f"Doe^Jane_{name}.nii.gz")
+    volume, truth = (read_file(tmp_path / f"Doe^Jane_{name}.nii.gz") for name in ("scan", "label"))
+    write_series(volume, tmp_path / "ct")
+    series = read_series(tmp_path / "ct")
+    assert write_seg(series.from_ras(truth.ras.data), series, CLASSES, tmp_path / "s.dcm") == []
+    again = read_seg(tmp_path / "s.dcm", series, CLASSES)
+    assert np.array_equal(again.ras.data, truth.ras.data)
+    of_nifti = read_seg(tmp_path / "s.dcm", volume, CLASSES)  # NIfTI's own axes
+    assert np.array_equal(of_nifti.read(), truth.read()) and of_nifti.header is volume.header
+    assert not any(s.encode() in (tmp_path / "s.dcm").read_bytes() for s in SECRETS.values())
+
+
+# ---------------------------------------------------------------------------------------
+# Reading: kinds of SEG
+# ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
+@pytest.mark.parametrize("partial", [True, False], ids=["partial", "all frames"])
+def test_every_kind_of_seg_is_read(kind, partial, tmp_path):
+    image, label, slices = make_series(tmp_path / "ct")
+    label[:, :, :4] = 0
+    settings = {"omit_empty_frames": partial}
+    if kind == "FRACTIONAL":
+        settings["fractional_type"] = "PROBABILITY"
+    write_phantom_seg(tmp_path / "seg.dcm", slices, label, kind=kind, **settings)
+    found = read_seg(tmp_path / "seg.dcm", image, USUAL_LABELS)
+    assert np.array_equal(found.ras.data, label) and found.notes == ()
+    assert found.classes == {"Liver": 1, "Tumour": 2} and found.dtype == np.uint8
+
+
+def test_fractions_of_a_half_and_more_count(tmp_path):
+    image, label, slices = make_series(tmp_path / "ct")
+    seg = build_phantom_seg(
+        slices, label, ("liver",), "FRACTIONAL", fractional_type="PROBABILITY",
+        masks=[np.where(label > 0, 0.7, 0.3)],
+    )  # fmt: skip
+    seg.save_as(tmp_path / "seg.dcm")
+    found = read_seg(tmp_path / "seg.dcm", image, USUAL_LABELS)
+    assert np.array_equal(found.ras.data > 0, label > 0)
+
+
+@pytest.mark.parametrize("order", [("Liver", "Tumour"), ("Tumor", "Liver")])
+def test_where_segments_overlap_the_tumour_wins_and_it_is_told(order, tmp_path):
+    image, label, slices = make_series(tmp_path / "ct")
+    masks = {"L": label > 0, "T": label == 2}
+    seg = build_phantom_seg(slices, label, order, masks=[masks[name[0]] for name in order])
+    seg.save_as(tmp_path / "seg.dcm")
+    found = read_seg(tmp_path / "seg.dcm", image, USUAL_LABELS)
+    assert np.array_equal(found.ras.data, label)
+    assert found.notes[0].startswith(f"{np.count_nonzero(label == 2)} voxels are in several")
+
+
+NAMED = {
+    "swapped": (("Tumor", "Liver"), (), {1: 2, 2: 1}, {"Tumor": 2, "Liver": 1}),
+    "synonyms": (("Leber", "Hepatic lesion"), (), {}, {"Leber": 1, "Hepatic lesion": 2}),
+    "codes": (
+        ("Segment_1", "Segment_2"), (codes.SCT.Liver, codes.SCT.Neoplasm), {},
+        {"liver": 1, "tumour": 2},
+    ),
+    "codes, swapped": (
+        ("A", "B"), (codes.SCT.Mass, codes.SCT.Liver), {1: 2, 2: 1}, {"tumour": 2, "liver": 1},
+    ),
+    "others keep out of the way": (
+        ("Spleen", "liver"), (codes.SCT.Liver, codes.SCT.Liver), {1: 3, 2: 1},
+        {"Spleen": 3, "liver": 1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_names_and_codes_decide_not_numbers(kind, tmp_path):
+    names, what, values, classes = NAMED[kind]
+    image, label, slices = make_series(tmp_path / "ct")
+    write_phantom_seg(tmp_path / "seg.dcm", slices, label, names=names, codes=what)
+    found = read_seg(tmp_path / "seg.dcm", image, USUAL_LABELS)
+    table = np.array([0, values.get(1, 1), values.get(2, 2)])
+    assert np.array_equal(found.ras.data, table[label]) and found.classes == classes
+
+
+def test_a_folder_with_a_seg_is_that_seg(tmp_path):
+    image, label = make_seg(tmp_path)
+    (tmp_path / "outline").mkdir()
+    (tmp_path / "ct_label.dcm").rename(tmp_path / "outline" / "a.dcm")
+    assert np.array_equal(read_seg(tmp_path / "outline", image, CLASSES).read(), label.read())
+    with pytest.raises(InputError, match="must hold one DICOM SEG, got none"):
+        read_seg(tmp_path / "ct", image, CLASSES)
+
+
+# ---------------------------------------------------------------------------------------
+# Refused
+# ---------------------------------------------------------------------------------------
+
+
+def test_a_seg_of_another_scan_is_refused(tmp_path):
+    image, label, slices = make_series(tmp_path / "ct")
+    seg = write_phantom_seg(tmp_path / "seg.dcm", slices, label)
+    ras = image.ras
+    moved = [
+        Volume(ras.data, ras.affine * [[0.8], [0.8], [0.8], [1]]),
+        Volume(ras.data, ras.affine + shift(3.0)),
+        ras.crop((slice(0, 24), slice(None), slice(None))),
+        ras.crop((slice(None), slice(None), slice(0, 12))),
+    ]
+    for other in moved:
+        with pytest.raises(InputError, match="not a DICOM SEG on the grid of its scan") as error:
+            read_seg(seg, other, CLASSES)
+        assert error.value.kind == "grid" and str(seg) in str(error.value)
+    again, *_ = make_series(tmp_path / "other")
+    with pytest.raises(InputError, match="its FrameOfReferenceUID is not that of"):
+        read_seg(seg, again, CLASSES)
+    with pytest.raises(InputError, match="must be a DICOM SEG, got image"):
+        read_seg(image.files[0], image, CLASSES)
+
+
+def shift(x_mm: float) -> np.ndarray:
+    moved = np.zeros((4, 4))
+    moved[0, 3] = x_mm
+    return moved
+
+
+@pytest.mark.parametrize("cut", [0.02, 0.1, 0.3, 0.6, 0.95])
+def test_a_cut_seg_is_named(cut, tmp_path):
+    image, label, slices = make_series(tmp_path / "ct")
+    seg = write_phantom_seg(tmp_path / "seg.dcm", slices, label)
+    content = seg.read_bytes()
+    seg.write_bytes(content[: int(cut * len(content))])
+    with pytest.raises(InputError, match=re.escape(str(seg))):
+        read_seg(seg, image, USUAL_LABELS)
+
+
+@pytest.mark.parametrize("lacking", ["ReferencedSeriesSequence", "SegmentLabel", "both"])
+def test_a_seg_without_reference_or_labels_is_read(lacking, tmp_path):
+    image, label, slices = make_series(tmp_path / "ct")
+    seg = pydicom.dcmread(write_phantom_seg(tmp_path / "seg.dcm", slices, label))
+    if lacking != "SegmentLabel":
+        del seg.ReferencedSeriesSequence
+    for segment in seg.SegmentSequence if lacking != "ReferencedSeriesSequence" else ():
+        del segment.SegmentLabel
+    seg.save_as(tmp_path / "seg.dcm")
+    found = read_seg(tmp_path / "seg.dcm", image, {"background": (0,)})
+    assert np.array_equal(found.ras.data, label)
+    (item,) = find_dicom([tmp_path / "seg.dcm"])
+    assert item.is_seg and not item.fault and bool(item.uid) == (lacking == "SegmentLabel")
+
+
+TAGS = (
+    "Modality", "SOPClassUID", "FrameOfReferenceUID", "SegmentationType", "SegmentSequence",
+    "SegmentNumber", "SegmentLabel", "SegmentDescription", "SegmentedPropertyTypeCodeSequence",
+    "CodeValue", "ReferencedSeriesSequence", "PerFrameFunctionalGroupsSequence",
+    "SharedFunctionalGroupsSequence", "PlanePositionSequence", "ImagePositionPatient",
+    "PlaneOrientationSequence", "ImageOrientationPatient", "PixelMeasuresSequence", "PixelSpacing",
+    "SegmentIdentificationSequence", "ReferencedSegmentNumber", "Rows", "Columns",
+    "NumberOfFrames", "BitsAllocated", "BitsStored", "SamplesPerPixel", "PixelRepresentation",
+    "PhotometricInterpretation", "PixelData",
+)  # fmt: skip
+WRONG = {
+    "missing": lambda h, t: h.pop(t),
+    "empty": lambda h, t: put_raw(h, t, h[t].VR, b""),
+    "text": lambda h, t: put_raw(h, t, "LO", b"some words"),
+    "wrong count": lambda h, t: put_raw(h, t, "DS", b"1\\2\\3\\4"),
+    "NaN": lambda h, t: put_raw(h, t, "DS", b"nan"),
+    "as SQ": lambda h, t: h.add_new(t, "SQ", [pydicom.Dataset()]),
+}
+
+
+def list_holders(header: pydicom.Dataset, tag: str) -> list[pydicom.Dataset]:
+    """The datasets, at any depth, that hold a tag."""
+    below = [item for e in header if e.VR == "SQ" for item in e.value]
+    return [header] * (tag in header) + [found for b in below for found in list_holders(b, tag)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sweep_of_tags_gives_the_right_label_map_or_one_input_error(tmp_path):
+    scan, label = (array[24:36, 16:32, 16:20] for array in ras_arrays(0))
+    slices = write_phantom_series(tmp_path / "ct", scan)
+    image, path = read_series(tmp_path / "ct"), tmp_path / "seg.dcm"
+    sound = write_phantom_seg(path, slices, label).read_bytes()
+    counts = {"right": 0, "refused": 0}
+    for tag in TAGS:
+        for name, spoil in WRONG.items():
+            for which in (slice(None), slice(0, 1)):
+                header = pydicom.dcmread(io.BytesIO(sound))
+                for holder in list_holders(header, tag)[which]:
+                    spoil(holder, tag)
+                try:
+                    header.save_as(path)
+                except Exception:  # pydicom cannot write it
+                    continue
+                try:
+                    found = read_seg(path, image, USUAL_LABELS)
+                except InputError as error:
+                    assert str(path) in str(error), (tag, name)
+                    counts["refused"] += 1
+                else:
+                    known = tag in ("SegmentLabel", "SegmentDescription")
+                    same = np.array_equal(found.ras.data > 0, label > 0) and (
+                        known or np.array_equal(found.ras.data, label)
+                    )
+                    assert same, (tag, name, which, found.classes)
+                    counts["right"] += 1
+                find_dicom([path])
+    print(f"\nsweep of a SEG: {sum(counts.values())} tried, {counts}")
+    assert sum(counts.values()) > 250
+
+
+def test_real_series_with_a_stray_picture(tmp_path):
+    """44 axial slices and a coronal picture; the manual SEG of that patient goes round."""
+    folder = SHARED_DATA / "dicom"
+    if not folder.is_dir():
+        pytest.skip("the real DICOM series are not here (shared/data beside the project)")
+    image = read_series(folder / "axial_plus_coronal_45")
+    truth = read_seg(folder / "liver_seg", image, USUAL_LABELS)
+    assert truth.read().any()
+    liver = image.like((truth.read() > 0).astype(np.uint8))
+    classes = {"background": (0,), "liver": (1, 2)}
+    assert write_seg(liver, image, classes, tmp_path / "seg.dcm") == []
+    assert np.array_equal(read_seg(tmp_path / "seg.dcm", image, classes).read(), liver.read())
+    bare = read_series(folder / "jpeg2000_20")  # its UIDs were emptied
+    empty = bare.like(np.zeros(bare.shape, np.uint8))
+    (reason,) = write_seg(empty, bare, classes, tmp_path / "bare.dcm")
+    assert "no StudyInstanceUID" in reason and not (tmp_path / "bare.dcm").exists()
