@@ -127,14 +127,14 @@ def read_label_map(
     declared = as_labels(declared)
     try:
         label = _open_label(path, scan, declared, trust_grid)
-    except (InputError, MemoryError):
+    except InputError:
         raise
     except Exception as error:  # a reader met what it was not made for
         raise InputError(
             f"{path}: the label map cannot be read ({type(error).__name__}: {error}); convert it "
             "to .nii.gz"
         ) from error
-    if label.dtype.kind == "f" or (label.header is not None and _is_scaled(label)):
+    if label.dtype.kind == "f" or _is_scaled(label):
         label = _round_values(label, scan)
     allowed = {*list_values(declared), *label.classes.values(), *ignore, 0}
     convert = _label_converter(label.name, allowed, declared, scan)

@@ -61,7 +61,8 @@ def split_words(text: str) -> list[str]:
             words += [piece] * bool(piece)
         elif kind_of(finer) and "".join(finer) == piece:
             for told, some in itertools.groupby(finer, lambda part: bool(kind_of([part]))):
-                words += some if told else ["".join(some)]
+                parts = list(some)
+                words += parts if told else ["".join(parts)]
         else:
             words += glued.groups() if glued else [piece]
     return words

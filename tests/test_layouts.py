@@ -262,7 +262,7 @@ def test_a_name_that_is_not_utf8_is_a_fault_of_its_case(tmp_path):
     for index, name in enumerate((b"caf\xe9", b"sound")):
         for kind, array in (("images", scan_of(index)), ("labels", label_of(index))):
             written = save(array, tmp_path / kind / "x.nii.gz")
-            os.rename(os.fsencode(written), os.fsencode(written.parent) + b"/" + name + b".nii.gz")
+            written.rename(written.with_name(os.fsdecode(name) + ".nii.gz"))
     bad, sound = find_pairs(tmp_path).cases
     assert "is not UTF-8; rename it" in bad.faults[0]
     assert sound.faults == ()
@@ -452,7 +452,7 @@ def test_pictures_that_do_not_fit_the_slices_are_told(tmp_path):
     with pytest.raises(InputError, match="not a readable PNG"):
         read_label_map(case.label, scan, {"liver": (1,)})
     (folder / "liver_GT_002.png").unlink()
-    with pytest.raises(InputError, match="holds 5 PNGs, but .* has 6 slices") as error:
+    with pytest.raises(InputError, match=r"holds 5 PNGs, but .* has 6 slices") as error:
         read_label_map(case.label, scan, {"liver": (1,)})
     assert error.value.kind == "shape"
 
@@ -482,7 +482,7 @@ def test_other_structures_are_used_when_they_are_named(tmp_path):
     _, label = on_scan_axes(data, 1, case)
     expected = np.where(label_of(1) > 0, 6, 1)
     assert np.array_equal(label, Volume(expected.astype(np.uint8), AFFINE).ras.data)
-    with pytest.raises(InputError, match="none of the masks liver, .*is one of the labels"):
+    with pytest.raises(InputError, match=r"none of the masks liver, .*is one of the labels"):
         read_label_map(case.label, read_scan(case.image), {"pancreas": (1,)})
 
 
@@ -650,7 +650,7 @@ def test_the_nearest_description_counts_and_two_that_differ_are_told(pair):
     assert "liver" in find_pairs(pair).declared
     save(scan_of(2), pair / "other/imagesTr/y.nii.gz")
     save(label_of(2), pair / "other/labelsTr/y.nii.gz")
-    with pytest.raises(InputError, match="dataset.json says .*other/dataset.json says .*--values"):
+    with pytest.raises(InputError, match=r"dataset.json says .*other/dataset.json says .*--values"):
         find_pairs(pair)
     assert find_pairs(pair, values={"liver": (1,)}).declared["liver"] == (1,)
 
