@@ -343,8 +343,8 @@ def _decode(file: Path) -> tuple[Any, np.ndarray]:
         raise
     except Exception as error:  # a decoder met what it was not made for
         raise InputError(
-            f"{file}: its PixelData cannot be decoded ({error}); the file is cut off or damaged, copy "
-            "it again, or convert the series to NIfTI first"
+            f"{file}: its PixelData cannot be decoded ({error}); the file is cut off or "
+            "damaged, copy it again, or convert the series to NIfTI first"
         ) from error
 
 
