@@ -66,6 +66,7 @@ class Slice:
 
     @property
     def normal(self) -> np.ndarray:
+        """(3,) unit vector to the next slice."""
         return np.cross(*self.axes)
 
 

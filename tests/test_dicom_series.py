@@ -358,6 +358,10 @@ def test_other_objects_are_no_scans_and_say_what_they_are(tmp_path):
         read_series(tmp_path / "ct" / "notes.txt")
     image = read_series(tmp_path / "ct")
     assert image.shape[2] == 16 and image.notes == ()
+    private = pydicom.dcmread(tmp_path / "ct" / "000")
+    private.file_meta.MediaStorageSOPClassUID = private.SOPClassUID = "1.3.12.2.1107.5.9.77"
+    del private.Rows, private.Columns, private.PixelData
+    private.save_as(tmp_path / "ct" / "private", enforce_file_format=True)
     write_sc(tmp_path / "ct/screen", slices[0], SOPClassUID=storage + "7", Modality="CT")
     image = read_series(tmp_path / "ct")
     assert image.shape[2] == 16 and image.notes == ("1 images without a position left out",)
