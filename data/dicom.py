@@ -275,7 +275,10 @@ def convert_to_series(scan: tyro.conf.Positional[Path], folder: tyro.conf.Positi
         scan: .nii.gz, .mha, .nrrd: HU in whole numbers.
         folder: new folder for the slices.
     """
-    files = write_series(read_file(scan), folder)
+    volume = read_file(scan)
+    files = write_series(volume, folder)
+    if not volume.oriented:
+        print(f"{scan}: does not say how its axes lie (form codes 0); check left and right")
     print(f"{folder}: {len(files)} slices")
     print(f"next: python apply_model.py {folder} --checkpoint checkpoints/starter.pt --dicom-seg")
 
@@ -299,6 +302,7 @@ def convert_to_seg(
     classes: Labels = {BACKGROUND: (0,)} | {name: (value,) for name, value in labels.items()}
     if odd := sorted(set(np.unique(turned.read()).tolist()) - {0, *labels.values()}):
         raise InputError(f"{label}: holds {odd[:5]}, expected {labels}; name them by --labels")
+    turned = turned.like(turned.read().astype(np.uint16))  # of a file that holds 1.0, too
     if reasons := write_seg(turned, scan, classes, out):
         raise InputError(f"{out}: {'; '.join(reasons)}")
     print(f"{out}: {len(labels)} segments of {series}")

@@ -107,10 +107,10 @@ def read_whole(
 def name_object(header: Any) -> str:
     """What a DICOM object is, if it is no image: "SEG (Segmentation Storage)"; "" for an image."""
     modality, sop = read_text(header, "Modality"), name_class(header)
-    other = sop and "Image Storage" not in sop
-    return f"{modality or 'object'} ({sop or 'of an unknown class'})" * bool(
-        other or modality in NO_SCANS
-    )
+    if not sop and _class_uid(header) and "Rows" not in header:
+        sop = "of a private class"
+    other = (sop and "Image Storage" not in sop) or modality in NO_SCANS
+    return f"{modality or 'object'} ({sop or 'of an unknown class'})" if other else ""
 
 
 def is_seg_header(header: Any) -> bool:
@@ -122,13 +122,17 @@ def is_seg_header(header: Any) -> bool:
 
 
 def name_class(header: Any) -> str:
-    """Name of the SOP class, "" where it is missing or nobody's."""
+    """Name of the SOP class, "" where it is missing or no standard one."""
     from pydicom.uid import UID
 
-    meta = getattr(header, "file_meta", {})
-    sop = read_text(header, "SOPClassUID") or read_text(meta, "MediaStorageSOPClassUID")
+    sop = _class_uid(header)
     name = UID(sop).name
     return "" if name == sop else name
+
+
+def _class_uid(header: Any) -> str:
+    meta = getattr(header, "file_meta", {})
+    return read_text(header, "SOPClassUID") or read_text(meta, "MediaStorageSOPClassUID")
 
 
 def read_headers(files: Iterable[Path]) -> dict[Path, Any]:

@@ -120,8 +120,8 @@ def read_seg(path: Path, scan: Volume, declared: Labels) -> Volume:
     """
     import pydicom
 
-    path = find_seg(path) if path.is_dir() else path
     try:
+        path = find_seg(path) if path.is_dir() else path
         with warnings.catch_warnings(action="ignore"):
             header = pydicom.dcmread(path)
             if not is_seg_header(header):

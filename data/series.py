@@ -66,6 +66,7 @@ class Slice:
 
     @property
     def normal(self) -> np.ndarray:
+        """(3,) unit vector to the next slice."""
         return np.cross(*self.axes)
 
 
@@ -343,8 +344,8 @@ def _decode(file: Path) -> tuple[Any, np.ndarray]:
         raise
     except Exception as error:  # a decoder met what it was not made for
         raise InputError(
-            f"{file}: its PixelData cannot be decoded ({error}); the file is cut off or damaged, copy "
-            "it again, or convert the series to NIfTI first"
+            f"{file}: its PixelData cannot be decoded ({error}); the file is cut off or "
+            "damaged, copy it again, or convert the series to NIfTI first"
         ) from error
 
 

@@ -358,6 +358,10 @@ def test_other_objects_are_no_scans_and_say_what_they_are(tmp_path):
         read_series(tmp_path / "ct" / "notes.txt")
     image = read_series(tmp_path / "ct")
     assert image.shape[2] == 16 and image.notes == ()
+    private = pydicom.dcmread(tmp_path / "ct" / "000")
+    private.file_meta.MediaStorageSOPClassUID = private.SOPClassUID = "1.3.12.2.1107.5.9.77"
+    del private.Rows, private.Columns, private.PixelData
+    private.save_as(tmp_path / "ct" / "private", enforce_file_format=True)
     write_sc(tmp_path / "ct/screen", slices[0], SOPClassUID=storage + "7", Modality="CT")
     image = read_series(tmp_path / "ct")
     assert image.shape[2] == 16 and image.notes == ("1 images without a position left out",)
@@ -416,11 +420,17 @@ def test_everything_is_found_however_it_lies(tmp_path):
     assert [item.fault for item in items.values()].count("") == 5
     assert read_series(items["two/y00"].path).shape == (48, 48, 8)
     assert {file.name[0] for file in list_series_files(items["two/y00"].path)} == {"y"}
-    inputs = [
-        path for path in sorted(tmp_path.rglob("*")) if path.is_dir() and is_dicom_input(path)
-    ]
-    assert [path.name for path in inputs] == ["d", "seg", "torn", "two"]
-    assert not is_dicom(tmp_path / "DICOMDIR") and not is_dicom_input(tmp_path / "DICOMDIR")
+
+
+def test_an_input_is_a_dicom_file_or_a_folder_of_them(tmp_path):
+    write_phantom_series(tmp_path / "a" / "ct", small(4))
+    write_dicomdir(tmp_path / "a" / "DICOMDIR")
+    save(small(4), np.eye(4), tmp_path / "results" / "ct_label.nii.gz")
+    folders = [path for path in sorted(tmp_path.rglob("*")) if path.is_dir()]
+    assert [path.name for path in folders if is_dicom_input(path)] == ["ct"]
+    assert is_dicom_input(tmp_path / "a" / "ct" / "000")
+    for other in (tmp_path / "a" / "DICOMDIR", tmp_path / "results" / "ct_label.nii.gz"):
+        assert not is_dicom(other) and not is_dicom_input(other)
 
 
 def test_a_header_is_read_once(tmp_path, monkeypatch):

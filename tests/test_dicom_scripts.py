@@ -1,0 +1,231 @@
+"""DICOM through the scripts: prepared, segmented, compared and shown as NIfTI is; no names leak."""
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import SHARED_DATA, run_script
+from helpers import SECRETS, ras_arrays, run, write_phantom_seg, write_phantom_series
+
+import apply_model
+from data.cases import read_label_map
+from data.dicom import find_dicom, list_series_files, read_seg, read_series, write_seg
+from data.labels import USUAL_LABELS, index_classes
+from data.volumes import Volume, read_file
+from utilities import InputError
+
+CLASSES = {"background": (0,), "liver": (1,), "tumour": (2,)}
+
+
+def series_with_seg(folder: Path, label=None, classes=CLASSES) -> tuple[Volume, Volume]:
+    """A phantom's series and the DICOM SEG of its label map, as apply_model.py writes it."""
+    scan, truth = ras_arrays(0)
+    write_phantom_series(folder / "ct", scan, SeriesNumber=3)
+    image = read_series(folder / "ct")
+    label = image.from_ras((truth if label is None else label).astype(np.uint8))
+    assert write_seg(label, image, classes, folder / "ct_label.dcm") == []
+    return image, label
+
+
+def test_series_with_seg_and_nifti_labels_are_prepared_and_nothing_private_is_written(tmp_path):
+    raw = tmp_path / "raw"
+    for index in range(3):
+        scan, label = ras_arrays(index)
+        secret = {"PatientID": "ID-4711" if index < 2 else "ID-4712"}
+        folder = raw / f"pat{index}"
+        slices = write_phantom_series(folder / "scan", scan, name="IMG{:03d}", **secret)
+        if index == 1:
+            read_series(folder / "scan").from_ras(label).write(folder / "scan" / "liver.nii.gz")
+        else:
+            write_phantom_seg(folder / "seg.dcm", slices, label)
+    dataset = run(raw, training=0.5, validation=0.5, test=0)
+    assert len(dataset["cases"]) == 3
+    for case in dataset["cases"]:
+        index = int(Path(case["image"]).parent.name[3:])
+        scan, label = ras_arrays(index)
+        assert case["voxels_per_label"]["1"] == np.count_nonzero(label == 1)
+        assert case["covered_foreground_voxels"] == np.count_nonzero(label)
+        for entry in (e for e in dataset["subvolumes"] if e["case"] == case["case"]):
+            window = slice(entry["first_slice"], entry["first_slice"] + 16)
+            for key, array in (("image", scan), ("label", label)):
+                piece = nib.load(tmp_path / "prepared" / entry[key])
+                assert np.array_equal(np.asanyarray(piece.dataobj), array[:, :, window])
+    assert len({case["patient"] for case in dataset["cases"]}) == 2  # one PatientID twice
+    for path in (tmp_path / "prepared").rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        for secret in (*SECRETS.values(), "ID-4712", "19700101"):
+            assert secret not in path.name and secret.encode() not in content
+
+
+OTHER_VALUES = {"background": (0,), "spleen": (9,), "liver": (1,), "Left Kidney": (4,)}
+
+
+@pytest.mark.parametrize("classes", [CLASSES, OTHER_VALUES], ids=["liver", "any values"])
+def test_prepare_reads_the_written_seg_as_it_reads_the_nifti(tmp_path, classes):
+    """The same sub-volumes bit for bit, though a SEG's own numbers must run from 1."""
+    raw = tmp_path / "raw"
+    values = np.array([v[0] for v in classes.values()] + [0] * 3, np.uint8)
+    _, label = series_with_seg(raw, values[ras_arrays(0)[1]], classes)
+    use = {"foreground": tuple(str(v) for v in values.tolist() if v)}
+    use |= {"training": 1, "validation": 0}
+    of_seg = run(raw, destination=tmp_path / "seg", test=0, **use)
+    for name, value in classes.items():
+        assert of_seg["labels"][name] == value[0]
+    (raw / "ct_label.dcm").unlink()
+    label.write(raw / "ct_label.nii.gz")
+    of_nifti = run(raw, destination=tmp_path / "nifti", test=0, **use)
+    assert of_seg["subvolumes"] and len(of_seg["subvolumes"]) == len(of_nifti["subvolumes"])
+    for one, other in zip(of_seg["subvolumes"], of_nifti["subvolumes"], strict=True):
+        a, b = (read_file(tmp_path / f / e["label"]) for f, e in (("seg", one), ("nifti", other)))
+        assert np.array_equal(a.read(), b.read()) and np.array_equal(a.affine, b.affine)
+        for key, number in other["voxels_per_label"].items():
+            assert one["voxels_per_label"][key] == number
+
+
+def test_a_series_in_and_a_seg_out_and_in_again_as_truth(checkpoint, tmp_path, capsys):
+    scan, _ = ras_arrays(0)
+    write_phantom_series(tmp_path / "scans" / "ct", scan)
+    nifti = nib.Nifti1Image(scan, np.diag([5.0, 5, 5, 1]))
+    nib.save(nifti, tmp_path / "scans" / "other.nii.gz")
+    use = {"checkpoint": checkpoint, "device": "cpu", "dicom_seg": True}
+    apply_model.main(apply_model.Config((tmp_path / "scans",), destination=tmp_path / "out", **use))
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    reason = "no DICOM SEG: the scan is no DICOM series"
+    assert {row["case"]: reason in row["warnings"] for row in rows} == {"ct": False, "other": True}
+    made = tmp_path / "out" / "ct" / "ct_label.dcm"
+    assert [path.name for path in (tmp_path / "out").rglob("*.dcm")] == ["ct_label.dcm"]
+    image = read_series(tmp_path / "scans" / "ct")
+    found = read_seg(made, image, USUAL_LABELS).read()
+    assert found.any()
+    assert np.array_equal(found, read_file(made.with_suffix(".nii.gz")).read())
+    apply_model.main(
+        apply_model.Config(
+            (tmp_path / "scans" / "ct",), truth=(made,), destination=tmp_path / "again", **use
+        )
+    )
+    (row,) = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert row["liver_dice"] == 1 and row["truth"] == str(made)
+    assert "look first at" in capsys.readouterr().out
+    assert (tmp_path / "again" / "worst.png").stat().st_size > 10_000
+    with pytest.raises(InputError, match="none of the scans is a DICOM series"):
+        use["destination"] = tmp_path / "never"
+        apply_model.main(apply_model.Config((tmp_path / "scans" / "other.nii.gz",), **use))
+    assert not (tmp_path / "never").exists()
+
+
+def test_segments_are_known_by_name_whatever_their_numbers(tmp_path):
+    """Spleen 1 and liver 2 in one SEG must not make a liver of the spleen."""
+    raw, truth = tmp_path / "raw", ras_arrays(0)[1]
+    swapped = np.array([0, 2, 1], np.uint8)[truth]
+    image, _ = series_with_seg(raw, swapped, {"background": (0,), "Spleen": (1,), "LIVER": (2,)})
+    labels = {"background": (0,), "liver": (1, 2)}  # a network that takes tumours as liver
+    known = read_label_map(raw / "ct_label.dcm", image, labels)
+    assert np.array_equal(index_classes(known.ras.data, labels) > 0, truth == 1)
+    dataset = run(raw, training=1, validation=0, test=0, foreground=("liver",))
+    assert dataset["labels"]["liver"] == 1 and dataset["labels"]["Spleen"] == 3
+    (case,) = dataset["cases"]
+    assert case["voxels_per_label"]["1"] == np.count_nonzero(truth == 1)
+    assert case["voxels_per_label"]["3"] == np.count_nonzero(truth == 2)
+
+
+def test_a_corrected_label_map_is_found_beside_its_series(tmp_path):
+    """Several patients, the series' folders of equal names, results of this project beside."""
+    raw = tmp_path / "raw"
+    for index in range(3):
+        scan, label = ras_arrays(index)
+        write_phantom_series(raw / f"p{index}" / "ct", scan, PatientID=f"P{index}")
+        image = read_series(raw / f"p{index}" / "ct")
+        for name, array in (("label", label), ("masked", scan)):
+            image.from_ras(array).write(raw / f"p{index}" / f"ct_{name}.nii.gz")
+    dataset = run(raw, training=1, validation=0, test=0)
+    assert {Path(case["label"]).relative_to(raw).as_posix() for case in dataset["cases"]} == {
+        f"p{index}/ct_label.nii.gz" for index in range(3)
+    }
+    for case in dataset["cases"]:
+        _, label = ras_arrays(int(Path(case["label"]).parent.name[1:]))
+        assert case["covered_foreground_voxels"] == np.count_nonzero(label)
+
+
+def test_two_segs_of_one_series_are_not_chosen_from(tmp_path):
+    scan, label = ras_arrays(0)
+    slices = write_phantom_series(tmp_path / "raw" / "ct", scan)
+    for name in ("mine", "yours"):
+        write_phantom_seg(tmp_path / "raw" / f"{name}.dcm", slices, label)
+    with pytest.raises(InputError, match=r"mine\.dcm and .*yours\.dcm: DICOM SEGs of one series"):
+        run(tmp_path / "raw")
+
+
+def test_the_3d_view_compares_with_a_dicom_seg(tmp_path):
+    import visualize_3d
+
+    _, label = series_with_seg(tmp_path)
+    label.write(tmp_path / "a_label.nii.gz")
+    case = visualize_3d.Case(
+        "a", label=tmp_path / "a_label.nii.gz", truth=tmp_path / "ct_label.dcm"
+    )
+    reference, labels = (
+        part.read() if isinstance(part, Volume) else np.asarray(part.dataobj)
+        for part in (case.reference, case.labels)
+    )
+    assert np.array_equal(reference, labels) and reference.max() == 2
+
+
+# ---------------------------------------------------------------------------------------
+# Real series and reported situations
+# ---------------------------------------------------------------------------------------
+
+
+def test_the_real_series_equals_its_nifti(tmp_path, real_ct):
+    real_dicom = SHARED_DATA / "dicom"
+    if not real_dicom.is_dir():
+        pytest.skip("the real DICOM series are not here (dicom beside the project)")
+    dataset = run(real_dicom, destination=tmp_path / "out", training=1, validation=0, test=0)
+    (case,) = dataset["cases"]
+    assert (case["slices"], case["spacing_mm"][2]) == (44, 5.0)
+    assert "1 images of another orientation" in " ".join(case["warnings"])
+    nifti = nib.as_closest_canonical(nib.load(real_ct / "imagesTr/tace_0697.nii.gz"))
+    expected = np.asanyarray(nifti.dataobj)
+    for entry in dataset["subvolumes"]:
+        first = entry["first_slice"]
+        piece = nib.load(tmp_path / "out" / entry["image"])
+        assert np.array_equal(np.asanyarray(piece.dataobj), expected[:, :, first : first + 16])
+        window = nifti.slicer[:, :, first : first + 16]
+        assert np.abs(piece.affine - window.affine).max() < 1e-3  # mm
+    text = json.dumps(dataset)
+    assert "0697" not in text.replace(str(real_dicom), "")
+
+
+FIELD_CASES = SHARED_DATA / "field_cases"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dicom_batch_one_bad", "dicom_rescale_empty", "dicomdir_beside_series", "seg_no_reference"],
+)
+def test_situations_that_people_reported(name, tmp_path):
+    if not FIELD_CASES.is_dir():
+        pytest.skip("the reported situations are not here (shared/data beside the project)")
+    made = run_script(FIELD_CASES / name / "make.py", tmp_path)
+    assert made.returncode == 0, made.stderr
+    items = find_dicom(tmp_path.rglob("*"))
+    series = {item.path.name: item.path for item in items if not item.is_seg and not item.fault}
+    if name == "dicom_batch_one_bad":
+        assert set(series) == {"a_bad", "b_good"}
+        assert read_series(series["b_good"]).shape == (64, 64, 24)
+        with pytest.raises(InputError, match="ImageOrientationPatient must be 6 numbers"):
+            read_series(series["a_bad"])
+    elif name == "dicom_rescale_empty":
+        image = read_series(series["ct"])
+        assert (image.read().min(), len(image.notes)) == (-1024, 1)
+    elif name == "dicomdir_beside_series":
+        assert set(series) == {"SER0", "SER1"}
+        assert all(read_series(path).shape == (64, 64, 24) for path in series.values())
+    else:
+        segs = [item for item in items if item.is_seg]
+        assert [(item.uid, item.fault) for item in segs] == [("", "")] * 3
+        for item in segs:
+            label = read_seg(item.path, read_series(item.path.parent), USUAL_LABELS)
+            assert np.unique(label.read()).tolist() == [0, 1, 2]
+            assert item.path not in list_series_files(item.path.parent)
