@@ -263,8 +263,13 @@ def list_plain_files(folder: Path) -> list[Path]:
 def list_below(folder: Path, exclude: Path | None = None) -> list[Path]:
     """All files, also through links, each folder listed once; hidden ones (macOS leaves
     `._x.nii`) and `exclude` are not."""
-    files, seen = [], set()
-    for place, subfolders, names in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:  # what cannot be listed must not be missing silently
+        raise InputError(f"{error.filename}: cannot be listed ({error.strerror}); ask its owner")
+
+    files: list[Path] = []
+    seen: set[str] = set()
+    for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:  # a link to a folder above it
             subfolders.clear()

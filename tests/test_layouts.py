@@ -209,6 +209,31 @@ def test_hidden_files_test_cases_and_other_channels_are_not_used(tmp_path):
     assert "2 further channels" in " ".join(data.notes)
 
 
+def test_lits_with_its_test_scans(tmp_path):
+    for patient in (0, 1):
+        save(scan_of(patient), tmp_path / f"Batch {patient}/volume-{patient}.nii")
+        save(label_of(patient), tmp_path / f"Batch {patient}/segmentation-{patient}.nii")
+        save(scan_of(patient), tmp_path / f"test/test-volume-{patient}.nii")
+    data = check(tmp_path, {"volume-0": 0, "volume-1": 1})
+    assert (data.layout, len(data.unused)) == ("lits", 2)
+
+
+def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
+    save(scan_of(0), tmp_path / "a/ct.nii.gz")
+    save(label_of(0), tmp_path / "a/label.nii.gz")
+    (tmp_path / "b").mkdir()
+    real = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match="b: cannot be listed"):
+        find_pairs(tmp_path)
+
+
 def test_two_folders_can_be_named(tmp_path):
     for patient in (0, 1):
         save(scan_of(patient), tmp_path / f"a/anna/study {patient}.nii.gz")
