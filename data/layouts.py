@@ -16,6 +16,7 @@ from data.cases import Case
 from data.descriptions import Description, find_description, read_patients, read_split
 from data.dicom import DicomItem, choose_segment_values, find_dicom
 from data.labels import BACKGROUND, Labels, describe_labels, find_label, list_values
+from data.masks import Masks
 from data.names import (
     Kind,
     Named,
@@ -191,8 +192,11 @@ class Search:
 
     def _make_cases(self, pairing: Pairing) -> list[Case]:
         """Cases of pairs, of faults and of what stayed alone, each with a name of its own."""
-        entries = [(n, n.path, pairing.found[n.path], "") for n in (*pairing.scans, *pairing.labels)
-                   if n.path in pairing.found]  # fmt: skip
+        entries: list[tuple[Named, Path | None, Path | Masks | None, str]] = [
+            (named, named.path, pairing.found[named.path], "")
+            for named in (*pairing.scans, *pairing.labels)
+            if named.path in pairing.found
+        ]
         worded = any(named.kind == "scan" for named, *_ in entries)
         for scan in pairing.free(pairing.scans):
             if scan.path in self.series:

@@ -6,13 +6,14 @@ both paths and never guessed.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.labels import SYNONYMS, common_name
+from data.labels import SYNONYMS, WORD, common_name
 from data.masks import Masks
 from data.names import Named, kind_of, match_ends, name_case, show_path, split_words
 from utilities import InputError
@@ -44,7 +45,9 @@ class Pairing:
     found: dict[Path, Path | Masks] = field(default_factory=dict)  # scan → its label map or masks
     faults: list[Fault] = field(default_factory=list)
     taken: set[Path] = field(default_factory=set)
-    longer: dict[Hashable, list[Named]] = field(default_factory=dict)  # see `_candidates`
+    longer: defaultdict[Hashable, list[tuple[str, Named]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # see `_candidates`
     channels: int = 0  # files of nnU-Net's further channels, left out
 
     def run(self) -> None:
@@ -119,7 +122,7 @@ class Pairing:
                 group = worded or group
                 if len(group) == 1:
                     self.match(scan.path, group[0].path)
-                elif group and not are_masks(group):
+                elif group and not are_masks([(n.parts[-1] if n.parts else "", n) for n in group]):
                     self.tell([scan], group)
                 if group:
                     break
@@ -140,23 +143,31 @@ class Pairing:
             else:
                 self.tell(some, labels[key])
 
-    def _candidates(self, scan: Named) -> list[Named]:
-        """Label maps that are called like the scan and one thing more: `p1/ct`, `p1/liver_mask`."""
+    def _candidates(self, scan: Named) -> list[tuple[str, Named]]:
+        """(structure, label map) of those called like the scan and one thing more: `p1/ct` and
+        `p1/liver_mask`, `p1_ct` and `p1_tumor_seg`."""
         if not self.longer:
-            self.longer = _group([n for n in self.labels if n.parts], lambda one: one.parts[:-1])
+            for label in (one for one in self.labels if one.parts):
+                *folders, last = label.parts
+                self.longer[tuple(folders)].append((last, label))
+                words = last.split("_")
+                known = [*itertools.takewhile(lambda word: word.lower() in WORD, words[::-1])][::-1]
+                if known and len(known) < len(words):
+                    rest = "_".join(words[: -len(known)])
+                    self.longer[(*folders, rest)].append(("_".join(known), label))
         return self.longer.get(scan.parts, [])
 
     def _pair_masks(self) -> None:
         """A file, series or stack for each structure: TotalSegmentator, 3D-IRCADb."""
         for scan in self.free(self.scans):
-            labels = self.free(self._candidates(scan))
-            if len(labels) > 1 and are_masks(labels):
-                self.match(scan.path, tuple((one.parts[-1], one.path) for one in labels))
-            elif len(labels) > 1:
-                self.tell([scan], labels)
-            elif labels:
-                path = labels[0].path
-                self.match(scan.path, ((labels[0].parts[-1], path),) if path.is_dir() else path)
+            fits = [fit for fit in self._candidates(scan) if fit[1].path not in self.taken]
+            if len(fits) > 1 and are_masks(fits):
+                self.match(scan.path, tuple((name, label.path) for name, label in fits))
+            elif len(fits) > 1:
+                self.tell([scan], [label for _, label in fits])
+            elif fits:
+                ((name, label),) = fits
+                self.match(scan.path, ((name, label.path),) if label.path.is_dir() else label.path)
 
     def _pair_by_ends(self) -> None:
         """The last parts are the same: `Training Batch 1/volume-3`, `segmentation-3`."""
@@ -185,13 +196,13 @@ class Pairing:
                 self.match(both[0].path, both[1].path)
 
 
-def are_masks(labels: Sequence[Named]) -> bool:
+def are_masks(fits: Sequence[tuple[str, Named]]) -> bool:
     """Whether label maps are masks of several structures: a folder of them, or known names."""
-    names = [label.parts[-1] for label in labels if label.parts]
-    if len(set(names)) < len(labels) or len(labels) < 2:
+    names = {name for name, _ in fits}
+    if len(names) < len(fits):
         return False
     known = [set(common_name(name).split()) <= SYNONYMS.keys() for name in names]
-    return all(known) or all(label.label_folder for label in labels)
+    return all(known) or all(label.label_folder for _, label in fits)
 
 
 def list_paths(label: Path | Masks | None) -> list[Path]:

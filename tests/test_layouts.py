@@ -111,6 +111,7 @@ PAIRS = {
     "ct in both": ("images/ct_{}.nii.gz", "labels/ct_{}.nii.gz", "ct_{}"),
     "spaces": ("My scans/pat {}.nii.gz", "My masks/pat-{}.nii.gz", "pat {}"),
     "train, images": ("train/images/p{}.nii.gz", "train/labels/p{}.nii.gz", "p{}"),
+    "named after the organ, flat": ("p{}_ct.nii.gz", "p{}_liver_seg.nii.gz", "p{}"),
     "truth": ("volumes/p{}.nii.gz", "Ground Truth/p{}.nii.gz", "p{}"),
 }
 
@@ -402,6 +403,13 @@ def lay_mask_files(root: Path, patient: int) -> None:
         save(mask.astype(np.uint8), root / f"p{patient}/{name}_mask.nii.gz")
 
 
+def lay_flat_masks(root: Path, patient: int) -> None:
+    label = label_of(patient)
+    save(scan_of(patient), root / f"p{patient}_ct.nii.gz")
+    for name, mask in {"liver": label > 0, "liver_tumor": label == 2}.items():
+        save(mask.astype(np.uint8), root / f"p{patient}_{name}_seg.nii.gz")
+
+
 SERIES: dict[str, Callable[[Path, int], None]] = {
     "SEG": lay_seg,
     "SEG without reference": lay_seg_without_reference,
@@ -411,6 +419,7 @@ SERIES: dict[str, Callable[[Path, int], None]] = {
     "3D-IRCADb": lay_ircad,
     "TotalSegmentator": lay_total,
     "a file per mask": lay_mask_files,
+    "a file per mask, flat": lay_flat_masks,
 }
 
 
