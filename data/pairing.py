@@ -15,7 +15,15 @@ from typing import Any
 
 from data.labels import SYNONYMS, WORD, common_name
 from data.masks import Masks
-from data.names import Named, kind_of, match_ends, name_case, show_path, split_words
+from data.names import (
+    Named,
+    kind_of,
+    match_ends,
+    name_case,
+    show_path,
+    split_words,
+    strip_words,
+)
 from utilities import InputError
 
 
@@ -102,6 +110,8 @@ class Pairing:
         is called; where there are several, the one that is called so."""
         inside = Counter(p if p.is_dir() else p.parent for p in self.series)
         beside = Counter(folder.parent for folder in inside)
+        names = Counter(folder.name for folder in inside)
+        lone = {name: count == 1 for name, count in names.items()}
         files = [one for one in (*self.scans, *self.labels) if one.path not in self.series]
         files = [one for one in self.free(files) if one.path.is_file()] if self.series else []
         by_folder = _group(files, lambda one: one.path.parent)
@@ -111,11 +121,12 @@ class Pairing:
             if inside[folder] > 1:
                 continue
             only = beside[folder.parent] == 1 and folder.parent not in inside
+            near = by_folder[folder.parent]
             for group in (
                 by_folder[folder],
                 [one for one in by_name[folder.name] if one.path.parent == folder.parent],
-                by_folder[folder.parent] if only else [],
-                by_name[folder.name],
+                [one for one in near if agree(scan, one)] if only else [],
+                [one for one in by_name[folder.name] if one.kind != "label" and lone[folder.name]],
             ):
                 group = self.free(group)
                 worded = [n for n in group if kind_of(split_words(name_case(n.path))) == "label"]
@@ -186,14 +197,22 @@ class Pairing:
                 self.tell([scans[found[0]]], owners[found[0]])
 
     def _pair_only_ones(self) -> None:
-        """The only scan and the only label map of one folder."""
+        """The only scan and the only label map of one folder, unless their names disagree."""
         scans, labels = (
             _group(named, lambda one: one.path.parent) for named in (self.scans, self.labels)
         )
         for folder in scans.keys() & labels.keys():
             both = [*scans[folder], *labels[folder]]
-            if len(both) == len(self.free(both)) == 2:
+            if len(both) == len(self.free(both)) == 2 and agree(*both):
                 self.match(both[0].path, both[1].path)
+
+
+def agree(scan: Named, label: Named) -> bool:
+    """Whether the own names of two neighbours allow that they are one patient's: one of them says
+    nothing, or the label map's only names a structure (`portal`, `liver_seg`)."""
+    own, other = (strip_words(name_case(one.path))[0] for one in (scan, label))
+    structure = all(word.lower() in WORD for word in other.split("_"))
+    return not own or not other or own == other or structure
 
 
 def are_masks(fits: Sequence[tuple[str, Named]]) -> bool:

@@ -588,6 +588,63 @@ def test_dicom_that_cannot_be_read_leaves_its_neighbours(tmp_path):
     assert "cut.dcm" in " ".join(data.notes)
 
 
+@pytest.mark.parametrize("series", [False, True])
+def test_neighbours_of_other_names_are_not_paired(series, tmp_path):
+    """Each lost its partner: what is left in the folder belongs to two patients."""
+    if series:
+        save_series(scan_of(1), tmp_path / "B/p1")
+    else:
+        save(scan_of(1), tmp_path / "B/p1_scan.nii.gz")
+    save(label_of(3), tmp_path / "B/p3_label.nii.gz")
+    save(scan_of(2), tmp_path / "A/p2_scan.nii.gz")
+    save(label_of(2), tmp_path / "A/p2_label.nii.gz")
+    cases = {case.name: (case.image, case.label) for case in find_pairs(tmp_path).cases}
+    assert cases.pop("p2") == (tmp_path / "A/p2_scan.nii.gz", tmp_path / "A/p2_label.nii.gz")
+    assert all(None in pair for pair in cases.values())
+
+
+def test_series_of_equal_names_in_two_folders_keep_their_own_label_maps(tmp_path):
+    for patient, folder in ((1, "A"), (2, "B")):
+        save_series(scan_of(patient), tmp_path / f"{folder}/p1")
+        save(label_of(patient), tmp_path / f"labels/{folder}/p1.nii.gz")
+    data = find_pairs(tmp_path)
+    assert [case.name for case in data.cases] == ["A_p1", "B_p1"]
+    for patient, case in enumerate(data.cases, start=1):
+        _, label = on_scan_axes(data, patient, case)
+        assert np.array_equal(label, Volume(label_of(patient), AFFINE).ras.data)
+
+
+def test_no_tree_of_files_joins_two_patients(tmp_path):
+    """Words, places and gaps at random: a pair is always one patient's."""
+    rng = np.random.default_rng(0)
+    pairs = 0
+    for trial in range(60):
+        root, style = tmp_path / str(trial), trial % 5
+        for index in rng.permutation(4)[:3]:
+            batch, patient = rng.choice(["A", "B"]), f"p{index}"
+            kinds = (["images", "img", "ct", "volumes"], ["labels", "seg", "mask", "truth"])
+            for words in kinds:
+                word = rng.choice(words)
+                name = (
+                    f"{word}/{batch}/{patient}", f"{batch}/{word}/{patient}",
+                    f"{batch}/{patient}/{word}", f"{batch}/{patient}_{word}",
+                    f"{batch}/{word}_{patient}",
+                )[style]  # fmt: skip
+                if rng.random() < 0.75:
+                    path = root / f"{name}.nii"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(f"{batch} {patient}")
+        try:
+            cases = find_pairs(root).cases
+        except InputError:
+            continue
+        for case in cases:
+            if case.image and case.label and not case.faults:
+                pairs += 1
+                assert case.image.read_text() == case.label.read_text()
+    assert pairs > 50
+
+
 # ---------------------------------------------------------------------------------------
 # What the labels are called
 # ---------------------------------------------------------------------------------------
