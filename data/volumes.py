@@ -8,7 +8,6 @@ whether a file is what it should be (a scan, a label map of that scan) is asked 
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +16,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from isal import igzip
+from isal import igzip, isal_zlib
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
 from data.itk_files import read_itk
@@ -185,7 +184,8 @@ class Volume:
         if not isinstance(self.data, StoredVoxels):
             yield lambda first, last: self._finished(self.data[:, :, first:last], first)
             return
-        slope, inter = np.float32(self.data.slope), np.float32(self.data.inter)
+        with np.errstate(over="ignore"):
+            slope, inter = np.float32(self.data.slope), np.float32(self.data.inter)
         with self.data.open() as read_numbers:
 
             def read(first: int, last: int) -> np.ndarray:
@@ -288,7 +288,7 @@ def write_slabs(
         written, found = read_file(temporary), 0
         with written.data.open() as read:
             for first, last in list_slabs(written.shape[2], SLAB):
-                found = zlib.crc32(read(first, last).data.T, found)
+                found = isal_zlib.crc32(read(first, last).ravel(order="F").view(np.uint8), found)
         stored_slope = written.data.slope, written.data.inter
         same = {
             "shape": written.shape == grid.shape,
@@ -317,7 +317,7 @@ def _write_stream(
                 raise ValueError(f"slab must be {header.get_data_shape()[:2]} of {dtype}")
             for plane in np.moveaxis(slab, 2, 0):
                 content = plane.tobytes(order="F")
-                checksum = zlib.crc32(content, checksum)
+                checksum = isal_zlib.crc32(content, checksum)
                 stream.write(content)
             depth += slab.shape[2]
     return depth, checksum
@@ -377,7 +377,8 @@ def list_data_files(path: Path) -> list[Path]:
     if not has_suffix(path, NIFTI_SUFFIXES):
         return [path]
     head, data = find_pair(path)
-    return list(dict.fromkeys([head, data]))
+    matrix = head.with_suffix(".mat")  # SPM's affine, beside an Analyze pair
+    return list(dict.fromkeys([head, data, *[matrix] * (head != data and matrix.is_file())]))
 
 
 # ---------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ class StoredVoxels:
         raw = np.empty((last - first) * self.plane_bytes, np.uint8)
         view, done = memoryview(raw), 0
         while done < len(view):
-            count = stream.readinto(view[done : done + 2**24])
+            count = stream.readinto(view[done : done + 4 * CHUNK])
             if not count:
                 missing = len(view) - done + (self.shape[2] - last) * self.plane_bytes
                 raise EOFError(f"{missing} of {self.nbytes} bytes are missing")
