@@ -88,7 +88,7 @@ class Found:
 def try_forked(
     row: str, count: int, attempt: Callable[[int], tuple[str, str]], batch: int = 100
 ) -> Iterator[Attempt]:
-    """Attempts 0 … count − 1, `batch` of them in each child; one that kills its child is counted."""
+    """Attempts 0 … count − 1, `batch` of them in each child; a child that dies is counted."""
     done = 0
     while done < count:
         last = min(done + batch, count)
@@ -310,7 +310,7 @@ def _own_targets(work: Path) -> Iterator[Target]:
 
 
 def write_checkpoint(path: Path) -> None:
-    """A small sound checkpoint; keys that the signature asks for and that are not here are empty."""
+    """A small sound checkpoint; what the signature asks for beyond it is empty."""
     import inspect
 
     names = inspect.signature(utilities.save_checkpoint).parameters
@@ -339,6 +339,7 @@ def write_series(folder: Path, array: np.ndarray) -> None:
         header.SeriesInstanceUID, header.StudyInstanceUID = series, study
         header.FrameOfReferenceUID, header.Modality, header.InstanceNumber = frame, "CT", z
         header.PatientName, header.PatientID, header.SeriesNumber = SECRET, SECRET, 1
+        header.SliceThickness, header.Manufacturer = 2.5, "none"
         header.Rows, header.Columns = array.shape[1], array.shape[0]
         header.PixelSpacing, header.ImageOrientationPatient = [1.5, 1.5], [1, 0, 0, 0, 1, 0]
         header.ImagePositionPatient = [0.0, 0.0, 2.5 * z]

@@ -1,8 +1,7 @@
 """`Volume`: voxels and where they lie in the patient; the only reader and writer of volume files.
 
-What a header says is read in `data.nifti_files` and `data.itk_files`, DICOM in `data.dicom`;
-whether a file is what it should be (a scan, a label map of that scan) is asked at the door,
-`data.cases`.
+Headers are read in `data.nifti_files` and `data.itk_files`, DICOM in `data.dicom`; whether a file
+is what it should be (a scan, a label map of that scan) is asked at the door, `data.cases`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
 from data.itk_files import read_itk
 from data.nifti_files import GEOMETRY_FIELDS, NIFTI_SUFFIXES, find_pair, read_nifti
-from data.voxel_files import StoredVoxels
+from data.voxel_files import StoredVoxels, allocate
 from utilities import InputError, atomic_write
 
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
@@ -134,13 +133,7 @@ class Volume:
         array = None
         for first, part in self.stored_slabs():
             if array is None:
-                try:
-                    array = np.empty(self.shape, part.dtype, order="F")
-                except (MemoryError, ValueError) as error:
-                    raise InputError(
-                        f"{self.name}: its voxels {self.shape} do not fit into the memory; crop or "
-                        "resample it first"
-                    ) from error
+                array = allocate(self.shape, part.dtype, self.name)
             array[:, :, first : first + part.shape[2]] = part
         return array
 

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from isal import igzip, igzip_lib, isal_zlib
@@ -95,11 +95,6 @@ class StoredVoxels:
             return work()
         except InputError:
             raise
-        except MemoryError as error:
-            raise InputError(
-                f"{self.name}: its {self.nbytes} bytes of voxels do not fit into the memory; free "
-                "some, or crop or resample the volume first"
-            ) from error
         except DAMAGE as error:
             raise InputError(
                 f"{self.name}: its voxels cannot be read ({error}); {AGAIN}"
@@ -122,7 +117,7 @@ class StoredVoxels:
     def _read(self, stream: io.RawIOBase, first: int, last: int) -> np.ndarray:
         begin = self.offset + (self.start if self.codec == "raw" else 0)
         stream.seek(begin + first * self.plane_bytes)
-        raw = np.empty((last - first) * self.plane_bytes, np.uint8)
+        raw = allocate(((last - first) * self.plane_bytes,), np.uint8, self.name)
         view, done = memoryview(raw), 0
         while done < len(view):
             count = stream.readinto(view[done : done + 4 * CHUNK])
@@ -141,6 +136,17 @@ class StoredVoxels:
                 raise ValueError(
                     f"the file goes on behind the {self.nbytes} bytes that its header announces"
                 )
+
+
+def allocate(shape: tuple[int, ...], dtype: Any, name: str) -> np.ndarray:
+    """An array without content, first axis fastest. Raises InputError where memory is short."""
+    try:
+        return np.empty(shape, dtype, order="F")
+    except (MemoryError, ValueError) as error:  # ValueError: more than any machine has
+        raise InputError(
+            f"{name}: its voxels {shape} do not fit into the memory; free some, or crop or "
+            "resample the volume first"
+        ) from error
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from data.volumes import (
     read_file,
     write_slabs,
 )
+from data.voxel_files import allocate
 from utilities import InputError
 
 SHAPE = (8, 7, 6)
@@ -433,6 +434,12 @@ def test_a_huge_header_allocates_nothing(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(content))
     with pytest.raises(InputError, match="more than"):
         read_file(path)
+
+
+def test_voxels_that_do_not_fit_into_the_memory_are_told() -> None:
+    for shape in ((2**40, 2**10, 2**10), (2**20, 2**20, 2**20)):
+        with pytest.raises(InputError, match=r"a\.nii: its voxels .* do not fit into the memory"):
+            allocate(shape, np.float64, "a.nii")
 
 
 def test_a_file_that_goes_or_changes_before_its_voxels_are_read(tmp_path: Path) -> None:
