@@ -57,6 +57,7 @@ SECRET = "DOE^JANE"
 class Config:
     quick: bool = False  # a few hundred attempts of each kind, < 4 minutes
     attacks: tuple[str, ...] = ()  # names of the kinds to try; none: all
+    formats: tuple[str, ...] = ()  # first letters of the formats whose bytes are changed; none: all
     seed: int = 0  # of the mutations: same seed, same bytes
     work: Path = Path("/tmp/reliability_benchmark")  # folder that is made and removed
     results: Path = ROOT / "benchmarks/results/reliability.json"  # JSON to write
@@ -180,6 +181,8 @@ def attack_bytes(work: Path, config: Config) -> Iterator[Attempt]:
     """Changed bytes of every format."""
     count = 100 if config.quick else 1200
     for target in make_targets(work):
+        if config.formats and not target.name.startswith(config.formats):
+            continue
         content, sound = target.file.read_bytes(), target.read(target.path)
 
         def attempt(index: int, target=target, content=content, sound=sound) -> tuple[str, str]:
