@@ -23,11 +23,15 @@ from typing import Literal, NamedTuple
 import nibabel as nib
 import numpy as np
 import tyro
-from isal import igzip
 from nibabel.affines import apply_affine
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
+
+# Run as a script, the folder above is not where Python looks for `data` and `utilities`.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.volumes import Volume, read_file
 
 
 @dataclass
@@ -495,24 +499,23 @@ def mask_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_mask(path: Path, size: int | None) -> nib.Nifti1Image:
+def read_mask(path: Path, size: int | None) -> Volume:
     """The mask (X, Y, Z); with `size`, the nearest voxels of a grid of that size in-plane."""
-    try:
-        image = nib.load(path)
-        mask = np.asanyarray(image.dataobj)
-    except (nib.filebasedimages.ImageFileError, EOFError) as error:
-        raise ValueError(f"{path}: not a readable NIfTI mask ({error})") from error
+    given = read_file(path)
+    mask = given.read()
+    if not mask.any():
+        raise ValueError(
+            f"{path}: expected a 3D liver mask, found no voxel above 0; leave this file out"
+        )
     factor = mask.shape[0] / (size or mask.shape[0])
-    if mask.ndim != 3 or not mask.any():
-        found = f"shape {mask.shape}" if mask.ndim != 3 else "no voxel above 0"
-        raise ValueError(f"{path}: expected a 3D liver mask, found {found}; leave this file out")
     if factor == 1:
-        return nib.Nifti1Image(mask, image.affine, image.header)
+        return given.like(mask)
     near = [((np.arange(round(n / factor)) + 0.5) * factor).astype(int) for n in mask.shape[:2]]
     grid = np.diag([factor, factor, 1, 1])
     grid[:2, 3] = (factor - 1) / 2
-    header = nib.Nifti1Image(mask[:1, :1, :1], image.affine @ grid, image.header).header
-    return nib.Nifti1Image(mask[np.ix_(*near)], header.get_best_affine(), header)
+    form = nib.Nifti1Image(np.empty((1, 1, 1), np.uint8), given.affine @ grid, given.header)
+    affine = form.header.get_best_affine()  # as a file holds it
+    return Volume(np.asfortranarray(mask[np.ix_(*near)]), affine, str(path), form.header)
 
 
 def place_around(mask: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -546,7 +549,7 @@ def place_around(mask: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.n
 # ---------------------------------------------------------------------------------------------
 
 
-def make_phantom(index: int, config: Config) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
+def make_phantom(index: int, config: Config) -> tuple[Volume, Volume]:
     """
     Image (int16 HU) and label (uint8) of case `index`, both (X, Y, Z) on one grid. They depend on
     (seed, index) and on size, slices, tumours and organ; with `livers` on the index-th mask.
@@ -555,7 +558,7 @@ def make_phantom(index: int, config: Config) -> tuple[nib.Nifti1Image, nib.Nifti
     patient = draw_patient(rng)
     if config.livers:
         given = read_mask(mask_files(config.livers)[index], config.size)
-        mask, header = np.asanyarray(given.dataobj).T, given.header
+        mask, header = given.data.T, given.header
         shape, (to_reference, p) = mask.shape, place_around(mask, given.affine)
         inside = p + np.cos(p @ patient.bend[:, :3].T + patient.bend[:, 3]) @ patient.bend[:, 4:]
     else:
@@ -571,22 +574,8 @@ def make_phantom(index: int, config: Config) -> tuple[nib.Nifti1Image, nib.Nifti
     add_tumours(rng, patient, inside, config.tumours)
     volumes = scan(rng, patient, shape, to_reference, config.organ, mask)
     affine = header.get_best_affine()  # as the file will hold it, and the codes stay the header's
-    return tuple(nib.Nifti1Image(v.T, affine, header, dtype=v.dtype) for v in volumes)
-
-
-def write_whole(image: nib.Nifti1Image, path: Path) -> None:
-    """Under a temporary name first; time and name stay out of the gzip header: same bytes."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as raw:
-            if path.suffix == ".gz":
-                with igzip.IGzipFile("", "wb", 1, raw, mtime=0) as stream:
-                    image.to_stream(stream)
-            else:
-                image.to_stream(raw)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    image, label = (Volume(v.T, affine, header=header) for v in volumes)
+    return image, label
 
 
 def write_case(index: int, config: Config) -> None:
@@ -594,8 +583,8 @@ def write_case(index: int, config: Config) -> None:
     if config.livers:
         name = mask_files(config.livers)[index].name.removesuffix(".gz").removesuffix(".nii")
     name += ".nii.gz" if config.compress else ".nii"
-    for folder, image in zip(("imagesTr", "labelsTr"), make_phantom(index, config), strict=True):
-        write_whole(image, config.destination / folder / name)
+    for folder, volume in zip(("imagesTr", "labelsTr"), make_phantom(index, config), strict=True):
+        volume.write(config.destination / folder / name)
 
 
 def write_dataset_json(config: Config) -> None:

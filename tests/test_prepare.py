@@ -30,7 +30,8 @@ COLUMNS_FIRST = np.array([[0, 0, 5, 0], [-5, 0, 0, 0], [0, -5, 0, 0], [0, 0, 0, 
 @cache
 def phantom(index: int) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
     """Scan and label of a small patient (48 × 48 × about 40)."""
-    return make_phantoms.make_phantom(index, make_phantoms.Config(size=48, slices=(36, 44)))
+    pair = make_phantoms.make_phantom(index, make_phantoms.Config(size=48, slices=(36, 44)))
+    return tuple(volume.to_nibabel() for volume in pair)
 
 
 def ras_arrays(index: int) -> tuple[np.ndarray, np.ndarray]:
