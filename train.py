@@ -4,6 +4,7 @@
     python train.py --learning-rate 3e-4        # any of them from the command line
     python train.py liver-tumour-ce             # one of the RECIPES below, settings for a purpose
     python train.py --resume checkpoints/liver  # go on where a run stopped
+    python train.py --show                      # only draw what the network would see
     torchrun --nproc-per-node 4 train.py        # on four GPUs
 
 Edit the settings in place or give them as options; the checkpoint carries them all. Read
@@ -17,32 +18,36 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from monai import losses
 
+from data.labels import LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
 from preprocess import (
+    Augment,
+    Chain,
     SubvolumeLoader,
     Subvolumes,
     Tiles,
     augmentation,
     cache_split,
     read_prepared,
+    show_inputs,
 )
 from utilities import (
-    CLASSES,
     IMAGE,
     InputError,
-    Labels,
     NetworkName,
     atomic_write,
     build_network,
     command_line,
     load_checkpoint,
     on_device,
+    pick,
     pick_device,
     pick_precision,
     process_group,
@@ -57,6 +62,26 @@ OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["constant", "cosine", "poly"]
 
 
+def parse_classes(words: list[str]) -> dict[str, tuple[str, ...]]:
+    """`["liver=liver,tumour"]` → {"liver": ("liver", "tumour")}."""
+    pairs = (word.partition("=") for word in words)
+    return {name: tuple((values or name).split(",")) for name, _, values in pairs}
+
+
+Classes = Annotated[  # on the command line: --labels liver=liver,tumour or liver=1 tumour=2
+    dict[str, tuple[str, ...]],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME=LABEL,…",
+        instance_from_str=parse_classes,
+        is_instance=lambda classes: isinstance(classes, dict),
+        str_from_instance=lambda classes: [
+            f"{n}={','.join(map(str, classes[n]))}" for n in classes
+        ],
+    ),
+]
+
+
 @dataclass
 class Config:
     """Every setting of a training; the checkpoint carries them all."""
@@ -65,9 +90,11 @@ class Config:
     data: Path = Path("data/prepared")  # what prepare.py wrote
     run_folder: Path = Path("checkpoints/liver")  # of this run; one that holds a run is refused
     resume: Path | None = None  # folder of a run to go on with; its settings are taken from there
+    show: bool = False  # train nothing: draw preprocess.png beside the data, as preprocess.py does
 
-    # -- what is learnt: class name → raw label values; the order is the channel order
-    labels: Labels = field(default_factory=CLASSES.copy)
+    # -- what is learnt: class name → names (or values) of the data's labels; the order is the
+    # channel order, after the background. The default takes tumours as far as the data have them.
+    labels: Classes = field(default_factory=LIVER_WITH_TUMOURS.copy)
 
     # -- what the network sees
     # "subvolumes": as prepare.py cut them; each slice is resampled in its own plane, the slice axis
@@ -123,37 +150,10 @@ class Config:
     # -- inference, carried to apply_model.py
     overlap: float = 0.5  # of neighbouring windows, along each axis they slide on
 
-    def preprocessing(self) -> dict[str, Any]:
-        """Arguments of the deterministic chain."""
-        return {
-            "sampling": self.sampling,
-            "spacing": tuple(self.spacing),
-            "hu_window": self.hu_window and tuple(self.hu_window),
-            "input_size": tuple(self.input_size),
-            "labels": {name: tuple(values) for name, values in self.labels.items()},
-        }
-
     def window(self, subvolume_depth: int) -> tuple[int, ...]:
         """Voxels (x, y, z) of the network's input."""
         depth = () if self.sampling == "patches" else (subvolume_depth,)
         return (*self.input_size, *depth)
-
-    def augmentation(self) -> dict[str, Any]:
-        """Arguments of the random augmentation."""
-        return {
-            "sampling": self.sampling,
-            "foreground_sampling": self.foreground_sampling,
-            "classes": len(self.labels),
-            "probability": self.augment_probability,
-            "rotation_degrees": self.rotation_degrees,
-            "translation": self.translation,
-            "scaling": self.scaling,
-            "noise_sd": self.noise_sd,
-            "intensity_scaling": self.intensity_scaling,
-            "intensity_shift": self.intensity_shift,
-            "flip_probability": self.flip_probability,
-            "input_size": tuple(self.input_size),
-        }
 
     def plain(self) -> dict[str, Any]:
         """All settings as plain Python types, for the checkpoint and config.json."""
@@ -197,7 +197,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
         Config(
             data=Path("data/whole"),
             run_folder=Path("checkpoints/liver-tumour-ce"),
-            labels={"background": (0,), "liver": (1,), "tumour": (2,)},
+            labels={"liver": ("liver",), "tumour": ("tumour",)},
             sampling="patches",
             spacing=(1.0, 1.0, 1.0),
             input_size=(128, 128, 64),
@@ -266,13 +266,6 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
             "the network's input must be a multiple of 8 along each axis (three poolings), got "
             f"{window} voxels; change --input-size, or prepare.py's --subvolume-depth"
         )
-    learnt = {value for values in config.labels.values() for value in values}
-    missing = learnt - set(prepared["labels"].values())
-    if missing:
-        raise InputError(
-            f"--labels names the values {sorted(missing)}, but {config.data / 'dataset.json'} "
-            f"declares {prepared['labels']}; correct --labels"
-        )
     if config.resume is None and (config.run_folder / "last.pt").exists():
         raise InputError(
             f"{config.run_folder}: holds a run already; give another --run-folder, or go on with "
@@ -297,7 +290,7 @@ def resumed(config: Config, saved: dict[str, Any]) -> Config:
     return result
 
 
-def class_weights(prepared: dict[str, Any], labels: dict[str, tuple[int, ...]]) -> torch.Tensor:
+def class_weights(prepared: dict[str, Any], labels: Labels) -> torch.Tensor:
     """One weight per class from its voxels in the training data; their mean is 1.
 
     Inverse to the square root of the count. Inverse to the count itself, a tumour voxel weighs a
@@ -350,12 +343,25 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     prepared = read_prepared(config.data)
     check(config, prepared)
+    chain = pick(
+        Chain, config, labels=resolve_classes(config.labels, as_labels(prepared["labels"]))
+    )
+    if config.show:
+        # training leaves some sub-volumes alone; a picture should not
+        augment = pick(Augment, config, classes=len(chain.labels), augment_probability=1.0)
+        picture = show_inputs(config.data, prepared, chain, augment, device)
+        print(f"look at {picture}: does the outline lie on the organ?")
+        return
     with process_group(device):
-        run(config, prepared, device, resume)
+        run(config, prepared, chain, device, resume)
 
 
 def run(
-    config: Config, prepared: dict[str, Any], device: torch.device, resume: dict[str, Any] | None
+    config: Config,
+    prepared: dict[str, Any],
+    chain: Chain,
+    device: torch.device,
+    resume: dict[str, Any] | None,
 ) -> None:
     """Data, network, optimizer, loop: one process of possibly several."""
     rank, processes = rank_and_size()
@@ -366,11 +372,10 @@ def run(
     torch.backends.cudnn.benchmark = not config.deterministic  # all batches have one shape
 
     # data
-    settings = {**config.preprocessing(), "device": device, "disk_cache": config.disk_cache}
-    settings |= {"rank": rank, "processes": processes}
-    training = cache_split(prepared, config.data, "training", **settings)
-    validation = cache_split(prepared, config.data, "validation", **settings)
-    augment = augmentation(**config.augmentation(), device=device)
+    cache = (chain, device, config.disk_cache)
+    training = cache_split(prepared, config.data, "training", *cache)
+    validation = cache_split(prepared, config.data, "validation", *cache)
+    augment = augmentation(pick(Augment, config, classes=len(chain.labels)), device)
     patches, window = config.sampling == "patches", config.window(prepared["subvolume_depth"])
     repeats = config.patches_per_case if patches else 1
     augmented = Subvolumes(training, augment, config.seed, repeats)
@@ -387,7 +392,7 @@ def run(
     network_args = {
         "name": config.network,
         "in_channels": 1,
-        "out_channels": len(config.labels),
+        "out_channels": len(chain.labels),
         "base_channels": config.base_channels,
         "input_size": window,
     }
@@ -396,7 +401,7 @@ def run(
         begin_with(model, config.pretrained)
     if config.sync_batch_norm and processes > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    loss_function = LOSSES[config.loss](class_weights(prepared, config.labels)).to(device)
+    loss_function = LOSSES[config.loss](class_weights(prepared, chain.labels)).to(device)
     optimizer = OPTIMIZERS[config.optimizer](model.parameters(), config.learning_rate)
     factor = SCHEDULES[config.schedule]
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -423,9 +428,9 @@ def run(
         device=device,
         checkpoint={
             "network_args": network_args,
-            "preprocessing": config.preprocessing(),
+            "preprocessing": asdict(chain),
             "inference": {"window": window, "overlap": config.overlap},
-            "labels": config.preprocessing()["labels"],
+            "labels": chain.labels,
             "config": config.plain(),
         },
         val_interval=config.val_interval,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -23,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import nibabel as nib
 import numpy as np
@@ -47,6 +48,9 @@ SEGMENT_VALUE = "label value {}"  # in a DICOM SEG, whose own numbers must run f
 LABEL_VALUES = {"background": 0, "liver": 1, "tumour": 2}  # values in a label map (LiTS, Task03)
 CLASSES = {"background": (0,), "liver": (1, 2)}  # what is learnt by default: a tumour is liver too
 HU_WINDOW = (-200.0, 250.0)  # HU window of every picture for people (training has its own setting)
+
+
+Kind = TypeVar("Kind")
 
 
 class InputError(ValueError):
@@ -151,6 +155,18 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def pick(kind: type[Kind], source: Any, **changes: Any) -> Kind:
+    """A dataclass of `kind` from the equally named attributes of `source`, `changes` before them.
+
+    A list becomes a tuple, as JSON and command lines give lists.
+    """
+    values = {}
+    for field in dataclasses.fields(kind):
+        value = changes[field.name] if field.name in changes else getattr(source, field.name)
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
 
 
 def human_bytes(count: float) -> str:
