@@ -179,7 +179,7 @@ def command_line(
         check_settings(config)
         main(config)
     except KeyboardInterrupt as stop:
-        print(f"interrupted; {stop or 'run the same command again to go on'}", file=sys.stderr)
+        print(f"interrupted; {str(stop) or 'run the same command again to go on'}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if debug:
