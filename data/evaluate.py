@@ -65,7 +65,7 @@ def measure(classes: Volume, scan: Volume, names: Sequence[str]) -> dict[str, fl
         mask = indices == index
         box = find_bounding_box(mask)
         values = hu[box][mask[box]]
-        row[f"{name}_volume_ml"] = round(values.size * scan.voxel_ml, 2)
+        row[f"{name}_volume_ml"] = round(values.size * scan.ras.voxel_ml, 2)
         row[f"{name}_hu_mean"] = round(float(values.mean()), 1) if values.size else None
         row[f"{name}_hu_sd"] = round(float(values.std()), 1) if values.size else None
         for axis, part, step in zip("xyz", box, scan.ras.spacing_mm, strict=True):

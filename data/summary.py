@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from isal import isal_zlib
 from tqdm import tqdm
 
 from data.labels import is_tumour
-from utilities import InputError, class_colour, save_figure, write_csv, write_json
+from utilities import InputError, class_colour, read_json, save_figure, write_csv, write_json
 
 # Figure of merit → which end is the worst. The order is that of the tables.
 FIGURES = {
@@ -223,3 +224,69 @@ def show_worst(rows: Sequence[dict[str, Any]], name: str, folder: Path) -> None:
         axes.axis("off")
     save_figure(figure, folder / "worst.png")
     print(f"look first at {folder / 'worst.png'}: {tell_worst({c: worst[c] for c in shown})}")
+
+
+# ---------------------------------------------------------------------------------------
+# Records: `<case>/<case>.json`, which says that a case is finished and signs what was written
+# ---------------------------------------------------------------------------------------
+
+
+def sign_file(path: Path) -> str:
+    """Size and CRC-32 of a result, by which a cut or changed one is known."""
+    size, crc = 0, 0
+    with path.open("rb") as stream:
+        while part := stream.read(1 << 20):
+            size, crc = size + len(part), isal_zlib.crc32(part, crc)
+    return f"{size}:{crc:08x}"
+
+
+def list_results(folder: Path, name: str) -> list[Path]:
+    """The files of a case beside its record."""
+    return sorted(path for path in folder.glob(f"{name}_*") if path.is_file())
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A case's record; None, and told, where the file is no record of this program."""
+    try:
+        record = read_json(path)
+        if record["case"] != path.stem or not isinstance(record["files"], dict):
+            raise InputError(f"{path}: is of another program or version; left out")
+    except (InputError, KeyError, TypeError) as error:
+        tqdm.write(f"{path}: is no record of a finished case ({error})")
+        return None
+    return record
+
+
+def is_finished(record: Path, mark: str) -> bool:
+    """Whether a case was done with the same inputs and all that was written is still whole."""
+    known = read_record(record) if record.is_file() else None
+    if known is None or known.get("fingerprint") != mark or not known["files"]:
+        return False
+    for name, signature in known["files"].items():
+        path = record.parent / Path(name).name
+        if not path.is_file() or sign_file(path) != signature:
+            tqdm.write(f"{path}: is missing or changed; {record.stem} is done again")
+            return False
+    return True
+
+
+def write_record(row: dict[str, Any], path: Path) -> None:
+    """Write a case's record, with a signature of each file beside it."""
+    files = {file.name: sign_file(file) for file in list_results(path.parent, path.stem)}
+    write_json(row | {"files": files}, path)
+
+
+def report_all(destination: Path, names: Sequence[str], weights: str) -> list[dict[str, Any]]:
+    """Write the table of all cases in the folder, of earlier calls too, and the summary of those
+    that were evaluated with these networks; returns the table."""
+    records = [folder / f"{folder.name}.json" for folder in sorted(destination.iterdir())]
+    read = [read_record(path) for path in records if path.is_file()]
+    rows = [{k: v for k, v in row.items() if k != "files"} for row in read if row]
+    write_table(rows, destination / "results.csv")
+    write_json(rows, destination / "results.json")
+    same = [row for row in rows if row.get("truth") and row.get("weights") == weights[:12]]
+    evaluated = [row for row in same if f"{names[0]}_dice" in row]
+    if evaluated:
+        report(evaluated, names, destination, weights=weights[:12])
+        show_worst(evaluated, names[0], destination)
+    return rows
