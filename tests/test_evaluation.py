@@ -204,14 +204,18 @@ def test_what_is_implausible_is_told():
     shape, affine = (80, 60, 40), np.diag([4.0, 4.0, 5.0, 1.0])
     scan = np.where(ball(shape, (40, 30, 20), 28), 40, -1000).astype(np.int16)
     right = ball(shape, (52, 30, 20), 16).astype(np.uint8)
-    assert doubts(right, scan, affine, ["liver"]) == []
-    assert "left" in doubts(right[::-1], scan, affine, ["liver"])[0]
-    small = doubts(ball(shape, (52, 30, 20), 5).astype(np.uint8), scan, affine, ["liver"])
+
+    def doubt(classes, scan, names):
+        return doubts(as_volume(classes, affine), as_volume(scan, affine), names)
+
+    assert doubt(right, scan, ["liver"]) == []
+    assert "left" in doubt(right[::-1], scan, ["liver"])[0]
+    small = doubt(ball(shape, (52, 30, 20), 5).astype(np.uint8), scan, ["liver"])
     assert "expected 500 to 4000" in small[0]
-    cut = doubts(right[:, :, :20], scan[:, :, :20], affine, ["liver"])
+    cut = doubt(right[:, :, :20], scan[:, :, :20], ["liver"])
     assert ["upper end" in text for text in cut] == [True]
-    assert doubts(np.zeros_like(right), scan, affine, ["liver"]) == ["no liver found"]
-    assert doubts(right[::-1], scan, affine, ["spleen"]) == []
+    assert doubt(np.zeros_like(right), scan, ["liver"]) == ["no liver found"]
+    assert doubt(right[::-1], scan, ["spleen"]) == []
 
 
 def test_what_is_no_ct_is_told():
