@@ -206,7 +206,7 @@ def test_any_number_type_is_read(dtype):
 
 def test_a_write_that_would_change_the_grid_is_refused(tmp_path, monkeypatch):
     image = open_scan(ct_image(blob((20, 20, 16)), random_affine(0)))
-    moved = Volume(image.read(), image.affine + np.eye(4) * 0.01)
+    moved = Volume(image.read(), image.affine + np.eye(4, k=3) * 0.01)
     write = Volume.write
     monkeypatch.setattr(Volume, "write", lambda _, path, slope=1.0: write(moved, path))
     with pytest.raises(InputError, match="affine"):
