@@ -200,33 +200,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """One process per folder at a time; a lock whose owner is dead is taken over."""
-    import socket
-
-    lock, mine, made = folder / ".lock", f"{os.getpid()} {socket.gethostname()}", False
-    if lock.exists():
-        pid, _, host = lock.read_text().partition(" ")
-        if host == socket.gethostname() and pid.isdigit() and Path(f"/proc/{pid}").exists():
-            raise InputError(
-                f"{folder}: process {pid} on {host} is writing there; wait for it, or choose "
-                "another folder"
-            )
-    made = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.write_text(mine)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
-
-
 # ---------------------------------------------------------------------------------------
 # Volumes: a nibabel image is array + affine (voxel index → patient RAS+ millimetres) + header
 # ---------------------------------------------------------------------------------------
