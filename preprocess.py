@@ -16,6 +16,8 @@ label's outline, and histograms; and prints counts and memory.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -23,16 +25,17 @@ import math
 import os
 import runpy
 import sys
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from monai.data import CacheDataset, MetaTensor, PersistentDataset
+from monai.data import MetaTensor
 from monai.transforms import (
     CastToTyped,
     ClassesToIndicesd,
@@ -59,18 +62,24 @@ from data.volumes import Volume, list_slabs, read_file
 from utilities import (
     IMAGE,
     LABEL,
-    LABEL_COLOURS,
-    TRUTH_COLOUR,
     InputError,
-    draw_plane,
+    as_array,
+    atomic_write,
+    check_types,
+    class_colour,
     human_bytes,
     rank_and_size,
+    read_json,
+    resampling_device,
     save_figure,
+    show_patient,
+    show_progress,
 )
 
 SLAB = 32  # slices that are resampled at a time, so that memory does not grow with the scan
 SLICE_MM = "slice_mm"  # meta data: distance of slices
 PATCH_MARGIN = 1.3  # patches are cut so much wider in plane: rotated, they then have no corners
+CACHE_VERSION = 2  # of the files that --disk-cache keeps
 INDICES = f"{LABEL}_indices"  # where the voxels of each class lie, for balanced patches
 
 # ---------------------------------------------------------------------------------------
@@ -276,7 +285,7 @@ def preprocess_volume(
         Tensor (1, X, Y, Z) in 0..1, slices from inferior to superior, and the 4×4 map from
         RAS-ordered source voxel (i, j, k, 1) to network voxel, which has no rotation.
     """
-    steps, slabs = Compose(in_plane_chain(chain, device)), {}
+    steps, slabs = Compose(in_plane_chain(chain, resampling_device(torch.device(device)))), {}
     for first, slab in volume.slabs(list_slabs(volume.ras_shape[2], SLAB)):
         slabs[first] = steps({IMAGE: to_tensor(slab, volume.ras_affine)})[IMAGE]
     in_plane = slabs[0].affine.cpu().numpy()  # network pixel → mm
@@ -285,7 +294,7 @@ def preprocess_volume(
     step = chain.spacing[2] if chain.sampling == "patches" else z
     to_network = np.diag([1.0, 1.0, z / step, 1.0])
     to_network[np.ix_([0, 1, 3], [0, 1, 3])] = np.linalg.inv(in_plane) @ np.diag([x, y, 1.0])
-    return Compose(slice_chain(chain))({IMAGE: slices})[IMAGE], to_network
+    return Compose(slice_chain(chain))({IMAGE: slices})[IMAGE].to(device), to_network
 
 
 def interpolation_matrix(position: np.ndarray, size: int) -> torch.Tensor:
@@ -344,7 +353,7 @@ def to_source_grid(
 def augmentation(augment: Augment, device: torch.device | str) -> Compose:
     """Random rotation, translation and scaling in ONE in-plane resampling, then intensities.
 
-    `device` is where the resampling runs.
+    `device` is where the batches go; the resampling runs there, if it can.
     """
     keys, often = (IMAGE, LABEL), augment.augment_probability
     in_plane, scaling = augment.input_size[:2], augment.scaling
@@ -362,7 +371,7 @@ def augmentation(augment: Augment, device: torch.device | str) -> Compose:
                 scale_range=(scaling, scaling),
                 mode=("bilinear", "nearest"),
                 padding_mode="zeros",  # 0 is air in the image and background in the label
-                device=torch.device(device),
+                device=resampling_device(torch.device(device)),
             ),
             RandFlipd(keys, prob=augment.flip_probability, spatial_axis=0),
             RandGaussianNoised(IMAGE, prob=often, std=augment.noise_sd),
@@ -531,41 +540,58 @@ class SubvolumeLoader(DataLoader):
                 yield batch
 
 
+# Of dataset.json: what training reads, and its types; of each sub-volume likewise.
+PREPARED_SCHEMA = 1
+PREPARED = {"labels": dict, "settings": dict, "subvolume_depth": int, "subvolumes": list}
+SUBVOLUME = {
+    "case": str, "split": str, IMAGE: str, LABEL: str, "first_slice": int, "shape": list,
+    "spacing_mm": list, "voxels_per_label": dict,
+}  # fmt: skip
+
+
 def read_prepared(folder: Path) -> dict[str, Any]:
-    """`dataset.json` of a folder that prepare.py has completed."""
+    """`dataset.json` of a folder that prepare.py has completed, verified; else one InputError."""
     path = folder / "dataset.json"
     if not path.is_file():
         raise InputError(
             f"{path}: not found; it is written last by prepare.py, so {folder} is not (completely) "
             "prepared; run `python prepare.py SOURCE` with this folder as --destination"
         )
-    prepared = json.loads(path.read_text())
-    if prepared.get("schema") != 1:
+    prepared = read_json(path, "what prepare.py wrote")
+    remedy = "prepare the data again"
+    check_types(prepared, {"schema": int}, str(path), remedy)
+    if (found := prepared["schema"]) != PREPARED_SCHEMA:
+        newer = found > PREPARED_SCHEMA
         raise InputError(
-            f"{path}: schema must be 1, got {prepared.get('schema')}; prepare it again"
+            f"{path}: schema must be {PREPARED_SCHEMA}, got {found}; "
+            + ("it comes from a later version, update this program" if newer else remedy)
         )
+    check_types(prepared, PREPARED, str(path), remedy)
+    for record in prepared["subvolumes"]:
+        check_types(record, SUBVOLUME, f"{path}: a sub-volume", remedy)
+        for key in (IMAGE, LABEL):
+            parts = PurePosixPath(record[key].replace("\\", "/")).parts
+            rooted = record[key].startswith("/") or PureWindowsPath(record[key]).drive
+            if rooted or ".." in parts:
+                raise InputError(f"{path}: {record[key]} lies outside of {folder}; {remedy}")
     return prepared
 
 
 def subvolume_items(prepared: dict[str, Any], folder: Path, split: str) -> list[dict[str, Any]]:
     """What the chain loads: files, names, and what identifies the content of each sub-volume."""
-    source = {record["case"]: record for record in prepared["cases"]}
     records = [record for record in prepared["subvolumes"] if record["split"] == split]
     if not records:
         raise InputError(
             f"{folder / 'dataset.json'}: no sub-volume in the {split} split; prepare more patients "
             "(three at least)"
         )
+    kept = ("case", "first_slice", "shape", "spacing_mm", "sha256")
     return [
         {
             IMAGE: str(folder / record[IMAGE]),
             LABEL: str(folder / record[LABEL]),
-            "case": record["case"],
-            "first_slice": record["first_slice"],
             "index": index,
-            "shape": record["shape"],
-            "spacing_mm": record["spacing_mm"],
-            "fingerprint": str(source[record["case"]].get("fingerprint")),
+            **{key: record[key] for key in kept if key in record},
         }
         for index, record in enumerate(records)
     ]
@@ -601,6 +627,7 @@ def cache_place(needed: int, device: torch.device) -> tuple[torch.device, float]
     On the device if it takes no more than 60 % of the free memory (the network needs the rest),
     else in the host's memory, else as much of it as fits there.
     """
+    device = resampling_device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if needed <= 0.6 * free:
@@ -623,7 +650,7 @@ def cache_split(
     chain: Chain,
     device: torch.device | str,
     disk_cache: bool = False,
-) -> CacheDataset:
+) -> CachedVolumes:
     """Run the deterministic chain over the sub-volumes of a split, once, and keep the results.
 
     Under torchrun each process caches its own share.
@@ -641,23 +668,66 @@ def cache_split(
     needed = sum(math.ceil(math.prod(shape)) * 3 for shape in shapes)  # image float16, label uint8
     place, rate = cache_place(needed, torch.device(device))
     what = "whole cases" if patches else "sub-volumes"
-    mean = human_bytes(needed / len(items))
+    mean = human_bytes(needed / max(len(items), 1))
     print(f"cache: {len(items)} {split} {what} × {mean} = {human_bytes(needed)} on {place}")
     steps = deterministic_chain(chain, place)
     if patches:
         steps = Compose([*steps.transforms, balanced_indices(len(chain.labels))])
-    options = {"num_workers": min(os.cpu_count() or 1, 8), "copy_cache": False, "cache_rate": rate}
-    if not disk_cache:
-        return CacheDataset(items, steps, **options)
+    prepare = steps
+    if disk_cache:
+        prepare = functools.partial(read_or_make, steps, chain, folder / "cache", place)
+    return CachedVolumes(items, prepare, rate, f"{split}, reading")
 
-    def key(item: dict[str, Any]) -> bytes:
-        content = json.dumps([item, asdict(chain)], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest().encode()
 
-    stored = PersistentDataset(items, steps, cache_dir=folder / "cache", hash_func=key)
-    return CacheDataset(
-        stored, EnsureTyped([IMAGE, LABEL], device=place, track_meta=False), **options
-    )
+class CachedVolumes(Dataset):
+    """What `prepare` makes of some items, in memory: of all of them, or of the part `rate`."""
+
+    def __init__(
+        self,
+        items: Sequence[dict[str, Any]],
+        prepare: Callable[[dict[str, Any]], dict[str, Any]],
+        rate: float = 1.0,
+        title: str = "",
+    ):
+        self.items, self.prepare = items, prepare
+        kept = items[: round(rate * len(items))]
+        # An interrupt drops what has not begun, and waits for what has.
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+            made = pool.map(prepare, kept)
+            self.kept = list(show_progress(made, total=len(kept), desc=title, unit="file"))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.kept[index] if index < len(self.kept) else self.prepare(self.items[index])
+
+
+def read_or_make(
+    steps: Compose, chain: Chain, cache: Path, place: torch.device, item: dict[str, Any]
+) -> dict[str, Any]:
+    """`steps(item)`, kept in a file of `cache` whose name is a hash of settings and content.
+
+    A file that is torn or damaged is made again.
+    """
+    content = item.get("sha256") or [hash_file(item[key]) for key in (IMAGE, LABEL)]
+    where = {key: value for key, value in item.items() if key not in (IMAGE, LABEL, "index")}
+    key = json.dumps([CACHE_VERSION, where, content, asdict(chain)], sort_keys=True)
+    path = cache / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
+    if path.is_file():
+        with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+            if archive.testzip() is None:  # torch.load does not compare the checksums
+                return torch.load(path, place, weights_only=True) | {"index": item["index"]}
+    made = steps(item)
+    with atomic_write(path) as temporary:
+        torch.save(made, temporary)
+    return made
+
+
+def hash_file(path: str) -> str:
+    """SHA-256 of a file's bytes."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------
@@ -665,31 +735,22 @@ def cache_split(
 # ---------------------------------------------------------------------------------------
 
 
-def montage(before: Subvolumes, after: Subvolumes, titles: Sequence[str]) -> Any:
+def montage(before: Subvolumes, after: Subvolumes, names: Sequence[str]) -> Any:
     """Figure: a slice of some sub-volumes before and after augmentation, and histograms."""
     from matplotlib.figure import Figure
 
-    chosen = np.linspace(0, len(before) - 1, min(4, len(before))).astype(int)
+    chosen = spread(len(before), 4)
     figure = Figure(figsize=(11, 3.6 * len(chosen)), layout="constrained")
     for row, index in zip(figure.subplots(len(chosen), 3, squeeze=False), chosen, strict=True):
-        for axes, dataset, name in zip(
-            row, (before, after), ("as cached", "augmented"), strict=False
-        ):
-            item = dataset[int(index)]
-            image, label = (
-                item[IMAGE][0].cpu().numpy(),
-                item[LABEL][0].cpu().numpy().astype(np.uint8),
-            )
-            middle = int((label > 0).sum(axis=(0, 1)).argmax())
-            draw_plane(
-                axes, image, "axial", middle, (1.0, 1.0, 1.0), {TRUTH_COLOUR: label}, window=(0, 1)
-            )
-            axes.set_title(f"{titles[index]}, {name}", fontsize=10)
-            for values, what in ((image.ravel(), "all"), (image[label > 0], "organ")):
-                style = "-" if dataset is before else "--"
-                colour = "0.4" if what == "all" else LABEL_COLOURS[1]
-                row[2].hist(values, 60, (0, 1), histtype="step", color=colour, linestyle=style,
-                            label=f"{what}, {name}")  # fmt: skip
+        for axes, dataset, style in zip(row, (before, after), ("-", "--"), strict=False):
+            item, kind = dataset[index], "as cached" if dataset is before else "augmented"
+            title = f"{item['case']} from slice {item['first_slice']}, {kind}"
+            show_patient(item, axes=axes, names=names, title=title)
+            image, label = as_array(item[IMAGE]), as_array(item[LABEL])
+            shown = {"all": (image, "0.4"), "organ": (image[label > 0], class_colour(1))}
+            for what, (values, colour) in shown.items():
+                bins = {"bins": 60, "range": (0, 1), "histtype": "step", "linestyle": style}
+                row[2].hist(values.ravel(), **bins, color=colour, label=f"{what}, {kind}")
         row[2].set(xlabel="network input (0..1 over the HU window)", ylabel="voxels", yscale="log")
         row[2].legend(fontsize=8)
     return figure
@@ -700,13 +761,14 @@ def show_inputs(
 ) -> Path:
     """Draw what the network will see of a prepared folder; returns the picture's path."""
     picture = folder / "preprocess.png"
-    for split in ("training", "validation"):
+    splits = {record["split"] for record in prepared["subvolumes"]}
+    for split in sorted(splits & {"training", "validation"}):
         cached = cache_split(prepared, folder, split, chain, device)
         print(f"{split}: {len(cached)} sub-volumes of {tuple(cached[0][IMAGE].shape)}")
         if split == "training":
             augmented = Subvolumes(cached, augmentation(augment, device))
-            titles = [f"{item['case']} from slice {item['first_slice']}" for item in cached]
-            save_figure(montage(Subvolumes(cached), augmented, titles), picture)
+            names = list(chain.labels)[1:]
+            save_figure(montage(Subvolumes(cached), augmented, names), picture)
     return picture
 
 
