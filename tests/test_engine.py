@@ -18,7 +18,7 @@ from helpers import assert_same_run, comparable, small_config
 import apply_model
 import preprocess
 import train
-from utilities import InputError, NetworkName, load_checkpoint, voxels
+from utilities import InputError, NetworkName, load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def one_step_and_reload(prepared: Path, run: Path, **settings) -> None:
     scan = ct_image(np.full((40, 36, 18), 60), random_affine(0))
     label = apply_model.segment(model, scan)
     assert label.shape == scan.shape
-    assert set(np.unique(voxels(label))) <= {0, 1}
+    assert set(np.unique(label.read())) <= {0, 1}
 
 
 @pytest.mark.parametrize("network", get_args(NetworkName))
