@@ -58,9 +58,9 @@ def run(few, tmp_path_factory):
 
 
 def resave(run: Path, path: Path, **changes) -> Path:
-    """A checkpoint with other entries (None takes one away), as another program would write it."""
+    """A checkpoint with other entries (... takes one away), as another program would write it."""
     saved = torch.load(run / "last.pt", weights_only=True)
-    torch.save({k: v for k, v in {**saved, **changes}.items() if v is not None}, path)
+    torch.save({k: v for k, v in {**saved, **changes}.items() if v is not ...}, path)
     return path
 
 
@@ -117,8 +117,8 @@ def test_what_torch_wrote_of_something_else(tmp_path):
             "schema must be 2, got 1; it was made by an earlier version.*train it again",
         ),
         ({"schema": 3}, "a later version of this program, update"),
-        ({"network_state": None}, "network_state is missing"),
-        ({"preprocessing": None}, "preprocessing is missing"),
+        ({"network_state": ...}, "network_state is missing"),
+        ({"preprocessing": ...}, "preprocessing is missing"),
         ({"declared": [1]}, "declared has the wrong type, got list"),
         ({"network_state": {"head.bias": torch.tensor([np.nan])}}, "not numbers"),
         ({"network_state": {"head.bias": torch.tensor([np.inf])}}, "not numbers"),
@@ -323,7 +323,9 @@ def test_the_disk_cache_knows_content_and_heals_itself(prepared, tmp_path):
 
 def test_trains_without_a_terminal_without_bars_and_without_unix(few, tmp_path):
     """TQDM_DISABLE, no terminal, no Unix-only module: a line per epoch, no control characters."""
-    block = "import sys; [sys.modules.update({n: None}) for n in ('resource', 'fcntl', 'pwd')]\n"
+    block = (
+        "import sys; [sys.modules.update({n: None}) for n in ('resource', 'fcntl', 'termios')]\n"
+    )
     script = tmp_path / "blocked.py"
     script.write_text(
         f"{block}sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'train.py'\n"
@@ -384,7 +386,7 @@ def test_training_dice_of_a_resumed_epoch_is_that_of_the_whole(few, tmp_path, mo
     train.main(small_config(few, tmp_path / "whole", max_epochs=1, batch_size=1))
     original = utilities.train_step
     monkeypatch.setattr(utilities, "delayed_interrupt", stop_after_one(monkeypatch, original))
-    with pytest.raises(KeyboardInterrupt, match="go on with: python train.py --resume"):
+    with pytest.raises(KeyboardInterrupt, match=r"go on with: python train\.py --resume"):
         train.main(small_config(few, tmp_path / "broken", max_epochs=1, batch_size=1))
     monkeypatch.undo()
     assert len(load_checkpoint(tmp_path / "broken" / "last.pt")["step_losses"]) == 1
