@@ -332,9 +332,9 @@ def check_splits(config: Config, prepared: dict[str, Any], labels: Labels) -> bo
         )
     for split in [split for split in seen if split in found]:
         lacking = [n for n, voxels in zip(names, seen[split].tolist(), strict=True) if not voxels]
-        if lacking:
+        if lacking and rank_and_size()[0] == 0:
             print(f"warning: no {split} patient has {', '.join(lacking)}: no Dice tells of it")
-    if not seen["validation"].any():
+    if not seen["validation"].any() and rank_and_size()[0] == 0:
         print("without validation there is no best.pt; last.pt is the network to apply")
     return bool(seen["validation"].any())
 

@@ -75,48 +75,22 @@ class InputError(ValueError):
 # ---------------------------------------------------------------------------------------
 
 # The range of every setting of every script; of several numbers each must lie in it.
-LIMITS = {
-    # prepare.py
-    "subvolume_depth": "0 <= x < inf",
-    "keep_empty": "0 <= x <= 1",
-    "training": "0 <= x <= 1",
-    "validation": "0 <= x <= 1",
-    "test": "0 <= x <= 1",
-    "seed": "0 <= x < 4294967296",
-    "folds": "0 <= x < inf",
-    "fold": "0 <= x < inf",
-    "workers": "0 <= x < inf",
-    # train.py
-    "spacing": "0.05 <= x <= 50",
-    "input_size": "1 <= x < inf",
-    "hu_window": "-inf < x < inf",
-    "patches_per_case": "1 <= x < inf",
-    "foreground_sampling": "0 <= x <= 1",
-    "augment_probability": "0 <= x <= 1",
-    "rotation_degrees": "0 <= x <= 180",
-    "translation": "0 <= x <= 1",
-    "scaling": "0 <= x < 1",
-    "noise_sd": "0 <= x < inf",
-    "intensity_scaling": "0 <= x < inf",
-    "intensity_shift": "0 <= x < inf",
-    "flip_probability": "0 <= x <= 1",
-    "base_channels": "1 <= x < inf",
-    "learning_rate": "0 < x < inf",
-    "weight_decay": "0 <= x < inf",
-    "batch_size": "1 <= x < inf",
-    "max_epochs": "1 <= x < inf",
-    "gradient_clip": "0 <= x < inf",
-    "ema_decay": "0 <= x < 1",
-    "patience": "0 <= x < inf",
-    "val_interval": "1 <= x < inf",
-    "window": "1 <= x < inf",
-    "overlap": "0 <= x < 1",
-    # apply_model.py, visualize_3d.py
-    "background": "-32768 <= x <= 32767",
-    "windows": "0 <= x < inf",
-    "smoothing": "0 <= x < inf",
-    "size": "1 <= x < inf",
+RANGES = {
+    "0 <= x < inf": "subvolume_depth folds fold workers noise_sd intensity_scaling intensity_shift "
+    "weight_decay gradient_clip patience windows smoothing",
+    "1 <= x < inf": "input_size patches_per_case base_channels batch_size max_epochs val_interval "
+    "window size",
+    "0 <= x <= 1": "keep_empty training validation test foreground_sampling augment_probability "
+    "translation flip_probability",
+    "0 <= x < 1": "scaling ema_decay overlap",
+    "0 < x < inf": "learning_rate",
+    "0 <= x <= 180": "rotation_degrees",
+    "0.05 <= x <= 50": "spacing",
+    "-inf < x < inf": "hu_window",
+    "-32768 <= x <= 32767": "background",
+    "0 <= x < 4294967296": "seed",
 }
+LIMITS = {name: limits for limits, names in RANGES.items() for name in names.split()}
 COMPARISONS = {"<": operator.lt, "<=": operator.le}
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 ASCENDING = ("hu_window",)  # low, high
@@ -1276,11 +1250,8 @@ class Run:
         scaled = self.precision == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         moving = get_ema_multi_avg_fn(self.ema_decay)
-        self.average = (
-            AveragedModel(self.model, multi_avg_fn=moving, use_buffers=True)
-            if self.ema_decay
-            else None
-        )
+        averaged = functools.partial(AveragedModel, multi_avg_fn=moving, use_buffers=True)
+        self.average = averaged(self.model) if self.ema_decay else None
 
     @property
     def kept(self) -> nn.Module:
@@ -1387,10 +1358,8 @@ def train(
         gradient_clip: largest norm of the gradient; 0 leaves it alone.
         patience: stop after so many validations without a better Dice; 0 never stops early.
 
-    Returns the history: one row of numbers per epoch, as in metrics.csv. Ctrl-C finishes the step
-    under way, writes last.pt and raises KeyboardInterrupt.
-    Validation Dice is counted per patient over its sub-volumes at the network's resolution. It
-    chooses best.pt; the figure to report is apply_model.py's, on the scan's own grid.
+    Returns the history, as in metrics.csv. Ctrl-C finishes the step under way, writes last.pt and
+    raises KeyboardInterrupt.
     """
     network, first_process = run.wrap_network(), rank_and_size()[0] == 0
     with delayed_interrupt() as interrupted:
@@ -1398,9 +1367,8 @@ def train(
             begun = time.perf_counter()
             row = {"epoch": epoch, "learning_rate": run.scheduler.get_last_lr()[0]}
             train_loader.set_epoch(epoch, len(run.losses))
-            last = (epoch, max_epochs)
-            loop = (network, train_loader, loss_function, gradient_clip, last, interrupted)
-            row |= train_one_epoch(run, *loop)
+            how = (loss_function, gradient_clip, (epoch, max_epochs), interrupted)
+            row |= train_one_epoch(run, network, train_loader, *how)
             if interrupted():
                 run.save("last.pt")
                 raise KeyboardInterrupt(f"go on with: python train.py --resume {run.folder}")
@@ -1520,8 +1488,9 @@ def used_memory_mb(device: torch.device) -> float:
 
 @torch.no_grad()
 def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float]:
-    """Mean loss of batches with foreground, and Dice per class.
+    """Mean loss of batches with foreground, and Dice per class, at the network's resolution.
 
+    It chooses best.pt; the figure to report is apply_model.py's, on the scan's own grid.
     Dice: voxels counted per patient, then the mean over patients. NaN for a class that no patient
     has: what the network finds of it says nothing about it.
     """
@@ -1833,29 +1802,40 @@ def show_patient(
         The matplotlib Figure.
     """
     cut = PLANES[plane][0]
-    image = as_array(data[IMAGE])
-    maps = {key: as_array(data[key]).astype(np.uint8) for key in (LABEL, PRED) if key in data}
+    arrays = {key: as_array(data[key]) for key in (IMAGE, LABEL, PRED) if key in data}
+    image = arrays.pop(IMAGE)
     if slice_index is None:
-        guide = next(iter(maps.values()), image > image.mean())
-        slice_index = find_busiest_slice(guide > 0, cut)
-    truth = maps.get(LABEL) if len(maps) == 2 else None
-    outlined = maps.get(PRED, maps.get(LABEL))
-    classes = max(len(names), 0 if outlined is None else int(outlined.max()))
-    outlines = {} if outlined is None else outlines_of(truth, outlined, classes + 1)
-    drawn = axes or new_figure(path is None).subplots()
-    spacing = getattr(data[IMAGE], "ras", data[IMAGE])
-    spacing = getattr(spacing, "spacing_mm", (1.0, 1.0, 1.0))
-    window = hu_window or choose_hu_window(image)
-    draw_plane(drawn, image, plane, slice_index, spacing, outlines, window)
-    if title is None:
-        title = f"slice {slice_index + 1} of {image.shape[cut]}"
-        title += (
-            " · label in blue · prediction in orange" if truth is not None and not names else ""
-        )
-    drawn.set_title(title, fontsize=10)
-    if axes is None:
-        finish_figure(drawn.figure, names, truth is not None, path)
-    return drawn.figure
+        guide = next(iter(arrays.values())) > 0 if arrays else image > image.mean()
+        slice_index = find_busiest_slice(guide, cut)
+    part = [slice(None)] * 3
+    part[cut] = slice(slice_index, slice_index + 1)
+    maps = {key: array[tuple(part)].astype(np.uint8) for key, array in arrays.items()}
+    truth, found = maps.get(LABEL) if len(maps) == 2 else None, maps.get(PRED, maps.get(LABEL))
+    outlines = {} if found is None else outlines_of(truth, found, int(found.max()) + 1)
+    figure = make_figure(path is None) if axes is None else axes.figure
+    drawn, window = axes or figure.subplots(), hu_window or choose_hu_window(image)
+    spacing = getattr(getattr(data[IMAGE], "ras", None), "spacing_mm", (1.0, 1.0, 1.0))
+    draw_plane(drawn, image[tuple(part)], plane, 0, spacing, outlines, window)
+    both = " · label in blue · prediction in orange" if truth is not None and not names else ""
+    drawn.set_title(title or f"slice {slice_index + 1} of {image.shape[cut]}{both}", fontsize=10)
+    if axes is None and names:
+        add_legend(figure, names, truth is not None)
+    if path is not None:
+        save_figure(figure, path)
+    elif axes is None:
+        from matplotlib import pyplot
+
+        pyplot.show()
+    return figure
+
+
+def make_figure(interactive: bool) -> Any:
+    """A figure for a notebook or window, or for a file alone."""
+    if interactive:
+        from matplotlib.pyplot import figure as make
+    else:
+        from matplotlib.figure import Figure as make
+    return make(figsize=(6, 6), layout="constrained")
 
 
 def as_array(volume: Any) -> np.ndarray:
@@ -1865,26 +1845,3 @@ def as_array(volume: Any) -> np.ndarray:
     if isinstance(volume, torch.Tensor):
         volume = torch.as_tensor(volume).detach().float().cpu().numpy()
     return np.reshape(volume, np.shape(volume)[-3:])
-
-
-def new_figure(interactive: bool) -> Any:
-    """A figure for a notebook or window, or for a file alone."""
-    if interactive:
-        from matplotlib import pyplot
-
-        return pyplot.figure(figsize=(6, 6), layout="constrained")
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(6, 6), layout="constrained")
-
-
-def finish_figure(figure: Any, names: Sequence[str], truth: bool, path: Path | None) -> None:
-    """Add a legend where something is outlined; write a PNG, or show the figure."""
-    if names:
-        add_legend(figure, names, truth)
-    if path is not None:
-        save_figure(figure, path)
-        return
-    from matplotlib import pyplot
-
-    pyplot.show()
