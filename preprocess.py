@@ -57,6 +57,7 @@ from monai.transforms import (
 )
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data.cases import hash_files
 from data.labels import Labels
 from data.volumes import Volume, list_slabs, read_file
 from utilities import (
@@ -585,13 +586,14 @@ def subvolume_items(prepared: dict[str, Any], folder: Path, split: str) -> list[
             f"{folder / 'dataset.json'}: no sub-volume in the {split} split; prepare more patients "
             "(three at least)"
         )
-    kept = ("case", "first_slice", "shape", "spacing_mm", "sha256")
+    kept = ("case", "first_slice", "shape", "spacing_mm")
     return [
         {
             IMAGE: str(folder / record[IMAGE]),
             LABEL: str(folder / record[LABEL]),
             "index": index,
-            **{key: record[key] for key in kept if key in record},
+            "content": " ".join(str(record[k]) for k in record if k.endswith(("crc32", "sha256"))),
+            **{key: record[key] for key in kept},
         }
         for index, record in enumerate(records)
     ]
@@ -710,7 +712,7 @@ def read_or_make(
 
     A file that is torn or damaged is made again.
     """
-    content = item.get("sha256") or [hash_file(item[key]) for key in (IMAGE, LABEL)]
+    content = item["content"] or hash_files(Path(item[key]) for key in (IMAGE, LABEL))
     where = {key: value for key, value in item.items() if key not in (IMAGE, LABEL, "index")}
     key = json.dumps([CACHE_VERSION, where, content, asdict(chain)], sort_keys=True)
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
@@ -722,12 +724,6 @@ def read_or_make(
     with atomic_write(path) as temporary:
         torch.save(made, temporary)
     return made
-
-
-def hash_file(path: str) -> str:
-    """SHA-256 of a file's bytes."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------

@@ -294,6 +294,11 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
             "the network's input must be a multiple of 8 along each axis (three poolings), got "
             f"{window} voxels; change --input-size, or prepare.py's --subvolume-depth"
         )
+    if prepared.get("ignore"):
+        raise InputError(
+            f"{config.data}: labels are to be ignored where they are {prepared['ignore']}, which "
+            "training cannot do; prepare the data again without values to ignore"
+        )
     if config.optimizer == "sgd" and config.amsgrad:
         raise InputError("--amsgrad is of adam and adamw, got --optimizer sgd; leave it out")
     if config.resume is None and not config.show and (config.run_folder / "last.pt").exists():

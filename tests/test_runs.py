@@ -309,7 +309,7 @@ def test_the_disk_cache_knows_content_and_heals_itself(prepared, tmp_path):
         assert kept.read_bytes() == whole
     image = data / records[0]["image"]
     image.write_bytes(image.read_bytes()[:-2000] + b"\x00" * 2000)  # prepared again, other voxels
-    if "sha256" not in records[0]:
+    if not any(key.endswith("crc32") for key in records[0]):
         assert not torch.equal(cached()["image"], first["image"])
         assert len(list((data / "cache").iterdir())) == 2
     content["subvolumes"] = [{**records[0], "sha256": "of other voxels"}]
