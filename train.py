@@ -186,7 +186,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
         Config(),
     ),
     "laptop": (
-        "the same on a CPU: 3 mm pixels and a quarter of the width, in an hour or so",
+        "the same for a CPU: 3 mm pixels, a quarter of the width, fewer epochs",
         Config(
             run_folder=Path("checkpoints/laptop"),
             spacing=(3.0, 3.0),
