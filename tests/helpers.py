@@ -1,7 +1,8 @@
-"""What several tests build their inputs with: phantoms as arrays and files, preparing them."""
+"""What several tests share: building inputs from phantoms, small trainings, comparing runs."""
 
 from __future__ import annotations
 
+import dataclasses
 import filecmp
 import json
 from functools import cache
@@ -12,9 +13,26 @@ import make_phantoms
 import nibabel as nib
 import numpy as np
 import pydicom
+import torch
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 import prepare
+import preprocess
+import train
+from data.labels import as_labels, resolve_classes
+from data.volumes import Volume
+from preprocess import Augment, Chain
+from utilities import TIMING, load_checkpoint, pick
+
+# ---------------------------------------------------------------------------------------
+# Phantoms
+# ---------------------------------------------------------------------------------------
+
+
+def as_volume(array: np.ndarray, affine: np.ndarray | None = None) -> Volume:
+    """An array, masks too, with its affine; voxels of 1 mm along R, A, S where none is given."""
+    array = array.astype(np.uint8) if array.dtype == bool else array
+    return Volume(array, np.eye(4) if affine is None else affine)
 
 
 @cache
@@ -157,3 +175,66 @@ def put_raw(header: pydicom.Dataset, tag: str, vr: str, value: bytes) -> None:
     number = Tag(tag)
     value += b" " * (len(value) % 2)
     header._dict[number] = RawDataElement(number, vr, len(value), value, 0, False, True)
+
+
+# ---------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------
+
+SMALL = {
+    "base_channels": 4,
+    "input_size": (32, 32),
+    "spacing": (8.0, 8.0),
+    "max_epochs": 3,
+    "device": "cpu",
+    "precision": "fp32",
+    "ema_decay": 0.9,
+}
+TINY = {"max_epochs": 2, "base_channels": 4, "device": "cpu", "precision": "fp32"}
+TINY_IN = {
+    "subvolumes": {"input_size": (32, 32), "spacing": (8.0, 8.0)},
+    "patches": {"input_size": (32, 32, 16), "spacing": (8.0, 8.0, 5.0), "patches_per_case": 2},
+}
+
+
+def small_config(prepared, run, **changes) -> train.Config:
+    """A training of seconds on sub-volumes of phantoms."""
+    return train.Config(**{**SMALL, "data": prepared, "run_folder": run, **changes})
+
+
+def tiny(name: str, prepared, whole_cases, run, **changes) -> train.Config:
+    """A recipe made small, on sub-volumes or whole cases as it needs them."""
+    recipe = train.RECIPES[name][1]
+    data = whole_cases if recipe.sampling == "patches" else prepared
+    small = {**TINY, **TINY_IN[recipe.sampling], "data": data, "run_folder": run, **changes}
+    return dataclasses.replace(recipe, **small)
+
+
+def chain_of(config: train.Config) -> Chain:
+    """The deterministic chain of a training, its classes resolved with the data's labels."""
+    declared = as_labels(preprocess.read_prepared(config.data)["labels"])
+    return pick(Chain, config, labels=resolve_classes(config.labels, declared))
+
+
+def augment_of(config: train.Config, **changes) -> Augment:
+    """The augmentation of a training."""
+    return pick(Augment, config, **{"classes": len(config.labels) + 1, **changes})
+
+
+def cached(config: train.Config, split: str = "training", device: str = "cpu"):
+    """The cached sub-volumes of a training."""
+    content = preprocess.read_prepared(config.data)
+    return preprocess.cache_split(content, config.data, split, chain_of(config), device)
+
+
+def comparable(history):
+    """Rows without what depends on the machine's speed."""
+    return [{key: value for key, value in row.items() if key not in TIMING} for row in history]
+
+
+def assert_same_run(first, second):
+    """Two runs ended with the same history and the same weights, bit for bit."""
+    a, b = (load_checkpoint(run / "last.pt") for run in (first, second))
+    assert comparable(a["history"]) == comparable(b["history"])
+    for name, tensor in a["network_state"].items():
+        assert torch.equal(tensor, b["network_state"][name]), name

@@ -2,19 +2,25 @@
 
 import matplotlib
 import numpy as np
+import pytest
 import torch
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from data.volumes import Volume
 from utilities import (
+    HU_WINDOW,
     IMAGE,
     LABEL,
     PRED,
     PREDICTION_COLOUR,
     TRUTH_COLOUR,
     add_legend,
+    choose_hu_window,
     class_colour,
     curves_figure,
+    find_busiest_slice,
     outlines_of,
     planes_figure,
     save_figure,
@@ -72,6 +78,48 @@ def test_a_tumour_is_outlined_in_its_own_colour(tmp_path):
     figure = planes_figure("case", image, (1.0, 1.0, 1.0), {TRUTH_COLOUR: truth}, (0, 1))
     save_figure(figure, tmp_path / "truth.png")
     assert len(pixels_of(imread(tmp_path / "truth.png"), TRUTH_COLOUR)) > 300
+
+
+@pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])
+def test_one_map_has_the_colours_of_its_classes_and_two_the_truths(plane, tmp_path):
+    """On every plane, of Volumes and arrays alike; into given axes without a new figure."""
+    affine = np.diag([-1.0, -2.0, 3.0, 1.0])  # LPS: drawn as RAS
+    image, label = np.full((40, 30, 20), 50, np.int16), np.zeros((40, 30, 20), np.uint8)
+    image[:8] = -1000
+    label[10:30, 8:24, 4:16] = 1
+    label[18:24, 12:18, 8:12] = 2
+    volumes = {IMAGE: Volume(image, affine), LABEL: Volume(label, affine)}
+    one, two = tmp_path / "one.png", tmp_path / "two.png"
+    names = ["liver", "tumour"]
+    index = {"axial": 9, "coronal": 14, "sagittal": 19}[plane]  # of the RAS volume: the tumour
+    show_patient(volumes, index, one, plane=plane)
+    show_patient({**volumes, PRED: volumes[LABEL]}, index, two, plane=plane, names=names)
+    first, second = imread(one), imread(two)
+    assert min(len(pixels_of(first, class_colour(value))) for value in (1, 2)) > 30
+    assert len(pixels_of(first, TRUTH_COLOUR)) == 0
+    assert len(pixels_of(second, TRUTH_COLOUR)) > 30
+    figure = Figure()
+    axes = figure.subplots(1, 2)
+    assert show_patient(volumes, axes=axes[0], plane=plane, title="mine") is figure
+    assert axes[0].get_title() == "mine"
+    assert not figure.legends
+    assert not axes[1].images
+
+
+def test_the_slice_with_most_of_a_mask():
+    mask = np.zeros((5, 6, 7), bool)
+    assert [find_busiest_slice(mask, axis) for axis in range(3)] == [2, 3, 3]
+    mask[1, 2, 4] = mask[1, 3, 4] = mask[2, 2, 5] = True
+    assert [find_busiest_slice(mask, axis) for axis in range(3)] == [1, 2, 4]
+
+
+def test_grey_values_of_ct_of_a_network_and_of_mr():
+    ramp = np.linspace(0, 1, 1000).reshape(10, 10, 10)
+    assert choose_hu_window(2000 * ramp - 1000) == HU_WINDOW
+    assert choose_hu_window(ramp) == (0.0, 1.0)
+    low, high = choose_hu_window(900 * ramp)
+    assert 0 < low < 20
+    assert 880 < high < 900
 
 
 def test_curves_mark_the_best_epoch(tmp_path):
