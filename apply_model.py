@@ -32,9 +32,17 @@ import tyro
 from monai.inferers import sliding_window_inference
 from tqdm import tqdm
 
-from data.cases import find_scans, hash_files, hash_inputs, read_label_map, read_scan
+from data.cases import (
+    Masks,
+    find_scans,
+    hash_files,
+    hash_inputs,
+    read_label_map,
+    read_scan,
+)
+from data.descriptions import Description
 from data.dicom import write_seg
-from data.evaluate import evaluate, find_declared, measure
+from data.evaluate import describe_truths, evaluate, measure
 from data.labels import (
     USUAL_LABELS,
     Labels,
@@ -44,7 +52,7 @@ from data.labels import (
 )
 from data.names import make_safe, name_scans, pair_by_name
 from data.summary import do_each, is_finished, refuse_failures, report_all, write_record
-from data.volumes import Volume, find_bounding_box, list_slabs
+from data.volumes import Volume, find_bounding_box, list_slabs, write_slabs
 from preprocess import (
     SLAB,
     Chain,
@@ -61,7 +69,9 @@ from utilities import (
     add_legend,
     autocast,
     build_network,
+    check_settings,
     command_line,
+    find_checkpoint,
     hu_faults,
     load_checkpoint,
     lock_folder,
@@ -182,41 +192,28 @@ def load_model(
     or windows.
     """
     paths = [checkpoint] if isinstance(checkpoint, str | Path) else list(checkpoint)
-    paths, where = [find_checkpoint(Path(path)) for path in paths], pick_device(device)
-    loaded = [load_checkpoint(path, where) for path in paths]
+    where = pick_device(device)
+    loaded = [load_checkpoint(Path(path), where) for path in paths]
     first = loaded[0]
     for path, saved in zip(paths, loaded, strict=True):
         for key in ("preprocessing", "inference"):
-            if saved.get(key) != first.get(key):
+            if saved[key] != first[key]:
                 raise InputError(
                     f"{path}: {key} must be that of {paths[0]} to be averaged with it, got "
-                    f"{saved.get(key)} and {first.get(key)}; train both with the same settings"
+                    f"{saved[key]} and {first[key]}; train both with the same settings"
                 )
     networks = [restore_network(*pair, where) for pair in zip(paths, loaded, strict=True)]
     network = networks[0] if len(networks) == 1 else Average(networks).eval()
-    try:
-        chain = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in first["preprocessing"].items()
-        }
-        chain = Chain(**chain | {"labels": as_labels(chain["labels"])})
-        inference = {key: first["inference"][key] for key in ("window", "overlap")}
-        declared = as_labels(first.get("declared") or USUAL_LABELS)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{paths[0]}: does not say how to use its network ({error!r}); train it again, or use "
-            "another checkpoint"
-        ) from error
+    inference = dict(first["inference"])
     if overlap is not None:
-        if not 0 <= overlap < 1:
-            raise InputError(f"--overlap {overlap}: must be from 0 to below 1, such as 0.75")
+        check_settings({"overlap": overlap}, "--")
         inference["overlap"] = overlap
-    dtype, modality = pick_precision(precision, where), first.get("modality", "CT")
-    return Model(network, chain, inference, where, dtype, declared, modality)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The file that `--checkpoint` means: itself, or best.pt in a run's folder."""
-    return path / "best.pt" if path.is_dir() else path
+    try:
+        chain = Chain(**first["preprocessing"])
+    except TypeError as error:
+        raise InputError(f"{paths[0]}: preprocessing: {error}; train it again") from error
+    dtype = pick_precision(precision, where)
+    return Model(network, chain, inference, where, dtype, first["declared"], first["modality"])
 
 
 def restore_network(path: Path, saved: dict[str, Any], device: torch.device) -> torch.nn.Module:
@@ -229,12 +226,6 @@ def restore_network(path: Path, saved: dict[str, Any], device: torch.device) -> 
             f"{path}: its weights do not fit its network ({error}); the checkpoint is foreign or "
             "damaged, use another one"
         ) from error
-    odd = [name for name, t in network.state_dict().items() if not torch.isfinite(t).all()]
-    if odd:
-        raise InputError(
-            f"{path}: the weights {', '.join(odd[:3])} are not finite; the training failed or the "
-            "file is damaged, use another checkpoint"
-        )
     return on_device(network, device).eval()
 
 
@@ -296,7 +287,7 @@ def open_scan(scan: Volume | nib.spatialimages.SpatialImage | Path | str) -> Vol
     if isinstance(scan, np.ndarray):
         raise ValueError("an array must come with its affine: Volume(array, affine)")
     header = scan.header if isinstance(scan.header, nib.Nifti1Header) else None
-    return Volume(scan.dataobj, scan.affine, "image", header)
+    return Volume(np.asanyarray(scan.dataobj), scan.affine, "image", header)
 
 
 def window_count(size: Sequence[int], window: Sequence[int], overlap: float) -> int:
@@ -503,8 +494,8 @@ class Case:
 
     name: str
     image: Path
-    label: Path | None = None
-    declared: Labels | None = None  # what the truth's values mean; None: what the network learnt
+    label: Path | Masks | None = None
+    described: Description | None = None  # what the truth's values mean, if its data say so
     trust_grid: bool = False  # prepare.py laid the truth voxel on voxel
     modality: str = ""
     warnings: tuple[str, ...] = ()  # what prepare.py told of it, accepted findings too
@@ -512,12 +503,11 @@ class Case:
     alone: bool = True  # no other case beside it
 
 
-def mask_scan(scan: Volume, label: Volume, background: int) -> Volume:
-    """The scan where the label is not 0 and `background` HU elsewhere, on the scan's grid."""
-    array = scan.read()
-    array = array.astype(np.result_type(array.dtype, np.min_scalar_type(background)), order="K")
-    np.copyto(array, array.dtype.type(background), where=label.read() == 0)
-    return scan.like(array)
+def mask_scan(scan: np.ndarray, label: np.ndarray, background: int) -> np.ndarray:
+    """HU (X, Y, Z) where the label is not 0, and `background` elsewhere; a type that holds both."""
+    array = scan.astype(np.result_type(scan.dtype, np.min_scalar_type(background)), order="K")
+    np.copyto(array, array.dtype.type(background), where=label == 0)
+    return array
 
 
 def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume | None, list[str]]:
@@ -541,9 +531,15 @@ def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume 
         )
     if case.label is None:
         return scan, None, told + [f"prepare.py: {text}" for text in case.warnings]
-    declared = case.declared or find_declared(case.label) or model.declared
-    classes = translate_classes(model.labels, model.declared, declared)
-    truth = read_label_map(case.label, scan, declared, classes=classes, trust_grid=case.trust_grid)
+    meant = case.described or describe_truths(case.label) or Description(model.declared)
+    truth = read_label_map(
+        case.label,
+        scan,
+        meant.labels,
+        classes=translate_classes(model.labels, model.declared, meant.labels),
+        trust_grid=case.trust_grid,
+        ignore=meant.ignore,
+    )
     told += [note for note in truth.notes if note not in told]
     return scan, truth.ras, told + [f"prepare.py: {text}" for text in case.warnings]
 
@@ -586,8 +582,12 @@ def write_results(
     if background is None:
         background = 0 if model.modality == "MR" else AIR_HU
     label.write_checked(place.with_name(f"{place.name}_label.nii.gz"))
-    outside = mask_scan(scan, label, background)
-    outside.write_checked(place.with_name(f"{place.name}_masked.nii.gz"))
+    dtype = np.result_type(scan.dtype, np.min_scalar_type(background))
+    outside = (
+        mask_scan(scan.data[:, :, a:b], label.data[:, :, a:b], background)
+        for a, b in list_slabs(scan.shape[2], SLAB)
+    )
+    write_slabs(place.with_name(f"{place.name}_masked.nii.gz"), scan, dtype, outside)
     if config.dicom_seg:
         told = write_seg(label, scan, model.labels, place.with_name(f"{place.name}_label.dcm"))
     if trace.probability is not None:  # readers see 0..1
@@ -632,16 +632,16 @@ def find_cases(config: Config) -> list[Case]:
 def find_prepared(config: Config) -> list[Case]:
     """The cases of one split of prepared data, with what prepare.py was told about them."""
     prepared, path = read_prepared(config.data), config.data / "dataset.json"
+    settings = prepared["settings"]
     try:
-        settings = prepared.get("settings", {})
-        declared = as_labels(prepared["labels"])
+        described = Description(as_labels(prepared["labels"]), tuple(prepared.get("ignore", ())))
         chosen = [record for record in prepared["cases"] if record["split"] == config.split]
         cases = [
             Case(
-                record["case"], Path(record[IMAGE]), Path(record[LABEL]), declared,
+                record["case"], Path(record[IMAGE]), as_paths(record[LABEL]), described,
                 bool(settings.get("trust_image_grid")), settings.get("modality") or "",
-                tuple(record.get("warnings", ())), tuple(settings.get("accept") or ()),
-                alone=len(chosen) == 1,
+                tuple(record.get("warnings", ())),
+                tuple(record.get("accepted", settings.get("accept") or ())), len(chosen) == 1,
             )
             for record in chosen
         ]  # fmt: skip
@@ -655,6 +655,13 @@ def find_prepared(config: Config) -> list[Case]:
         if make_safe(case.name) != case.name:
             raise InputError(f"{path}: {case.name!r} is no case name; prepare the data again")
     return cases
+
+
+def as_paths(label: str | list[list[str]]) -> Path | Masks:
+    """A label map of dataset.json: a path, or the name and path of each structure's mask."""
+    if isinstance(label, str):
+        return Path(label)
+    return tuple((str(name), Path(path)) for name, path in label)
 
 
 def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | None]:
@@ -678,9 +685,10 @@ def fingerprint(case: Case, weights: str, config: Config) -> str:
     """Changes whenever the scan, its truth, the networks or a setting of the result change."""
     settings = [config.background, config.largest_component, config.fill_holes]
     settings += [config.tumour_inside, config.mirror, config.probability, config.precision]
-    settings += [config.dicom_seg, config.overlap, case.trust_grid, case.declared, case.accepted]
-    paths = (case.image, case.label)
-    inputs = [hash_inputs([path]) if path and path.exists() else None for path in paths]
+    settings += [config.dicom_seg, config.overlap, case.trust_grid, case.accepted]
+    meant = case.described or (case.label and describe_truths(case.label))
+    settings += [meant and [meant.labels, meant.ignore]]
+    inputs = [hash_inputs([path]) if path else None for path in (case.image, case.label)]
     return hashlib.sha256(json.dumps([inputs, weights, settings]).encode()).hexdigest()
 
 
@@ -696,7 +704,7 @@ def do_case(model: Model, case: Case, weights: str, config: Config) -> None:
     row = apply_to_case(model, case, config)
     row |= {
         "image": str(case.image.resolve()),
-        "truth": str(case.label.resolve()) if case.label else None,
+        "truth": str(case.label.resolve()) if isinstance(case.label, Path) else case.label,
         "checkpoint": ", ".join(map(str, (config.checkpoint, *config.folds))),
         "weights": weights[:12],
         "fingerprint": mark,
@@ -718,6 +726,8 @@ def main(config: Config) -> None:
         )
         if len(failed) < len(mine):
             report_all(config.destination, model.names, weights)
+    with contextlib.suppress(OSError):
+        config.destination.rmdir()  # only if nothing came to stand in it
     refuse_failures(failed, len(mine), "scans")
     if mine:
         place = config.destination / mine[0].name

@@ -17,7 +17,15 @@ from isal import isal_zlib
 from tqdm import tqdm
 
 from data.labels import is_tumour
-from utilities import InputError, class_colour, read_json, save_figure, write_csv, write_json
+from utilities import (
+    InputError,
+    class_colour,
+    read_json,
+    save_figure,
+    show_progress,
+    write_csv,
+    write_json,
+)
 
 # Figure of merit → which end is the worst. The order is that of the tables.
 FIGURES = {
@@ -43,7 +51,7 @@ def do_each(cases: Sequence[T], name: Callable[[T], str], do: Callable[[T], Any]
     Everything is caught but an interrupt; LIVER_DEBUG=1 shows where it came from.
     """
     failed: list[str] = []
-    for number, case in enumerate(tqdm(cases, unit="case", disable=None), start=1):
+    for number, case in enumerate(show_progress(cases, unit="case"), start=1):
         try:
             do(case)
         except Exception as error:
