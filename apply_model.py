@@ -19,6 +19,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,35 +33,15 @@ import tyro
 from monai.inferers import sliding_window_inference
 from tqdm import tqdm
 
-from data.cases import (
-    Masks,
-    find_scans,
-    hash_files,
-    hash_inputs,
-    read_label_map,
-    read_scan,
-)
+from data.cases import Masks, find_scans, hash_files, hash_inputs, read_label_map, read_scan
 from data.descriptions import Description
 from data.dicom import write_seg
-from data.evaluate import describe_truths, evaluate, measure
-from data.labels import (
-    USUAL_LABELS,
-    Labels,
-    as_labels,
-    group_tumours,
-    translate_classes,
-)
-from data.names import make_safe, name_scans, pair_by_name
+from data.evaluate import describe_truths, evaluate, measure, pair_truths
+from data.labels import USUAL_LABELS, Labels, as_labels, group_tumours, translate_classes
+from data.names import make_safe, name_case, name_scans
 from data.summary import do_each, is_finished, refuse_failures, report_all, write_record
 from data.volumes import Volume, find_bounding_box, list_slabs, write_slabs
-from preprocess import (
-    SLAB,
-    Chain,
-    network_slices,
-    preprocess_volume,
-    read_prepared,
-    to_source_grid,
-)
+from preprocess import SLAB, Chain, network_slices, preprocess_volume, read_prepared, to_source_grid
 from utilities import (
     AIR_HU,
     IMAGE,
@@ -121,6 +102,10 @@ class Config(Options):
 OUTSIDE = -20.0  # score of what the network is not asked about: surely background
 PLAUSIBLE_ML = {"liver": (500, 4000)}  # volumes of adults
 RIGHT_SIDED = ("liver",)  # organs on the patient's right
+CHANGING = (  # settings that change a result
+    "background", "largest_component", "fill_holes", "tumour_inside", "mirror", "probability",
+    "precision", "dicom_seg", "overlap",
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------
@@ -619,11 +604,8 @@ def find_cases(config: Config) -> list[Case]:
     if not config.paths:
         raise InputError("nothing to segment: give CT volumes, or --split test")
     scans = [scan for path in config.paths for scan in find_scans(path)]
-    places = [scan.resolve() for scan in scans]
-    for place, scan in zip(places, scans, strict=True):
-        if places.count(place) > 1:
-            name = name_scans([scan])[0]
-            raise InputError(f"two volumes are called {name}: {scan} is given twice")
+    if twice := [scan for scan, n in Counter(map(Path.resolve, scans)).items() if n > 1]:
+        raise InputError(f"two volumes are called {name_case(twice[0])}: {twice[0]} is given twice")
     names = name_scans(scans, config.paths[0] if len(config.paths) == 1 else None)
     cases = zip(names, scans, pair_truths(scans, config.truth), strict=True)
     return [Case(*case, alone=len(scans) == 1) for case in cases]
@@ -651,9 +633,8 @@ def find_prepared(config: Config) -> list[Case]:
         ) from error
     if not cases:
         raise InputError(f"{path}: no case in the {config.split} split; choose another split")
-    for case in cases:
-        if make_safe(case.name) != case.name:
-            raise InputError(f"{path}: {case.name!r} is no case name; prepare the data again")
+    if odd := [case.name for case in cases if make_safe(case.name) != case.name]:
+        raise InputError(f"{path}: {odd[0]!r} is no case name; prepare the data again")
     return cases
 
 
@@ -664,30 +645,11 @@ def as_paths(label: str | list[list[str]]) -> Path | Masks:
     return tuple((str(name), Path(path)) for name, path in label)
 
 
-def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | None]:
-    """A label map for each scan: of a folder the one of equal name, else one by one."""
-    if len(truth) == 1 and truth[0].is_dir():
-        known = find_scans(truth[0])
-        if len(scans) > 1 or known != [truth[0]]:
-            pairs = pair_by_name(scans, known)
-            missing = [path.name for path, pair in zip(scans, pairs, strict=True) if pair is None]
-            if missing:
-                print(f"{truth[0]}: no label map for {', '.join(missing)}; not evaluated")
-            return pairs
-    if truth and len(truth) != len(scans):
-        raise InputError(
-            f"--truth must give one label map per volume, got {len(truth)} for {len(scans)}"
-        )
-    return list(truth) or [None] * len(scans)
-
-
 def fingerprint(case: Case, weights: str, config: Config) -> str:
     """Changes whenever the scan, its truth, the networks or a setting of the result change."""
-    settings = [config.background, config.largest_component, config.fill_holes]
-    settings += [config.tumour_inside, config.mirror, config.probability, config.precision]
-    settings += [config.dicom_seg, config.overlap, case.trust_grid, case.accepted]
+    settings = [getattr(config, key) for key in CHANGING] + [case.trust_grid, case.accepted]
     meant = case.described or (case.label and describe_truths(case.label))
-    settings += [meant and [meant.labels, meant.ignore]]
+    settings.append(meant and [meant.labels, meant.ignore])
     inputs = [hash_inputs([path]) if path else None for path in (case.image, case.label)]
     return hashlib.sha256(json.dumps([inputs, weights, settings]).encode()).hexdigest()
 
@@ -731,8 +693,7 @@ def main(config: Config) -> None:
     refuse_failures(failed, len(mine), "scans")
     if mine:
         place = config.destination / mine[0].name
-        print(f"look at {place / mine[0].name}_preview.png")
-        print(f"3D: python visualize_3d.py {place}")
+        print(f"look at {place / mine[0].name}_preview.png\n3D: python visualize_3d.py {place}")
 
 
 if __name__ == "__main__":

@@ -197,6 +197,37 @@ def score_lesions(
 
 
 # ---------------------------------------------------------------------------------------
+# Truths: which belongs to which, and what their values mean
+# ---------------------------------------------------------------------------------------
+
+
+def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | None]:
+    """A label map for each scan: of a folder the one of equal name, else one by one."""
+    if len(truth) == 1 and truth[0].is_dir():
+        known = find_scans(truth[0])
+        if len(scans) > 1 or known != [truth[0]]:
+            pairs = pair_by_name(scans, known)
+            missing = [path.name for path, pair in zip(scans, pairs, strict=True) if pair is None]
+            if missing:
+                print(f"{truth[0]}: no label map for {', '.join(missing)}; not evaluated")
+            return pairs
+    if truth and len(truth) != len(scans):
+        raise InputError(
+            f"--truth must give one label map per volume, got {len(truth)} for {len(scans)}"
+        )
+    return list(truth) or [None] * len(scans)
+
+
+def describe_truths(path: Path | Masks) -> Description | None:
+    """What the `dataset.json` beside a label map or its folder says; None where there is none."""
+    path = path if isinstance(path, Path) else path[0][1]
+    folders = [path, *path.parents[:2]] if path.is_dir() else path.parents[:2]
+    found = (folder / "dataset.json" for folder in folders)
+    file = next((file for file in found if file.is_file()), None)
+    return None if file is None else read_description(file)
+
+
+# ---------------------------------------------------------------------------------------
 # Run as a script: files of any program
 # ---------------------------------------------------------------------------------------
 
@@ -214,15 +245,6 @@ class Config:
     predicted: tuple[str, ...] = ()  # the same of the predictions, where they number otherwise
     others: tuple[int, ...] = ()  # values that may occur beside the classes; they are background
     trust_grid: bool = False  # lay voxel on voxel whatever the headers say, if the shapes agree
-
-
-def describe_truths(path: Path | Masks) -> Description | None:
-    """What the `dataset.json` beside a label map or its folder says; None where there is none."""
-    path = path if isinstance(path, Path) else path[0][1]
-    folders = [path, *path.parents[:2]] if path.is_dir() else path.parents[:2]
-    found = (folder / "dataset.json" for folder in folders)
-    file = next((file for file in found if file.is_file()), None)
-    return None if file is None else read_description(file)
 
 
 def parse_classes(words: Sequence[str], declared: Labels | None, setting: str) -> Labels:

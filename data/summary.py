@@ -37,6 +37,8 @@ WORST_SHOWN = 3  # cases named, and previews in worst.png
 PRINTED = ("dice", "nsd_2mm", "hd95_mm", "volume_error_percent")
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a text that begins so
 
+RESULTS = ("label.nii.gz", "masked.nii.gz", "probability.nii.gz", "label.dcm", "preview.png")
+
 T = TypeVar("T")
 
 
@@ -248,11 +250,6 @@ def sign_file(path: Path) -> str:
     return f"{size}:{crc:08x}"
 
 
-def list_results(folder: Path, name: str) -> list[Path]:
-    """The files of a case beside its record."""
-    return sorted(path for path in folder.glob(f"{name}_*") if path.is_file())
-
-
 def read_record(path: Path) -> dict[str, Any] | None:
     """A case's record; None, and told, where the file is no record of this program."""
     try:
@@ -280,7 +277,8 @@ def is_finished(record: Path, mark: str) -> bool:
 
 def write_record(row: dict[str, Any], path: Path) -> None:
     """Write a case's record, with a signature of each file beside it."""
-    files = {file.name: sign_file(file) for file in list_results(path.parent, path.stem)}
+    names = (f"{path.stem}_{ending}" for ending in RESULTS)
+    files = {n: sign_file(path.parent / n) for n in names if (path.parent / n).is_file()}
     write_json(row | {"files": files}, path)
 
 

@@ -544,7 +544,7 @@ def test_field_case_truth_values(use, field_case):
 
 
 def test_field_case_dicom_batch_one_bad(use, field_case):
-    with pytest.raises(InputError, match="1 of 2 scans failed:\n.*a_bad.*ImageOrientationPatient"):
+    with pytest.raises(InputError, match=r"1 of 2 scans failed:\n.*a_bad.*ImageOrientationPatient"):
         apply(use, field_case("dicom_batch_one_bad"), force=True)
     assert list(use["destination"].rglob("b_good_label.nii.gz"))
 
