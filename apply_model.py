@@ -7,8 +7,8 @@
 For each case, `results/<case>/` receives the label map and the masked volume on exactly the scan's
 grid (shape, affine, qform and sform), a preview picture and the measurements. Everything that
 belongs to the network (spacing, HU window, labels, …) comes from the checkpoint. Cases that are
-finished are skipped, one that fails is reported at the end, and under torchrun each process takes
-its share.
+finished, and whose results are whole, are skipped; one that fails is reported at the end; under
+torchrun each process takes its share.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ from utilities import (
     pick_precision,
     planes_figure,
     save_figure,
+    show_progress,
 )
 
 
@@ -94,9 +95,7 @@ class Config(Options):
     force: bool = False  # go on with scans that do not look like CT in HU
     overwrite: bool = False  # do finished cases again
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = (
-        "auto"  # auto: what the hardware is fast in
-    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: what is fast here
 
 
 OUTSIDE = -20.0  # score of what the network is not asked about: surely background
@@ -311,8 +310,7 @@ def slide(model: Model, volume: torch.Tensor, windows: int, mirror: bool) -> tor
     """`predict` of all of `volume`, air or not."""
 
     def above_background(batch: torch.Tensor) -> torch.Tensor:
-        with autocast(model.device, model.precision):
-            logits = model.network(batch.to(memory_format=torch.channels_last_3d)).float()
+        logits = model.network(batch.to(memory_format=torch.channels_last_3d)).float()
         return logits[:, 1:] - logits[:, :1]
 
     def network(batch: torch.Tensor) -> torch.Tensor:
@@ -327,7 +325,8 @@ def slide(model: Model, volume: torch.Tensor, windows: int, mirror: bool) -> tor
     while True:
         total = window_count(volume.shape[1:], window, overlap)
         try:
-            with tqdm(total=total, unit="window", leave=False, disable=None) as bar:
+            progress = show_progress(total=total, unit="window")
+            with progress as bar, autocast(model.device, model.precision):
                 return sliding_window_inference(
                     volume[None],
                     roi_size=window,
