@@ -252,11 +252,11 @@ def parse_classes(words: Sequence[str], declared: Labels | None, setting: str) -
     classes: Labels = {BACKGROUND: (0,)}
     for word in words:
         name, _, values = word.partition("=")
-        parts = (values or name).split(",")
-        if declared is None and not all(part.isdigit() for part in parts):
+        parts, known = (values or name).split(","), declared is not None
+        if not name or name.isdigit() or not (known or all(part.isdigit() for part in parts)):
             raise InputError(
-                f"{setting} {word}: must be NAME=VALUES such as liver=1,2, as no dataset.json says "
-                "which values the names have"
+                f"{setting} {word}: must be NAME=VALUES such as liver=1,2; names in the place of values "
+                "need a dataset.json beside the truths that declares them"
             )
         given = {part: (int(part),) for part in parts if part.isdigit()}
         classes[name] = find_values(parts, (declared or {}) | given, setting)

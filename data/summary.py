@@ -73,7 +73,8 @@ def refuse_failures(failed: Sequence[str], count: int, what: str) -> None:
     if failed and count == 1:
         raise InputError(failed[0])
     if failed:
-        raise InputError(f"{len(failed)} of {count} {what} failed:\n" + "\n".join(failed))
+        told = "\n".join(dict.fromkeys(failed))  # once what is wrong with all of them
+        raise InputError(f"{len(failed)} of {count} {what} failed:\n{told}")
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

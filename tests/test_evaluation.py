@@ -4,6 +4,7 @@ import csv
 import json
 import math
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -337,7 +338,7 @@ def test_predictions_may_be_stored_and_named_otherwise(folders, tmp_path):
         (lambda path: as_volume(blobs(1) * 100, AFFINE).write(path), "200|100"),
         (lambda path: as_volume(blobs(1)[:-1], AFFINE).write(path), "label map is"),
         (lambda path: as_volume(blobs(1), AFFINE + 2 * np.eye(4, k=3)).write(path), "voxels apart"),
-        (lambda path: as_volume(blobs(1) * np.nan, AFFINE).write(path), "NaN"),
+        (lambda path: nib.save(nib.Nifti1Image(blobs(1) * np.nan, AFFINE), path), "NaN"),
     ],
 )
 @pytest.mark.parametrize("which", [0, 1], ids=["prediction", "truth"])
