@@ -7,8 +7,8 @@
 For each case, `results/<case>/` receives the label map and the masked volume on exactly the scan's
 grid (shape, affine, qform and sform), a preview picture and the measurements. Everything that
 belongs to the network (spacing, HU window, labels, …) comes from the checkpoint. Cases that are
-finished are skipped, one that fails is reported at the end, and under torchrun each process takes
-its share.
+finished, and whose results are whole, are skipped; one that fails is reported at the end; under
+torchrun each process takes its share.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,27 +33,15 @@ import tyro
 from monai.inferers import sliding_window_inference
 from tqdm import tqdm
 
-from data.cases import find_scans, hash_files, hash_inputs, read_label_map, read_scan
+from data.cases import Masks, find_scans, hash_files, hash_inputs, read_label_map, read_scan
+from data.descriptions import Description
 from data.dicom import write_seg
-from data.evaluate import evaluate, find_declared, measure
-from data.labels import (
-    USUAL_LABELS,
-    Labels,
-    as_labels,
-    group_tumours,
-    translate_classes,
-)
-from data.names import make_safe, name_scans, pair_by_name
+from data.evaluate import describe_truths, evaluate, measure, pair_truths
+from data.labels import USUAL_LABELS, Labels, as_labels, group_tumours, translate_classes
+from data.names import make_safe, name_case, name_scans
 from data.summary import do_each, is_finished, refuse_failures, report_all, write_record
-from data.volumes import Volume, find_bounding_box, list_slabs
-from preprocess import (
-    SLAB,
-    Chain,
-    network_slices,
-    preprocess_volume,
-    read_prepared,
-    to_source_grid,
-)
+from data.volumes import Volume, find_bounding_box, list_slabs, write_slabs
+from preprocess import SLAB, Chain, network_slices, preprocess_volume, read_prepared, to_source_grid
 from utilities import (
     AIR_HU,
     IMAGE,
@@ -61,7 +50,9 @@ from utilities import (
     add_legend,
     autocast,
     build_network,
+    check_settings,
     command_line,
+    find_checkpoint,
     hu_faults,
     load_checkpoint,
     lock_folder,
@@ -71,6 +62,7 @@ from utilities import (
     pick_precision,
     planes_figure,
     save_figure,
+    show_progress,
 )
 
 
@@ -103,14 +95,16 @@ class Config(Options):
     force: bool = False  # go on with scans that do not look like CT in HU
     overwrite: bool = False  # do finished cases again
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = (
-        "auto"  # auto: what the hardware is fast in
-    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: what is fast here
 
 
 OUTSIDE = -20.0  # score of what the network is not asked about: surely background
 PLAUSIBLE_ML = {"liver": (500, 4000)}  # volumes of adults
 RIGHT_SIDED = ("liver",)  # organs on the patient's right
+CHANGING = (  # settings that change a result
+    "background", "largest_component", "fill_holes", "tumour_inside", "mirror", "probability",
+    "precision", "dicom_seg", "overlap",
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------
@@ -182,41 +176,28 @@ def load_model(
     or windows.
     """
     paths = [checkpoint] if isinstance(checkpoint, str | Path) else list(checkpoint)
-    paths, where = [find_checkpoint(Path(path)) for path in paths], pick_device(device)
-    loaded = [load_checkpoint(path, where) for path in paths]
+    where = pick_device(device)
+    loaded = [load_checkpoint(Path(path), where) for path in paths]
     first = loaded[0]
     for path, saved in zip(paths, loaded, strict=True):
         for key in ("preprocessing", "inference"):
-            if saved.get(key) != first.get(key):
+            if saved[key] != first[key]:
                 raise InputError(
                     f"{path}: {key} must be that of {paths[0]} to be averaged with it, got "
-                    f"{saved.get(key)} and {first.get(key)}; train both with the same settings"
+                    f"{saved[key]} and {first[key]}; train both with the same settings"
                 )
     networks = [restore_network(*pair, where) for pair in zip(paths, loaded, strict=True)]
     network = networks[0] if len(networks) == 1 else Average(networks).eval()
-    try:
-        chain = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in first["preprocessing"].items()
-        }
-        chain = Chain(**chain | {"labels": as_labels(chain["labels"])})
-        inference = {key: first["inference"][key] for key in ("window", "overlap")}
-        declared = as_labels(first.get("declared") or USUAL_LABELS)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{paths[0]}: does not say how to use its network ({error!r}); train it again, or use "
-            "another checkpoint"
-        ) from error
+    inference = dict(first["inference"])
     if overlap is not None:
-        if not 0 <= overlap < 1:
-            raise InputError(f"--overlap {overlap}: must be from 0 to below 1, such as 0.75")
+        check_settings({"overlap": overlap}, "--")
         inference["overlap"] = overlap
-    dtype, modality = pick_precision(precision, where), first.get("modality", "CT")
-    return Model(network, chain, inference, where, dtype, declared, modality)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The file that `--checkpoint` means: itself, or best.pt in a run's folder."""
-    return path / "best.pt" if path.is_dir() else path
+    try:
+        chain = Chain(**first["preprocessing"])
+    except TypeError as error:
+        raise InputError(f"{paths[0]}: preprocessing: {error}; train it again") from error
+    dtype = pick_precision(precision, where)
+    return Model(network, chain, inference, where, dtype, first["declared"], first["modality"])
 
 
 def restore_network(path: Path, saved: dict[str, Any], device: torch.device) -> torch.nn.Module:
@@ -229,12 +210,6 @@ def restore_network(path: Path, saved: dict[str, Any], device: torch.device) -> 
             f"{path}: its weights do not fit its network ({error}); the checkpoint is foreign or "
             "damaged, use another one"
         ) from error
-    odd = [name for name, t in network.state_dict().items() if not torch.isfinite(t).all()]
-    if odd:
-        raise InputError(
-            f"{path}: the weights {', '.join(odd[:3])} are not finite; the training failed or the "
-            "file is damaged, use another checkpoint"
-        )
     return on_device(network, device).eval()
 
 
@@ -296,7 +271,7 @@ def open_scan(scan: Volume | nib.spatialimages.SpatialImage | Path | str) -> Vol
     if isinstance(scan, np.ndarray):
         raise ValueError("an array must come with its affine: Volume(array, affine)")
     header = scan.header if isinstance(scan.header, nib.Nifti1Header) else None
-    return Volume(scan.dataobj, scan.affine, "image", header)
+    return Volume(np.asanyarray(scan.dataobj), scan.affine, "image", header)
 
 
 def window_count(size: Sequence[int], window: Sequence[int], overlap: float) -> int:
@@ -335,8 +310,7 @@ def slide(model: Model, volume: torch.Tensor, windows: int, mirror: bool) -> tor
     """`predict` of all of `volume`, air or not."""
 
     def above_background(batch: torch.Tensor) -> torch.Tensor:
-        with autocast(model.device, model.precision):
-            logits = model.network(batch.to(memory_format=torch.channels_last_3d)).float()
+        logits = model.network(batch.to(memory_format=torch.channels_last_3d)).float()
         return logits[:, 1:] - logits[:, :1]
 
     def network(batch: torch.Tensor) -> torch.Tensor:
@@ -351,7 +325,8 @@ def slide(model: Model, volume: torch.Tensor, windows: int, mirror: bool) -> tor
     while True:
         total = window_count(volume.shape[1:], window, overlap)
         try:
-            with tqdm(total=total, unit="window", leave=False, disable=None) as bar:
+            progress = show_progress(total=total, unit="window")
+            with progress as bar, autocast(model.device, model.precision):
                 return sliding_window_inference(
                     volume[None],
                     roi_size=window,
@@ -503,8 +478,8 @@ class Case:
 
     name: str
     image: Path
-    label: Path | None = None
-    declared: Labels | None = None  # what the truth's values mean; None: what the network learnt
+    label: Path | Masks | None = None
+    described: Description | None = None  # what the truth's values mean, if its data say so
     trust_grid: bool = False  # prepare.py laid the truth voxel on voxel
     modality: str = ""
     warnings: tuple[str, ...] = ()  # what prepare.py told of it, accepted findings too
@@ -512,12 +487,11 @@ class Case:
     alone: bool = True  # no other case beside it
 
 
-def mask_scan(scan: Volume, label: Volume, background: int) -> Volume:
-    """The scan where the label is not 0 and `background` HU elsewhere, on the scan's grid."""
-    array = scan.read()
-    array = array.astype(np.result_type(array.dtype, np.min_scalar_type(background)), order="K")
-    np.copyto(array, array.dtype.type(background), where=label.read() == 0)
-    return scan.like(array)
+def mask_scan(scan: np.ndarray, label: np.ndarray, background: int) -> np.ndarray:
+    """HU (X, Y, Z) where the label is not 0, and `background` elsewhere; a type that holds both."""
+    array = scan.astype(np.result_type(scan.dtype, np.min_scalar_type(background)), order="K")
+    np.copyto(array, array.dtype.type(background), where=label == 0)
+    return array
 
 
 def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume | None, list[str]]:
@@ -541,9 +515,15 @@ def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume 
         )
     if case.label is None:
         return scan, None, told + [f"prepare.py: {text}" for text in case.warnings]
-    declared = case.declared or find_declared(case.label) or model.declared
-    classes = translate_classes(model.labels, model.declared, declared)
-    truth = read_label_map(case.label, scan, declared, classes=classes, trust_grid=case.trust_grid)
+    meant = case.described or describe_truths(case.label) or Description(model.declared)
+    truth = read_label_map(
+        case.label,
+        scan,
+        meant.labels,
+        classes=translate_classes(model.labels, model.declared, meant.labels),
+        trust_grid=case.trust_grid,
+        ignore=meant.ignore,
+    )
     told += [note for note in truth.notes if note not in told]
     return scan, truth.ras, told + [f"prepare.py: {text}" for text in case.warnings]
 
@@ -586,8 +566,12 @@ def write_results(
     if background is None:
         background = 0 if model.modality == "MR" else AIR_HU
     label.write_checked(place.with_name(f"{place.name}_label.nii.gz"))
-    outside = mask_scan(scan, label, background)
-    outside.write_checked(place.with_name(f"{place.name}_masked.nii.gz"))
+    dtype = np.result_type(scan.dtype, np.min_scalar_type(background))
+    outside = (
+        mask_scan(scan.data[:, :, a:b], label.data[:, :, a:b], background)
+        for a, b in list_slabs(scan.shape[2], SLAB)
+    )
+    write_slabs(place.with_name(f"{place.name}_masked.nii.gz"), scan, dtype, outside)
     if config.dicom_seg:
         told = write_seg(label, scan, model.labels, place.with_name(f"{place.name}_label.dcm"))
     if trace.probability is not None:  # readers see 0..1
@@ -619,11 +603,8 @@ def find_cases(config: Config) -> list[Case]:
     if not config.paths:
         raise InputError("nothing to segment: give CT volumes, or --split test")
     scans = [scan for path in config.paths for scan in find_scans(path)]
-    places = [scan.resolve() for scan in scans]
-    for place, scan in zip(places, scans, strict=True):
-        if places.count(place) > 1:
-            name = name_scans([scan])[0]
-            raise InputError(f"two volumes are called {name}: {scan} is given twice")
+    if twice := [scan for scan, n in Counter(map(Path.resolve, scans)).items() if n > 1]:
+        raise InputError(f"two volumes are called {name_case(twice[0])}: {twice[0]} is given twice")
     names = name_scans(scans, config.paths[0] if len(config.paths) == 1 else None)
     cases = zip(names, scans, pair_truths(scans, config.truth), strict=True)
     return [Case(*case, alone=len(scans) == 1) for case in cases]
@@ -632,16 +613,16 @@ def find_cases(config: Config) -> list[Case]:
 def find_prepared(config: Config) -> list[Case]:
     """The cases of one split of prepared data, with what prepare.py was told about them."""
     prepared, path = read_prepared(config.data), config.data / "dataset.json"
+    settings = prepared["settings"]
     try:
-        settings = prepared.get("settings", {})
-        declared = as_labels(prepared["labels"])
+        described = Description(as_labels(prepared["labels"]), tuple(prepared.get("ignore", ())))
         chosen = [record for record in prepared["cases"] if record["split"] == config.split]
         cases = [
             Case(
-                record["case"], Path(record[IMAGE]), Path(record[LABEL]), declared,
+                record["case"], Path(record[IMAGE]), as_paths(record[LABEL]), described,
                 bool(settings.get("trust_image_grid")), settings.get("modality") or "",
-                tuple(record.get("warnings", ())), tuple(settings.get("accept") or ()),
-                alone=len(chosen) == 1,
+                tuple(record.get("warnings", ())),
+                tuple(record.get("accepted", settings.get("accept") or ())), len(chosen) == 1,
             )
             for record in chosen
         ]  # fmt: skip
@@ -651,36 +632,24 @@ def find_prepared(config: Config) -> list[Case]:
         ) from error
     if not cases:
         raise InputError(f"{path}: no case in the {config.split} split; choose another split")
-    for case in cases:
-        if make_safe(case.name) != case.name:
-            raise InputError(f"{path}: {case.name!r} is no case name; prepare the data again")
+    if odd := [case.name for case in cases if make_safe(case.name) != case.name]:
+        raise InputError(f"{path}: {odd[0]!r} is no case name; prepare the data again")
     return cases
 
 
-def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | None]:
-    """A label map for each scan: of a folder the one of equal name, else one by one."""
-    if len(truth) == 1 and truth[0].is_dir():
-        known = find_scans(truth[0])
-        if len(scans) > 1 or known != [truth[0]]:
-            pairs = pair_by_name(scans, known)
-            missing = [path.name for path, pair in zip(scans, pairs, strict=True) if pair is None]
-            if missing:
-                print(f"{truth[0]}: no label map for {', '.join(missing)}; not evaluated")
-            return pairs
-    if truth and len(truth) != len(scans):
-        raise InputError(
-            f"--truth must give one label map per volume, got {len(truth)} for {len(scans)}"
-        )
-    return list(truth) or [None] * len(scans)
+def as_paths(label: str | list[list[str]]) -> Path | Masks:
+    """A label map of dataset.json: a path, or the name and path of each structure's mask."""
+    if isinstance(label, str):
+        return Path(label)
+    return tuple((str(name), Path(path)) for name, path in label)
 
 
 def fingerprint(case: Case, weights: str, config: Config) -> str:
     """Changes whenever the scan, its truth, the networks or a setting of the result change."""
-    settings = [config.background, config.largest_component, config.fill_holes]
-    settings += [config.tumour_inside, config.mirror, config.probability, config.precision]
-    settings += [config.dicom_seg, config.overlap, case.trust_grid, case.declared, case.accepted]
-    paths = (case.image, case.label)
-    inputs = [hash_inputs([path]) if path and path.exists() else None for path in paths]
+    settings = [getattr(config, key) for key in CHANGING] + [case.trust_grid, case.accepted]
+    meant = case.described or (case.label and describe_truths(case.label))
+    settings.append(meant and [meant.labels, meant.ignore])
+    inputs = [hash_inputs([path]) if path else None for path in (case.image, case.label)]
     return hashlib.sha256(json.dumps([inputs, weights, settings]).encode()).hexdigest()
 
 
@@ -696,7 +665,7 @@ def do_case(model: Model, case: Case, weights: str, config: Config) -> None:
     row = apply_to_case(model, case, config)
     row |= {
         "image": str(case.image.resolve()),
-        "truth": str(case.label.resolve()) if case.label else None,
+        "truth": str(case.label.resolve()) if isinstance(case.label, Path) else case.label,
         "checkpoint": ", ".join(map(str, (config.checkpoint, *config.folds))),
         "weights": weights[:12],
         "fingerprint": mark,
@@ -718,11 +687,12 @@ def main(config: Config) -> None:
         )
         if len(failed) < len(mine):
             report_all(config.destination, model.names, weights)
+    with contextlib.suppress(OSError):
+        config.destination.rmdir()  # only if nothing came to stand in it
     refuse_failures(failed, len(mine), "scans")
     if mine:
         place = config.destination / mine[0].name
-        print(f"look at {place / mine[0].name}_preview.png")
-        print(f"3D: python visualize_3d.py {place}")
+        print(f"look at {place / mine[0].name}_preview.png\n3D: python visualize_3d.py {place}")
 
 
 if __name__ == "__main__":

@@ -303,11 +303,15 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """
     process, path = psutil.Process(), folder / ".lock"
     mine = {"pid": process.pid, "started": process.create_time(), "host": socket.gethostname()}
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with path.open("x") as stream:
             json.dump(mine, stream)
-    except FileExistsError:
+    except FileExistsError as error:
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder}: cannot be written (it is a file); choose a folder"
+            ) from error
         owner = _read_lock(path)
         if _is_alive(owner, mine["host"]):
             raise InputError(

@@ -21,17 +21,18 @@ import numpy as np
 import tyro
 from scipy.spatial import cKDTree
 
-from data.cases import find_scans, name_case, read_label_map, read_volume
+from data.cases import Masks, find_scans, read_label_map, read_volume
+from data.descriptions import Description, read_description
 from data.labels import (
     BACKGROUND,
+    IGNORED,
     USUAL_LABELS,
     Labels,
-    as_labels,
     find_values,
     is_tumour,
     list_values,
 )
-from data.names import name_scans, pair_by_name
+from data.names import name_case, name_scans, pair_by_name
 from data.summary import (
     FIGURES,
     divide,
@@ -43,7 +44,7 @@ from data.summary import (
     write_table,
 )
 from data.volumes import Volume, find_bounding_box
-from utilities import InputError, command_line, overlap_counts, read_json, write_json
+from utilities import InputError, command_line, overlap_counts, write_json
 
 NSD_MM = 2.0  # tolerance of the normalised surface Dice
 LESION_OVERLAP = 0.1  # a lesion counts as found when this part of it is covered
@@ -77,7 +78,8 @@ def evaluate(predicted: Volume, truth: Volume, names: Sequence[str]) -> dict[str
     """Figures of merit of one patient, per class, on the grid that both lie on.
 
     Args:
-        predicted, truth: class indices (X, Y, Z); `names` are those of the classes 1, 2, …
+        predicted, truth: class indices (X, Y, Z); `names` are those of the classes 1, 2, …; where
+            the truth is IGNORED nothing is counted.
 
     Returns:
         `{name}_{figure}` of every class and `FIGURES`, `{name}_empty` ("", "truth", "prediction" or
@@ -86,7 +88,11 @@ def evaluate(predicted: Volume, truth: Volume, names: Sequence[str]) -> dict[str
         nothing. A false alarm or a missed organ has Dice and surface Dice 0.
     """
     ours, true = predicted.ras.data, truth.ras.data
-    total, box = ours.size, find_bounding_box((ours | true) > 0)
+    total = ours.size
+    if (unknown := true == IGNORED).any():  # nobody judged these: they count nowhere
+        ours, true = (np.where(unknown, np.uint8(0), array) for array in (ours, true))
+        total -= np.count_nonzero(unknown)
+    box = find_bounding_box((ours | true) > 0)
     ours, true = ours[box], true[box]  # outside there is background in both
     counts = overlap_counts(ours, true, len(names) + 1)
     some_p, some_t = np.count_nonzero(ours), np.count_nonzero(true)
@@ -191,6 +197,37 @@ def score_lesions(
 
 
 # ---------------------------------------------------------------------------------------
+# Truths: which belongs to which, and what their values mean
+# ---------------------------------------------------------------------------------------
+
+
+def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | None]:
+    """A label map for each scan: of a folder the one of equal name, else one by one."""
+    if len(truth) == 1 and truth[0].is_dir():
+        known = find_scans(truth[0])
+        if len(scans) > 1 or known != [truth[0]]:
+            pairs = pair_by_name(scans, known)
+            missing = [path.name for path, pair in zip(scans, pairs, strict=True) if pair is None]
+            if missing:
+                print(f"{truth[0]}: no label map for {', '.join(missing)}; not evaluated")
+            return pairs
+    if truth and len(truth) != len(scans):
+        raise InputError(
+            f"--truth must give one label map per volume, got {len(truth)} for {len(scans)}"
+        )
+    return list(truth) or [None] * len(scans)
+
+
+def describe_truths(path: Path | Masks) -> Description | None:
+    """What the `dataset.json` beside a label map or its folder says; None where there is none."""
+    path = path if isinstance(path, Path) else path[0][1]
+    folders = [path, *path.parents[:2]] if path.is_dir() else path.parents[:2]
+    found = (folder / "dataset.json" for folder in folders)
+    file = next((file for file in found if file.is_file()), None)
+    return None if file is None else read_description(file)
+
+
+# ---------------------------------------------------------------------------------------
 # Run as a script: files of any program
 # ---------------------------------------------------------------------------------------
 
@@ -210,35 +247,16 @@ class Config:
     trust_grid: bool = False  # lay voxel on voxel whatever the headers say, if the shapes agree
 
 
-def find_declared(path: Path) -> Labels | None:
-    """Labels of the `dataset.json` beside a label map or its folder (Decathlon, nnU-Net, ours)."""
-    folders = [path, path.parent, path.parent.parent] if path.is_dir() else path.parents[:2]
-    file = next((f / "dataset.json" for f in folders if (f / "dataset.json").is_file()), None)
-    if file is None:
-        return None
-    content = read_json(file)
-    try:
-        labels = content["labels"]
-        if labels and all(str(key).isdigit() for key in labels):  # value → name
-            labels = {str(name): [int(value)] for value, name in labels.items()}
-        return as_labels(labels)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f'{file}: must hold "labels", as {{"liver": 1}} or {{"1": "liver"}}, got {error!r}; '
-            "correct it, or move it away and name the classes with --labels"
-        ) from error
-
-
 def parse_classes(words: Sequence[str], declared: Labels | None, setting: str) -> Labels:
     """`["liver=1,2", "tumour=2"]` → class name → raw values, background first."""
     classes: Labels = {BACKGROUND: (0,)}
     for word in words:
         name, _, values = word.partition("=")
-        parts = (values or name).split(",")
-        if declared is None and not all(part.isdigit() for part in parts):
+        parts, known = (values or name).split(","), declared is not None
+        if not name or name.isdigit() or not (known or all(part.isdigit() for part in parts)):
             raise InputError(
-                f"{setting} {word}: must be NAME=VALUES such as liver=1,2, as no dataset.json says "
-                "which values the names have"
+                f"{setting} {word}: must be NAME=VALUES such as liver=1,2; names in the place of values "
+                "need a dataset.json beside the truths that declares them"
             )
         given = {part: (int(part),) for part in parts if part.isdigit()}
         classes[name] = find_values(parts, (declared or {}) | given, setting)
@@ -272,8 +290,9 @@ def evaluate_files(prediction: Path, truth: Path, config: Config) -> dict[str, A
 
     `accuracy` and `mean_iou` are then those of the first group.
     """
-    found = find_declared(truth)
-    words = config.labels
+    described, words = describe_truths(truth), config.labels
+    found = described.labels if described else None
+    ignore = described.ignore if described else ()
     asked = parse_classes(words, found, "--labels") if words else found or USUAL_LABELS
     theirs = parse_classes(config.predicted, None, "--predicted") if config.predicted else asked
     if missing := set(asked) - set(theirs):
@@ -285,6 +304,7 @@ def evaluate_files(prediction: Path, truth: Path, config: Config) -> dict[str, A
             read_label_map(
                 path, grid, {**(found or {}), **classes, **others},
                 classes={name: classes[name] for name in group}, trust_grid=config.trust_grid,
+                ignore=ignore,
             )
             for path, classes in ((prediction, theirs | {BACKGROUND: (0,)}), (truth, asked))
         ]  # fmt: skip

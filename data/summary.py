@@ -17,7 +17,15 @@ from isal import isal_zlib
 from tqdm import tqdm
 
 from data.labels import is_tumour
-from utilities import InputError, class_colour, read_json, save_figure, write_csv, write_json
+from utilities import (
+    InputError,
+    class_colour,
+    read_json,
+    save_figure,
+    show_progress,
+    write_csv,
+    write_json,
+)
 
 # Figure of merit → which end is the worst. The order is that of the tables.
 FIGURES = {
@@ -28,6 +36,8 @@ FIGURES = {
 WORST_SHOWN = 3  # cases named, and previews in worst.png
 PRINTED = ("dice", "nsd_2mm", "hd95_mm", "volume_error_percent")
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a text that begins so
+
+RESULTS = ("label.nii.gz", "masked.nii.gz", "probability.nii.gz", "label.dcm", "preview.png")
 
 T = TypeVar("T")
 
@@ -43,7 +53,7 @@ def do_each(cases: Sequence[T], name: Callable[[T], str], do: Callable[[T], Any]
     Everything is caught but an interrupt; LIVER_DEBUG=1 shows where it came from.
     """
     failed: list[str] = []
-    for number, case in enumerate(tqdm(cases, unit="case", disable=None), start=1):
+    for number, case in enumerate(show_progress(cases, unit="case"), start=1):
         try:
             do(case)
         except Exception as error:
@@ -63,7 +73,8 @@ def refuse_failures(failed: Sequence[str], count: int, what: str) -> None:
     if failed and count == 1:
         raise InputError(failed[0])
     if failed:
-        raise InputError(f"{len(failed)} of {count} {what} failed:\n" + "\n".join(failed))
+        told = "\n".join(dict.fromkeys(failed))  # once what is wrong with all of them
+        raise InputError(f"{len(failed)} of {count} {what} failed:\n{told}")
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -240,11 +251,6 @@ def sign_file(path: Path) -> str:
     return f"{size}:{crc:08x}"
 
 
-def list_results(folder: Path, name: str) -> list[Path]:
-    """The files of a case beside its record."""
-    return sorted(path for path in folder.glob(f"{name}_*") if path.is_file())
-
-
 def read_record(path: Path) -> dict[str, Any] | None:
     """A case's record; None, and told, where the file is no record of this program."""
     try:
@@ -272,7 +278,8 @@ def is_finished(record: Path, mark: str) -> bool:
 
 def write_record(row: dict[str, Any], path: Path) -> None:
     """Write a case's record, with a signature of each file beside it."""
-    files = {file.name: sign_file(file) for file in list_results(path.parent, path.stem)}
+    names = (f"{path.stem}_{ending}" for ending in RESULTS)
+    files = {n: sign_file(path.parent / n) for n in names if (path.parent / n).is_file()}
     write_json(row | {"files": files}, path)
 
 

@@ -1,25 +1,30 @@
 """The figures that are reported agree with well-kept implementations, also where they are odd."""
 
+import csv
 import json
 import math
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import random_affine
+from conftest import random_affine, run_script
 from helpers import as_volume
 from monai.metrics import (
     compute_average_surface_distance,
     compute_hausdorff_distance,
     compute_surface_dice,
 )
+from nibabel.orientations import apply_orientation, inv_ornt_aff
 from scipy import ndimage
 
 from apply_model import clean, doubts
+from data import evaluate as evaluation
 from data.evaluate import evaluate, measure, score_lesions
-from data.summary import describe_values, summarise
+from data.labels import IGNORED
+from data.summary import describe_values, print_summary, summarise, write_table
 from data.volumes import find_bounding_box
-from utilities import hu_faults
+from utilities import InputError, hu_faults
 
 NAMES = ["liver", "tumour"]
 SPACING = (0.8, 1.5, 2.5)
@@ -257,3 +262,177 @@ def test_summary_names_the_worst():
     assert low["sd"] == pytest.approx(np.std([0.9, 0.5, 0.7], ddof=1))
     assert describe_values({"a": -30.0, "b": 10.0}, "far")["worst_case"] == "a"
     assert describe_values({"a": 3.0, "b": math.pi}, "high")["worst_case"] == "b"
+
+
+# ---------------------------------------------------------------------------------------
+# Run as a script: label maps of any program
+# ---------------------------------------------------------------------------------------
+
+
+def write_maps(folder, maps, values=(0, 1, 2), dtype=np.uint8, suffix=".nii.gz"):
+    for name, classes in maps.items():
+        path = folder / f"{name}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        as_volume(np.array(values, dtype)[classes], AFFINE).write(path)
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Predictions and truths of three patients, liver = 1 and tumour = 2."""
+    return [
+        write_maps(tmp_path / kind, {f"liver_{n}": blobs(n + shift) for n in range(3)})
+        for kind, shift in (("predictions", 0), ("truths", 10))
+    ]
+
+
+def run_evaluation(predictions, truths, **settings):
+    out = settings.setdefault("destination", predictions.parent / "out")
+    evaluation.main(evaluation.Config(predictions, truths, **settings))
+    rows = json.loads((out / "results.json").read_text())
+    return {row["case"]: row for row in rows}
+
+
+def test_folders_are_evaluated_by_name(folders, capsys):
+    rows = run_evaluation(*folders)
+    assert sorted(rows) == ["liver_0", "liver_1", "liver_2"]
+    for n in range(3):
+        pair = (as_volume(blobs(n + shift), AFFINE) for shift in (0, 10))
+        expected = evaluate(*pair, NAMES)
+        assert {key: rows[f"liver_{n}"][key] for key in expected} == pytest.approx(expected)
+    out = folders[0].parent / "out"
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["patients"] == 3
+    assert (out / "summary.png").stat().st_size > 10_000
+    told = capsys.readouterr().out
+    assert f"the worst: {summary['liver']['dice']['worst_case']} (Dice" in told
+    assert f"look at {out / 'summary.png'}" in told
+
+
+def test_two_files_are_a_pair_whatever_their_names(folders):
+    pair = [folder / f"liver_{n}.nii.gz" for n, folder in enumerate(folders)]
+    assert list(run_evaluation(*pair, destination=folders[0].parent / "out")) == ["liver_0"]
+
+
+def test_predictions_may_be_stored_and_named_otherwise(folders, tmp_path):
+    """Other axes, half a hundredth of a mm off, floats, nnU-Net's channel and suffixes."""
+    expected = run_evaluation(*folders)
+    turn = np.array([[1, -1], [2, 1], [0, -1]])
+    for n in range(3):
+        array = apply_orientation(blobs(n).astype(np.float32), turn)
+        affine = AFFINE @ inv_ornt_aff(turn, blobs(n).shape) + 0.005 * np.eye(4, k=3)
+        path = tmp_path / "others" / f"liver_{n}_0000.nii"
+        path.parent.mkdir(exist_ok=True)
+        as_volume(array, affine).write(path)
+    rows = run_evaluation(tmp_path / "others", folders[1])
+    figures = [key for key in expected["liver_0"] if "liver" in key or "tumour" in key]
+    for row, before in zip(rows.values(), expected.values(), strict=True):
+        for key in figures:
+            assert row[key] == pytest.approx(before[key]), key
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-50]), "cut off|damaged"),
+        (lambda path: as_volume(blobs(1) * 100, AFFINE).write(path), "200|100"),
+        (lambda path: as_volume(blobs(1)[:-1], AFFINE).write(path), "label map is"),
+        (lambda path: as_volume(blobs(1), AFFINE + 2 * np.eye(4, k=3)).write(path), "voxels apart"),
+        (lambda path: nib.save(nib.Nifti1Image(blobs(1) * np.nan, AFFINE), path), "NaN"),
+    ],
+)
+@pytest.mark.parametrize("which", [0, 1], ids=["prediction", "truth"])
+def test_a_case_that_fails_is_named_and_the_others_go_on(folders, spoil, told, which):
+    spoil(folders[which] / "liver_1.nii.gz")
+    with pytest.raises(InputError, match=rf"1 of 3 cases failed:\n.*liver_1\.nii\.gz.*({told})"):
+        run_evaluation(*folders)
+    rows = json.loads((folders[0].parent / "out" / "results.json").read_text())
+    assert [row["case"] for row in rows] == ["liver_0", "liver_2"]
+
+
+def test_classes_may_overlap_and_be_numbered_otherwise(folders, tmp_path):
+    """A liver with its tumours, and the tumours: as LiTS counts; predictions of another program."""
+    whole = run_evaluation(*folders, labels=("liver=1,2",))["liver_0"]
+    both = run_evaluation(*folders, labels=("liver=1,2", "tumour=2"))["liver_0"]
+    alone = run_evaluation(*folders)["liver_0"]
+    assert both["liver_dice"] == whole["liver_dice"] != alone["liver_dice"]
+    assert both["tumour_dice"] == alone["tumour_dice"]
+    assert both["tumour_lesions"] == alone["tumour_lesions"]
+    others = write_maps(tmp_path / "5", {f"liver_{n}": blobs(n) for n in range(3)}, (0, 5, 7))
+    with pytest.raises(InputError, match="holds"):
+        run_evaluation(others, folders[1])
+    rows = run_evaluation(others, folders[1], predicted=("liver=5", "tumour=7"))
+    assert rows["liver_0"]["liver_dice"] == alone["liver_dice"]
+    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "liver": [1, 2]}}')
+    assert run_evaluation(*folders)["liver_0"]["liver_dice"] == whole["liver_dice"]
+
+
+def test_values_beside_the_classes_must_be_declared(folders, tmp_path):
+    truths = write_maps(tmp_path / "more", {f"liver_{n}": blobs(n) for n in range(3)}, (0, 1, 9))
+    with pytest.raises(InputError, match=r"holds \[9\]"):
+        run_evaluation(folders[0], truths, labels=("liver=1",), others=(2,))
+    rows = run_evaluation(folders[0], truths, labels=("liver=1",), others=(2, 9))
+    assert rows["liver_0"]["liver_dice"] == 1
+
+
+@pytest.mark.parametrize(
+    "words", [("liver=0",), ("liver=spleen",), ("liver=1,x",), ("=1",), ("7",)]
+)
+def test_classes_that_cannot_be_are_refused(folders, words):
+    with pytest.raises(InputError, match="--labels"):
+        run_evaluation(*folders, labels=words)
+
+
+def test_what_nobody_judged_counts_nowhere():
+    predicted, truth = blobs(1), blobs(2)
+    unknown = ball(truth.shape, (10, 10, 10), 6)
+    truth[unknown] = IGNORED
+    row = evaluate(as_volume(predicted, AFFINE), as_volume(truth, AFFINE), NAMES)
+    predicted[unknown] = truth[unknown] = 0
+    known = evaluate(as_volume(predicted, AFFINE), as_volume(truth, AFFINE), NAMES)
+    assert row["liver_dice"] == known["liver_dice"]
+    right = np.count_nonzero((predicted == truth) & ~unknown) / np.count_nonzero(~unknown)
+    assert row["accuracy"] == pytest.approx(right)
+
+
+def test_no_equal_name_is_an_error(folders):
+    for path in folders[0].iterdir():
+        path.rename(path.with_name(f"x{path.name}"))
+    with pytest.raises(InputError, match="called like"):
+        run_evaluation(*folders)
+
+
+def test_the_evaluation_works_alone(folders):
+    assert "PREDICTIONS" in run_script("-m", "data.evaluate", "--help").stdout.upper()
+    done = run_script("-m", "data.evaluate", *folders, "--destination", folders[0].parent / "out")
+    assert done.returncode == 0, done.stderr
+    assert "mean ± SD" in done.stdout
+    (folders[0] / "liver_0.nii.gz").write_text("")
+    done = run_script("-m", "data.evaluate", *folders, "--destination", folders[0].parent / "out")
+    assert done.returncode == 1
+    assert "liver_0.nii.gz" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_printed_summary_is_what_a_careful_person_writes(capsys, count):
+    name = "a class with a rather long name"
+    rows = [
+        {"case": f"case{n}", **evaluate(*(as_volume(blobs(n + m), AFFINE) for m in (0, 1)), [name])}
+        for n in range(count)
+    ]
+    for row in rows:
+        row[f"{name}_volume_error_percent"] = -123456.789
+    print_summary(summarise(rows, [name]), [name])
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert ("± 0." in "".join(lines)) == (count > 1)
+    for line in lines[:4]:
+        assert len(line.removeprefix(name).replace(" ± ", "±").split()) == 6, line
+    assert "SD 0.000" not in header
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@a", "\t=1", "\r=1"])
+def test_a_spreadsheet_runs_nothing(tmp_path, name):
+    write_table([{"case": name, "value": -1.5, "none": None}], tmp_path / "t.csv")
+    (row,) = csv.DictReader((tmp_path / "t.csv").open(newline=""))
+    assert row == {"case": f"'{name}", "value": "-1.5", "none": ""}
