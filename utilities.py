@@ -184,6 +184,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """One process per folder."""
+    yield
+
+
 # ---------------------------------------------------------------------------------------
 # Volumes: a nibabel image is array + affine (voxel index → patient RAS+ millimetres) + header
 # ---------------------------------------------------------------------------------------
