@@ -249,15 +249,19 @@ class Volume:
         image.header.set_slope_inter(slope, 0)
         return image
 
-    def write(self, path: Path, slope: float = 1.0) -> None:
-        """Write `.nii` or `.nii.gz` (isal, level 1) whole or not at all; same voxels give same bytes."""
+    def write(self, path: Path, slope: float = 1.0) -> int:
+        """Write `.nii` or `.nii.gz` (isal, level 1) whole or not at all; same voxels, same bytes.
+
+        Returns the CRC-32 of the file, taken while it is written.
+        """
         image = self.to_nibabel(slope)
-        with atomic_write(path) as temporary, temporary.open("wb") as stream:
+        with atomic_write(path) as temporary, _SummedFile(io.FileIO(temporary, "w")) as stream:
             if path.suffix == ".gz":  # no name and no time in the file
                 with igzip.IGzipFile("", "wb", 1, stream, mtime=0) as compressed:
                     image.to_stream(compressed)
             else:
                 image.to_stream(stream)
+        return stream.crc32
 
     def write_checked(self, path: Path, slope: float = 1.0) -> None:
         """`write`, and read back: the file lies on exactly this grid and holds these voxels."""
@@ -275,6 +279,16 @@ class Volume:
             wrong = [name for name, equal in same.items() if not equal]
             if wrong:
                 raise InputError(f"{path}: {', '.join(wrong)} changed in writing; nothing was kept")
+
+
+class _SummedFile(io.BufferedWriter):
+    """A new file that is written from front to back, and the CRC-32 of what went into it."""
+
+    crc32 = 0
+
+    def write(self, data: Any) -> int:
+        self.crc32 = igzip.isal_zlib.crc32(data, self.crc32)
+        return super().write(data)
 
 
 def form_codes(volume: Volume) -> tuple[int, int]:
