@@ -8,7 +8,7 @@ import numpy as np
 import pydicom
 import pytest
 from conftest import SHARED_DATA
-from test_prepare import ras_arrays, run
+from helpers import ras_arrays, run
 from test_prepare_dicom import write_seg, write_series
 
 import apply_model

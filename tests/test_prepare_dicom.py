@@ -10,7 +10,7 @@ import pydicom
 import pytest
 from conftest import SHARED_DATA
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
-from test_prepare import ras_arrays, run
+from helpers import ras_arrays, run
 
 from utilities import InputError, read_label, read_volume, voxels
 
