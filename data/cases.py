@@ -1,38 +1,64 @@
-"""The one door: which scans and label maps there are, and reading them; else one `InputError`.
+"""The one door: reading scans and label maps, which scans there are, their bytes; or `InputError`.
 
-Whoever needs a scan, a label map or a data set asks here: prepare, apply, evaluate, visualize.
+Whoever needs a scan or a label map asks here: prepare, apply, evaluate, visualize. How the files of
+a data set pair is in `data.layouts`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from nibabel.orientations import inv_ornt_aff
 
-from data.dicom import is_dicom, is_dicom_input, read_seg, read_series
-from data.labels import (
-    Labels,
-    describe_labels,
-    index_classes,
-    list_values,
+from data.dicom import find_dicom, is_dicom, is_dicom_input, read_seg, read_series
+from data.labels import Labels, as_labels, describe_labels, index_classes, list_values
+from data.masks import (
+    Masks,
+    is_png_stack,
+    list_pngs,
+    paint_masks,
+    read_png_stack,
+    refuse_other_frame,
+    value_of,
 )
-from data.volumes import (
-    VOLUME_SUFFIXES,
-    Volume,
-    has_suffix,
-    read_file,
+from data.names import (
+    keep_volumes,
+    list_below,
+    list_data_files,
+    list_pair,
+    list_plain_files,
+    name_case,
+    name_scans,
+    pair_by_name,
+    show_path,
 )
+from data.volumes import VOLUME_SUFFIXES, Volume, has_suffix, list_slabs, read_file
 from utilities import InputError
+
+__all__ = [
+    "Case", "find_scans", "hash_files", "hash_inputs", "lay_on_grid", "list_files", "name_case",
+    "name_scans", "pair_by_name", "read_label_map", "read_scan", "read_volume",
+]  # fmt: skip
 
 GRID_TOLERANCE = 0.5  # voxels that scan and label map may lie apart, at the worst corner
 GRID_NOTICE = 0.01  # voxels from which on it is told
 ROUNDING = 0.01  # label values that are nearer to a whole number are that number
-LABEL_WORDS = re.compile(r"label|seg|mask|truth|annot|outline", re.IGNORECASE)
+
+
+@dataclass
+class Case:
+    """One scan and its label map; None where one is missing."""
+
+    name: str
+    patient: str
+    image: Path | None
+    label: Path | Masks | None  # or (name, mask) of each structure
+    faults: tuple[str, ...] = ()  # why it cannot be used: what is ambiguous, with both paths
 
 
 # ---------------------------------------------------------------------------------------
@@ -42,54 +68,129 @@ LABEL_WORDS = re.compile(r"label|seg|mask|truth|annot|outline", re.IGNORECASE)
 
 def read_volume(path: Path) -> Volume:
     """Any volume file or DICOM series. Raises InputError, and nothing else, when it cannot be."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file; check the path")
+    shown = show_path(path)
     try:
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{shown}: is a link to a file that is not there; correct the link")
+        if not path.exists():
+            raise InputError(f"{shown}: no such file; check the path")
+        if path.is_dir() and not any(map(is_dicom, list_plain_files(path))):
+            raise InputError(f"{shown}: holds no DICOM series; give a file, or the series' folder")
         return read_series(path) if is_dicom_input(path) else read_file(path)
     except InputError:
         raise
+    except PermissionError as error:
+        raise InputError(f"{shown}: may not be read ({error.strerror}); ask its owner") from error
     except Exception as error:  # a reader met what it was not made for
         raise InputError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}); the file is damaged or of "
+            f"{shown}: cannot be read ({type(error).__name__}: {error}); the file is damaged or of "
             "an unusual kind, convert it to .nii.gz"
         ) from error
 
 
 def read_scan(path: Path) -> Volume:
     """A scan, as `read_volume`; refuses a DICOM SEG, which holds no scan."""
+    if _is_seg(path):
+        raise InputError(
+            f"{show_path(path)}: is a DICOM SEG, no scan; give the series it belongs to"
+        )
     return read_volume(path)
 
 
+def _is_seg(path: Path) -> bool:
+    import pydicom
+
+    try:
+        if not path.is_file() or not is_dicom(path):
+            return False
+        return pydicom.dcmread(path, specific_tags=["Modality"]).get("Modality") == "SEG"
+    except Exception:  # `read_volume` says what is wrong with it
+        return False
+
+
 def read_label_map(
-    path: Path,
+    path: Path | Masks,
     scan: Volume,
-    declared: Labels,
+    declared: Labels | Mapping[str, int],
     *,
     classes: Labels | None = None,
     trust_grid: bool = False,
+    ignore: Sequence[int] = (),
 ) -> Volume:
     """The label map of `scan`, on its grid; its voxels are checked where they are read.
 
     Args:
+        path: a file, a DICOM SEG or series; or (name, mask) of each structure, which are laid into
+            one label map with the declared values of their names.
         declared: label name → raw values that may occur; a SEG's segments are known by these names.
         classes: class name → raw values, to get class indices (uint8) instead of raw values.
         trust_grid: lay the label map on the scan voxel by voxel, whatever its header says, if the
             shapes agree.
+        ignore: raw values of voxels that nobody judged; with `classes` they become IGNORED (255).
 
     Raises InputError of the kinds "shape", "grid" (see `lay_on_grid`), "values" (a value that is
     not declared) and those of `read_volume`.
     """
-    if path.is_dir():
-        inside = [file for file in path.iterdir() if file.is_file() and is_dicom(file)]
-        path = inside[0] if len(inside) == 1 else path
-    if path.is_file() and is_dicom(path):
-        label = read_seg(path, scan, declared)
-    else:
-        label = lay_on_grid(read_volume(path), scan, trust_grid)
+    declared = as_labels(declared)
+    try:
+        label = _open_label(path, scan, declared, trust_grid)
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # a reader met what it was not made for
+        raise InputError(
+            f"{path}: the label map cannot be read ({type(error).__name__}: {error}); convert it "
+            "to .nii.gz"
+        ) from error
     if label.dtype.kind == "f" or (label.header is not None and _is_scaled(label)):
-        label = _round_values(label)
-    allowed = {*list_values(declared), *label.classes.values(), 0}
-    return replace(label, convert=_label_converter(str(path), allowed, declared, classes))
+        label = _round_values(label, scan)
+    allowed = {*list_values(declared), *label.classes.values(), *ignore, 0}
+    convert = _label_converter(label.name, allowed, declared, scan)
+    if classes is None:
+        return replace(label, convert=convert)
+    kept = tuple(ignore)
+    return replace(label, convert=lambda slab: index_classes(convert(slab), classes, kept))
+
+
+def _open_label(path: Path | Masks, scan: Volume, declared: Labels, trust: bool) -> Volume:
+    if isinstance(path, tuple):
+        return _lay_masks(path, scan, declared, trust)
+    if is_png_stack(path):
+        return _lay_masks((("liver", path),), scan, declared, trust)
+    if path.is_dir():
+        inside = [file for file in list_plain_files(path) if is_dicom(file)]
+        path = inside[0] if len(inside) == 1 else path
+    if _is_seg(path) or (path.is_dir() is False and path.exists() and is_dicom(path)):
+        return read_seg(path, scan, declared)
+    return lay_on_grid(read_volume(path), scan, trust)
+
+
+def _lay_masks(masks: Masks, scan: Volume, declared: Labels, trust: bool) -> Volume:
+    """(name, mask) of each structure as one label map on the grid of `scan`."""
+    wanted = [(name, path) for name, path in masks if value_of(name, declared) is not None]
+    if not wanted:
+        raise InputError(
+            f"{masks[0][1]}: none of the masks {', '.join(name for name, _ in masks[:8])} is one "
+            f"of the labels {describe_labels(declared)}; name them: --values",
+            kind="values",
+        )
+    notes: list[str] = []
+
+    def opened():
+        for name, path in wanted:
+            if is_png_stack(path):
+                yield name, read_png_stack(path, name, scan)
+                continue
+            mask = read_volume(path)
+            if not trust:
+                refuse_other_frame(path, mask, scan)
+            laid = lay_on_grid(mask, scan, trust)
+            notes.extend(f"{name}: {note}" for note in laid.notes)
+            yield name, laid
+
+    label = scan.like(paint_masks(opened(), declared, scan))
+    known = {name: value for name, _ in wanted if (value := value_of(name, declared)) is not None}
+    place = os.path.commonpath([path for _, path in masks])
+    return replace(label, name=place, notes=tuple(notes), classes=known)
 
 
 def _is_scaled(label: Volume) -> bool:
@@ -97,23 +198,32 @@ def _is_scaled(label: Volume) -> bool:
     return (slope, inter) != (1, 0)
 
 
-def _round_values(label: Volume) -> Volume:
+def _round_values(label: Volume, scan: Volume) -> Volume:
     """A label map of floats in whole numbers, told in its notes; refused where they are none."""
     array = label.read()
-    whole = np.rint(array)
-    off = float(np.abs(array - whole).max())
-    if off > ROUNDING:
-        odd = np.unique(array[np.abs(array - whole) > ROUNDING])[:5].tolist()
+    whole = np.empty(array.shape, np.int32, order="F")
+    off, odd = 0.0, set()
+    for first, last in list_slabs(array.shape[2], 16):
+        part = array[:, :, first:last]
+        near = np.rint(part)
+        apart = np.abs(part - near)
+        off = max(off, float(apart.max()))
+        wild = (apart > ROUNDING) | (np.abs(near) > 2**31 - 1)
+        odd |= set(np.unique(part[wild])[:5].tolist())
+        whole[:, :, first:last] = np.where(wild, 0, near)
+    if odd:
         raise InputError(
-            f"{label.name}: label values must be whole numbers, got {odd}; is this a scan, or a "
-            "label map that was resampled? Export it again with nearest-neighbour interpolation",
+            f"{label.name}: label values must be whole numbers, got {sorted(odd)[:5]}; "
+            + _guess_swap(sorted(odd), scan)
+            + "is this a scan, or a label map that was resampled? Export it again with "
+            "nearest-neighbour interpolation",
             kind="values",
         )
     notes = [f"label values were up to {off:.2g} off whole numbers and are rounded"] * (off > 0)
-    return replace(label, data=whole.astype(np.int32), notes=(*label.notes, *notes), convert=None)
+    return replace(label, data=whole, notes=(*label.notes, *notes), convert=None)
 
 
-def _label_converter(name: str, allowed: set[int], declared: Labels, classes: Labels | None):
+def _label_converter(name: str, allowed: set[int], declared: Labels, scan: Volume):
     """What each slab of a label map goes through: no value that nobody declared gets past."""
     dense = max(allowed) + 1 == len(allowed)  # 0 … n: one comparison tells
 
@@ -126,12 +236,25 @@ def _label_converter(name: str, allowed: set[int], declared: Labels, classes: La
             if odd:
                 raise InputError(
                     f"{name}: the label map holds {odd[:5]}, expected {describe_labels(declared)}; "
-                    "correct it, or declare its values and their names",
+                    + _guess_swap(odd, scan)
+                    + "correct it, or declare its values and their names",
                     kind="values",
                 )
-        return slab if classes is None else index_classes(slab, classes)
+        return slab
 
     return convert
+
+
+def _guess_swap(odd: Sequence[float], scan: Volume) -> str:
+    """What to ask where a "label map" holds `odd` values as a scan does."""
+    if len(odd) < 20 and min(odd) >= -100:
+        return ""
+    try:
+        part = scan.read()[:, :, :: max(1, scan.shape[2] // 8)]
+    except InputError:
+        return ""
+    swapped = part.min() >= 0 and len(np.unique(part)) <= 64
+    return "are scan and label map swapped? " if swapped else "is it a scan? "
 
 
 # ---------------------------------------------------------------------------------------
@@ -147,9 +270,12 @@ def lay_on_grid(label: Volume, scan: Volume, trust: bool = False) -> Volume:
     `trust` lays voxel on voxel. Raises InputError of kind "shape" or "grid".
     """
     if trust:
-        if label.shape != scan.shape:
+        if label.shape != scan.shape:  # voxel on voxel needs the same axes
             raise _wrong_shape(label, scan)
         return _with_grid(label, scan.affine, scan)
+    if not label.oriented and not scan.oriented:
+        told = "neither scan nor label map says how its axes lie (form codes 0)"
+        label = replace(label, notes=(*label.notes, told))
     if label.oriented != scan.oriented:
         unknown = label if scan.oriented else scan
         raise InputError(
@@ -198,35 +324,45 @@ def _wrong_shape(label: Volume, scan: Volume) -> InputError:
 
 
 # ---------------------------------------------------------------------------------------
-# Names and bytes of inputs
+# Bytes of inputs
 # ---------------------------------------------------------------------------------------
 
 
-def name_case(path: Path) -> str:
-    """`liver_3` for `…/liver_3.nii.gz`; the folder's own name for a DICOM folder."""
-    known = [s for s in (*VOLUME_SUFFIXES, ".dcm") if path.name.lower().endswith(s)]
-    return path.name[: len(path.name) - len(max(known, key=len, default=""))]
-
-
-def list_files(path: Path) -> list[Path]:
-    """Every file that is read for a path: a header and its data, or the folder of a series."""
+def list_files(path: Path | Masks) -> list[Path]:
+    """Every file that is read for a path: a header and its data, the files of a series or stack."""
+    if isinstance(path, tuple):
+        return [file for _, part in path for file in list_files(part)]
+    if is_png_stack(path):
+        return list_pngs(path)
+    if _is_seg(path):
+        return [path]
     if is_dicom_input(path):
-        folder = path if path.is_dir() else path.parent
-        return sorted(file for file in folder.iterdir() if file.is_file())
-    pair = has_suffix(path, (".hdr", ".hdr.gz"))
-    return [path, *(sorted(path.parent.glob(f"{name_case(path)}.img*")) if pair else [])]
+        return list_series_files(path)
+    if has_suffix(path, (".hdr", ".hdr.gz", ".img", ".img.gz")):
+        return list_pair(path)
+    named = list_data_files(path) if has_suffix(path, (".mhd", ".nhdr")) else []
+    return [path, *named]
+
+
+def list_series_files(path: Path) -> list[Path]:
+    """The files of the DICOM series in a folder, or of which `path` is one."""
+    folder = path if path.is_dir() else path.parent
+    return [file for file in list_plain_files(folder) if is_dicom(file)]
 
 
 def hash_files(files: Iterable[Path]) -> str:
     """SHA-256 of the content of some files."""
     together = hashlib.sha256()
     for path in files:
-        with path.open("rb") as stream:
-            together.update(hashlib.file_digest(stream, "sha256").digest())
+        try:
+            with path.open("rb") as stream:
+                together.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise InputError(f"{show_path(path)}: cannot be read ({error.strerror})") from error
     return together.hexdigest()
 
 
-def hash_inputs(paths: Iterable[Path | None]) -> str:
+def hash_inputs(paths: Iterable[Path | Masks | None]) -> str:
     """SHA-256 of every byte that is read for some scans and label maps."""
     return hash_files(file for path in paths if path is not None for file in list_files(path))
 
@@ -236,33 +372,22 @@ def hash_inputs(paths: Iterable[Path | None]) -> str:
 # ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class Case:
-    """One scan and its label map; None where one is missing."""
-
-    name: str
-    patient: str
-    image: Path | None
-    label: Path | None
-
-
 def find_scans(path: Path) -> list[Path]:
-    """The scans that a path stands for: a file, a DICOM series, or a folder of several."""
+    """The scans that a path stands for: a file, or a folder's volumes and the DICOM series in and
+    below it, each series once. Raises InputError where there is none."""
     if not path.is_dir():
         return [path]
-    entries = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
-    files = [entry for entry in entries if entry.is_file()]
-    if any(is_dicom(file) for file in files):
-        return [path]
-    headers = {file.name.replace(".img", ".hdr") for file in files if ".img" in file.suffixes}
-    volumes = [f for f in files if has_suffix(f, VOLUME_SUFFIXES) and f.name not in headers]
-    series = [
-        folder
-        for folder in entries
-        if folder.is_dir() and any(is_dicom(file) for file in folder.iterdir() if file.is_file())
-    ]
-    if not volumes + series:
-        raise InputError(
-            f"{path}: holds no scan; expected {', '.join(VOLUME_SUFFIXES)} files or DICOM series"
-        )
-    return volumes + series
+    try:
+        files = list_plain_files(path)
+        items = find_dicom(list_below(path))
+    except OSError as error:
+        raise InputError(f"{show_path(path)}: cannot be read ({error.strerror})") from error
+    series = [item.path for item in items if not item.is_seg]
+    here = any(item == path or (item.parent == path and item.is_file()) for item in series)
+    volumes = [] if here else keep_volumes(files)  # a label map may lie beside a series' slices
+    if volumes + series:
+        return volumes + sorted(series)
+    what = "holds only DICOM SEGs, no scan" if items else "holds no scan"
+    raise InputError(
+        f"{show_path(path)}: {what}; expected {', '.join(VOLUME_SUFFIXES)} files or DICOM series"
+    )

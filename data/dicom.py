@@ -1,44 +1,50 @@
-"""The door for DICOM: series → `Volume`, SEG ↔ label map. After it nobody asks for DICOM."""
+"""The door for DICOM: series → `Volume`, SEG ↔ label map, scan → series. After it nobody asks.
+
+As a script it converts:
+
+    python -m data.dicom to-nifti SERIES OUT.nii.gz             a series (folder or a slice of it)
+    python -m data.dicom to-series SCAN.nii.gz FOLDER           a scan as CT series, of nobody
+    python -m data.dicom to-seg LABEL.nii.gz SERIES OUT.dcm     a label map as SEG of a series
+"""
 
 from __future__ import annotations
 
-import itertools
-import re
+import hashlib
+import os
+import shutil
+import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
+import tyro
 from tqdm import tqdm
 
-from data.labels import Labels, find_label, index_classes, is_tumour
-from data.volumes import TO_LPS, Volume
-from utilities import InputError, atomic_write, class_colour
+from data.headers import (
+    has_place,
+    is_dicom,
+    is_picture,
+    is_seg_header,
+    list_images,
+    list_items,
+    name_object,
+    read_header,
+    read_text,
+)
+from data.labels import BACKGROUND, Labels
+from data.seg import choose_segment_values, read_seg, read_segments, write_seg
+from data.series import TILT, read_series
+from data.volumes import TO_LPS, Volume, read_file
+from utilities import InputError
 
-SEGMENT_VALUE = "label value {}"  # in a DICOM SEG, whose own numbers must run from 1
-
-
-def is_dicom(path: Path) -> bool:
-    """True for a DICOM file (part 10: `DICM` after 128 bytes), whatever its name."""
-    with path.open("rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
-
-
-def is_dicom_input(path: Path) -> bool:
-    """Whether a path is a DICOM file or a folder with DICOM files in it."""
-    return path.is_dir() or (path.is_file() and is_dicom(path))
-
-
-def read_headers(folder: Path) -> dict[Path, Any]:
-    """File → header, without pixels, of the DICOM files in `folder` (not below it)."""
-    import pydicom
-
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and is_dicom(path)]
-    return {path: pydicom.dcmread(path, stop_before_pixels=True) for path in files}
+__all__ = [
+    "DicomItem", "choose_segment_values", "find_dicom", "is_dicom", "is_dicom_input",
+    "list_series_files", "read_seg", "read_segments", "read_series", "write_seg", "write_series",
+]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------
@@ -46,293 +52,287 @@ def read_headers(folder: Path) -> dict[Path, Any]:
 # ---------------------------------------------------------------------------------------
 
 
+def is_dicom_input(path: Path) -> bool:
+    """Whether a path is a DICOM file, or a folder with DICOM files directly in it."""
+    if path.is_dir():
+        return any(is_dicom(file) for file in path.iterdir() if file.is_file())
+    return path.is_file() and is_dicom(path)
+
+
 @dataclass(frozen=True)
 class DicomItem:
-    """A series or a SEG that was found, and the path to read it by."""
+    """A series or a SEG that was found, and the path to read it by; or a file that is unusable."""
 
-    path: (
-        Path  # the series' folder if it holds no other series, else one of its files; a SEG's file
-    )
+    path: Path  # a series' folder if it holds no other, else one of its files; a SEG's file
     uid: str  # of the series; of a SEG: of the series that it was drawn on, "" where it names none
     patient: str = ""  # PatientID, to keep a patient's scans together; never written anywhere
     images: int = 0  # slices of a series
     segments: dict[str, int] = field(default_factory=dict)  # name → number, of a SEG
-
-    @property
-    def is_seg(self) -> bool:
-        return bool(self.segments)
+    files: tuple[Path, ...] = ()  # all files of it
+    fault: str = ""  # why it cannot be used
+    is_seg: bool = False
 
 
 def find_dicom(files: Iterable[Path]) -> list[DicomItem]:
-    """The series and SEGs among some files, each series once, with its folder."""
-    series, items = defaultdict(list), []
-    for folder in tqdm(sorted({path.parent for path in files}), desc="DICOM folders", disable=None):
-        for path, header in read_headers(folder).items():
-            if header.get("Modality") == "SEG":
-                uid = header.ReferencedSeriesSequence[0].SeriesInstanceUID
-                items.append(DicomItem(path, str(uid), segments=read_segments(header)))
-            elif "ImagePositionPatient" in header:
-                patient = str(header.get("PatientID", ""))
-                series[folder, str(header.SeriesInstanceUID)].append((path, patient))
+    """The series, SEGs and unusable DICOM files among some files; each is opened once.
+
+    Other objects (contours, reports, DICOMDIR) and pictures without a place are left out.
+    """
+    series, items, unplaced = defaultdict(list), [], []
+    found = [path for path in sorted(set(files)) if path.is_file() and is_dicom(path)]
+    for path in tqdm(found, desc="DICOM headers", disable=None):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # pydicom's, of values that we check
+                header = read_header(path)
+                if is_seg_header(header):
+                    items.append(_describe_seg(path, header))
+                elif not name_object(header):
+                    key = path.parent, read_text(header, "SeriesInstanceUID")
+                    (series[key] if has_place(header) else unplaced).append(
+                        (path, read_text(header, "PatientID"), key, is_picture(header))
+                    )
+        except Exception as error:  # one bad file never stops the others
+            items.append(DicomItem(path, "", files=(path,), fault=_explain(path, error)))
+    for entry in unplaced:  # slices without their position: reading the series says so
+        if not entry[3]:
+            series[entry[2]].append(entry)
     in_folder = Counter(folder for folder, _ in series)
     for (folder, uid), slices in series.items():
         path = folder if in_folder[folder] == 1 else slices[0][0]
-        items.append(DicomItem(path, uid, slices[0][1], len(slices)))
+        paths = tuple(sorted(entry[0] for entry in slices))
+        items.append(DicomItem(path, uid, slices[0][1], len(slices), files=paths))
     return items
 
 
-# ---------------------------------------------------------------------------------------
-# Series
-# ---------------------------------------------------------------------------------------
-
-
-def read_series(path: Path) -> Volume:
-    """The series in a folder, or that of one of its files, in HU, slices in the order of position.
-
-    `notes` says what was left out, `files` has the files in the order of the slices. Raises
-    InputError where there is no or more than one series, or no regular grid.
-    """
-    headers = read_headers(path if path.is_dir() else path.parent)
-    slices = {file: h for file, h in headers.items() if "ImagePositionPatient" in h}
-    if path.is_file() and path in slices:
-        uid = slices[path].SeriesInstanceUID
-        slices = {file: h for file, h in slices.items() if h.SeriesInstanceUID == uid}
-    series = {h.SeriesInstanceUID for h in slices.values()}
-    if len(series) != 1:
-        raise InputError(
-            f"{path}: must hold one DICOM series of single slices, got {len(series)}; give the "
-            "path of one slice of the series you mean, or convert it to NIfTI"
-        )
-    copies = {str(h.file_meta.MediaStorageSOPInstanceUID): file for file, h in slices.items()}
-    notes = [f"{len(slices) - len(copies)} copies of slices left out"] * (len(slices) > len(copies))
-    ordered, affine = _series_grid(path, {f: slices[f] for f in copies.values()}, notes)
-    voxels = _series_voxels(ordered)
-    return Volume(voxels, affine, str(path), notes=tuple(notes), files=tuple(ordered))
-
-
-def _series_grid(
-    path: Path, slices: dict[Path, Any], notes: list[str]
-) -> tuple[list[Path], np.ndarray]:
-    """Files in order and affine (RAS) of a series, or the reason why it is not one regular grid.
-
-    Position along the normal decides (DICOM PS3.3 C.7.6.2.1.1), never file name or SliceThickness.
-    """
-
-    def frame(header: Any) -> tuple[float, ...]:
-        axes = np.round(np.array(header.ImageOrientationPatient, float), 3) + 0.0
-        return (*axes, header.Rows, header.Columns, *map(float, header.PixelSpacing))
-
-    frames = Counter(frame(header) for header in slices.values())
-    (main, count), *others = frames.most_common()
-    strays = sum(number for _, number in others)
-    if strays * 4 > count or count < 2:
-        raise InputError(
-            f"{path}: must be one stack of parallel slices, got {len(frames)} orientations, sizes "
-            f"with {sorted(frames.values(), reverse=True)} slices; move one stack to its own folder"
-        )
-    if strays:
-        notes.append(f"{strays} images of another orientation or size left out")
-    kept = {file: header for file, header in slices.items() if frame(header) == main}
-    first = next(iter(kept.values()))
-    across, down = np.array(first.ImageOrientationPatient, float).reshape(2, 3)
-    normal = np.cross(across, down)
-    along = {f: normal @ np.array(h.ImagePositionPatient, float) for f, h in kept.items()}
-    ordered = sorted(kept, key=along.__getitem__)
-    positions = np.array([kept[file].ImagePositionPatient for file in ordered], float)
-    step = (positions[-1] - positions[0]) / (count - 1)
-    _refuse_irregular(path, positions @ normal, step, normal)
-    down_mm, across_mm = map(float, first.PixelSpacing)
-    columns = np.stack([across * across_mm, down * down_mm, step], axis=1)
-    return ordered, TO_LPS @ nib.affines.from_matvec(columns, positions[0])
-
-
-def _refuse_irregular(path: Path, along: np.ndarray, step: np.ndarray, normal: np.ndarray) -> None:
-    """Raise InputError for slices (sorted positions in mm) that one affine cannot describe."""
-    gaps, spacing, reasons = np.diff(along), float(step @ normal), []
-    if (gaps < 0.01).any():
-        reasons.append(f"{(gaps < 0.01).sum()} slices share a position: several acquisitions")
-    elif np.abs(along - along[0] - spacing * np.arange(len(along))).max() > 0.05 * spacing:
-        reasons.append(f"uneven gaps of {gaps.min():.2f} to {gaps.max():.2f} mm between slices")
-    sideways = np.linalg.norm(step - spacing * normal) / max(spacing, 1e-6)
-    if sideways > 0.002 and spacing > 0.01:
-        reasons.append(f"gantry tilt of {np.degrees(np.arctan(sideways)):.1f}°")
-    if reasons:
-        raise InputError(
-            f"{path}: the series is not one regular grid ({'; '.join(reasons)}); split it or "
-            "resample it first (dcm2niix does)"
-        )
-
-
-def _series_voxels(files: Sequence[Path]) -> np.ndarray:
-    """HU (X, Y, Z) of slices: stored value × RescaleSlope + RescaleIntercept; int16 if it fits."""
-    import pydicom
-
-    array = None
-    for index, file in enumerate(files):
-        header = pydicom.dcmread(file)
-        slope, intercept = header.get("RescaleSlope", 1), header.get("RescaleIntercept", 0)
-        slope, intercept = float(slope), float(intercept)
-        try:
-            plane = header.pixel_array.T
-        except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"{file}: its pixels cannot be decoded ({error}); convert the series to NIfTI first"
-            ) from error
-        whole = slope.is_integer() and intercept.is_integer()
-        plane = plane.astype(np.int32 if whole else np.float32)
-        plane = plane * plane.dtype.type(slope) + plane.dtype.type(intercept)
-        if array is None:
-            array = np.empty((*plane.shape, len(files)), np.int16, order="F")
-        if array.dtype == np.int16 and (
-            not whole or not -32768 <= plane.min() <= plane.max() <= 32767
-        ):
-            array = array.astype(np.float32)
-        array[:, :, index] = plane
-    return array
-
-
-# ---------------------------------------------------------------------------------------
-# Segmentations
-# ---------------------------------------------------------------------------------------
-
-
-def read_seg(path: Path, scan: Volume, declared: Labels) -> Volume:
-    """A DICOM SEG (its file, or the folder of one) as a label map on the grid of `scan`.
-
-    Values: see `choose_segment_values`; `classes` of the result has them by the segments' names.
-    """
-    import highdicom
-
+def _describe_seg(path: Path, header: Any) -> DicomItem:
+    referenced = list_items(header, "ReferencedSeriesSequence")
+    uid = read_text(referenced[0], "SeriesInstanceUID") if referenced else ""
+    patient, segments, fault = read_text(header, "PatientID"), {}, ""
     try:
-        file = highdicom.seg.segread(path)
-        segments = file.get_volume(combine_segments=True)
-        grid = highdicom.VolumeGeometry(
-            TO_LPS @ scan.affine, scan.shape, "PATIENT", segments.frame_of_reference_uid
-        )
-        array = segments.match_geometry(grid, tol=1e-2).array
-    except (ValueError, RuntimeError, AttributeError, TypeError) as error:
+        segments = read_segments(header, path)
+    except Exception as error:
+        fault = _explain(path, error)
+    return DicomItem(path, uid, patient, 0, segments, (path,), fault, is_seg=True)
+
+
+def _explain(path: Path, error: Exception) -> str:
+    known = isinstance(error, InputError)
+    return str(error) if known else f"{path}: cannot be read ({type(error).__name__}: {error})"
+
+
+def list_series_files(path: Path) -> list[Path]:
+    """Every file that is read for the path of a series (or SEG): of no other one beside it."""
+    if path.is_file() and (not is_dicom(path) or name_object(read_header(path))):
+        return [path]
+    try:
+        return sorted(list_images(path))
+    except InputError:  # several series, or none: reading says so; a SEG's folder comes this way
+        folder = path if path.is_dir() else path.parent
+        return [file for file in sorted(folder.iterdir()) if file.is_file() and is_dicom(file)]
+
+
+# ---------------------------------------------------------------------------------------
+# Scan → series
+# ---------------------------------------------------------------------------------------
+
+
+def write_series(volume: Volume, folder: Path) -> list[Path]:
+    """Write a scan as CT series of nobody ("anonymous"), and read it back; files feet to head.
+
+    Slices are the planes nearest to axial. UIDs come from the content, so that one scan always
+    gives the same series. Raises InputError where HU are no whole numbers of 16 bits, the grid is
+    sheared (a series cannot say so) or `folder` is in use; then there is no folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: must be a new folder for the series; name another")
+    ras = volume.ras
+    stored = _as_int16(ras.data, volume.name)[::-1, ::-1]
+    flip = np.diag([-1.0, -1.0, 1.0, 1.0])
+    flip[:2, 3] = [stored.shape[0] - 1, stored.shape[1] - 1]
+    affine = TO_LPS @ ras.affine @ flip  # voxel (L, P, S) → LPS mm
+    _refuse_sheared(volume.name, affine, stored.shape)
+    partial = folder.with_name(f".{os.getpid()}.partial.{folder.name}")
+    try:
+        partial.mkdir(parents=True)
+        names = [f"{z + 1:04d}.dcm" for z in range(stored.shape[2])]
+        content = hashlib.sha256(np.ascontiguousarray(affine)).hexdigest() + _hash_array(stored)
+        for z, name in enumerate(names):
+            header = _build_slice(stored[:, :, z], affine, z, content)
+            header.save_as(partial / name, enforce_file_format=True)
+        again = read_series(partial)
+        same = np.array_equal(again.read(), stored)
+        if not same or np.abs(TO_LPS @ again.affine - affine).max() > 1e-3:
+            raise InputError(f"{folder}: the scan changed in writing; nothing was kept")
+        if folder.exists():
+            folder.rmdir()  # empty: see above
+        partial.rename(folder)
+    except OSError as error:
         raise InputError(
-            f"{path}: not a DICOM SEG on the grid of its scan ({error}); export it again from the "
-            "series it belongs to, or as NIfTI"
+            f"{folder}: cannot be written ({error.strerror or error}); choose a folder that is "
+            "writable and has free space"
         ) from error
-    values = choose_segment_values(read_segments(file), declared)
-    table = np.zeros(int(array.max(initial=0)) + 1, np.min_scalar_type(max(values.values())))
-    for segment in file.SegmentSequence:
-        if segment.SegmentNumber < len(table):
-            table[segment.SegmentNumber] = values[str(segment.SegmentLabel)]
-    if not np.array_equal(table, np.arange(len(table))):
-        array = table[array]
-    label = Volume(np.asfortranarray(array), scan.affine, str(path), classes=values)
-    return replace(label, header=scan.header, oriented=scan.oriented)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [folder / name for name in names]
 
 
-def read_segments(header: Any) -> dict[str, int]:
-    """Name → number of a DICOM SEG's segments.
-
-    Numbers must run from 1; where a label value is another one, the segment's description tells it,
-    as `write_seg` writes it.
-    """
-    numbers: dict[str, int] = {}
-    for segment in header.SegmentSequence:
-        told = re.fullmatch(SEGMENT_VALUE.format(r"(\d+)"), segment.get("SegmentDescription") or "")
-        number = int(told[1]) if told else int(segment.SegmentNumber)
-        numbers.setdefault(str(segment.SegmentLabel), number)
-    return numbers
+def _as_int16(array: np.ndarray, name: str) -> np.ndarray:
+    low, high = float(array.min()), float(array.max())
+    whole = array.dtype.kind != "f" or np.array_equal(array, np.rint(array))
+    if not whole or low < -32768 or high > 32767:
+        raise InputError(
+            f"{name}: a series holds whole HU from -32768 to 32767, got "
+            f"{f'{low:g} to {high:g}' if whole else 'fractions'}; round or rescale it first",
+            kind="hu",
+        )
+    return array.astype(np.int16)
 
 
-def choose_segment_values(segments: Mapping[str, int], declared: Labels) -> dict[str, int]:
-    """Label value of each segment: of a declared name, or a synonym of one, its first value.
-
-    Any other name keeps its number, or gets a value of its own where that number is taken: SEGs of
-    one data set may number the same organs differently.
-    """
-    known = {name: find_label(name, declared) for name in segments}
-    values = {name: declared[label][0] for name, label in known.items() if label is not None}
-    own = {value for some in declared.values() for value in some}
-    for name, number in segments.items():
-        if name not in values:
-            taken = set(values.values()) | own
-            values[name] = number if number not in taken else max(taken) + 1
-    return values
+def _refuse_sheared(name: str, affine: np.ndarray, shape: tuple[int, ...]) -> None:
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    shear = np.abs(axes.T @ axes - np.eye(3)).max()
+    if shear > TILT or shape[2] < 2:
+        found = f"axes that are {shear:.2g} off a right angle (cosine)"
+        raise InputError(
+            f"{name}: a series needs 2 slices or more and perpendicular axes, got {shape[2]} and "
+            f"{found}; resample it to a straight grid first",
+            kind="grid",
+        )
 
 
-NEEDED_BY_SEG = (
-    "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID", "FrameOfReferenceUID",
-)  # fmt: skip
-MAY_BE_EMPTY = (
-    "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID",
-    "StudyDate", "StudyTime",
-)  # fmt: skip
+def _hash_array(array: np.ndarray) -> str:
+    digest = hashlib.sha256(str(array.shape).encode())
+    for z in range(array.shape[2]):
+        digest.update(np.ascontiguousarray(array[:, :, z]))
+    return digest.hexdigest()
 
 
-def write_seg(label: Volume, scan: Volume, classes: Labels, path: Path) -> list[str]:
-    """Write a label map as DICOM SEG of the series that `scan` was read from, and read it back.
-
-    Returns why there is none, if so: the scan is no series, or not one that can be referred to.
-    """
-    import highdicom
+def _build_slice(plane: np.ndarray, affine: np.ndarray, z: int, content: str) -> Any:
+    """One CT image of a plane (columns, rows) of HU; `content` is what its UIDs are made of."""
     import pydicom
-    import torch
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+    from pydicom.valuerep import format_number_as_ds as ds
 
-    files = scan.files
-    if not files:
-        return ["no DICOM SEG: the scan is no DICOM series"]
-    headers = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
-    if lacking := [key for key in NEEDED_BY_SEG if not headers[0].get(key)]:
-        return [f"no DICOM SEG: the series has no {', '.join(lacking)} to refer to"]
-    for header, key in itertools.product(headers, MAY_BE_EMPTY):
-        header.setdefault(key, None)
-    array = index_classes(label.read(), classes)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of names that are no person's
-            result = highdicom.seg.Segmentation(
-                headers,
-                array.T,  # (frames, rows, columns): as the slices are stored
-                "BINARY",  # what most viewers read
-                [_describe_segment(i, *item) for i, item in enumerate(classes.items()) if i],
-                series_instance_uid=highdicom.UID(),
-                series_number=1000 + int(headers[0].get("SeriesNumber") or 0),
-                series_description="segmentation",
-                sop_instance_uid=highdicom.UID(),
-                instance_number=1,
-                manufacturer="apply_model.py",
-                manufacturer_model_name="apply_model.py",
-                software_versions=torch.__version__,
-                device_serial_number="none",
-                omit_empty_frames=bool(array.any()),  # a SEG must have a frame
-            )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        return [f"no DICOM SEG: the headers of the series are not sound ({error})"]
-    with atomic_write(path) as temporary:
-        result.save_as(temporary)
-        written = read_seg(temporary, scan, {name: raw[:1] for name, raw in classes.items()})
-        if not np.array_equal(written.read(), label.read()):
-            raise InputError(f"{path}: voxels changed in writing; nothing was kept")
-    return []
+    columns, rows = plane.shape
+    across, down, _ = np.linalg.norm(affine[:3, :3], axis=0)
+    header = pydicom.Dataset()
+    header.file_meta = pydicom.dataset.FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = CTImageStorage
+    uid = generate_uid(entropy_srcs=[content, f"slice {z}"])
+    header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID = uid
+    for name in ("Study", "Series"):
+        setattr(header, f"{name}InstanceUID", generate_uid(entropy_srcs=[content, name]))
+    header.FrameOfReferenceUID = generate_uid(entropy_srcs=[content, "frame"])
+    header.PatientName = header.PatientID = "anonymous"
+    for key in (
+        "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber", "StudyID",
+        "ReferringPhysicianName", "Manufacturer", "PositionReferenceIndicator", "KVP",
+        "AcquisitionNumber",
+    ):  # fmt: skip
+        setattr(header, key, None)
+    header.Modality, header.SeriesNumber, header.InstanceNumber = "CT", 1, z + 1
+    header.ImageType = ["DERIVED", "SECONDARY", "AXIAL"]
+    header.Rows, header.Columns = rows, columns
+    header.PixelSpacing = [ds(float(down)), ds(float(across))]
+    header.SliceThickness = ds(float(np.linalg.norm(affine[:3, 2])))
+    axes = [*(affine[:3, 0] / across), *(affine[:3, 1] / down)]
+    header.ImageOrientationPatient = [ds(float(number)) for number in axes]
+    position = affine[:3, 3] + z * affine[:3, 2]
+    header.ImagePositionPatient = [ds(float(number)) for number in position]
+    header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
+    header.BitsAllocated, header.BitsStored, header.HighBit = 16, 16, 15
+    header.PixelRepresentation = 1
+    header.RescaleIntercept, header.RescaleSlope, header.RescaleType = 0, 1, "HU"
+    header.PixelData = np.ascontiguousarray(plane.T).astype("<i2").tobytes()
+    return header
 
 
-def _describe_segment(number: int, name: str, values: Sequence[int]) -> Any:
-    """A class as a segment of a DICOM SEG, with its SNOMED code; `Organ` where none is known."""
-    import highdicom
-    import torch
-    from matplotlib.colors import to_rgb
-    from pydicom.sr.codedict import codes
+# ---------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------
 
-    rgb = to_rgb(class_colour(number))
-    kind, what = codes.SCT.AnatomicalStructure, name.title().replace(" ", "")
-    what = getattr(codes.SCT, what, codes.SCT.Organ)
-    if is_tumour(name):
-        kind, what = codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Neoplasm
-    segment = highdicom.seg.SegmentDescription(
-        number,
-        name,
-        kind,
-        what,
-        "AUTOMATIC",
-        highdicom.AlgorithmIdentificationSequence(
-            "apply_model.py", codes.DCM.ArtificialIntelligence, torch.__version__
-        ),
-        display_color=highdicom.color.CIELabColor.from_rgb(*(255 * c for c in rgb)),
+
+def convert_to_nifti(series: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]) -> None:
+    """A series as NIfTI, HU as stored.
+
+    Args:
+        series: folder of the series, or one of its slices.
+        out: .nii.gz or .nii to write.
+    """
+    if not out.name.lower().endswith((".nii", ".nii.gz")):
+        raise InputError(f"{out}: must end in .nii.gz or .nii, got {out.suffix or 'no ending'}")
+    volume = read_series(series)
+    volume.write_checked(out)
+    print("\n".join([*volume.notes, f"{out}: {volume.shape} voxels"]))
+    print(f"next: python apply_model.py {out} --checkpoint checkpoints/starter.pt")
+
+
+def convert_to_series(scan: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path]) -> None:
+    """A scan as CT series with its own UIDs, of a patient named anonymous.
+
+    Args:
+        scan: .nii.gz, .mha, .nrrd: HU in whole numbers.
+        folder: new folder for the slices.
+    """
+    files = write_series(read_file(scan), folder)
+    print(f"{folder}: {len(files)} slices")
+    print(f"next: python apply_model.py {folder} --checkpoint checkpoints/starter.pt --dicom-seg")
+
+
+def convert_to_seg(
+    label: tyro.conf.Positional[Path],
+    series: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    labels: dict[str, int] = {"liver": 1, "tumour": 2},  # noqa: B006 (tyro shows it)
+) -> None:
+    """A label map as DICOM SEG that refers to a series.
+
+    Args:
+        label: .nii.gz of the grid of the series.
+        series: folder of the series, or one of its slices.
+        out: .dcm to write.
+        labels: name and value of each class: liver 1 tumour 2.
+    """
+    scan, label_map = read_series(series), read_file(label)
+    turned = _turn_like(label_map, scan)
+    classes: Labels = {BACKGROUND: (0,)} | {name: (value,) for name, value in labels.items()}
+    if odd := sorted(set(np.unique(turned.read()).tolist()) - {0, *labels.values()}):
+        raise InputError(f"{label}: holds {odd[:5]}, expected {labels}; name them by --labels")
+    if reasons := write_seg(turned, scan, classes, out):
+        raise InputError(f"{out}: {'; '.join(reasons)}")
+    print(f"{out}: {len(labels)} segments of {series}")
+    print(f"next: load {series} and {out} together in your viewer, 3D Slicer for one")
+
+
+def _turn_like(label: Volume, scan: Volume) -> Volume:
+    """A label map of exactly the grid of `scan`, in the scan's axes."""
+    same = label.ras_shape == scan.ras_shape and np.allclose(
+        label.ras_affine, scan.ras_affine, rtol=0, atol=0.01 * min(scan.spacing_mm)
     )
-    segment.SegmentDescription = SEGMENT_VALUE.format(values[0])
-    return segment
+    if not same:
+        raise InputError(
+            f"{label.name}: lies not on the grid of {scan.name} ({label.ras_shape} and "
+            f"{scan.ras_shape} voxels); use the label map of this series",
+            kind="grid",
+        )
+    return scan.from_ras(label.ras.data)
+
+
+def main() -> None:
+    """Run the command that was asked for; a user's fault ends in one line, exit code 1."""
+    commands = {
+        "to-nifti": convert_to_nifti,
+        "to-series": convert_to_series,
+        "to-seg": convert_to_seg,
+    }
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,8 @@ from utilities import InputError
 Labels = dict[str, tuple[int, ...]]
 
 BACKGROUND = "background"
+IGNORED = 255  # class index of voxels that nobody judged: no loss and no metric counts them
+LARGEST_VALUE = 65535  # of a label map
 # What is assumed of label maps that nothing describes: the values of LiTS and Decathlon Task03.
 USUAL_LABELS: Labels = {BACKGROUND: (0,), "liver": (1,), "tumour": (2,)}
 # What is learnt by default: a tumour is liver too. The data give the values of these names.
@@ -47,10 +49,15 @@ def name_words(name: str) -> list[str]:
 
 
 def common_name(name: str) -> str:
-    """The name under which synonyms meet: `Hepatic Lesion` and `liver tumor` are both `tumour`."""
+    """The name under which synonyms meet: `Hepatic Lesion` and `livertumor02` are both `tumour`.
+
+    Numbers count where they tell things apart that have no synonyms: `vertebra 1`, `vertebra 2`.
+    """
     words = name_words(name)
     if set(words) == {"liver", "tumour"}:
         words = ["tumour"]
+    if not words or not set(words) <= SYNONYMS.keys():
+        words += re.findall(r"\d+", name)
     return " ".join(words) or name.strip().lower()
 
 
@@ -140,9 +147,15 @@ def group_tumours(names: Sequence[str]) -> dict[int, list[int]]:
     return organs
 
 
-def index_classes(array: np.ndarray, classes: Mapping[str, Sequence[int]]) -> np.ndarray:
-    """Raw label values (X, Y, Z) → class indices uint8 in the order of `classes`; others are 0."""
+def index_classes(
+    array: np.ndarray, classes: Mapping[str, Sequence[int]], ignore: Sequence[int] = ()
+) -> np.ndarray:
+    """Raw label values (X, Y, Z) → class indices uint8 in the order of `classes`; others are 0.
+
+    Values of `ignore` become IGNORED: not known, neither class nor background.
+    """
     table = np.zeros(max(int(array.max(initial=0)) + 1, 256), np.uint8)
+    table[[value for value in ignore if value < len(table)]] = IGNORED
     for index, values in enumerate(classes.values()):
         for value in values if index else ():
             if value < len(table):
