@@ -2,25 +2,33 @@
 
     python -m data.check data/raw
 
-Prints the table of cases and below it every finding with what to do, and writes it as `check.csv`,
-with `<case>.png`: three planes through the foreground with the outlines. `prepare.py` runs the same
-check before it cuts anything.
+Lists what was recognised, prints the table of cases and below it every finding with what to do, and
+writes under `--destination` the table as `check.csv` and `<case>.png`: three planes through the
+foreground with the outlines. `prepare.py` runs the same check before it cuts anything.
 """
 
 from __future__ import annotations
 
-import os
-import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import tyro
+from tqdm import tqdm
 
 from data.cases import Case, read_label_map, read_scan
 from data.copies import find_duplicates, mark_scan
+from data.findings import (
+    RULES,
+    count_words,
+    describe_fault,
+    list_errors,
+    print_table,
+    write_table,
+)
 from data.judges import (
     Finding,
     find_busiest,
@@ -35,52 +43,28 @@ from data.judges import (
     read_coarse,
     read_outline,
 )
-from data.labels import Labels, find_label, find_values, list_values
+from data.labels import LARGEST_VALUE, Labels, find_label, find_values, list_values
+from data.layouts import describe_data_set, find_pairs
+from data.masks import Masks
 from data.volumes import Volume
 from utilities import (
+    IMAGE,
+    LABEL,
     PLANES,
     InputError,
     class_colour,
+    command_line,
     draw_plane,
     grey_window,
     save_figure,
-    write_csv,
 )
 
-__all__ = ["RULES", "Terms", "compare_cases", "find_duplicates", "inspect_case", "judge_hu"]
+__all__ = [
+    "RULES", "Terms", "choose_foreground", "compare_cases", "find_duplicates", "inspect_case",
+    "judge_hu", "list_errors", "print_table", "read_data_set", "write_table",
+]  # fmt: skip
 
-RULES = {  # kind of finding → (level, what to do); an error stops its case, a note needs nothing
-    "orphan": ("error", "add the missing file or remove this one"),
-    "unreadable": ("error", "get the file again, or convert it as the message says"),
-    "shape": ("error", "export the label map again on the grid of its scan"),
-    "grid": ("error", "export the label map again, or lay it on the scan: --trust-image-grid"),
-    "values": ("error", "correct the label map, or declare its values in dataset.json"),
-    "empty": ("error", "add the outline or remove the case"),
-    "nan": ("error", "convert the scan again; every voxel needs a number"),
-    "hu": (
-        "error",
-        "convert to HU (rescale slope and intercept) as int16; for MR: --modality MR; to take it "
-        "as it is: --accept hu",
-    ),
-    "outside": ("error", "look at the overlay; the label map may be shifted, flipped or another's"),
-    "mirrored": ("error", "look at the overlay; flip the label map back"),
-    "drawn": ("error", "give the right --label-every, or clear the slices in between"),
-    "left_right": ("warning", "correct the header's left-right unless it is situs inversus"),
-    "air": ("warning", "look whether HU were clipped"),
-    "partly_outside": ("warning", "look at the overlay"),
-    "no_foreground": ("warning", "look whether the organ is there; it gives no sub-volumes"),
-    "tumour_apart": ("warning", "look whether these voxels belong to the liver's tumours"),
-    "blank": ("warning", "look whether slices were lost on export"),
-    "identity": ("warning", "millimetres and sides are not known; get the header with geometry"),
-    "unoriented": ("warning", "sides are not known; get the header with its orientation"),
-    "label_note": ("warning", "look at the overlay"),
-    "dicom": ("warning", "look whether these images are part of the scan"),
-    "spacing": ("warning", "compare with the scanner's protocol"),
-    "duplicate": ("warning", "remove one; kept together in one split until then"),
-    "near_grid": ("note", "the scan's own geometry is used"),
-    "thin": ("note", "it is padded with air"),
-    "mixture": ("note", "all sub-volumes are written in RAS"),
-}
+UNDRAWN = 255  # value of the slices that --label-every declares not to be drawn
 FOREGROUND = ("liver", "tumour")  # what must not be lost where nothing else is asked for
 COARSE = 128  # voxels in-plane that are enough for the statistics
 
@@ -97,10 +81,73 @@ class Terms:
     ignore: tuple[int, ...] = ()  # raw values that count as neither foreground nor background
     label_every: int = 1  # only every so many-th slice was drawn
 
-    @property
-    def values(self) -> list[int]:
-        """All raw values, the background among them."""
-        return sorted({0, *list_values(self.labels)})
+    def list_values(self, label: Volume) -> list[int]:
+        """All raw values that `label` may hold, the background among them."""
+        return sorted({0, *list_values(self.labels), *self.ignore, *label.classes.values()})
+
+
+class Settings(Protocol):
+    """What a script must ask for to check a data set."""
+
+    source: Path
+    destination: Path
+    images: Path | None
+    labels: Path | None
+    values: tuple[str, ...]
+    foreground: tuple[str, ...]
+    modality: Literal["CT", "MR"]
+    label_every: int
+    subvolume_depth: int
+    trust_image_grid: bool
+
+
+def read_data_set(config: Settings) -> tuple[list[Case], Terms]:
+    """The cases of a folder and what they are checked against; prints what was recognised."""
+    values = parse_values(config.values)
+    data = find_pairs(
+        config.source,
+        images=config.images,
+        labels=config.labels,
+        exclude=config.destination,
+        values=values or None,
+    )
+    for line in describe_data_set(data):
+        print(line)
+    ignore = data.ignore
+    if config.label_every > 1:
+        if UNDRAWN in list_values(data.declared):
+            raise InputError(
+                f"--label-every: marks slices that were not drawn with {UNDRAWN}, which is a label "
+                "of these data; give that label another value"
+            )
+        ignore = (*ignore, UNDRAWN)
+    return data.cases, Terms(
+        data.declared,
+        choose_foreground(config.foreground, data.declared),
+        trust_grid=config.trust_image_grid,
+        modality=config.modality,
+        depth=config.subvolume_depth,
+        ignore=tuple(dict.fromkeys(ignore)),
+        label_every=config.label_every,
+    )
+
+
+def parse_values(words: Sequence[str]) -> Labels:
+    """`["liver=6", "tumour=7,8"]` → {"liver": (6,), "tumour": (7, 8)}."""
+    labels: Labels = {}
+    for word in words:
+        name, _, numbers = word.partition("=")
+        parts = numbers.split(",")
+        if not name or not all(part.isdecimal() for part in parts):
+            raise InputError(f"--values {word}: must be NAME=VALUE or NAME=VALUE,VALUE")
+        labels[name] = tuple(map(int, parts))
+    listed = [value for values in labels.values() for value in values]
+    twice = sorted(value for value, n in Counter(listed).items() if n > 1)
+    if twice or max(listed, default=0) > LARGEST_VALUE:
+        raise InputError(
+            f"--values {' '.join(words)}: each value from 0 to {LARGEST_VALUE} has one name"
+        )
+    return labels
 
 
 def choose_foreground(names: Sequence[str], labels: Labels) -> tuple[int, ...]:
@@ -113,16 +160,6 @@ def choose_foreground(names: Sequence[str], labels: Labels) -> tuple[int, ...]:
     if not (values := find_values(names, labels, "--foreground")) or 0 in values:
         raise InputError(f"--foreground {' '.join(names)}: must name labels, not the background")
     return values
-
-
-def level(finding: Finding, accept: Sequence[str]) -> str:
-    """An error stops its case, unless it was accepted; a warning is told, a note needs nothing."""
-    return "warning" if finding[0] in accept else RULES[finding[0]][0]
-
-
-def list_errors(record: dict[str, Any], accept: Sequence[str]) -> list[Finding]:
-    """Findings that stop the case."""
-    return [finding for finding in record["findings"] if level(finding, accept) == "error"]
 
 
 # ---------------------------------------------------------------------------------------
@@ -144,6 +181,9 @@ def inspect_case(case: Case, terms: Terms) -> tuple[dict[str, Any], Overlay | No
     """Record of a case with its findings, and what to draw of it; nothing that reading meets is
     raised. `record["sure"]` is False where a fault may not be the scan's (memory, a bug)."""
     record: dict[str, Any] = {"findings": [], "sure": True}
+    if case.faults:
+        record["findings"] += [("ambiguous", fault) for fault in case.faults]
+        return record, None
     if case.image is None or case.label is None:
         missing = "scan" if case.image is None else "label map"
         record["findings"].append(("orphan", f"{case.image or case.label} has no {missing}"))
@@ -159,14 +199,9 @@ def inspect_case(case: Case, terms: Terms) -> tuple[dict[str, Any], Overlay | No
     return record, None
 
 
-def describe_fault(error: Exception) -> str:
-    """A fault that nobody foresaw, in one line; LIVER_DEBUG=1 shows where it arose."""
-    if os.environ.get("LIVER_DEBUG"):
-        traceback.print_exception(error)
-    return f"{type(error).__name__}: {error}"
-
-
-def _fill_record(record: dict[str, Any], image: Path, outlined: Path, terms: Terms) -> Overlay:
+def _fill_record(
+    record: dict[str, Any], image: Path, outlined: Path | Masks, terms: Terms
+) -> Overlay:
     """Grid, voxel counts, findings and the marks by which a second copy of a scan is known."""
     scan = read_scan(image)
     record["shape"], record["orientation"] = list(scan.shape), scan.axcodes
@@ -175,7 +210,7 @@ def _fill_record(record: dict[str, Any], image: Path, outlined: Path, terms: Ter
     label, outline, counts = _read_label(outlined, scan, terms)
     findings = record["findings"]
     findings += judge_grid(scan, label, terms.depth)
-    findings += judge_drawn(counts, terms)
+    findings += judge_drawn(record, counts, terms)
     shape, spacing_mm = scan.ras_shape, Volume(outline, scan.ras_affine).spacing_mm
     step = max(1, round(max(shape[:2]) / COARSE))
     small = np.asfortranarray(outline[::step, ::step])
@@ -212,33 +247,54 @@ def _only(small: np.ndarray, inside: np.ndarray, values: Sequence[int], terms: T
     return np.ascontiguousarray(mask_values(small, values))
 
 
-def judge_drawn(counts: dict[int, np.ndarray], terms: Terms) -> list[Finding]:
-    """With --label-every k: the slices between the drawn ones must be empty."""
-    if terms.label_every == 1:
+def read_terms_label(path: Path | Masks, scan: Volume, terms: Terms) -> Volume:
+    """The label map of `scan`, read by these terms."""
+    return read_label_map(
+        path, scan, terms.labels, trust_grid=terms.trust_grid, ignore=terms.ignore
+    )
+
+
+def describe_label(label: Path | Masks | None) -> str | list[list[str]]:
+    """A case's label map for JSON: its path, or [name, path] of each mask."""
+    return [[name, str(path)] for name, path in label] if isinstance(label, tuple) else str(label)
+
+
+def restore_label(content: str | list[list[str]]) -> Path | Masks:
+    """What `describe_label` described."""
+    if isinstance(content, str):
+        return Path(content)
+    return tuple((name, Path(path)) for name, path in content)
+
+
+def judge_drawn(
+    record: dict[str, Any], counts: dict[int, np.ndarray], terms: Terms
+) -> list[Finding]:
+    """With --label-every k: the slices between the drawn ones must be empty; notes one of them."""
+    drawn = np.flatnonzero(sum(counts[v] for v in counts if v and v not in terms.ignore))
+    if terms.label_every == 1 or not drawn.size:
         return []
-    total = sum(counts[value] for value in terms.foreground)
-    drawn = np.flatnonzero(total)
-    phases = sorted({int(z) % terms.label_every for z in drawn})
-    if len(phases) < 2:
-        return []
-    text = f"--label-every {terms.label_every}, but slices {drawn[:6].tolist()} … are drawn"
-    return [("drawn", f"{text}: {len(drawn)} of {drawn[-1] - drawn[0] + 1} in a row")]
+    record["drawn_slice"] = int(drawn[0])
+    off = drawn[(drawn - drawn[0]) % terms.label_every != 0]
+    text = f"--label-every {terms.label_every}, but slices {drawn[0] + 1} and {{}} are drawn"
+    return [("drawn", text.format(off[0] + 1))] if off.size else []
 
 
 def _read_label(
-    path: Path, scan: Volume, terms: Terms
+    path: Path | Masks, scan: Volume, terms: Terms
 ) -> tuple[Volume, np.ndarray, dict[int, np.ndarray]]:
     """Label map on the grid of `scan`, read, and its counts per slice; tells a swapped pair."""
     try:
-        label = read_label_map(path, scan, terms.labels, trust_grid=terms.trust_grid)
-        return label, *read_outline(label, sorted({*terms.values, *label.classes.values()}))
+        label = read_terms_label(path, scan, terms)
+        return label, *read_outline(label, terms.list_values(label))
     except InputError as error:
         if error.kind not in ("values", "nan"):
             raise
-        thin = scan.read()[::4, ::4, ::4] if scan.dtype.itemsize < 8 else np.zeros(0)
-        swapped = is_label_map(thin, terms.values)
-        hint = f"; are scan and label map swapped? {scan.name} holds label values" * swapped
-        raise InputError(f"{error}{hint}", kind="values") from error
+        told = "swapped?" in str(error)
+        swapped = not told and is_label_map(
+            scan.read()[::4, ::4, ::4], [0, *list_values(terms.labels)]
+        )
+        hint = f"; are scan and label map swapped? {scan.name} holds label values"
+        raise InputError(f"{error}{hint if swapped else ''}", kind="values") from error
 
 
 def draw_overlay(name: str, overlay: Overlay, labels: Labels, path: Path) -> None:
@@ -297,69 +353,42 @@ def compare_cases(records: list[dict[str, Any]]) -> list[Finding]:
     return [("mixture", f"orientations are mixed: {text}")] * (len(mixture) > 1)
 
 
-def count_words(number: int, word: str) -> str:
-    """`1 error`, `2 errors`."""
-    return f"{number} {word}{'s' * (number != 1)}"
+# ---------------------------------------------------------------------------------------
+# Alone: python -m data.check SOURCE
+# ---------------------------------------------------------------------------------------
 
 
-def make_printable(text: str) -> str:
-    """Text that any terminal and file takes: a name that is not UTF-8 is shown as \\udc.. ."""
-    return text.encode("utf-8", "backslashreplace").decode()
+@dataclass
+class Config:
+    source: tyro.conf.Positional[Path] = Path("data/raw")  # folder with the scans, as downloaded
+    destination: Path = Path("check")  # folder for check.csv and the pictures
+    images: Path | None = None  # folder of the scans, where names do not tell them
+    labels: Path | None = None  # folder of their label maps
+    values: tuple[str, ...] = ()  # what label values mean, such as liver=6 tumour=7
+    foreground: tuple[str, ...] = FOREGROUND  # labels that must not be lost
+    modality: Literal["CT", "MR"] = "CT"  # MR: intensities are no HU
+    label_every: int = 1  # only every so many-th slice was drawn
+    subvolume_depth: int = 16  # slices below which a scan is thin
+    trust_image_grid: bool = False  # lay a label map on its scan's grid if only the shapes agree
+    accept: tuple[Literal["mirrored", "outside", "hu"], ...] = ()  # errors to take as warnings
 
 
-def tabulate(records: Sequence[dict[str, Any]], accept: Sequence[str]) -> list[dict[str, str]]:
-    """A row of texts for each case, under the names of the columns."""
-    rows = []
-    for record in records:
-        levels = Counter(level(finding, accept) for finding in record["findings"])
-        told = [count_words(levels[name], name) for name in ("error", "warning") if levels[name]]
-        row = {
-            "case": record["case"],
-            "shape": "×".join(map(str, record.get("shape", []))),
-            "spacing mm": "×".join(f"{s:.3g}" for s in record.get("spacing_mm", [])),
-            "axes": record.get("orientation", ""),
-            "values": "…".join(map(str, record.get("hu_range", []))),
-            "foreground": str(record.get("foreground_voxels", "")),
-            "verdict": ", ".join(told) or "ok",
-        }
-        rows.append({key: make_printable(text) for key, text in row.items()})
-    return rows
+def main(config: Config) -> None:
+    cases, terms = read_data_set(config)
+    records = []
+    for case in tqdm(cases, desc="checking", unit="case", disable=None):
+        record, overlay = inspect_case(case, terms)
+        about = {"case": case.name, "patient": case.patient, IMAGE: str(case.image)}
+        records.append(record | about | {LABEL: describe_label(case.label)})
+        if overlay:
+            draw_overlay(case.name, overlay, terms.labels, config.destination / f"{case.name}.png")
+    notes = compare_cases(records)
+    print_table(records, notes, config.accept)
+    write_table(records, config.accept, config.destination / "check.csv")
+    print(f"look at {config.destination}; next: python prepare.py {config.source}")
+    if wrong := sum(bool(list_errors(record, config.accept)) for record in records):
+        raise InputError(f"{wrong} of {count_words(len(records), 'case')} with errors, see above")
 
 
-def list_findings(
-    records: Iterable[dict[str, Any]], notes: Iterable[Finding], accept: Sequence[str]
-) -> Iterator[str]:
-    """A line for every finding with what to do, errors first."""
-    told = [(record["case"], *finding) for record in records for finding in record["findings"]]
-    told += [("", *finding) for finding in notes]
-    ranks = ("error", "warning", "note")
-    for case, kind, found in sorted(told, key=lambda t: ranks.index(level((t[1], t[2]), accept))):
-        name = f"{case}: " * bool(case)
-        text = f"{level((kind, found), accept)}: {name}{found}; {RULES[kind][1]}"
-        yield make_printable(text)
-
-
-def print_table(
-    records: Sequence[dict[str, Any]], notes: Sequence[Finding], accept: Sequence[str]
-) -> None:
-    """One line per case, and below it every finding with what to do."""
-    rows = tabulate(records, accept)
-    names = list(rows[0]) if rows else []
-    widths = [max(len(name), *(len(row[name]) for row in rows)) for name in names]
-    for cells in [names, *([row[name] for name in names] for row in rows)]:
-        first, *middle = zip(cells, widths, strict=True)
-        *middle, last = middle
-        texts = [f"{first[0]:<{first[1]}}", *(f"{text:>{w}}" for text, w in middle), last[0]]
-        print("  ".join(texts))
-    for line in list_findings(records, notes, accept):
-        print(line)
-
-
-def write_table(records: Sequence[dict[str, Any]], accept: Sequence[str], path: Path) -> None:
-    """The table with every finding as CSV."""
-    rows = tabulate(records, accept)
-    for row, record in zip(rows, records, strict=True):
-        row["patient"] = record["patient"]
-        found = (f"{level(finding, accept)}: {finding[1]}" for finding in record["findings"])
-        row["findings"] = make_printable(" | ".join(found))
-    write_csv(rows, path)
+if __name__ == "__main__":
+    command_line(main, Config, __doc__)
