@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -114,6 +116,9 @@ def main(config: Config) -> None:
                 if not config.check_only:
                     cut_cases(pool, records, notes, config, terms)
                     remove_orphans(config.destination, {case.name for case in everything})
+        except KeyboardInterrupt as stop:
+            command = f"python {shlex.join(sys.argv)}"
+            raise KeyboardInterrupt(f"finished cases are kept, to go on:\n{command}") from stop
         finally:
             remove_leftovers(config.destination)
     say_next(records, config)
@@ -121,27 +126,24 @@ def main(config: Config) -> None:
 
 def refuse_settings(config: Config) -> None:
     """Raise InputError for settings that cannot be, before anything is read."""
+    utilities.check_settings(config)
+    if config.folds and (config.folds < 2 or config.fold >= config.folds):
+        raise InputError(
+            f"--folds {config.folds} --fold {config.fold}: must be at least 2 folds, and a fold "
+            "from 0 to below them"
+        )
     fractions = (config.training, config.validation, config.test)
-    folds = config.folds == 0 or (config.folds >= 2 and 0 <= config.fold < config.folds)
-    rules = {
-        "--keep-empty must be 0 to 1": 0 <= config.keep_empty <= 1,
-        "--subvolume-depth must be 0 (whole cases) or more": config.subvolume_depth >= 0,
-        "--label-every must be 1 or more": config.label_every >= 1,
-        "--workers must be 0 (one per core) or more": config.workers >= 0,
-        "--folds must be 0 or at least 2, and --fold from 0 to below it": folds,
-        "--training, --validation and --test must be ≥ 0 and add up to 1, training above 0": (
-            min(fractions) >= 0 and bool(np.isclose(sum(fractions), 1)) and config.training > 0
-        ),
-    }
-    for text, holds in rules.items():
-        if not holds:
-            names = re.findall(r"--([a-z-]+)", text)
-            got = ", ".join(f"{getattr(config, name.replace('-', '_'))}" for name in names)
-            raise InputError(f"{text}, got {got}")
+    if not np.isclose(sum(fractions), 1) or config.training == 0:
+        raise InputError(
+            "--training, --validation and --test must add up to 1, training above 0, got "
+            f"{fractions}"
+        )
     try:
         re.compile(config.patient_pattern)
     except re.error as error:
-        raise InputError(f"--patient-pattern {config.patient_pattern}: {error}") from error
+        raise InputError(
+            f"--patient-pattern {config.patient_pattern}: is no regular expression ({error})"
+        ) from error
     if config.validation == 0 and not (config.folds or config.split):
         print("--validation 0: no patient chooses the checkpoint; train.py needs one that does")
 

@@ -15,7 +15,15 @@ from pathlib import Path
 import numpy as np
 from nibabel.orientations import inv_ornt_aff
 
-from data.dicom import find_dicom, is_dicom, is_dicom_input, read_seg, read_series
+from data.dicom import (
+    find_dicom,
+    is_dicom,
+    is_dicom_input,
+    list_series_files,
+    read_seg,
+    read_series,
+)
+from data.headers import is_seg_header, read_header
 from data.labels import Labels, as_labels, describe_labels, index_classes, list_values
 from data.masks import (
     Masks,
@@ -74,7 +82,7 @@ def read_volume(path: Path) -> Volume:
             raise InputError(f"{shown}: is a link to a file that is not there; correct the link")
         if not path.exists():
             raise InputError(f"{shown}: no such file; check the path")
-        if path.is_dir() and not any(map(is_dicom, list_plain_files(path))):
+        if path.is_dir() and not is_dicom_input(path):
             raise InputError(f"{shown}: holds no DICOM series; give a file, or the series' folder")
         return read_series(path) if is_dicom_input(path) else read_file(path)
     except InputError:
@@ -89,23 +97,8 @@ def read_volume(path: Path) -> Volume:
 
 
 def read_scan(path: Path) -> Volume:
-    """A scan, as `read_volume`; refuses a DICOM SEG, which holds no scan."""
-    if _is_seg(path):
-        raise InputError(
-            f"{show_path(path)}: is a DICOM SEG, no scan; give the series it belongs to"
-        )
+    """A scan, as `read_volume`; refuses a DICOM SEG or another object, which holds no scan."""
     return read_volume(path)
-
-
-def _is_seg(path: Path) -> bool:
-    import pydicom
-
-    try:
-        if not path.is_file() or not is_dicom(path):
-            return False
-        return pydicom.dcmread(path, specific_tags=["Modality"]).get("Modality") == "SEG"
-    except Exception:  # `read_volume` says what is wrong with it
-        return False
 
 
 def read_label_map(
@@ -134,14 +127,14 @@ def read_label_map(
     declared = as_labels(declared)
     try:
         label = _open_label(path, scan, declared, trust_grid)
-    except (InputError, MemoryError):
+    except InputError:
         raise
     except Exception as error:  # a reader met what it was not made for
         raise InputError(
             f"{path}: the label map cannot be read ({type(error).__name__}: {error}); convert it "
             "to .nii.gz"
         ) from error
-    if label.dtype.kind == "f" or (label.header is not None and _is_scaled(label)):
+    if label.dtype.kind == "f" or _is_scaled(label):
         label = _round_values(label, scan)
     allowed = {*list_values(declared), *label.classes.values(), *ignore, 0}
     convert = _label_converter(label.name, allowed, declared, scan)
@@ -156,11 +149,10 @@ def _open_label(path: Path | Masks, scan: Volume, declared: Labels, trust: bool)
         return _lay_masks(path, scan, declared, trust)
     if is_png_stack(path):
         return _lay_masks((("liver", path),), scan, declared, trust)
-    if path.is_dir():
-        inside = [file for file in list_plain_files(path) if is_dicom(file)]
-        path = inside[0] if len(inside) == 1 else path
-    if _is_seg(path) or (path.is_dir() is False and path.exists() and is_dicom(path)):
-        return read_seg(path, scan, declared)
+    dicom = [path] if path.is_file() else list_plain_files(path) if path.is_dir() else []
+    dicom = [file for file in dicom if is_dicom(file)]
+    if len(dicom) == 1 and is_seg_header(read_header(dicom[0])):
+        return read_seg(dicom[0], scan, declared)
     return lay_on_grid(read_volume(path), scan, trust)
 
 
@@ -334,20 +326,12 @@ def list_files(path: Path | Masks) -> list[Path]:
         return [file for _, part in path for file in list_files(part)]
     if is_png_stack(path):
         return list_pngs(path)
-    if _is_seg(path):
-        return [path]
     if is_dicom_input(path):
         return list_series_files(path)
     if has_suffix(path, (".hdr", ".hdr.gz", ".img", ".img.gz")):
         return list_pair(path)
     named = list_data_files(path) if has_suffix(path, (".mhd", ".nhdr")) else []
     return [path, *named]
-
-
-def list_series_files(path: Path) -> list[Path]:
-    """The files of the DICOM series in a folder, or of which `path` is one."""
-    folder = path if path.is_dir() else path.parent
-    return [file for file in list_plain_files(folder) if is_dicom(file)]
 
 
 def hash_files(files: Iterable[Path]) -> str:
@@ -382,11 +366,13 @@ def find_scans(path: Path) -> list[Path]:
         items = find_dicom(list_below(path))
     except OSError as error:
         raise InputError(f"{show_path(path)}: cannot be read ({error.strerror})") from error
-    series = [item.path for item in items if not item.is_seg]
+    series = [item.path for item in items if not item.is_seg and not item.fault]
     here = any(item == path or (item.parent == path and item.is_file()) for item in series)
     volumes = [] if here else keep_volumes(files)  # a label map may lie beside a series' slices
     if volumes + series:
         return volumes + sorted(series)
+    if faults := [item.fault for item in items if item.fault]:
+        raise InputError(f"{show_path(path)}: holds no scan that can be read; {faults[0]}")
     what = "holds only DICOM SEGs, no scan" if items else "holds no scan"
     raise InputError(
         f"{show_path(path)}: {what}; expected {', '.join(VOLUME_SUFFIXES)} files or DICOM series"

@@ -29,6 +29,8 @@ def writing(path: Path) -> Iterator[None]:
     """What fails in here failed in writing."""
     try:
         yield
+    except DestinationError:
+        raise
     except (OSError, InputError) as error:
         reason = error.strerror if isinstance(error, OSError) else None
         raise DestinationError(
@@ -55,7 +57,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             temporary.mkdir(parents=True)
         yield temporary
         with writing(folder):
-            if folder.exists():
+            if folder.is_dir():
                 remove_case(folder)
             temporary.rename(folder)
     finally:
@@ -63,10 +65,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_case(folder: Path) -> None:
-    """Remove the folder of a case that an earlier run wrote; InputError if it is anybody else's."""
+    """Remove the folder of a case that an earlier run wrote; refuses anybody else's."""
     foreign = [path.name for path in sorted(folder.iterdir()) if not OURS.fullmatch(path.name)]
     if foreign or not (folder / "case.json").is_file():
-        raise InputError(
+        raise DestinationError(
             f"{folder}: holds {foreign[0] if foreign else 'no case.json'}, so prepare.py did not "
             "write it; move it away"
         )
@@ -92,7 +94,7 @@ def remove_orphans(destination: Path, names: set[str]) -> None:
     """Remove sub-volumes and pictures of cases that the source does not hold any more."""
     for folder in sorted((destination / "subvolumes").glob("*/case.json")):
         if folder.parent.name not in names and read_record(folder):
-            with contextlib.suppress(InputError):
+            with contextlib.suppress(DestinationError):
                 remove_case(folder.parent)
     for record in sorted((destination / "check").glob("*.json")):
         if record.stem not in names and read_record(record):

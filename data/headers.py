@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,8 @@ NO_SCANS = (
     "SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "RTRECORD", "PR", "SR", "KO", "REG", "DOC", "FID",
 )  # fmt: skip
 DICOMDIR = b"\x02\x00\x02\x00UI\x14\x001.2.840.10008.1.3.10"  # its SOP class, as files begin
+# pydicom logs what it doubts of every tag; here each one that counts is checked and told by name.
+logging.getLogger("pydicom").setLevel(logging.ERROR)
 REMEDY = "export the series again from its source, or leave this file out"
 
 
@@ -78,7 +81,7 @@ def read_numbers(
         list(many) if isinstance(many, Sequence) and not isinstance(many, str | bytes) else [many]
     )
     if not items and default is not None:
-        return list(default)
+        return [float(number) for number in default]
     try:
         numbers = [float(item) for item in items]
     except (TypeError, ValueError):
@@ -143,6 +146,8 @@ def list_images(path: Path) -> dict[Path, Any]:
 
     Raises InputError where there is none or more than one, or `path` is another object.
     """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; check the path")
     folder = path if path.is_dir() else path.parent
     if path.is_file() and not is_dicom(path):
         raise InputError(f"{path}: must be a DICOM file, got another (no DICM at byte 128)")
@@ -179,7 +184,7 @@ def has_place(header: Any) -> bool:
 
 
 def is_picture(header: Any) -> bool:
-    """Whether an image needs no place in the patient: a screenshot, dose report, overview, X-ray."""
+    """Whether an image needs no place in the patient: screenshots, reports, overviews."""
     sop, kind = name_class(header), read_text(header, "ImageType")
     volume = not sop or any(word in sop for word in ("CT Image", "MR Image", "Positron"))
     return not has_place(header) and (not volume or "LOCALIZER" in kind or "SCREEN" in kind)

@@ -161,3 +161,27 @@ def index_classes(
             if value < len(table):
                 table[value] = index
     return np.take(table, array)
+
+
+def translate_classes(classes: Labels, own: Labels, declared: Labels) -> Labels:
+    """Classes that have the values of one data set (`own`) in the values of another one.
+
+    Names decide, not values: liver = 1 and 2 there is liver = 6 and tumour = 7 here. Raises
+    InputError where the first class after the background is not declared here.
+    """
+    if declared == own:
+        return classes
+    translated: Labels = {}
+    for name, values in classes.items():
+        meant = [word for word, raw in own.items() if set(raw) & set(values)]
+        found = [find_label(word, declared) for word in dict.fromkeys([*meant, name])]
+        translated[name] = tuple({v: 0 for label in found if label for v in declared[label]})
+    translated[BACKGROUND] = (0,)
+    first = list(classes)[1]
+    if not translated[first]:
+        raise InputError(
+            f"the label maps hold {describe_labels(declared)}, none of which is {first}; use those "
+            "of data that the network was made for",
+            kind="values",
+        )
+    return translated

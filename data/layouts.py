@@ -123,9 +123,10 @@ class Search:
         known = set(volumes)
         items = find_dicom([f for f in files if f not in known and f.suffix.lower() != ".png"])
         self.files += files
-        series = {item.path: item for item in items if not item.is_seg}
+        series = {item.path: item for item in items if not item.is_seg and not item.fault}
         self.series |= series
         self.segs += [item for item in items if item.is_seg]
+        self.notes += [f"cannot be used: {item.fault}" for item in items if item.fault]
         stacks = {file.parent for file in files if file.suffix.lower() == ".png"}
         for one in name_files([*volumes, *series, *sorted(stacks - series.keys())], root, kind):
             if one.path in stacks and one.kind != "label":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.headers import read_header, read_text
 from data.labels import Labels, find_label, is_tumour
 from data.names import natural
 from data.volumes import Volume, find_bounding_box
@@ -80,18 +81,14 @@ def _choose_grey(array: np.ndarray, name: str, folder: Path) -> np.ndarray:
 
 def refuse_other_frame(path: Path, mask: Volume, scan: Volume) -> None:
     """Raise InputError for a mask series of another frame of reference than the scan's."""
-    import pydicom
-
     if not mask.files or not scan.files:
         return
-    frames = [
-        str(pydicom.dcmread(v.files[0], stop_before_pixels=True).get("FrameOfReferenceUID", ""))
-        for v in (mask, scan)
-    ]
+    frames = [read_text(read_header(v.files[0]), "FrameOfReferenceUID") for v in (mask, scan)]
     if all(frames) and frames[0] != frames[1]:
         raise InputError(
             f"{path}: the mask has another frame of reference than {scan.name}, so it was drawn on "
-            "another scan; use the masks of this scan",
+            "another scan; use the masks of this scan, or lay them voxel on voxel: "
+            "--trust-image-grid",
             kind="grid",
         )
 
@@ -109,7 +106,7 @@ def paint_masks(masks: Iterable[tuple[str, Volume]], declared: Labels, scan: Vol
     """
     pieces = []
     for name, mask in masks:
-        inside = scan.from_ras(_read_inside(mask)).data
+        inside = scan.from_ras(_read_inside(mask).view(np.uint8)).data.view(bool)
         box = find_bounding_box(inside)
         rank = (is_tumour(name), -int(np.count_nonzero(inside)))
         pieces.append((rank, value_of(name, declared) or 0, box, inside[box].copy()))

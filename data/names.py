@@ -6,6 +6,7 @@ The one table of words stands here; `data.layouts` pairs by what remains, apply 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import unicodedata
@@ -59,7 +60,9 @@ def split_words(text: str) -> list[str]:
         if kind_of([piece]) or not piece:
             words += [piece] * bool(piece)
         elif kind_of(finer) and "".join(finer) == piece:
-            words += finer
+            for told, some in itertools.groupby(finer, lambda part: bool(kind_of([part]))):
+                parts = list(some)
+                words += parts if told else ["".join(parts)]
         else:
             words += glued.groups() if glued else [piece]
     return words

@@ -301,7 +301,8 @@ def read_planes(slices: Iterable[Slice]) -> Iterable[tuple[Any, np.ndarray]]:
         plane = stored if one.frame is None else stored[one.frame]
         if plane.shape[::-1] != one.size:
             raise InputError(
-                f"{file}: must hold {one.size} pixels, got {plane.shape[::-1]}; {REMEDY}"
+                f"{file}: PixelData must hold Columns × Rows = {one.size} pixels, got "
+                f"{plane.shape[::-1]}; {REMEDY}"
             )
         whole = one.slope.is_integer() and one.intercept.is_integer() and plane.dtype.kind != "f"
         highest = 65536.0 if plane.itemsize < 4 else max(-float(plane.min()), float(plane.max()))
@@ -336,6 +337,7 @@ def _decode(file: Path) -> tuple[Any, np.ndarray]:
             if tag in header:
                 del header[tag]
             setattr(header, tag, value)
+        _refuse_surplus(file, header)
         return header, header.pixel_array
     except InputError:
         raise
@@ -344,6 +346,18 @@ def _decode(file: Path) -> tuple[Any, np.ndarray]:
             f"{file}: its pixels cannot be decoded ({error}); the file is cut off or damaged, copy "
             "it again, or convert the series to NIfTI first"
         ) from error
+
+
+def _refuse_surplus(file: Path, header: Any) -> None:
+    """More pixels than Rows and Columns tell: one of them is wrong, and the picture askew."""
+    if not header.file_meta.TransferSyntaxUID.is_compressed and "PixelData" in header:
+        row = header.Columns * header.BitsAllocated // 8
+        needed = row * header.Rows * header.NumberOfFrames
+        if len(header.PixelData) >= needed + max(row, 2):
+            raise InputError(
+                f"{file}: PixelData must have {needed} bytes (Rows, Columns, BitsAllocated, "
+                f"NumberOfFrames), got {len(header.PixelData)}; {REMEDY}"
+            )
 
 
 def _clear_padding(

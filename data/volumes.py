@@ -1,13 +1,13 @@
 """`Volume`: voxels and where they lie in the patient; the only reader and writer of volume files.
 
-NIfTI, Analyze pairs, .mha/.mhd and .nrrd/.nhdr are read here, DICOM in `data.dicom`; whether a file
-is what it should be (a scan, a label map of that scan) is asked at the door, `data.cases`.
+What a header says is read in `data.nifti_files` and `data.itk_files`, DICOM in `data.dicom`;
+whether a file is what it should be (a scan, a label map of that scan) is asked at the door,
+`data.cases`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,25 +16,22 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from isal import igzip
+from isal import igzip, isal_zlib
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
+from data.itk_files import read_itk
+from data.nifti_files import GEOMETRY_FIELDS, NIFTI_SUFFIXES, find_pair, read_nifti
+from data.voxel_files import StoredVoxels, SummedFile
 from utilities import InputError, atomic_write
 
-NIFTI_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz")
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
 SPACING_RANGE_MM = (0.05, 50.0)  # of a scan of a person; outside, the unit is not millimetres
+FARTHEST_MM = 1e5  # of the first voxel from the origin; beyond, float32 loses the voxels' places
 TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS mm ↔ LPS mm, as ITK and DICOM have them
 RAS = np.array([[0, 1], [1, 1], [2, 1]])  # orientation whose axes run to R, A, S
 SLAB = 16  # slices that are read at a time
-UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units & 7: unknown, metre, mm, micron
-# What says where a NIfTI's voxels lie. Nothing else of a header is written again: descriptions,
-# names and extensions may hold what identifies a patient.
-GEOMETRY_FIELDS = (
-    "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
-    "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
-)  # fmt: skip
+DATA_OFFSET = 352  # bytes before the voxels of a NIfTI-1 file
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +42,7 @@ class Volume:
     lie. Voxels that are not finite are refused where they are read: no caller meets one.
     """
 
-    data: Any  # (X, Y, Z): an array, or nibabel's proxy of one that is read when asked for
+    data: Any  # (X, Y, Z): an array, or `StoredVoxels`, which are read when asked for
     affine: np.ndarray  # 4×4, voxel index → patient millimetres, RAS+
     name: str = "volume"  # for messages: the path it was read from
     header: nib.Nifti1Header | None = None  # forms of the file whose grid this is; None: our own
@@ -70,6 +67,11 @@ class Volume:
             raise InputError(
                 f"{self.name}: its affine says not where the voxels lie "
                 f"({np.asarray(self.affine).tolist()}); export it again with its geometry"
+            )
+        if np.abs(self.affine[:3, 3]).max() > FARTHEST_MM:
+            raise InputError(
+                f"{self.name}: its first voxel must lie within {FARTHEST_MM:g} mm of the origin, "
+                f"got {self.affine[:3, 3].tolist()}; correct the header"
             )
         low, high = SPACING_RANGE_MM
         if not low <= min(self.spacing_mm) <= max(self.spacing_mm) <= high:
@@ -127,16 +129,26 @@ class Volume:
 
     def read(self) -> np.ndarray:
         """All voxels (X, Y, Z) as stored; float32 where the header rescales them."""
-        depth = self.shape[2]
-        with self._reader() as read:
-            if not nib.is_proxy(self.data):
-                return read(0, depth)
-            part = read(0, min(SLAB, depth))
-            array = np.empty(self.shape, part.dtype, order="F")
-            array[:, :, : part.shape[2]] = part
-            for first in range(SLAB, depth, SLAB):
-                array[:, :, first : first + SLAB] = read(first, min(first + SLAB, depth))
+        if not isinstance(self.data, StoredVoxels):
+            return self._finished(self.data, 0)
+        array = None
+        for first, part in self.stored_slabs():
+            if array is None:
+                try:
+                    array = np.empty(self.shape, part.dtype, order="F")
+                except (MemoryError, ValueError) as error:
+                    raise InputError(
+                        f"{self.name}: its voxels {self.shape} do not fit into the memory; crop or "
+                        "resample it first"
+                    ) from error
+            array[:, :, first : first + part.shape[2]] = part
         return array
+
+    def stored_slabs(self, step: int = SLAB) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first, array (X, Y, step)) in the stored axes, along the last of them."""
+        with self._reader() as read:
+            for first, last in list_slabs(self.shape[2], step):
+                yield first, read(first, last)
 
     @cached_property
     def ras(self) -> Volume:
@@ -168,33 +180,20 @@ class Volume:
 
     @contextlib.contextmanager
     def _reader(self) -> Iterator[Callable[[int, int], np.ndarray]]:
-        """Yield `read(first, last)` → voxels (X, Y, first:last) along the last stored axis.
-
-        A compressed file is decompressed by isal (3 times as fast as zlib) as far as it is read,
-        and once only as long as `first` ascends.
-        """
-        if not nib.is_proxy(self.data):
+        """Yield `read(first, last)` → voxels (X, Y, first:last) along the last stored axis."""
+        if not isinstance(self.data, StoredVoxels):
             yield lambda first, last: self._finished(self.data[:, :, first:last], first)
             return
-        proxy, data_file = self.data, str(self.data.file_like)
-        open_file = igzip.open if data_file.lower().endswith(".gz") else io.FileIO
-        with open_file(data_file) as stream:
-            kind = (self.shape, proxy.dtype, proxy.offset)
-            stored = nib.arrayproxy.ArrayProxy(stream, kind, mmap=False)
+        with np.errstate(over="ignore"):
+            slope, inter = np.float32(self.data.slope), np.float32(self.data.inter)
+        with self.data.open() as read_numbers:
 
             def read(first: int, last: int) -> np.ndarray:
-                try:
-                    array = stored[:, :, first:last]
-                    if last == self.shape[2]:
-                        stream.read(1)  # past the last voxel: the checksum of a .gz is verified
-                except (OSError, EOFError, ValueError, igzip.isal_zlib.error) as error:
-                    raise InputError(
-                        f"{self.name}: its voxels cannot be read ({error}); the file is cut off or "
-                        "damaged, download or convert it again"
-                    ) from error
-                if (proxy.slope, proxy.inter) != (1, 0):
-                    array = array.astype(np.float32) * np.float32(proxy.slope)
-                    array += np.float32(proxy.inter)
+                array = read_numbers(first, last)
+                if (slope, inter) != (1, 0):
+                    with np.errstate(over="ignore", invalid="ignore"):  # `_finished` tells
+                        array = array.astype(np.float32) * slope
+                        array += inter
                 return self._finished(array, first)
 
             yield read
@@ -236,59 +235,98 @@ class Volume:
 
         `slope`: what readers multiply the stored numbers with.
         """
-        header, affine = None, self.affine
-        if self.header is not None:
-            header = nib.Nifti1Header()
-            for key in GEOMETRY_FIELDS:
-                header[key] = self.header[key]
-            affine = nib.Nifti1Header.from_header(self.header, check=False).get_best_affine()
         array = self.read()
-        image = nib.Nifti1Image(array, affine, header, dtype=array.dtype)
-        if header is None:
-            image.header.set_xyzt_units("mm")
+        header = self._make_header(array.dtype, slope)
+        image = nib.Nifti1Image(array, header.get_best_affine(), header, dtype=array.dtype)
         image.header.set_slope_inter(slope, 0)
         return image
 
+    def _make_header(self, dtype: np.dtype, slope: float) -> nib.Nifti1Header:
+        """Header of a NIfTI-1 file on this grid: geometry, type and slope, nothing else."""
+        header = nib.Nifti1Image(np.empty((1, 1, 1), np.uint8), self.affine).header
+        header.set_xyzt_units("mm")
+        if self.header is not None:
+            for key in GEOMETRY_FIELDS:
+                header[key] = self.header[key]
+        try:
+            header.set_data_shape(self.shape)
+            header.set_data_dtype(dtype)
+        except nib.spatialimages.HeaderDataError as error:
+            raise InputError(f"{self.name}: cannot be written as NIfTI ({error})") from error
+        if self.header is not None:
+            header["pixdim"][:4] = self.header["pixdim"][:4]
+        header["vox_offset"], header["magic"] = DATA_OFFSET, header.single_magic
+        header.set_slope_inter(slope, 0)
+        return header
+
     def write(self, path: Path, slope: float = 1.0) -> int:
-        """Write `.nii` or `.nii.gz` (isal, level 1) whole or not at all; same voxels, same bytes.
+        """Write `.nii` or `.nii.gz` whole or not at all; same voxels give same bytes.
 
         Returns the CRC-32 of the file, taken while it is written.
         """
-        image = self.to_nibabel(slope)
-        with atomic_write(path) as temporary, _SummedFile(io.FileIO(temporary, "w")) as stream:
-            if path.suffix == ".gz":  # no name and no time in the file
-                with igzip.IGzipFile("", "wb", 1, stream, mtime=0) as compressed:
-                    image.to_stream(compressed)
-            else:
-                image.to_stream(stream)
-        return stream.crc32
+        array = self.read()
+        with atomic_write(path) as temporary:
+            return _write_stream(temporary, self._make_header(array.dtype, slope), [array])[2]
 
     def write_checked(self, path: Path, slope: float = 1.0) -> None:
         """`write`, and read back: the file lies on exactly this grid and holds these voxels."""
-        with atomic_write(path) as temporary:
-            self.write(temporary, slope)
-            written, expected = read_file(temporary), self.read()
-            expected = expected if slope == 1 else expected * np.float32(slope)
-            same = {
-                "shape": written.shape == self.shape,
-                "affine": np.allclose(written.affine, self.affine, rtol=0, atol=1e-4),
-                "qform and sform codes": self.header is None
-                or form_codes(written) == form_codes(self),
-                "voxels": np.array_equal(written.read(), expected),
-            }
-            wrong = [name for name, equal in same.items() if not equal]
-            if wrong:
-                raise InputError(f"{path}: {', '.join(wrong)} changed in writing; nothing was kept")
+        array = self.read()
+        write_slabs(path, self, array.dtype, [array], slope)
 
 
-class _SummedFile(io.BufferedWriter):
-    """A new file that is written from front to back, and the CRC-32 of what went into it."""
+def write_slabs(
+    path: Path, grid: Volume, dtype: Any, slabs: Iterable[np.ndarray], slope: float = 1.0
+) -> None:
+    """Write slabs (X, Y, any) in the stored axes of `grid`, first to last, as one volume on it.
 
-    crc32 = 0
+    Only one slab is in memory. The file is read back: it lies on exactly this grid, with the same
+    form codes, and holds these voxels (by checksum). Raises InputError, and leaves no file, if not.
+    """
+    dtype = np.dtype(dtype).newbyteorder("=")
+    with atomic_write(path) as temporary:
+        header = grid._make_header(dtype, slope)
+        depth, checksum, _ = _write_stream(temporary, header, slabs)
+        if depth != grid.shape[2]:
+            raise ValueError(f"slabs must hold the grid's {grid.shape[2]} slices, got {depth}")
+        written, found = read_file(temporary), 0
+        with written.data.open() as read:
+            for first, last in list_slabs(written.shape[2], SLAB):
+                found = isal_zlib.crc32(read(first, last).ravel(order="F").view(np.uint8), found)
+        stored_slope = written.data.slope, written.data.inter
+        same = {
+            "shape": written.shape == grid.shape,
+            "affine": np.allclose(written.affine, grid.affine, rtol=0, atol=1e-4),
+            "qform and sform codes": grid.header is None or form_codes(written) == form_codes(grid),
+            "voxels": written.dtype == dtype and found == checksum,
+            "slope": stored_slope == (np.float32(slope), 0),
+        }
+        wrong = [name for name, equal in same.items() if not equal]
+        if wrong:
+            raise InputError(f"{path}: {', '.join(wrong)} changed in writing; nothing was kept")
 
-    def write(self, data: Any) -> int:
-        self.crc32 = igzip.isal_zlib.crc32(data, self.crc32)
-        return super().write(data)
+
+def _write_stream(
+    path: Path, header: nib.Nifti1Header, slabs: Iterable[np.ndarray]
+) -> tuple[int, int, int]:
+    """Header and slabs to a file, by isal at level 1 if it ends in .gz.
+
+    Returns the number of slices, the CRC-32 of their voxels and that of the file.
+    """
+    dtype, depth, checksum = header.get_data_dtype(), 0, 0
+    with contextlib.ExitStack() as stack:
+        file = stream = stack.enter_context(SummedFile(path))
+        if path.suffix == ".gz":  # no name and no time in the file
+            stream = stack.enter_context(igzip.IGzipFile("", "wb", 1, stream, mtime=0))
+        stream.write(header.binaryblock.ljust(DATA_OFFSET, b"\0"))
+        for slab in slabs:
+            if slab.shape[:2] != header.get_data_shape()[:2] or slab.dtype != dtype:
+                raise ValueError(f"slab must be {header.get_data_shape()[:2]} of {dtype}")
+            for plane in np.moveaxis(slab, 2, 0):
+                content = plane.tobytes(order="F")
+                checksum = isal_zlib.crc32(content, checksum)
+                stream.write(content)
+            depth += slab.shape[2]
+    return depth, checksum, file.crc32
 
 
 def form_codes(volume: Volume) -> tuple[int, int]:
@@ -320,7 +358,7 @@ def has_suffix(path: Path, suffixes: Sequence[str]) -> bool:
 def read_file(path: Path) -> Volume:
     """Read a NIfTI, Analyze, MetaImage or NRRD file. Raises InputError for anything else.
 
-    Of NIfTI and Analyze the header only; voxels are read when asked for, whole or in slabs.
+    Only the header: voxels are read, and verified, when they are asked for, whole or in slabs.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path")
@@ -329,65 +367,24 @@ def read_file(path: Path) -> Volume:
             f"{path}: the ending must be one of {', '.join(VOLUME_SUFFIXES)}, got "
             f"{''.join(path.suffixes[-2:]) or 'none'}; unpack or convert it first"
         )
-    return _read_itk(path) if has_suffix(path, ITK_SUFFIXES) else _read_nifti(path)
+    if has_suffix(path, ITK_SUFFIXES):
+        itk = read_itk(path)
+        affine = TO_LPS @ itk.affine
+        return Volume(itk.voxels, affine, str(path), None, itk.oriented, tuple(itk.notes))
+    nifti = read_nifti(path)
+    return Volume(nifti.voxels, nifti.affine, str(path), nifti.header, nifti.oriented, nifti.notes)
 
 
-def _read_nifti(path: Path) -> Volume:
-    with path.open("rb") as stream:
-        zipped = stream.read(2) == b"\x1f\x8b"
-    if zipped != has_suffix(path, (".gz",)):
-        found, wanted = ("is", path.name + ".gz") if zipped else ("is not", path.name[:-3])
-        raise InputError(f"{path}: its content {found} gzip, against its name; rename it {wanted}")
-    try:
-        image = nib.load(path)
-        affine, data_file = image.affine, Path(image.file_map["image"].filename or path)
-    except Exception as error:  # nibabel raises whatever a damaged header leads it to
-        raise InputError(
-            f"{path}: not a readable NIfTI volume ({error}); download or convert it again"
-        ) from error
-    if not data_file.exists():
-        raise InputError(f"{path}: header without voxels, {data_file.name} is missing; get both")
-    proxy, header, oriented = image.dataobj, None, False
-    if isinstance(image.header, nib.Nifti1Header):
-        header = image.header
-        affine = np.diag([*[UNIT_MM.get(int(header["xyzt_units"]) & 7, 1.0)] * 3, 1]) @ affine
-        oriented = int(header["qform_code"]) > 0 or int(header["sform_code"]) > 0
-    if len(image.shape) > 3 and set(image.shape[3:]) == {1}:
-        proxy = proxy.reshape(image.shape[:3])  # still unread after this
-    _refuse_impossible_size(path, data_file, proxy)
-    return Volume(proxy, affine, str(path), header, oriented)
-
-
-def _refuse_impossible_size(path: Path, data_file: Path, proxy: Any) -> None:
-    """A damaged header must not make us allocate what the file cannot hold."""
-    needed = int(np.prod([int(size) for size in proxy.shape], dtype=object)) * proxy.dtype.itemsize
-    gzip_limit = 1032  # no gzip stream is smaller than this fraction of its content
-    room = data_file.stat().st_size * (gzip_limit if has_suffix(data_file, (".gz",)) else 1)
-    if needed + max(int(proxy.offset), 0) > room:
-        raise InputError(
-            f"{path}: its voxels cannot be read (its header announces {needed} bytes, more than "
-            f"{data_file.name} can hold); the file is cut off or damaged, download or convert it "
-            "again"
-        )
-
-
-def _read_itk(path: Path) -> Volume:
-    import SimpleITK
-
-    try:
-        itk = SimpleITK.ReadImage(str(path))
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise InputError(
-            f"{path}: cannot be read ({reason}); download or convert it again"
-        ) from error
-    array = SimpleITK.GetArrayFromImage(itk).T  # ITK's last axis is x
-    if itk.GetDimension() != 3 or array.ndim != 3:
-        raise InputError(
-            f"{path}: must be one 3D volume, got shape {array.shape}; convert it first"
-        )
-    columns = np.reshape(itk.GetDirection(), (3, 3)) * itk.GetSpacing()
-    return Volume(array, TO_LPS @ nib.affines.from_matvec(columns, itk.GetOrigin()), str(path))
+def list_data_files(path: Path) -> list[Path]:
+    """Every file that `read_file` reads for a path: the header, and the voxels where they are
+    another file. Raises InputError where there is no sound header."""
+    if has_suffix(path, ITK_SUFFIXES):
+        return list(dict.fromkeys([path, read_itk(path).voxels.file]))
+    if not has_suffix(path, NIFTI_SUFFIXES):
+        return [path]
+    head, data = find_pair(path)
+    matrix = head.with_suffix(".mat")  # SPM's affine, beside an Analyze pair
+    return list(dict.fromkeys([head, data, *[matrix] * (head != data and matrix.is_file())]))
 
 
 # ---------------------------------------------------------------------------------------

@@ -1,17 +1,38 @@
-"""What several tests build their inputs with: phantoms as arrays and files, preparing them."""
+"""What several tests share: building inputs from phantoms, small trainings, comparing runs."""
 
 from __future__ import annotations
 
+import dataclasses
 import filecmp
 import json
 from functools import cache
 from pathlib import Path
 
+import highdicom
 import make_phantoms
 import nibabel as nib
 import numpy as np
+import pydicom
+import torch
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 import prepare
+import preprocess
+import train
+from data.labels import as_labels, resolve_classes
+from data.volumes import Volume
+from preprocess import Augment, Chain
+from utilities import TIMING, load_checkpoint, pick
+
+# ---------------------------------------------------------------------------------------
+# Phantoms
+# ---------------------------------------------------------------------------------------
+
+
+def as_volume(array: np.ndarray, affine: np.ndarray | None = None) -> Volume:
+    """An array, masks too, with its affine; voxels of 1 mm along R, A, S where none is given."""
+    array = array.astype(np.uint8) if array.dtype == bool else array
+    return Volume(array, np.eye(4) if affine is None else affine)
 
 
 @cache
@@ -58,3 +79,162 @@ def same_tree(one: Path, other: Path) -> bool:
     return files[0] == files[1] and all(
         filecmp.cmp(one / file, other / file, shallow=False) for file in files[0]
     )
+
+
+# ---------------------------------------------------------------------------------------
+# DICOM
+# ---------------------------------------------------------------------------------------
+
+SECRETS = {"PatientName": "Doe^Jane", "PatientID": "ID-4711", "StudyDate": "19991231"}
+SERIES_SPACING = (5.0, 5.0, 5.0)
+
+
+def build_phantom_series(
+    scan: np.ndarray, tilt=0.0, intercept=-1024, signed=False, **changes
+) -> list[pydicom.Dataset]:
+    """CT slices of a RAS array (X, Y, Z), feet to head; `changes` of tags."""
+    kind = np.int16 if signed else np.uint16
+    stored = np.rint(scan[::-1, ::-1].astype(float) - intercept).astype(kind)  # LPS
+    series, study, frame = generate_uid(), generate_uid(), generate_uid()
+    slices = []
+    for z in range(scan.shape[2]):
+        header = pydicom.Dataset()
+        header.file_meta = pydicom.dataset.FileMetaDataset()
+        header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = CTImageStorage
+        header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID = generate_uid()
+        header.SeriesInstanceUID, header.StudyInstanceUID = series, study
+        header.FrameOfReferenceUID, header.Modality, header.InstanceNumber = frame, "CT", int(z)
+        for key, value in SECRETS.items():
+            setattr(header, key, value)
+        header.PatientBirthDate, header.PatientSex, header.StudyTime = "19700101", "F", "120000"
+        header.AccessionNumber, header.StudyID, header.Manufacturer = "1", "1", "none"
+        header.Rows, header.Columns = stored.shape[1], stored.shape[0]
+        header.SliceThickness = 1.25
+        header.PixelSpacing = [SERIES_SPACING[1], SERIES_SPACING[0]]
+        header.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        header.ImagePositionPatient = [-100.0, -90.0 + tilt * z, 30.0 + SERIES_SPACING[2] * z]
+        header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
+        header.BitsAllocated, header.BitsStored, header.HighBit = 16, 16, 15
+        header.PixelRepresentation = int(signed)
+        header.RescaleSlope, header.RescaleIntercept = 1, intercept
+        header.PixelData = np.ascontiguousarray(stored[:, :, z].T).tobytes()
+        for key, value in changes.items():
+            setattr(header, key, value(z) if callable(value) else value)
+        slices.append(header)
+    return slices
+
+
+def write_phantom_series(
+    folder: Path, scan: np.ndarray, name="{:03d}", **changes
+) -> list[pydicom.Dataset]:
+    """The slices of `build_phantom_series` as files, whose names are in random order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    slices = build_phantom_series(scan, **changes)
+    order = np.random.default_rng(0).permutation(len(slices))
+    for z, header in enumerate(slices):
+        header.save_as(folder / name.format(order[z]), enforce_file_format=True)
+    return slices
+
+
+def build_phantom_seg(
+    slices: list[pydicom.Dataset], label: np.ndarray, names=("Liver", "Tumour"), kind="BINARY",
+    codes=(), masks=None, **settings,
+) -> pydicom.Dataset:  # fmt: skip
+    """A DICOM SEG of a RAS label map 1, 2, … (or of boolean `masks`, which may overlap)."""
+    from pydicom.sr.codedict import codes as known
+
+    def describe(number: int, name: str) -> highdicom.seg.SegmentDescription:
+        code = codes[number - 1] if codes else known.SCT.Organ
+        return highdicom.seg.SegmentDescription(number, name, known.SCT.Organ, code, "MANUAL")
+
+    masks = [label == i + 1 for i in range(len(names))] if masks is None else masks
+    array = np.stack([mask[::-1, ::-1].T for mask in masks], axis=-1)
+    array = array.astype(np.float32 if kind == "FRACTIONAL" else np.uint8)
+    return highdicom.seg.Segmentation(
+        source_images=slices, pixel_array=array, segmentation_type=kind,
+        segment_descriptions=[describe(i + 1, name) for i, name in enumerate(names)],
+        series_instance_uid=generate_uid(), series_number=2, sop_instance_uid=generate_uid(),
+        instance_number=1, manufacturer="none", manufacturer_model_name="none",
+        software_versions="1", device_serial_number="1", **settings,
+    )  # fmt: skip
+
+
+def write_phantom_seg(path: Path, slices: list[pydicom.Dataset], label: np.ndarray, **how) -> Path:
+    """The SEG of `build_phantom_seg` as a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    build_phantom_seg(slices, label, **how).save_as(path)
+    return path
+
+
+def put_raw(header: pydicom.Dataset, tag: str, vr: str, value: bytes) -> None:
+    """Set a tag to bytes that pydicom would refuse to make."""
+    from pydicom.dataelem import RawDataElement
+    from pydicom.tag import Tag
+
+    number = Tag(tag)
+    value += b" " * (len(value) % 2)
+    header._dict[number] = RawDataElement(number, vr, len(value), value, 0, False, True)
+
+
+# ---------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------
+
+SMALL = {
+    "base_channels": 4,
+    "input_size": (32, 32),
+    "spacing": (8.0, 8.0),
+    "max_epochs": 3,
+    "device": "cpu",
+    "precision": "fp32",
+    "ema_decay": 0.9,
+}
+TINY = {"max_epochs": 2, "base_channels": 4, "device": "cpu", "precision": "fp32"}
+TINY_IN = {
+    "subvolumes": {"input_size": (32, 32), "spacing": (8.0, 8.0)},
+    "patches": {"input_size": (32, 32, 16), "spacing": (8.0, 8.0, 5.0), "patches_per_case": 2},
+}
+
+
+def small_config(prepared, run, **changes) -> train.Config:
+    """A training of seconds on sub-volumes of phantoms."""
+    return train.Config(**{**SMALL, "data": prepared, "run_folder": run, **changes})
+
+
+def tiny(name: str, prepared, whole_cases, run, **changes) -> train.Config:
+    """A recipe made small, on sub-volumes or whole cases as it needs them."""
+    recipe = train.RECIPES[name][1]
+    data = whole_cases if recipe.sampling == "patches" else prepared
+    small = {**TINY, **TINY_IN[recipe.sampling], "data": data, "run_folder": run, **changes}
+    return dataclasses.replace(recipe, **small)
+
+
+def chain_of(config: train.Config) -> Chain:
+    """The deterministic chain of a training, its classes resolved with the data's labels."""
+    declared = as_labels(preprocess.read_prepared(config.data)["labels"])
+    return pick(Chain, config, labels=resolve_classes(config.labels, declared))
+
+
+def augment_of(config: train.Config, **changes) -> Augment:
+    """The augmentation of a training."""
+    return pick(Augment, config, **{"classes": len(config.labels) + 1, **changes})
+
+
+def cached(config: train.Config, split: str = "training", device: str = "cpu"):
+    """The cached sub-volumes of a training."""
+    content = preprocess.read_prepared(config.data)
+    return preprocess.cache_split(content, config.data, split, chain_of(config), device)
+
+
+def comparable(history):
+    """Rows without what depends on the machine's speed."""
+    return [{key: value for key, value in row.items() if key not in TIMING} for row in history]
+
+
+def assert_same_run(first, second):
+    """Two runs ended with the same history and the same weights, bit for bit."""
+    a, b = (load_checkpoint(run / "last.pt") for run in (first, second))
+    assert comparable(a["history"]) == comparable(b["history"])
+    for name, tensor in a["network_state"].items():
+        assert torch.equal(tensor, b["network_state"][name]), name

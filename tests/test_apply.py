@@ -20,7 +20,8 @@ from conftest import SHARED_DATA, run_script
 from matplotlib.image import imread
 
 import apply_model
-from utilities import AIR_HU, InputError, dice_metric, read_volume, voxels
+from data.cases import find_scans, read_volume
+from utilities import AIR_HU, InputError, dice_metric
 
 
 @pytest.fixture(scope="module")
@@ -52,20 +53,20 @@ def test_results_lie_on_the_scan_and_say_what_they_hold(results, prepared):
         case = record["case"]
         folder = results / case
         scan = read_volume(Path(record["image"]))
-        label = nib.load(folder / f"{case}_label.nii.gz")
-        outside = nib.load(folder / f"{case}_masked.nii.gz")
+        label = read_volume(folder / f"{case}_label.nii.gz")
+        outside = read_volume(folder / f"{case}_masked.nii.gz")
         for written in (label, outside):
             assert written.shape == scan.shape
             assert np.allclose(written.affine, scan.affine, rtol=0, atol=1e-4)
             for form in ("qform_code", "sform_code"):
                 assert written.header[form] == scan.header[form]
-        assert label.get_data_dtype() == np.uint8
-        inside = voxels(label) > 0
-        assert np.array_equal(voxels(outside)[inside], voxels(scan)[inside])
-        assert (voxels(outside)[~inside] == AIR_HU).all()
-        truth = voxels(read_volume(Path(record["label"]))) > 0
+        assert label.dtype == np.uint8
+        inside = label.read() > 0
+        assert np.array_equal(outside.read()[inside], scan.read()[inside])
+        assert (outside.read()[~inside] == AIR_HU).all()
+        truth = read_volume(Path(record["label"])).read() > 0
         assert float(rows[case]["liver_dice"]) == pytest.approx(dice_metric(inside, truth)[0])
-        ml = inside.sum() * np.prod(scan.header.get_zooms()) / 1000
+        ml = inside.sum() * np.prod(scan.spacing_mm) / 1000
         assert float(rows[case]["liver_volume_ml"]) == pytest.approx(ml, rel=1e-3, abs=0.01)
         assert (folder / f"{case}_preview.png").stat().st_size > 10_000
         assert json.loads((folder / f"{case}.json").read_text())["case"] == case
@@ -76,10 +77,10 @@ def test_the_checkpoint_alone_says_how_to_use_it(checkpoint, prepared):
     """Two loads predict the same, bit for bit; a path and an image are the same input."""
     record = json.loads((prepared / "dataset.json").read_text())["cases"][0]
     first, second = (apply_model.load_model(checkpoint, "cpu", "fp32") for _ in range(2))
-    assert first.preprocessing["input_size"] == (32, 32)
+    assert first.chain.input_size == (32, 32)
     a = apply_model.segment(first, record["image"])
     b = apply_model.segment(second, read_volume(Path(record["image"])))
-    assert np.array_equal(voxels(a), voxels(b))
+    assert np.array_equal(a.read(), b.read())
 
 
 def test_the_summary_is_that_of_the_rows(results):
@@ -174,16 +175,16 @@ def test_networks_are_averaged_and_probabilities_written(scans, checkpoint, tmp_
     apply_model.main(config)
     name = scan.name.removesuffix(".nii.gz")
     likely = read_volume(tmp_path / name / f"{name}_probability.nii.gz")
-    assert likely.get_data_dtype() == np.uint8
+    assert likely.data.dtype == np.uint8
     assert np.allclose(likely.affine, read_volume(scan).affine, atol=1e-4)
-    label = voxels(read_volume(tmp_path / name / f"{name}_label.nii.gz")) > 0
-    values = voxels(likely)
+    label = read_volume(tmp_path / name / f"{name}_label.nii.gz").read() > 0
+    values = likely.read()
     assert 0 <= values.min() <= values.max() <= 1
     assert values[label].min() >= 0.499
     assert values[~label].max() <= 0.501
     one, two = (apply_model.load_model(c, "cpu", "fp32") for c in (checkpoint, [checkpoint] * 2))
     assert np.array_equal(
-        voxels(apply_model.segment(one, scan)), voxels(apply_model.segment(two, scan))
+        apply_model.segment(one, scan).read(), apply_model.segment(two, scan).read()
     )
     assert json.loads((tmp_path / name / f"{name}.json").read_text())["network_windows"] % 4 == 0
 
@@ -271,8 +272,8 @@ def test_a_dicom_series_is_a_scan(checkpoint, tmp_path):
     series = SHARED_DATA / "dicom" / "jpeg2000_20"
     if not series.is_dir():
         pytest.skip("the DICOM series are not here (shared/data beside the project)")
-    assert apply_model.scans_in(series) == [series]
-    assert series in apply_model.scans_in(series.parent)
+    assert find_scans(series) == [series]
+    assert series in find_scans(series.parent)
     config = apply_model.Config(
         paths=(series,), checkpoint=checkpoint, destination=tmp_path, device="cpu", force=True
     )
@@ -289,7 +290,7 @@ def test_a_trailing_axis_of_length_one_is_no_hindrance(scans, checkpoint, tmp_pa
     model = apply_model.load_model(checkpoint, "cpu", "fp32")
     label = apply_model.segment(model, tmp_path / "four.nii.gz")
     assert np.array_equal(
-        voxels(label), voxels(apply_model.segment(model, read_volume(Path(scan.get_filename()))))
+        label.read(), apply_model.segment(model, read_volume(Path(scan.get_filename()))).read()
     )
 
 
@@ -335,7 +336,7 @@ def _outputs(folder: Path) -> dict[str, object]:
             found[name] = json.dumps(timeless)
         elif path.suffix == ".gz":
             found[name] = path.read_bytes()
-            voxels(nib.load(path))
+            read_volume(path).read()
     return found
 
 
@@ -397,7 +398,7 @@ def test_bad_input_is_named(tmp_path, checkpoint, prepared):
     refused(use | paths, r"scan\.nii\.gz: does not look like CT in HU .*--force")
     assert not (tmp_path / "results").exists()
     use["force"] = True
-    refused(use | paths | {"truth": (tmp_path / "other.nii.gz",)}, "must lie on the scan's grid")
+    refused(use | paths | {"truth": (tmp_path / "other.nii.gz",)}, "use the label map of this scan")
     refused(use | {"paths": paths["paths"] * 2}, "two volumes are called scan")
     refused(use | {"checkpoint": tmp_path / "no.pt"} | paths, r"no\.pt: no such checkpoint")
     (tmp_path / "file").write_text("")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_affine
+from helpers import as_volume
 from monai.metrics import (
     compute_average_surface_distance,
     compute_hausdorff_distance,
@@ -14,8 +15,10 @@ from monai.metrics import (
 )
 from scipy import ndimage
 
-import apply_model
-from apply_model import bounding_box, clean, doubts, evaluate, lesion_figures, measure
+from apply_model import clean, doubts
+from data.evaluate import evaluate, measure, score_lesions
+from data.summary import describe_values, summarise
+from data.volumes import find_bounding_box
 from utilities import hu_faults
 
 NAMES = ["liver", "tumour"]
@@ -42,7 +45,7 @@ def one_hot(classes: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(4))
 def test_surface_figures_agree_with_monai(seed):
     predicted, truth = blobs(seed), blobs(seed + 100 * (seed % 2) + 1)
-    row = evaluate(predicted, truth, AFFINE, NAMES)
+    row = evaluate(as_volume(predicted, AFFINE), as_volume(truth, AFFINE), NAMES)
     pair, options = (one_hot(predicted), one_hot(truth)), {"include_background": True}
     hd95 = compute_hausdorff_distance(*pair, percentile=95, spacing=SPACING, **options)
     asd = compute_average_surface_distance(*pair, symmetric=True, spacing=SPACING, **options)
@@ -57,7 +60,7 @@ def test_surface_figures_agree_with_monai(seed):
 def test_overlap_figures_agree_with_the_confusion_matrix(seed):
     """scikit-learn's formulas, from its confusion matrix: rows are the truth."""
     predicted, truth = blobs(seed), blobs(seed + 1)
-    row = evaluate(predicted, truth, AFFINE, NAMES)
+    row = evaluate(as_volume(predicted, AFFINE), as_volume(truth, AFFINE), NAMES)
     matrix = np.zeros((3, 3))
     np.add.at(matrix, (truth.ravel(), predicted.ravel()), 1)
     tp, fn, fp = matrix.diagonal(), matrix.sum(1) - matrix.diagonal(), 0
@@ -80,23 +83,23 @@ def test_overlap_figures_agree_with_the_confusion_matrix(seed):
 def test_empty_cases_are_told():
     organ = ball((20, 20, 20), (10, 10, 10), 5).astype(np.uint8)
     nothing = np.zeros_like(organ)
-    missed = evaluate(nothing, organ, AFFINE, ["liver"])
+    missed = evaluate(as_volume(nothing, AFFINE), as_volume(organ, AFFINE), ["liver"])
     assert (missed["liver_dice"], missed["liver_nsd_2mm"], missed["liver_recall"]) == (0, 0, 0)
     assert missed["liver_empty"] == "prediction"
     assert missed["liver_hd95_mm"] is missed["liver_precision"] is None
     assert missed["liver_volume_error_percent"] == -100
-    alarm = evaluate(organ, nothing, AFFINE, ["liver"])
+    alarm = evaluate(as_volume(organ, AFFINE), as_volume(nothing, AFFINE), ["liver"])
     assert (alarm["liver_dice"], alarm["liver_nsd_2mm"]) == (0, 0)
     assert alarm["liver_volume_error_percent"] is alarm["liver_recall"] is None
     assert alarm["liver_empty"] == "truth"
-    neither = evaluate(nothing, nothing, AFFINE, ["liver"])
+    neither = evaluate(as_volume(nothing, AFFINE), as_volume(nothing, AFFINE), ["liver"])
     assert neither["liver_empty"] == "both"
     assert neither["liver_dice"] is neither["liver_nsd_2mm"] is neither["liver_hd95_mm"] is None
     assert (neither["accuracy"], neither["mean_iou"], neither["liver_specificity"]) == (1, 1, 1)
-    without_tumour = evaluate(nothing, nothing, AFFINE, NAMES)
+    without_tumour = evaluate(as_volume(nothing, AFFINE), as_volume(nothing, AFFINE), NAMES)
     assert (without_tumour["tumour_lesions"], without_tumour["tumour_lesion_recall"]) == (0, None)
     rows = [{"case": c, **r} for c, r in (("a", missed), ("b", alarm), ("c", neither))]
-    summary = apply_model.summarise(rows, ["liver"])
+    summary = summarise(rows, ["liver"])
     assert summary["liver"]["empty"] == {"truth": 1, "prediction": 1, "both": 1}
     assert (summary["liver"]["dice"]["n"], summary["liver"]["dice"]["mean"]) == (2, 0)
     assert summary["liver"]["hd95_mm"] == {"n": 0}
@@ -107,31 +110,34 @@ def test_one_voxel_and_a_full_volume():
     single = np.zeros((5, 5, 5), np.uint8)
     other = single.copy()
     single[0, 2, 2] = other[3, 2, 2] = 1
-    row = evaluate(single, other, AFFINE, ["liver"])
+    row = evaluate(as_volume(single, AFFINE), as_volume(other, AFFINE), ["liver"])
     assert row["liver_hd95_mm"] == row["liver_asd_mm"] == pytest.approx(3 * 0.8)
     assert row["liver_nsd_2mm"] == 0
     full = np.ones((5, 5, 5), np.uint8)
-    row = evaluate(full, full, AFFINE, ["liver"])
+    row = evaluate(as_volume(full, AFFINE), as_volume(full, AFFINE), ["liver"])
     assert (row["liver_dice"], row["liver_hd95_mm"], row["liver_nsd_2mm"]) == (1, 0, 1)
     assert row["liver_specificity"] is None  # there is no background to get wrong
 
 
 def test_two_millimetres_are_within_two_millimetres():
     near = ball((30, 20, 20), (10, 10, 10), 6).astype(np.uint8)
-    row = evaluate(np.roll(near, 2, axis=0), near, random_affine(3, (1.0, 1.0, 1.0)), ["liver"])
+    affine = random_affine(3, (1.0, 1.0, 1.0))
+    row = evaluate(*(as_volume(a, affine) for a in (np.roll(near, 2, axis=0), near)), ["liver"])
     assert row["liver_nsd_2mm"] == 1
     assert row["liver_hd95_mm"] <= 2 + 1e-9
 
 
 def test_distances_do_not_depend_on_how_a_patient_is_stored():
     predicted, truth = (blobs(7) > 0).astype(np.uint8), (blobs(8) > 0).astype(np.uint8)
-    first = evaluate(predicted, truth, AFFINE, ["liver"])
+    first = evaluate(as_volume(predicted, AFFINE), as_volume(truth, AFFINE), ["liver"])
     turned = random_affine(1, spacing=SPACING)  # columns come in another order
     order = np.argsort(np.linalg.norm(turned[:3, :3], axis=0))
     assert np.allclose(sorted(SPACING), np.linalg.norm(turned[:3, :3], axis=0)[order])
     lengths = np.linalg.norm(turned[:3, :3], axis=0)
     back = [SPACING.index(pytest.approx(length)) for length in lengths]
-    second = evaluate(predicted.transpose(back), truth.transpose(back), turned, ["liver"])
+    second = evaluate(
+        *(as_volume(a.transpose(back), turned) for a in (predicted, truth)), ["liver"]
+    )
     for key, value in first.items():
         assert second[key] == pytest.approx(value), key
 
@@ -145,14 +151,14 @@ def test_lesions_are_counted_one_by_one():
     found |= ball(truth.shape, (11, 20, 20), 6)
     found[34:36, 20, 20] = True  # a corner of the second
     found |= ball(truth.shape, (25, 35, 35), 3)
-    row = lesion_figures(found, truth, np.eye(4))
+    row = score_lesions(found, truth, as_volume(truth))
     assert (row["lesions"], row["lesions_found"]) == (4, 1)
     assert row["lesion_recall"] == 0.25
     # The two voxels in the second lesion are themselves right: they lie in a tumour.
     assert (row["lesions_predicted"], row["lesions_right"]) == (3, 2)
     assert (row["lesions_0_to_10_mm"], row["lesions_10_to_20_mm"]) == (1, 3)
     assert (row["lesions_found_0_to_10_mm"], row["lesions_found_10_to_20_mm"]) == (0, 1)
-    empty = lesion_figures(np.zeros_like(truth), np.zeros_like(truth), np.eye(4))
+    empty = score_lesions(np.zeros_like(truth), np.zeros_like(truth), as_volume(truth))
     assert empty["lesion_recall"] is empty["lesion_precision"] is None
 
 
@@ -198,14 +204,18 @@ def test_what_is_implausible_is_told():
     shape, affine = (80, 60, 40), np.diag([4.0, 4.0, 5.0, 1.0])
     scan = np.where(ball(shape, (40, 30, 20), 28), 40, -1000).astype(np.int16)
     right = ball(shape, (52, 30, 20), 16).astype(np.uint8)
-    assert doubts(right, scan, affine, ["liver"]) == []
-    assert "left" in doubts(right[::-1], scan, affine, ["liver"])[0]
-    small = doubts(ball(shape, (52, 30, 20), 5).astype(np.uint8), scan, affine, ["liver"])
+
+    def doubt(classes, scan, names):
+        return doubts(as_volume(classes, affine), as_volume(scan, affine), names)
+
+    assert doubt(right, scan, ["liver"]) == []
+    assert "left" in doubt(right[::-1], scan, ["liver"])[0]
+    small = doubt(ball(shape, (52, 30, 20), 5).astype(np.uint8), scan, ["liver"])
     assert "expected 500 to 4000" in small[0]
-    cut = doubts(right[:, :, :20], scan[:, :, :20], affine, ["liver"])
+    cut = doubt(right[:, :, :20], scan[:, :, :20], ["liver"])
     assert ["upper end" in text for text in cut] == [True]
-    assert doubts(np.zeros_like(right), scan, affine, ["liver"]) == ["no liver found"]
-    assert doubts(right[::-1], scan, affine, ["spleen"]) == []
+    assert doubt(np.zeros_like(right), scan, ["liver"]) == ["no liver found"]
+    assert doubt(right[::-1], scan, ["spleen"]) == []
 
 
 def test_what_is_no_ct_is_told():
@@ -231,19 +241,19 @@ def test_measurements_in_units():
     mask[5:15, 5:10, 5:9] = 1
     scan = np.where(mask, 60, -100).astype(np.int16)
     scan[5:10][mask[5:10] > 0] = 80
-    row = measure(mask, scan, AFFINE, ["liver", "spleen"])
+    row = measure(as_volume(mask, AFFINE), as_volume(scan, AFFINE), ["liver", "spleen"])
     assert row["liver_volume_ml"] == pytest.approx(200 * 3 / 1000)
     assert (row["liver_hu_mean"], row["liver_hu_sd"]) == (70, 10)
     extent = [row[f"liver_extent_{axis}_mm"] for axis in "xyz"]
     assert extent == [8.0, 7.5, 10.0]
     assert (row["spleen_volume_ml"], row["spleen_hu_mean"]) == (0, None)
-    assert [part.stop - part.start for part in bounding_box(mask)] == [10, 5, 4]
+    assert [part.stop - part.start for part in find_bounding_box(mask)] == [10, 5, 4]
 
 
 def test_summary_names_the_worst():
     values = {"a": 0.9, "b": 0.5, "c": 0.7}
-    low = apply_model.statistics(values, "low")
+    low = describe_values(values, "low")
     assert (low["worst"], low["worst_case"], low["median"], low["n"]) == (0.5, "b", 0.7, 3)
     assert low["sd"] == pytest.approx(np.std([0.9, 0.5, 0.7], ddof=1))
-    assert apply_model.statistics({"a": -30.0, "b": 10.0}, "far")["worst_case"] == "a"
-    assert apply_model.statistics({"a": 3.0, "b": math.pi}, "high")["worst_case"] == "b"
+    assert describe_values({"a": -30.0, "b": 10.0}, "far")["worst_case"] == "a"
+    assert describe_values({"a": 3.0, "b": math.pi}, "high")["worst_case"] == "b"

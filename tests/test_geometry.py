@@ -1,5 +1,6 @@
 """Nothing moves: from any scan to the network's grid and back onto the scan."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -11,24 +12,21 @@ from monai import transforms
 from monai.data import MetaTensor
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
-from apply_model import Model, classes_on_grid, masked, segment, volume_ml, write_checked
-from preprocess import deterministic_chain, in_plane_chain, preprocess_volume, slice_chain
-from utilities import IMAGE, LABEL, InputError, case_name, dice_metric, read_volume, to_ras, voxels
+from apply_model import Model, classes_on_grid, mask_scan, open_scan, segment
+from data.cases import name_case, read_volume
+from data.volumes import Volume
+from preprocess import Chain, deterministic_chain, in_plane_chain, preprocess_volume, slice_chain
+from utilities import IMAGE, LABEL, InputError, dice_metric
 
-SETTINGS = {
-    "sampling": "subvolumes",
-    "spacing": (1.0, 1.0),
-    "hu_window": (-200.0, 250.0),
-    "input_size": (96, 96),
-    "labels": {"background": (0,), "liver": (1, 2)},
-}
-PATCHES = {
-    **SETTINGS,
-    "sampling": "patches",
-    "spacing": (1.1, 1.1, 1.3),
-    "input_size": (32, 24, 16),
-}
-WINDOWS = {"subvolumes": (96, 96, 16), "patches": PATCHES["input_size"]}
+SETTINGS = Chain(
+    sampling="subvolumes",
+    spacing=(1.0, 1.0),
+    hu_window=(-200.0, 250.0),
+    input_size=(96, 96),
+    labels={"background": (0,), "liver": (1, 2)},
+)
+PATCHES = replace(SETTINGS, sampling="patches", spacing=(1.1, 1.1, 1.3), input_size=(32, 24, 16))
+WINDOWS = {"subvolumes": (96, 96, 16), "patches": PATCHES.input_size}
 BOTH = pytest.mark.parametrize("settings", [SETTINGS, PATCHES], ids=["subvolumes", "patches"])
 
 
@@ -40,7 +38,7 @@ class Threshold(torch.nn.Module):
 
 
 def known_model(settings=SETTINGS) -> Model:
-    inference = {"window": WINDOWS[settings["sampling"]], "overlap": 0.5}
+    inference = {"window": WINDOWS[settings.sampling], "overlap": 0.5}
     return Model(Threshold(), settings, inference, torch.device("cpu"), torch.float32)
 
 
@@ -63,7 +61,7 @@ def all_orientations():
 def test_every_orientation_gives_the_same_segmentation(settings):
     """All 48: the same patient stored differently gets the same voxels marked, in place."""
     image = ct_image(blob((40, 44, 20)), random_affine(0))
-    expected = voxels(to_ras(segment(known_model(settings), image)))
+    expected = segment(known_model(settings), image).ras.data
     assert expected.any()
     for orientation in all_orientations():
         array = np.ascontiguousarray(apply_orientation(np.asarray(image.dataobj), orientation))
@@ -71,7 +69,7 @@ def test_every_orientation_gives_the_same_segmentation(settings):
         label = segment(known_model(settings), ct_image(array, affine))
         assert label.shape == array.shape
         assert np.allclose(label.affine, affine)
-        assert np.array_equal(voxels(to_ras(label)), expected)
+        assert np.array_equal(label.ras.data, expected)
 
 
 @BOTH
@@ -81,19 +79,19 @@ def test_segmentation_lies_on_the_organ(tmp_path, slices, shear, settings):
     # Nearly RAS, so that the last axis is the one that is cut into windows.
     image = ct_image(blob((80, 72, slices)), random_affine(3, shear=shear, shuffle=False))
     label = segment(known_model(settings), image)
-    truth = voxels(image) > 0
-    assert dice_metric(voxels(label), truth) > 0.97
-    write_checked(label, image, tmp_path / "a_label.nii.gz")
+    truth = np.asarray(image.dataobj) > 0
+    assert dice_metric(label.read(), truth) > 0.97
+    label.write_checked(tmp_path / "a_label.nii.gz")
     written = read_volume(tmp_path / "a_label.nii.gz")
-    assert written.get_data_dtype() == np.uint8
+    assert written.dtype == np.uint8
     assert np.allclose(written.affine, image.affine, atol=1e-4)
 
 
 def test_an_array_with_its_affine_is_segmented_as_the_image_is():
     image = ct_image(blob((40, 44, 20)), random_affine(0))
     array = np.asarray(image.dataobj).astype(np.int64)
-    found = segment(known_model(), array, affine=image.affine)
-    assert np.array_equal(voxels(found), voxels(segment(known_model(), image)))
+    found = segment(known_model(), Volume(array, image.affine))
+    assert np.array_equal(found.read(), segment(known_model(), image).read())
     assert np.array_equal(found.affine, image.affine)
     with pytest.raises(ValueError, match="come with its affine"):
         segment(known_model(), array)
@@ -109,23 +107,25 @@ def test_landmark_keeps_its_millimetres(settings):
         centre = nib.affines.apply_affine(affine, [41, 20, 17])
         inside = np.linalg.norm(points - centre, axis=-1) < 12
         image = ct_image(np.where(inside, 150, -100), affine)
-        found = voxels(segment(known_model(settings), image)) > 0
+        found = segment(known_model(settings), image).read() > 0
         assert np.linalg.norm(points[found].mean(axis=0) - centre) < 0.25
-        assert volume_ml(found, affine) == pytest.approx(4 / 3 * np.pi * 12**3 / 1000, rel=0.06)
+        assert np.count_nonzero(found) * Volume(found * 1, affine).voxel_ml == pytest.approx(
+            4 / 3 * np.pi * 12**3 / 1000, rel=0.06
+        )
 
 
 def test_window_of_the_preprocessed_volume_is_the_preprocessed_window(tmp_path):
     rng = np.random.default_rng(0)
     array = rng.integers(-300, 400, (70, 61, 40))
-    image = to_ras(ct_image(array, random_affine(5, shear=0.1)))
-    label = nib.Nifti1Image(rng.integers(0, 3, image.shape).astype(np.uint8), image.affine)
-    whole, _ = preprocess_volume(image, **SETTINGS, device="cpu")
-    chain = deterministic_chain(**SETTINGS, device="cpu")
+    image = open_scan(ct_image(array, random_affine(5, shear=0.1))).ras
+    label = Volume(rng.integers(0, 3, image.shape).astype(np.uint8), image.affine)
+    whole, _ = preprocess_volume(image, SETTINGS, "cpu")
+    chain = deterministic_chain(SETTINGS, "cpu")
     for start in (0, 11, image.shape[2] - 16):
         files = {}
         for key, volume in ((IMAGE, image), (LABEL, label)):
             files[key] = tmp_path / f"{key}.nii"
-            nib.save(volume.slicer[:, :, start : start + 16], files[key])
+            volume.crop((slice(None), slice(None), slice(start, start + 16))).write(files[key])
         item = chain(files)
         assert item[IMAGE].dtype == torch.float16
         assert torch.equal(item[IMAGE], whole[..., start : start + 16].half())
@@ -144,7 +144,7 @@ def test_the_chain_equals_monais_own_3d_transforms(tmp_path):
     ):
         files[key] = tmp_path / f"{key}.nii"
         nib.save(nib.Nifti1Image(array, affine), files[key])
-    low, high = SETTINGS["hu_window"]
+    low, high = SETTINGS.hu_window
     usual = transforms.Compose(
         [
             transforms.LoadImaged(keys, reader="NibabelReader"),
@@ -155,7 +155,7 @@ def test_the_chain_equals_monais_own_3d_transforms(tmp_path):
             transforms.Resized(keys, (96, 96, -1), mode=("trilinear", "nearest-exact")),
         ]
     )(files)
-    ours = deterministic_chain(**SETTINGS, device="cpu")(files)
+    ours = deterministic_chain(SETTINGS, "cpu")(files)
     difference = (ours[IMAGE].float() - usual[IMAGE].as_tensor()).abs()
     assert difference.max() < 1e-3
     assert (ours[LABEL] == usual[LABEL].as_tensor()).float().mean() > 0.9999
@@ -170,8 +170,8 @@ def test_header_forms_survive(tmp_path, codes):
     path = tmp_path / "scan.nii.gz"
     nib.save(image, path)
     scan = read_volume(path)
-    assert case_name(path) == "scan"
-    write_checked(segment(known_model(), scan), scan, tmp_path / "out.nii.gz")
+    assert name_case(path) == "scan"
+    segment(known_model(), scan).write_checked(tmp_path / "out.nii.gz")
     written = nib.load(tmp_path / "out.nii.gz")
     assert (int(written.header["qform_code"]), int(written.header["sform_code"])) == codes
     assert np.allclose(written.affine, scan.affine, atol=1e-4)
@@ -184,15 +184,15 @@ def test_scaled_and_unsigned_scans_keep_their_hu(tmp_path):
     image.header.set_slope_inter(0.5, -1024)
     nib.save(image, tmp_path / "scaled.nii.gz")
     scan = read_volume(tmp_path / "scaled.nii.gz")
-    assert (scan.dataobj.slope, scan.dataobj.inter) == (0.5, -1024)
+    assert (scan.data.slope, scan.data.inter) == (0.5, -1024)
     label = segment(known_model(), scan)
-    outside = masked(scan, label, -1024)
-    inside = voxels(label) > 0
-    assert np.array_equal(voxels(outside)[inside], hounsfield[inside].astype(np.float32))
-    assert (voxels(outside)[~inside] == -1024).all()
-    stored = nib.Nifti1Image(np.full((8, 8, 8), 200, np.uint16), np.eye(4))
-    empty = nib.Nifti1Image(np.zeros((8, 8, 8), np.uint8), np.eye(4))
-    assert (voxels(masked(stored, empty, -1024)) == -1024).all()
+    outside = mask_scan(scan, label, -1024)
+    inside = label.read() > 0
+    assert np.array_equal(outside.read()[inside], hounsfield[inside].astype(np.float32))
+    assert (outside.read()[~inside] == -1024).all()
+    stored = Volume(np.full((8, 8, 8), 200, np.uint16), np.eye(4))
+    empty = Volume(np.zeros((8, 8, 8), np.uint8), np.eye(4))
+    assert (mask_scan(stored, empty, -1024).read() == -1024).all()
 
 
 @pytest.mark.parametrize(
@@ -201,24 +201,26 @@ def test_scaled_and_unsigned_scans_keep_their_hu(tmp_path):
 def test_any_number_type_is_read(dtype):
     array = ((blob((30, 28, 18)) > 0) * 100).astype(dtype)
     image = nib.Nifti1Image(array, np.diag([-1.0, -1.0, 2.0, 1.0]), dtype=array.dtype)
-    assert dice_metric(voxels(segment(known_model(), image)), array > 0) > 0.95
+    assert dice_metric(segment(known_model(), image).read(), array > 0) > 0.95
 
 
-def test_a_write_that_would_change_the_grid_is_refused(tmp_path):
-    image = ct_image(blob((20, 20, 16)), random_affine(0))
-    moved = nib.Nifti1Image(np.asarray(image.dataobj), image.affine + np.eye(4) * 0.01)
+def test_a_write_that_would_change_the_grid_is_refused(tmp_path, monkeypatch):
+    image = open_scan(ct_image(blob((20, 20, 16)), random_affine(0)))
+    moved = Volume(image.read(), image.affine + np.eye(4, k=3) * 0.01)
+    write = Volume.write
+    monkeypatch.setattr(Volume, "write", lambda _, path, slope=1.0: write(moved, path))
     with pytest.raises(InputError, match="affine"):
-        write_checked(moved, image, tmp_path / "out.nii.gz")
+        image.write_checked(tmp_path / "out.nii.gz")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_round_trip_of_real_livers(real_ct: Path):
     """A perfect network loses only in-plane resolution: Dice ≥ 0.985, though its label is hard."""
-    label = to_ras(read_volume(real_ct / "labelsTr" / "tace_0697.nii.gz"))
-    settings = {**SETTINGS, "input_size": (256, 256), "device": "cpu"}
-    raw = MetaTensor(torch.from_numpy(voxels(label).astype(np.float32))[None], affine=label.affine)
-    chain = transforms.Compose([*in_plane_chain(**settings), *slice_chain(**settings)])
+    label = read_volume(real_ct / "labelsTr" / "tace_0697.nii.gz").ras
+    settings = replace(SETTINGS, input_size=(256, 256))
+    raw = MetaTensor(torch.from_numpy(label.read().astype(np.float32))[None], affine=label.affine)
+    chain = transforms.Compose([*in_plane_chain(settings, "cpu"), *slice_chain(settings)])
     taught = chain({IMAGE: raw, LABEL: raw})[LABEL]
-    _, to_network = preprocess_volume(label, **settings)
+    _, to_network = preprocess_volume(label, settings, "cpu")
     found = classes_on_grid(2 * taught.float() - 1, to_network, label.shape)
-    assert dice_metric(found > 0, voxels(label) > 0) >= 0.985
+    assert dice_metric(found > 0, label.read() > 0) >= 0.985

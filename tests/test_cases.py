@@ -1,0 +1,502 @@
+"""The door: a scan or a label map comes in right, or one `InputError` says why not."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED_DATA, random_affine
+
+from data.cases import (
+    hash_inputs,
+    lay_on_grid,
+    list_files,
+    read_label_map,
+    read_scan,
+    read_volume,
+)
+from data.dicom import write_seg, write_series
+from data.labels import IGNORED, USUAL_LABELS
+from data.volumes import Volume
+from utilities import InputError
+
+SHAPE = (8, 6, 5)
+AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])  # LPS
+HU = np.random.default_rng(0).integers(-1000, 1000, SHAPE).astype(np.int16)
+LABEL = np.zeros(SHAPE, np.uint8)
+LABEL[2:6, 1:4, 1:4], LABEL[3, 2, 2:4] = 1, 2
+SCAN = Volume(HU, AFFINE, "scan")
+
+
+def write_nifti(path: Path, array: np.ndarray, affine=AFFINE, codes=(1, 1)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(array, affine, dtype=array.dtype)
+    image.set_qform(affine, codes[0])
+    image.set_sform(affine, codes[1])
+    image.header.set_xyzt_units("mm")
+    content = image.to_bytes()
+    path.write_bytes(gzip.compress(content) if path.name.lower().endswith(".gz") else content)
+    return path
+
+
+def write_pair(path: Path, array: np.ndarray) -> Path:
+    image = nib.Nifti1Pair(array, AFFINE)
+    image.set_qform(AFFINE, 1)
+    nib.save(image, path)
+    return path
+
+
+def write_itk(path: Path, array: np.ndarray) -> Path:
+    import SimpleITK
+
+    image = SimpleITK.GetImageFromArray(np.ascontiguousarray(array.T))
+    image.SetSpacing((2.0, 2.0, 3.0))
+    SimpleITK.WriteImage(image, str(path))
+    return path
+
+
+def write_dicom(path: Path, array: np.ndarray) -> Path:
+    write_series(Volume(array, AFFINE), path)
+    return path
+
+
+WRITERS: dict[str, Callable[[Path, np.ndarray], Path]] = {
+    "a.nii": write_nifti, "a.nii.gz": write_nifti, "A.NII": write_nifti, "A.NII.GZ": write_nifti,
+    "a.hdr": write_pair, "a.mha": write_itk, "a.mhd": write_itk, "a.nrrd": write_itk,
+    "a.nhdr": write_itk,
+}  # fmt: skip
+
+
+def write(name: str, folder: Path, array: np.ndarray) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return WRITERS[name](folder / name, array)
+
+
+# ---------------------------------------------------------------------------------------
+# Every reader
+# ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("dtype", ["u1", "i2", "u2", "i4", "f4", "f8"])
+def test_every_reader_gives_the_label_map_in_any_type(name, dtype, tmp_path):
+    scan = read_scan(write(name, tmp_path / "scan", HU))
+    assert np.array_equal(scan.read(), HU)
+    label = read_label_map(write(name, tmp_path, LABEL.astype(dtype)), scan, USUAL_LABELS)
+    assert np.array_equal(label.read(), LABEL)
+    assert label.dtype.kind in "iu"
+    assert label.notes == ()
+    classes = {"background": (0,), "liver": (1, 2)}
+    indices = read_label_map(write(name, tmp_path, LABEL), scan, USUAL_LABELS, classes=classes)
+    assert np.array_equal(indices.read(), LABEL > 0) and indices.read().dtype == np.uint8
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", WRITERS)
+def test_voxels_without_a_number_are_refused_by_every_reader(name, value, tmp_path):
+    array = HU.astype(np.float32)
+    array[1, 2, 3] = value
+    path = write(name, tmp_path, array)
+    with pytest.raises(InputError, match="NaN or infinite") as error:
+        read_scan(path).read()
+    assert error.value.kind == "nan"
+    label = LABEL.astype(np.float32)
+    label[0, 0, 0] = value
+    with pytest.raises(InputError, match="NaN or infinite") as error:
+        read_label_map(write(name, tmp_path, label), SCAN, USUAL_LABELS).read()
+    assert error.value.kind == "nan"
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_near_whole_label_values_are_rounded_and_told(name, tmp_path):
+    path = write(name, tmp_path, (LABEL * 0.9999).astype(np.float32))
+    scan = read_scan(write(name, tmp_path / "scan", HU))
+    label = read_label_map(path, scan, USUAL_LABELS)
+    assert np.array_equal(label.read(), LABEL)
+    assert "rounded" in label.notes[0]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(
+    ("change", "values"),
+    [
+        (lambda label: label * 0.6, r"\[0\.6"),
+        (lambda label: (label > 0) * 255, r"\[255\]"),
+        (lambda label: label * 3, r"\[3, 6\]"),
+        (lambda label: -label.astype(float), r"\[-2, -1\]"),
+        (lambda label: label * 1e12, r"\[9999"),
+    ],
+)
+def test_values_that_nobody_declared_are_refused_and_named(name, change, values, tmp_path):
+    path = write(name, tmp_path, change(LABEL).astype(np.float32))
+    scan = read_scan(write(name, tmp_path / "scan", HU))
+    with pytest.raises(InputError, match=values) as error:
+        read_label_map(path, scan, USUAL_LABELS).read()
+    assert error.value.kind == "values"
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_swapped_scan_and_label_map_are_guessed(dtype, tmp_path):
+    labels = write_nifti(tmp_path / "a.nii.gz", LABEL)
+    hu = write_nifti(tmp_path / "b.nii.gz", HU.astype(dtype))
+    with pytest.raises(InputError, match=r"are scan and label map swapped\?"):
+        read_label_map(hu, read_scan(labels), USUAL_LABELS).read()
+    with pytest.raises(InputError, match=r"is it a scan\?"):
+        read_label_map(hu, read_scan(hu), USUAL_LABELS).read()
+
+
+def test_rescaled_label_maps_are_whole_numbers(tmp_path):
+    image = nib.Nifti1Image(LABEL * np.uint8(2), AFFINE)
+    image.header.set_slope_inter(0.5, 0)
+    image.to_filename(tmp_path / "a.nii.gz")
+    label = read_label_map(tmp_path / "a.nii.gz", SCAN, USUAL_LABELS)
+    assert np.array_equal(label.read(), LABEL) and label.read().dtype.kind == "i"
+
+
+def test_integer_label_maps_are_read_slab_by_slab(tmp_path):
+    path = write_nifti(tmp_path / "a.nii.gz", LABEL)
+    label = read_label_map(path, read_scan(write_nifti(tmp_path / "s.nii", HU)), USUAL_LABELS)
+    assert nib.is_proxy(label.data)
+
+
+def test_ignored_values_are_neither_class_nor_background(tmp_path):
+    array = LABEL.copy()
+    array[0] = 9
+    path = write_nifti(tmp_path / "a.nii.gz", array)
+    classes = {"background": (0,), "liver": (1, 2)}
+    with pytest.raises(InputError, match=r"holds \[9\]"):
+        read_label_map(path, SCAN, USUAL_LABELS).read()
+    raw = read_label_map(path, SCAN, USUAL_LABELS, ignore=(9,))
+    assert np.array_equal(raw.read(), array)
+    indices = read_label_map(path, SCAN, USUAL_LABELS, classes=classes, ignore=(9,)).read()
+    assert np.array_equal(indices, np.where(array == 9, IGNORED, array > 0))
+
+
+def test_values_declared_as_plain_numbers_are_taken(tmp_path):
+    path = write_nifti(tmp_path / "a.nii.gz", LABEL)
+    label = read_label_map(path, SCAN, {"background": 0, "liver": 1, "tumour": 2})
+    assert np.array_equal(label.read(), LABEL)
+
+
+# ---------------------------------------------------------------------------------------
+# One grid
+# ---------------------------------------------------------------------------------------
+
+AXES = [
+    np.array([*zip(order, signs, strict=True)])
+    for order in itertools.permutations(range(3))
+    for signs in itertools.product((1, -1), repeat=3)
+]
+
+
+def turn(array: np.ndarray, affine: np.ndarray, axes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same voxels at the same place, stored in other axes."""
+    moved = affine @ nib.orientations.inv_ornt_aff(axes, array.shape)
+    return nib.apply_orientation(array, axes), moved
+
+
+@pytest.mark.parametrize("axes", AXES, ids=lambda axes: "".join(map(str, axes.ravel())))
+def test_a_label_map_in_other_axes_lies_on_its_scan(axes, tmp_path):
+    affine = random_affine(3)
+    scan = read_scan(write_nifti(tmp_path / "scan.nii.gz", HU, affine))
+    path = write_nifti(tmp_path / "label.nii.gz", *turn(LABEL, affine, axes))
+    label = read_label_map(path, scan, USUAL_LABELS)
+    assert np.array_equal(scan.from_ras(label.ras.data).data, LABEL)
+    assert np.array_equal(label.ras_affine, scan.ras_affine) or np.allclose(
+        label.ras_affine, scan.ras_affine, rtol=0, atol=1e-5
+    )
+    assert label.notes == ()
+
+
+@pytest.mark.parametrize("axes", [AXES[0], AXES[7], AXES[20]])
+@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize(
+    ("voxels", "kind"),
+    [(0.005, "same"), (0.45, "told"), (0.55, "grid"), (-0.45, "told"), (-0.55, "grid")],
+)
+def test_half_a_voxel_is_the_limit(voxels, kind, axis, axes):
+    scan = Volume(HU, random_affine(5), "scan")
+    array, affine = turn(LABEL, scan.affine, axes)
+    affine = affine.copy()
+    affine[:3, 3] += voxels * scan.affine[:3, axis]
+    label = Volume(array, affine, "label")
+    if kind == "grid":
+        with pytest.raises(InputError, match=r"lie up to 0.55 voxels apart") as error:
+            lay_on_grid(label, scan)
+        assert error.value.kind == "grid"
+        return
+    laid = lay_on_grid(label, scan)
+    assert np.allclose(laid.ras_affine, scan.ras_affine, atol=1e-9)
+    assert any("voxels apart" in note for note in laid.notes) == (kind == "told")
+
+
+def test_other_shapes_and_trust():
+    label = Volume(LABEL, np.diag([2.0, 2.0, 3.0, 1.0]), "label")
+    with pytest.raises(InputError, match="voxels apart"):
+        lay_on_grid(label, SCAN)
+    laid = lay_on_grid(label, SCAN, trust=True)
+    assert np.array_equal(laid.affine, SCAN.affine) and np.array_equal(laid.read(), LABEL)
+    for trust in (False, True):
+        with pytest.raises(InputError, match=r"scan is \(8, 6, 5\), label map is \(8, 6, 4\)") as e:
+            lay_on_grid(Volume(LABEL[:, :, :4], AFFINE, "label"), SCAN, trust)
+        assert e.value.kind == "shape"
+
+
+@pytest.mark.parametrize("unknown", ["scan", "label", "both"])
+def test_an_unknown_orientation_is_not_compared_as_if_it_were_known(unknown, tmp_path):
+    codes = {name: (0, 0) if unknown in (name, "both") else (1, 1) for name in ("scan", "label")}
+    scan = read_scan(write_nifti(tmp_path / "scan.nii", HU, codes=codes["scan"]))
+    path = write_nifti(tmp_path / "label.nii", LABEL, codes=codes["label"])
+    if unknown == "both":
+        label = read_label_map(path, scan, USUAL_LABELS)
+        assert np.array_equal(label.read(), LABEL)
+        assert "neither scan nor label map says how its axes lie" in label.notes[0]
+        return
+    with pytest.raises(InputError, match="does not say how its axes lie") as error:
+        read_label_map(path, scan, USUAL_LABELS)
+    assert error.value.kind == "grid"
+    assert str(tmp_path / f"{unknown}.nii") in str(error.value)
+    trusted = read_label_map(path, scan, USUAL_LABELS, trust_grid=True)
+    assert np.array_equal(trusted.read(), LABEL)
+    assert np.array_equal(trusted.affine, scan.affine)
+
+
+def test_trusted_label_maps_of_wide_integers_are_taken(tmp_path):
+    image = nib.Nifti1Image(LABEL.astype(np.int64), np.eye(4), dtype=np.int64)
+    image.to_filename(tmp_path / "a.nii.gz")
+    label = read_label_map(tmp_path / "a.nii.gz", SCAN, USUAL_LABELS, trust_grid=True)
+    assert np.array_equal(label.read(), LABEL)
+
+
+# ---------------------------------------------------------------------------------------
+# What does not come in
+# ---------------------------------------------------------------------------------------
+
+
+def test_what_is_not_there_or_no_volume_is_one_error(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link.nii.gz").symlink_to(tmp_path / "gone.nii.gz")
+    for name in ("text.nii.gz", "text.nii", "text.mha", "text.nrrd", "text.mhd", "text.hdr"):
+        (tmp_path / name).write_text("hello")
+    (tmp_path / "gone.nii.bz2").write_bytes(b"BZh")
+    (tmp_path / "x.mgz").write_bytes(b"\0")
+    (tmp_path / "zero.nii").touch()
+    messages = {
+        "empty": "holds no DICOM series",
+        "link.nii.gz": "a link to a file that is not there",
+        "missing.nii": "no such file",
+        "gone.nii.bz2": "the ending must be one of",
+        "x.mgz": "the ending must be one of",
+        "text.nii.gz": "is not gzip, against its name",
+    }
+    for name in [
+        *messages,
+        "text.nii",
+        "text.mha",
+        "text.nrrd",
+        "text.mhd",
+        "text.hdr",
+        "zero.nii",
+    ]:
+        for read in (
+            read_scan,
+            lambda path: read_label_map(path, SCAN, USUAL_LABELS),
+            lambda path: read_label_map((("liver", path),), SCAN, USUAL_LABELS),
+        ):
+            with pytest.raises(InputError, match=messages.get(name, ": ")) as error:
+                read(tmp_path / name)
+            assert str(tmp_path / name) in str(error.value)
+
+
+def test_gzip_against_its_name_is_told(tmp_path):
+    path = write_nifti(tmp_path / "a.nii.gz", HU).rename(tmp_path / "a.nii")
+    with pytest.raises(InputError, match=r"is gzip, against its name; rename it a\.nii\.gz"):
+        read_scan(path)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("8 TB"), RuntimeError("x"), KeyError("y"), OSError(5)]
+)
+def test_whatever_a_reader_raises_is_an_input_error(error, tmp_path, monkeypatch):
+    import data.cases
+
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(data.cases, "read_file", fail)
+    path = write_nifti(tmp_path / "a.nii", HU)
+    for read in (read_scan, lambda p: read_label_map(p, SCAN, USUAL_LABELS)):
+        with pytest.raises(InputError, match="cannot be read"):
+            read(path)
+
+
+def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    path = write_nifti(tmp_path / "a.nii", HU)
+
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match="may not be read"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("cut", [10, 200, 348, 400])
+@pytest.mark.parametrize("name", [n for n in WRITERS if n not in ("a.hdr", "a.mhd", "a.nhdr")])
+def test_a_file_that_is_cut_off_is_one_error(name, cut, tmp_path):
+    path = write(name, tmp_path, HU)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(InputError):
+        read_scan(path).read()
+
+
+def test_a_scan_in_place_of_a_seg_and_a_seg_in_place_of_a_scan(tmp_path):
+    series = write_dicom(tmp_path / "ct", HU)
+    scan = read_scan(series)
+    classes = {"background": (0,), "liver": (1,), "tumour": (2,)}
+    stored = scan.from_ras(Volume(LABEL, AFFINE).ras.data)
+    assert write_seg(stored, scan, classes, tmp_path / "seg.dcm") == []
+    label = read_label_map(tmp_path / "seg.dcm", scan, USUAL_LABELS)
+    assert np.array_equal(label.read(), stored.data)
+    (series / "seg.dcm").write_bytes((tmp_path / "seg.dcm").read_bytes())
+    with pytest.raises(InputError, match=r"seg\.dcm: .*SEG"):  # not the CT beside it
+        read_scan(series / "seg.dcm")
+    with pytest.raises(InputError, match=r"is it a scan\?"):
+        read_label_map(next(series.glob("0*.dcm")), scan, USUAL_LABELS).read()
+
+
+# ---------------------------------------------------------------------------------------
+# Bytes
+# ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_byte_that_is_read_is_hashed(name, tmp_path):
+    path = write(name, tmp_path, HU)
+    files = {file for file in tmp_path.iterdir() if file.is_file()}
+    assert set(list_files(path)) == files
+    before = hash_inputs([path, None])
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert hash_inputs([path]) != before
+        file.write_bytes(content)
+    (tmp_path / "other.nii").write_bytes(b"x")
+    assert hash_inputs([path]) == before
+
+
+def test_voxels_are_hashed_through_either_half_of_a_pair(tmp_path):
+    write_pair(tmp_path / "my.hdr.v2.hdr", HU)
+    both = {tmp_path / "my.hdr.v2.hdr", tmp_path / "my.hdr.v2.img"}
+    assert all(set(list_files(file)) == both for file in both)
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("ElementDataFile = a.raw", ["a.raw"]),
+        ("ElementDataFile=a b.raw  ", ["a b.raw"]),
+        ("ElementDataFile = LIST\na.raw\nb.raw", ["a.raw", "b.raw"]),
+        ("ElementDataFile = s%02d.raw 1 3 1", ["s01.raw", "s02.raw", "s03.raw"]),
+        ("ElementDataFile = LOCAL", []),
+    ],
+)
+def test_data_files_are_found_as_headers_name_them(line, names, tmp_path):
+    for name in ("a.raw", "b.raw", "a b.raw", "s01.raw", "s02.raw", "s03.raw", "s04.raw"):
+        (tmp_path / name).write_text(name)
+    header = tmp_path / "x.mhd"
+    header.write_text(f"NDims = 3\n{line}\n")
+    assert list_files(header) == [header, *(tmp_path / name for name in names)]
+
+
+def test_of_a_series_exactly_its_files_are_hashed(tmp_path):
+    series = write_dicom(tmp_path / "ct", HU)
+    before = hash_inputs([series])
+    (series / "notes.txt").write_text("x")
+    assert hash_inputs([series]) == before
+    first = sorted(series.glob("*.dcm"))[0]
+    content = first.read_bytes()
+    first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert hash_inputs([series]) != before
+
+
+def test_masks_are_hashed_one_and_all(tmp_path):
+    masks = tuple((name, write_nifti(tmp_path / f"{name}.nii", LABEL)) for name in ("a", "b"))
+    before = hash_inputs([masks])
+    write_nifti(tmp_path / "b.nii", LABEL * 0)
+    assert hash_inputs([masks]) != before
+
+
+# ---------------------------------------------------------------------------------------
+# Situations that people met, where they are at hand
+# ---------------------------------------------------------------------------------------
+
+
+def build(case: str, folder: Path) -> Path:
+    script = SHARED_DATA / "field_cases" / case / "make.py"
+    if not script.is_file():
+        pytest.skip("the field cases are not here (field_cases beside the project)")
+    subprocess.run([sys.executable, script, folder], check=True, cwd=ROOT, env={**os.environ})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("case", "liver"),
+    [("json_bom", 1), ("nnunet_regions", 1), ("values_of_dataset_json", 6), ("units_metres", 1)],
+)
+def test_reported_data_sets_are_understood(case, liver, tmp_path):
+    from data.layouts import find_pairs
+
+    data = find_pairs(build(case, tmp_path))
+    assert len(data.cases) == 3 and not any(c.faults for c in data.cases)
+    assert data.declared["liver"] == (liver,)
+    for one in data.cases:
+        scan = read_scan(one.image)
+        assert np.allclose(scan.spacing_mm, (5, 5, 6))
+        assert (read_label_map(one.label, scan, data.declared).read() == liver).any()
+
+
+def test_reported_pairs_of_other_axes_or_origin(tmp_path):
+    from data.layouts import find_pairs
+
+    (case, *_) = find_pairs(build("label_other_axes", tmp_path / "axes")).cases
+    assert read_label_map(case.label, read_scan(case.image), USUAL_LABELS).notes == ()
+    (case, *_) = find_pairs(build("label_other_origin", tmp_path / "origin")).cases
+    scan = read_scan(case.image)
+    with pytest.raises(InputError, match="--trust-image-grid"):
+        read_label_map(case.label, scan, USUAL_LABELS)
+    read_label_map(case.label, scan, USUAL_LABELS, trust_grid=True).read()
+
+
+def test_reported_truths(tmp_path):
+    folder = build("truth_values", tmp_path)
+    scan = read_scan(folder / "scan.nii.gz")
+    for name, value in (("255", "255"), ("6", "6")):
+        with pytest.raises(InputError, match=rf"holds \[{value}\]"):
+            read_label_map(folder / f"truth_{name}.nii.gz", scan, USUAL_LABELS).read()
+    near, exact = (
+        read_label_map(folder / f"truth_{name}.nii.gz", scan, USUAL_LABELS).read()
+        for name in ("float", "ok")
+    )
+    assert np.array_equal(near, exact)
+
+
+def test_reported_splits_and_changed_voxels(tmp_path):
+    from data.layouts import read_split
+
+    folder = build("split_nnunet", tmp_path / "split")
+    split = read_split(folder / "splits_final.json", [f"liver_{i}" for i in range(3)])
+    assert split == {"liver_0": "training", "liver_1": "training", "liver_2": "validation"}
+    folder = build("mhd_raw_changed", tmp_path / "mhd")
+    before = hash_inputs([folder / "scan.mhd"])
+    (folder / "other.raw").replace(folder / "scan.raw")
+    assert hash_inputs([folder / "scan.mhd"]) != before

@@ -1,0 +1,801 @@
+"""Any data set as it lies on disk: the right scan with the right label map, or told."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+
+from data.cases import find_scans, hash_inputs, name_scans, pair_by_name, read_label_map, read_scan
+from data.dicom import write_seg, write_series
+from data.layouts import (
+    DataSet,
+    add_once,
+    describe_data_set,
+    find_pairs,
+    read_patients,
+    read_split,
+)
+from data.volumes import Volume
+from utilities import InputError
+
+SHAPE = (12, 10, 6)
+AFFINE = np.array([[-2.0, 0, 0, 30], [0, -2, 0, 20], [0, 0, 3, -7], [0, 0, 0, 1]])  # LPS
+
+
+def scan_of(patient: int) -> np.ndarray:
+    """HU of a patient; no two are alike."""
+    return np.random.default_rng(patient).integers(-900, 900, SHAPE).astype(np.int16)
+
+
+def label_of(patient: int) -> np.ndarray:
+    """Liver 1 and tumour 2 of a patient; no two are alike."""
+    label = np.zeros(SHAPE, np.uint8)
+    label[2 : 6 + patient, 2:8, 1:5] = 1
+    label[3, 3 : 4 + patient, 2:4] = 2
+    return label
+
+
+def save(array: np.ndarray, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = path.with_name(path.name.replace("NII.GZ", "nii.gz"))  # our writer writes no other
+    Volume(array, AFFINE).write(small)
+    return small.rename(path)
+
+
+def save_series(array: np.ndarray, folder: Path, affine: np.ndarray = AFFINE) -> list[Path]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return write_series(Volume(array.astype(np.int16), affine), folder)
+
+
+def save_pngs(array: np.ndarray, folder: Path) -> None:
+    """A picture per slice, as CHAOS has them: rows down, named in the order of the slices."""
+    folder.mkdir(parents=True)
+    for z in range(array.shape[2]):
+        Image.fromarray(array[:, :, z].T).save(folder / f"liver_GT_{z:03d}.png")
+
+
+def read_all(data: DataSet) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Case → voxels of scan and label map, in the axes of the scan."""
+    read = {}
+    for case in data.cases:
+        scan = read_scan(case.image)
+        label = read_label_map(case.label, scan, data.declared, ignore=data.ignore)
+        read[case.name] = scan.read(), scan.from_ras(label.ras.data).data
+    return read
+
+
+def check(root: Path, expected: dict[str, int], **options) -> DataSet:
+    """Every case has its patient's own voxels."""
+    data = find_pairs(root, **options)
+    assert [case.faults for case in data.cases] == [()] * len(expected)
+    read = read_all(data)
+    assert list(read) == list(expected)
+    for name, patient in expected.items():
+        assert np.array_equal(read[name][0], scan_of(patient))
+        assert np.array_equal(read[name][1], label_of(patient))
+    return data
+
+
+# ---------------------------------------------------------------------------------------
+# Pairs of files
+# ---------------------------------------------------------------------------------------
+
+# (scan, label map, name of the case) with the number of the patient in it
+PAIRS = {
+    "decathlon": ("imagesTr/liver_{}.nii.gz", "labelsTr/liver_{}.nii.gz", "liver_{}"),
+    "nnU-Net": ("imagesTr/liver_{}_0000.nii.gz", "labelsTr/liver_{}.nii.gz", "liver_{}"),
+    "lits": ("Batch {}/volume-{}.nii", "segmentations/segmentation-{}.nii.gz", "volume-{}"),
+    "lits in one folder": ("volume-{}.nii", "segmentation-{}.nii", "volume-{}"),
+    "train folders": ("TrainVolumes/p{}.nii.gz", "TrainSegmentation/p{}.nii.gz", "p{}"),
+    "numbers only": ("TrainVolumes/{}.nii.gz", "TrainSegmentation/{}.nii.gz", "{}"),
+    "images, labels": ("images/p{}.nii.gz", "labels/p{}.nii.gz", "p{}"),
+    "amos": ("images/amos_{}_0000.nii.gz", "labels/amos_{}.nii.gz", "amos_{}"),
+    "btcv": ("img/img000{}.nii.gz", "label/label000{}.nii.gz", "img000{}"),
+    "patient folders": ("patient_{}/ct.nii.gz", "patient_{}/ct_segmentation.nii.gz", "patient_{}"),
+    "named after the organ": ("p{}/CT.nii.gz", "p{}/liver_mask.nii.gz", "p{}"),
+    "named twice": ("p{}/p{}_ct.nii.gz", "p{}/p{}_seg.nii.gz", "p{}"),
+    "no word at the scan": ("case-{}.nii.gz", "case-{}_label.nii.gz", "case-{}"),
+    "glued": ("case{}.nii.gz", "case{}mask.nii.gz", "case{}"),
+    "only one of each": ("p{}/portal.nii.gz", "p{}/liver_seg.nii.gz", "p{}_portal"),
+    "phase folders": ("p{}/portal/ct.nii.gz", "p{}/portal/label.nii.gz", "p{}_portal"),
+    "capitals": ("Images/P{}.NII.GZ", "Labels/P{}.nii.gz", "P{}"),
+    "a set called seg": ("seg_set/p{}/ct.nii.gz", "seg_set/p{}/label.nii.gz", "p{}"),
+    "ct in both": ("images/ct_{}.nii.gz", "labels/ct_{}.nii.gz", "ct_{}"),
+    "spaces": ("My scans/pat {}.nii.gz", "My masks/pat-{}.nii.gz", "pat {}"),
+    "train, images": ("train/images/p{}.nii.gz", "train/labels/p{}.nii.gz", "p{}"),
+    "truth": ("volumes/p{}.nii.gz", "Ground Truth/p{}.nii.gz", "p{}"),
+}
+
+
+@pytest.mark.parametrize("layout", PAIRS)
+def test_files_are_paired_by_what_remains_of_their_paths(layout, tmp_path):
+    image, label, name = PAIRS[layout]
+    for patient in (1, 2, 10):
+        save(scan_of(patient), tmp_path / image.replace("{}", str(patient)))
+        save(label_of(patient % 5), tmp_path / label.replace("{}", str(patient)))
+    names = [name.replace("{}", str(patient)) for patient in (1, 2, 10)]
+    data = find_pairs(tmp_path)
+    assert [case.name for case in data.cases] == names  # in natural order
+    assert not any(case.faults for case in data.cases)
+    read = read_all(data)
+    for patient, name in zip((1, 2, 10), names, strict=True):
+        assert np.array_equal(read[name][0], scan_of(patient))
+        assert np.array_equal(read[name][1], label_of(patient % 5))
+    assert not data.unused
+
+
+def test_equal_names_in_different_folders_stay_apart(tmp_path):
+    for patient, folder in enumerate("AB"):
+        save(scan_of(patient), tmp_path / folder / "patient_1" / "ct.nii.gz")
+        save(label_of(patient), tmp_path / folder / "patient_1" / "label.nii.gz")
+    data = check(tmp_path, {"A_patient_1": 0, "B_patient_1": 1})
+    assert "told apart by their folders" in " ".join(data.notes)
+
+
+def test_two_sets_below_one_folder_stay_apart(tmp_path):
+    for patient, folder in enumerate(("one", "two")):
+        save(scan_of(patient), tmp_path / folder / "imagesTr" / "liver_0.nii.gz")
+        save(label_of(patient), tmp_path / folder / "labelsTr" / "liver_0.nii.gz")
+    check(tmp_path, {"one_liver_0": 0, "two_liver_0": 1})
+    (tmp_path / "one/labelsTr/liver_0.nii.gz").unlink()  # never another's label map
+    cases = {case.name: case for case in find_pairs(tmp_path).cases}
+    assert cases["one_liver_0"].label is None
+    assert cases["two_liver_0"].label == tmp_path / "two/labelsTr/liver_0.nii.gz"
+
+
+AMBIGUOUS = {
+    "two label maps": (["p/ct"], ["p/label", "p/seg"], "2 label maps for one scan"),
+    "two observers": (["p/ct"], ["p/label_anna", "p/label_bert"], "2 label maps for one scan"),
+    "two scans": (["p/ct", "p/scan"], ["p/label"], "2 scans for one label map"),
+    "two folders": (["images/x", "img/x"], ["labels/x"], "2 scans for one label map"),
+    "two batches": (["a/volume-1", "b/volume-1"], ["segmentation-1"], "2 scans for one label map"),
+    "folded alike": (["a_b/ct", "a/b_ct"], ["a/b_label"], "2 scans for one label map"),
+}
+
+
+@pytest.mark.parametrize("kind", AMBIGUOUS)
+def test_what_is_ambiguous_is_told_with_both_paths(kind, tmp_path):
+    scans, labels, message = AMBIGUOUS[kind]
+    for index, name in enumerate(scans):
+        save(scan_of(index), tmp_path / f"{name}.nii.gz")
+    for index, name in enumerate(labels):
+        save(label_of(index), tmp_path / f"{name}.nii.gz")
+    save(scan_of(7), tmp_path / "sound_ct.nii.gz")
+    save(label_of(2), tmp_path / "sound_label.nii.gz")
+    data = find_pairs(tmp_path)
+    (fault,) = [fault for case in data.cases for fault in case.faults]
+    assert message in fault
+    for name in scans if len(scans) > 1 else labels:
+        assert str(tmp_path / f"{name}.nii.gz") in fault
+    assert fault in "\n".join(describe_data_set(data))
+    (sound,) = [case for case in data.cases if not case.faults]
+    assert (sound.name, sound.image) == ("sound", tmp_path / "sound_ct.nii.gz")
+
+
+def test_one_scan_in_two_formats_is_told(tmp_path):
+    for suffix in (".nii", ".nii.gz"):
+        save(scan_of(0), tmp_path / f"images/x{suffix}")
+    save(label_of(0), tmp_path / "labels/x.nii.gz")
+    (case,) = find_pairs(tmp_path).cases
+    assert "2 scans for one label map" in case.faults[0]
+
+
+def test_what_has_no_partner_is_a_case_without_one(tmp_path):
+    for patient in (0, 1):
+        save(scan_of(patient), tmp_path / f"imagesTr/c{patient}.nii.gz")
+        save(label_of(patient), tmp_path / f"labelsTr/c{patient + 1}.nii.gz")
+    found = [(c.name, bool(c.image), bool(c.label)) for c in find_pairs(tmp_path).cases]
+    assert found == [("c0", True, False), ("c1", True, True), ("c2", False, True)]
+
+
+def test_hidden_files_test_cases_and_other_channels_are_not_used(tmp_path):
+    for patient in (0, 1):
+        for channel in ("0000", "0001"):
+            save(scan_of(patient), tmp_path / f"imagesTr/c{patient}_{channel}.nii.gz")
+        save(label_of(patient), tmp_path / f"labelsTr/c{patient}.nii.gz")
+        save(scan_of(patient), tmp_path / f"imagesTs/c{patient}_0000.nii.gz")
+    (tmp_path / "imagesTr/._c0_0000.nii.gz").write_bytes(b"\0\5\26\7 macOS")
+    save(scan_of(0), tmp_path / "prepared/imagesTr/other.nii.gz")
+    data = check(tmp_path, {"c0": 0, "c1": 1}, exclude=tmp_path / "prepared")
+    assert len(data.unused) == 4  # imagesTs and further channels
+    assert "2 further channels" in " ".join(data.notes)
+
+
+def test_two_folders_can_be_named(tmp_path):
+    for patient in (0, 1):
+        save(scan_of(patient), tmp_path / f"a/anna/study {patient}.nii.gz")
+        save(label_of(patient), tmp_path / f"b/anna/study {patient}.nii.gz")
+    with pytest.raises(InputError, match="--images FOLDER --labels FOLDER"):
+        find_pairs(tmp_path)
+    two = {"images": tmp_path / "a", "labels": tmp_path / "b"}
+    check(tmp_path, {"study 0": 0, "study 1": 1}, **two)
+    with pytest.raises(InputError, match="give both folders"):
+        find_pairs(tmp_path, images=tmp_path / "a")
+    with pytest.raises(InputError, match="no such folder"):
+        find_pairs(tmp_path, images=tmp_path / "a", labels=tmp_path / "c")
+
+
+def test_a_header_and_its_voxels_are_one_scan(tmp_path):
+    for patient in (0, 1):
+        folder = tmp_path / f"p{patient}"
+        folder.mkdir()
+        for name, array in (("ct", scan_of(patient)), ("ct_seg", label_of(patient))):
+            nib.save(nib.Nifti1Pair(array, AFFINE), folder / f"{name}.hdr")
+    check(tmp_path, {"p0": 0, "p1": 1})
+
+
+def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
+    save(scan_of(0), tmp_path / "p/ct.nii.gz")
+    save(label_of(0), tmp_path / "p/label.nii.gz")
+    (tmp_path / "p" / "again").symlink_to(tmp_path, target_is_directory=True)
+    check(tmp_path, {"p": 0})
+
+
+def test_names_are_safe_whatever_files_are_called(tmp_path):
+    for index, name in enumerate(("=1+1", "-x", "+y", "@z", "a..b", "w" * 180)):
+        save(scan_of(index), tmp_path / f"{name}/ct.nii.gz")
+        save(label_of(index), tmp_path / f"{name}/label.nii.gz")
+    names = [case.name for case in find_pairs(tmp_path).cases]
+    assert {"1+1", "x", "y", "z", "a.b"} < set(names)
+    assert max(map(len, names)) <= 100
+    assert len({name.casefold() for name in names}) == 6
+
+
+def test_names_that_differ_by_capitals_or_signs_alone_stay_apart(tmp_path):
+    for index, name in enumerate(("P1", "p1", "p1:", "p1*")):
+        save(scan_of(index), tmp_path / f"images/{name}.nii.gz")
+        save(label_of(index), tmp_path / f"labels/{name}.nii.gz")
+    data = find_pairs(tmp_path)
+    assert len({case.name.casefold() for case in data.cases}) == 4
+    assert all(case.image.name == case.label.name for case in data.cases)
+
+
+def test_a_name_that_is_not_utf8_is_a_fault_of_its_case(tmp_path):
+    for index, name in enumerate((b"caf\xe9", b"sound")):
+        for kind, array in (("images", scan_of(index)), ("labels", label_of(index))):
+            written = save(array, tmp_path / kind / "x.nii.gz")
+            written.rename(written.with_name(os.fsdecode(name) + ".nii.gz"))
+    bad, sound = find_pairs(tmp_path).cases
+    assert "is not UTF-8; rename it" in bad.faults[0]
+    assert sound.faults == ()
+    "\n".join([*describe_data_set(find_pairs(tmp_path)), bad.name]).encode()
+
+
+def test_pairing_costs_the_same_for_every_case(tmp_path, monkeypatch):
+    for patient in range(300):
+        for folder in ("images", "labels"):
+            path = tmp_path / f"p{patient}" / folder / "x.nii"
+            path.parent.mkdir(parents=True)
+            path.touch()
+    scanned: list[str] = []
+    real = os.scandir
+
+    def count(path="."):
+        scanned.append(str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", count)
+    data = find_pairs(tmp_path)
+    assert len(data.cases) == 300
+    assert len(scanned) == len(set(scanned))  # each folder is listed once
+
+
+def test_add_once_raises_instead_of_overwriting():
+    table: dict[str, int] = {}
+    add_once(table, "a", 1)
+    add_once(table, "a", 1)
+    with pytest.raises(InputError, match="1 and 2"):
+        add_once(table, "a", 2)
+
+
+# ---------------------------------------------------------------------------------------
+# Series and masks
+# ---------------------------------------------------------------------------------------
+
+
+def as_seg(slices: list[Path], label: np.ndarray, path: Path, names=("liver", "tumour")) -> None:
+    scan = read_scan(slices[0].parent)
+    stored = scan.from_ras(Volume(label, AFFINE).ras.data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    classes = {"background": (0,)} | {name: (i,) for i, name in enumerate(names, start=1)}
+    assert write_seg(stored, scan, classes, path) == []
+
+
+def lay_seg(root: Path, patient: int) -> None:
+    as_seg(save_series(scan_of(patient), root / f"p{patient}/scan"), label_of(patient),
+           root / f"p{patient}/seg.dcm")  # fmt: skip
+
+
+def lay_seg_without_reference(root: Path, patient: int) -> None:
+    lay_seg(root, patient)
+    seg = pydicom.dcmread(root / f"p{patient}/seg.dcm")
+    del seg.ReferencedSeriesSequence
+    seg.save_as(root / f"p{patient}/seg.dcm")
+
+
+def lay_nifti_label_beside(root: Path, patient: int) -> None:
+    save_series(scan_of(patient), root / f"p{patient}/ct")
+    save(label_of(patient), root / f"p{patient}/ct_label.nii.gz")
+
+
+def lay_nifti_label_inside(root: Path, patient: int) -> None:
+    save_series(scan_of(patient), root / f"p{patient}/scan")
+    save(label_of(patient), root / f"p{patient}/scan/liver.nii.gz")
+
+
+def lay_nifti_label_elsewhere(root: Path, patient: int) -> None:
+    save_series(scan_of(patient), root / f"series/p{patient}")
+    save(label_of(patient), root / f"labels/p{patient}.nii.gz")
+
+
+def lay_ircad(root: Path, patient: int) -> None:
+    """3D-IRCADb: a series per structure, 0 and 255."""
+    folder, label = root / f"p{patient}", label_of(patient)
+    slices = save_series(scan_of(patient), folder / "PATIENT_DICOM")
+    frame = str(pydicom.dcmread(slices[0]).FrameOfReferenceUID)
+    two = np.arange(SHAPE[2]) == 2
+    masks = {
+        "liver": label > 0,
+        "livertumor01": (label == 2) & two,
+        "livertumor02": (label == 2) & ~two,
+        "skin": label >= 0,
+        "portalvein": label == 1,
+    }
+    for name, mask in masks.items():
+        set_frame(save_series(255 * mask, folder / "MASKS_DICOM" / name), frame)
+    save_series(label * 40, folder / "LABELLED_DICOM")
+
+
+def set_frame(files: list[Path], uid: str) -> None:
+    """Write another frame of reference into a series."""
+    for file in files:
+        header = pydicom.dcmread(file)
+        header.FrameOfReferenceUID = uid
+        header.save_as(file)
+
+
+def lay_total(root: Path, patient: int) -> None:
+    """TotalSegmentator: a file per structure."""
+    label = label_of(patient)
+    save(scan_of(patient), root / f"p{patient}/ct.nii.gz")
+    for name, mask in {"liver": label > 0, "liver_tumor": label == 2, "spleen": label < 1}.items():
+        save(mask.astype(np.uint8), root / f"p{patient}/segmentations/{name}.nii.gz")
+
+
+def lay_mask_files(root: Path, patient: int) -> None:
+    label = label_of(patient)
+    save(scan_of(patient), root / f"p{patient}/scan.nii.gz")
+    for name, mask in {"liver": label > 0, "lesion": label == 2}.items():
+        save(mask.astype(np.uint8), root / f"p{patient}/{name}_mask.nii.gz")
+
+
+SERIES: dict[str, Callable[[Path, int], None]] = {
+    "SEG": lay_seg,
+    "SEG without reference": lay_seg_without_reference,
+    "NIfTI beside": lay_nifti_label_beside,
+    "NIfTI inside": lay_nifti_label_inside,
+    "NIfTI elsewhere": lay_nifti_label_elsewhere,
+    "3D-IRCADb": lay_ircad,
+    "TotalSegmentator": lay_total,
+    "a file per mask": lay_mask_files,
+}
+
+
+def on_scan_axes(data: DataSet, patient: int, case) -> tuple[np.ndarray, np.ndarray]:
+    """RAS voxels of a case's scan and label map."""
+    scan = read_scan(case.image)
+    return scan.ras.data, read_label_map(case.label, scan, data.declared).ras.data
+
+
+@pytest.mark.parametrize("layout", SERIES)
+def test_series_and_masks_give_the_right_voxels(layout, tmp_path):
+    for patient in (1, 2, 3):
+        SERIES[layout](tmp_path, patient)
+    data = find_pairs(tmp_path)
+    assert [case.name for case in data.cases] == ["p1", "p2", "p3"]
+    for patient, case in enumerate(data.cases, start=1):
+        assert case.faults == ()
+        scan, label = on_scan_axes(data, patient, case)
+        assert np.array_equal(scan, Volume(scan_of(patient), AFFINE).ras.data)
+        assert np.array_equal(label, Volume(label_of(patient), AFFINE).ras.data)
+        assert hash_inputs([case.image, case.label])
+
+
+def lay_chaos(root: Path, patient: int, greys=(0, 255)) -> np.ndarray:
+    """CHAOS: a series and a stack of pictures; returns the liver (X, Y, Z) in stored axes."""
+    liver = (label_of(patient) > 0).astype(np.uint8)
+    folder = root / f"Train_Sets/CT/{patient}"
+    files = save_series(scan_of(patient), folder / "DICOM_anon")
+    read = read_scan(folder / "DICOM_anon")
+    stored = read.from_ras(Volume(liver, AFFINE).ras.data).data
+    order = np.argsort([read.files.index(file) for file in sorted(files)])
+    by_name = np.empty_like(stored)
+    for index, file in enumerate(sorted(files)):
+        by_name[:, :, index] = stored[:, :, read.files.index(file)]
+    assert len(order) == SHAPE[2]
+    save_pngs(np.asarray(greys, np.uint8)[by_name], folder / "Ground")
+    return stored
+
+
+@pytest.mark.parametrize("greys", [(0, 255), (0, 1), (126, 63), (252, 63)])
+def test_a_stack_of_pictures_is_a_label_map(greys, tmp_path):
+    livers = [lay_chaos(tmp_path, patient, greys) for patient in (1, 2)]
+    data = find_pairs(tmp_path)
+    assert [case.name for case in data.cases] == ["1", "2"]
+    for liver, case in zip(livers, data.cases, strict=True):
+        scan = read_scan(case.image)
+        assert np.array_equal(read_label_map(case.label, scan, data.declared).read(), liver)
+
+
+def test_pictures_that_do_not_fit_the_slices_are_told(tmp_path):
+    lay_chaos(tmp_path, 1)
+    folder = tmp_path / "Train_Sets/CT/1/Ground"
+    (case,) = find_pairs(tmp_path).cases
+    scan = read_scan(case.image)
+    greys = np.zeros((SHAPE[1], SHAPE[0]), np.uint8)
+    greys[0, :3] = 10, 20, 30
+    Image.fromarray(greys).save(folder / "liver_GT_002.png")
+    with pytest.raises(InputError, match=r"greys \[10, 20, 30, 255\]"):
+        read_label_map(case.label, scan, {"liver": (1,)})
+    Image.fromarray(greys[:4]).save(folder / "liver_GT_002.png")
+    with pytest.raises(InputError, match=r"\(12, 4\) pixels.*\(12, 10\)"):
+        read_label_map(case.label, scan, {"liver": (1,)})
+    (folder / "liver_GT_002.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="not a readable PNG"):
+        read_label_map(case.label, scan, {"liver": (1,)})
+    (folder / "liver_GT_002.png").unlink()
+    with pytest.raises(InputError, match=r"holds 5 PNGs, but .* has 6 slices") as error:
+        read_label_map(case.label, scan, {"liver": (1,)})
+    assert error.value.kind == "shape"
+
+
+def test_masks_of_another_scan_are_refused(tmp_path):
+    lay_ircad(tmp_path, 1)
+    (case,) = find_pairs(tmp_path).cases
+    scan = read_scan(case.image)
+    liver = list((tmp_path / "p1/MASKS_DICOM/liver").iterdir())
+    set_frame(liver, "1.2.3")
+    with pytest.raises(InputError, match="another frame of reference"):
+        read_label_map(case.label, read_scan(case.image), {"liver": (1,)})
+    moved = scan.affine.copy()
+    moved[0, 3] += 9  # mm
+    with pytest.raises(InputError, match="voxels apart") as error:
+        read_label_map(case.label, Volume(scan.read(), moved), {"liver": (1,)})
+    assert error.value.kind == "grid"
+
+
+def test_other_structures_are_used_when_they_are_named(tmp_path):
+    lay_total(tmp_path, 1)
+    data = find_pairs(tmp_path)
+    assert "spleen" in " ".join(data.notes)
+    data = find_pairs(tmp_path, values={"liver": (6,), "spleen": (1,)})
+    assert data.declared == {"background": (0,), "liver": (6,), "spleen": (1,)}
+    (case,) = data.cases
+    _, label = on_scan_axes(data, 1, case)
+    expected = np.where(label_of(1) > 0, 6, 1)
+    assert np.array_equal(label, Volume(expected.astype(np.uint8), AFFINE).ras.data)
+    with pytest.raises(InputError, match=r"none of the masks liver, .*is one of the labels"):
+        read_label_map(case.label, read_scan(case.image), {"pancreas": (1,)})
+
+
+def test_a_mask_with_several_values_is_refused(tmp_path):
+    lay_total(tmp_path, 1)
+    save(label_of(1), tmp_path / "p1/segmentations/liver.nii.gz")
+    data = find_pairs(tmp_path)
+    with pytest.raises(InputError, match=r"mask of one structure.*\[0, 1, 2\]"):
+        read_all(data)
+
+
+def test_two_series_in_one_folder_have_names_by_their_uids(tmp_path):
+    slices = save_series(scan_of(1), tmp_path / "study/a")
+    others = save_series(scan_of(2), tmp_path / "study/b")
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for index, file in enumerate((*slices, *others)):
+        file.rename(folder / f"{index:02d}.dcm")
+    for index in (0, len(slices)):
+        scan = read_scan(folder / f"{index:02d}.dcm")
+        patient = 1 if index == 0 else 2
+        stored = scan.from_ras(Volume(label_of(patient), AFFINE).ras.data)
+        classes = {"background": (0,), "liver": (1,), "tumour": (2,)}
+        assert write_seg(stored, scan, classes, tmp_path / f"segs/{index}.dcm") == []
+    data = find_pairs(tmp_path)
+    assert all(case.name.split("_")[0] == "series" for case in data.cases)
+    assert [len(case.name) for case in data.cases] == [17, 17]
+    for case in data.cases:
+        scan, label = on_scan_axes(data, 0, case)
+        patient = 1 if np.array_equal(scan, Volume(scan_of(1), AFFINE).ras.data) else 2
+        assert np.array_equal(label, Volume(label_of(patient), AFFINE).ras.data)
+
+
+def test_two_segs_of_one_series_are_told(tmp_path):
+    lay_seg(tmp_path, 1)
+    scan = read_scan(tmp_path / "p1/scan")
+    stored = scan.from_ras(Volume(label_of(2), AFFINE).ras.data)
+    write_seg(stored, scan, {"background": (0,), "liver": (1, 2)}, tmp_path / "p1/other.dcm")
+    (case,) = find_pairs(tmp_path).cases
+    assert "2 label maps for one scan" in case.faults[0]
+    assert "other.dcm" in case.faults[0] and "seg.dcm" in case.faults[0]
+
+
+def test_segment_names_decide_not_their_numbers(tmp_path):
+    slices = save_series(scan_of(1), tmp_path / "p1/scan")
+    swapped = np.choose(label_of(1), [0, 2, 1]).astype(np.uint8)
+    as_seg(slices, swapped, tmp_path / "p1/seg.dcm", names=("Tumor", "Liver"))
+    data = find_pairs(tmp_path)
+    assert data.declared == {"background": (0,), "liver": (1,), "tumour": (2,)}
+    _, label = on_scan_axes(data, 1, data.cases[0])
+    assert np.array_equal(label, Volume(label_of(1), AFFINE).ras.data)
+
+
+def test_a_series_without_label_map_is_told_and_not_a_case(tmp_path):
+    lay_seg(tmp_path, 1)
+    save_series(scan_of(2), tmp_path / "p2/scan")
+    data = find_pairs(tmp_path)
+    assert [case.name for case in data.cases] == ["p1"]
+    assert "p2/scan, a series of 6 images without a label map" in " ".join(data.notes)
+
+
+def test_dicom_that_cannot_be_read_leaves_its_neighbours(tmp_path):
+    lay_seg(tmp_path, 1)
+    (tmp_path / "p2").mkdir()
+    whole = next((tmp_path / "p1/scan").iterdir()).read_bytes()
+    (tmp_path / "p2/cut.dcm").write_bytes(whole[:400])
+    data = find_pairs(tmp_path)
+    assert [case.name for case in data.cases] == ["p1"]
+    assert "cut.dcm" in " ".join(data.notes)
+
+
+# ---------------------------------------------------------------------------------------
+# What the labels are called
+# ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    save(scan_of(1), tmp_path / "imagesTr/x.nii.gz")
+    save(label_of(1), tmp_path / "labelsTr/x.nii.gz")
+    return tmp_path
+
+
+BTCV = {"0": "background", "1": "spleen", "2": "right kidney", "6": "liver"}
+DECLARED = {
+    "decathlon": (BTCV, {"background": (0,), "spleen": (1,), "right kidney": (2,), "liver": (6,)}),
+    "nnU-Net": (
+        {"background": 0, "tumour": 1, "liver": 2},
+        {"background": (0,), "tumour": (1,), "liver": (2,)},
+    ),
+    "regions": (
+        {"background": 0, "liver": [1, 2], "tumour": [2]},
+        {"background": (0,), "liver": (1,), "tumour": (2,)},
+    ),
+    "region with a number": (
+        {"background": 0, "whole": [1, 2, 3], "liver": [1, 2], "tumour": 2},
+        {"background": (0,), "whole": (3,), "liver": (1,), "tumour": (2,)},
+    ),
+    "two values, one name": (
+        {"0": "background", "1": "liver", "2": "liver"},
+        {"background": (0,), "liver": (1, 2)},
+    ),
+    "no background": ({"liver": 1}, {"background": (0,), "liver": (1,)}),
+}
+
+
+@pytest.mark.parametrize("bom", [False, True])
+@pytest.mark.parametrize("form", DECLARED)
+def test_descriptions_name_the_values(form, bom, pair):
+    content, declared = DECLARED[form]
+    text = json.dumps({"labels": content, "numTraining": 3})
+    (pair / "dataset.json").write_text(text, encoding="utf-8-sig" if bom else "utf-8")
+    data = find_pairs(pair)
+    assert (data.declared, data.announced, data.ignore) == (declared, 3, ())
+    assert any("announces 3 cases" in line for line in describe_data_set(data))
+    assert find_pairs(pair, values={"liver": (1, 2)}).declared["liver"] == (1, 2)
+
+
+def test_a_value_to_ignore_is_no_class(pair):
+    content = {"labels": {"background": 0, "liver": 1, "ignore": 2}}
+    (pair / "dataset.json").write_text(json.dumps(content))
+    data = find_pairs(pair)
+    assert (data.declared, data.ignore) == ({"background": (0,), "liver": (1,)}, (2,))
+    content["labels"]["tumour"] = 2
+    (pair / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"both have the value 2|is to be ignored and is a label"):
+        find_pairs(pair)
+
+
+BAD_DESCRIPTIONS = {
+    "no labels": {"classes": ["liver"]},
+    "list": {"labels": ["background", "liver"]},
+    "names of names": {"labels": {"liver": "one"}},
+    "negative": {"labels": {"liver": -1}},
+    "fraction": {"labels": {"liver": 1.5}},
+    "true": {"labels": {"liver": True}},
+    "huge": {"labels": {"liver": 10**9}},
+    "nested": {"labels": {"liver": {"value": 1}}},
+    "no name": {"labels": {"1": None}},
+    "background only": {"labels": {"background": 0}},
+    "empty list": {"labels": {"liver": []}},
+    "a list": [1, 2],
+    "a number": 3,
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DESCRIPTIONS)
+def test_a_description_of_another_form_is_refused_with_the_form(kind, pair):
+    (pair / "dataset.json").write_text(json.dumps(BAD_DESCRIPTIONS[kind]))
+    with pytest.raises(InputError, match=r"dataset\.json.*must have .labels. as Decathlon"):
+        find_pairs(pair)
+
+
+@pytest.mark.parametrize("text", ["", "{", "\0\1", "[" * 100000])
+def test_a_description_that_is_no_json_is_refused(text, pair):
+    (pair / "dataset.json").write_text(text)
+    with pytest.raises(InputError, match=r"dataset\.json: must be a JSON object"):
+        find_pairs(pair)
+
+
+def test_the_nearest_description_counts_and_two_that_differ_are_told(pair):
+    (pair / "dataset.json").write_text(json.dumps({"labels": {"liver": 1, "tumour": 2}}))
+    (pair / "other").mkdir()
+    (pair / "other/dataset.json").write_text(json.dumps({"labels": {"spleen": 1}}))
+    assert "liver" in find_pairs(pair).declared
+    save(scan_of(2), pair / "other/imagesTr/y.nii.gz")
+    save(label_of(2), pair / "other/labelsTr/y.nii.gz")
+    with pytest.raises(InputError, match=r"dataset.json says .*other/dataset.json says .*--values"):
+        find_pairs(pair)
+    assert find_pairs(pair, values={"liver": (1,)}).declared["liver"] == (1,)
+
+
+# ---------------------------------------------------------------------------------------
+# Splits and patients
+# ---------------------------------------------------------------------------------------
+
+SPLIT = {"liver_0": "training", "liver_1": "training", "liver_2": "validation"}
+SPLIT_FILES = {
+    "ours": {"training": ["liver_0", "liver_1"], "validation": ["liver_2"], "test": []},
+    "nnU-Net": [
+        {"train": ["liver_0", "liver_1"], "val": ["liver_2"]},
+        {"train": ["liver_2"], "val": ["liver_0", "liver_1"]},
+    ],
+    "monai": {
+        "name": "liver",
+        "training": [{"image": f"imagesTr/liver_{i}.nii.gz", "label": "x"} for i in (0, 1)],
+        "validation": [{"image": ["./imagesTr/liver_2_0000.nii.gz"]}],
+        "test": ["./imagesTs/liver_9.nii.gz"],
+    },
+    "monai folds": {
+        "training": [
+            {"image": f"C:\\data\\imagesTr\\liver_{i}.nii.gz", "fold": int(i < 2)} for i in range(3)
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("form", SPLIT_FILES)
+def test_splits_of_other_programs_are_read(form, tmp_path):
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps(SPLIT_FILES[form]), encoding="utf-8-sig")
+    assert read_split(path, list(SPLIT)) == SPLIT
+
+
+@pytest.mark.parametrize(
+    "content", [[], {}, 3, "x", [1], {"train_cases": ["a"]}, {"training": [1]}, {"training": [[]]}]
+)
+def test_a_split_of_another_form_is_refused(content, tmp_path):
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps(content))
+    message = "must be JSON with lists of cases under training, validation, test"
+    with pytest.raises(InputError, match=message):
+        read_split(path, ["a"])
+
+
+def test_a_case_in_two_splits_or_of_two_meanings_is_refused(tmp_path):
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps({"training": ["a"], "test": ["a"]}))
+    with pytest.raises(InputError, match="two splits"):
+        read_split(path, ["a"])
+    path.write_text(json.dumps({"training": ["imagesTr/3.nii.gz"]}))
+    with pytest.raises(InputError, match="may be img3 or volume-3"):
+        read_split(path, ["img3", "volume-3"])
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_patients_are_read_as_spreadsheets_write_them(separator, tmp_path):
+    path = tmp_path / "patients.csv"
+    rows = [("case", "patient"), ("a", "anna"), ("b", "bert")]
+    path.write_text("\r\n".join(map(separator.join, rows)), encoding="utf-8-sig")
+    assert read_patients(path) == {"a": "anna", "b": "bert"}
+    path.write_text("case,patient\na,anna\na,bert\n")
+    with pytest.raises(InputError, match="two patients"):
+        read_patients(path)
+    path.write_text("case,patient\na,\n")
+    with pytest.raises(InputError, match="lacks case or patient"):
+        read_patients(path)
+
+
+# ---------------------------------------------------------------------------------------
+# Scans and truths by name
+# ---------------------------------------------------------------------------------------
+
+
+def paths(root: Path, *names: str) -> list[Path]:
+    return [root / name for name in names]
+
+
+BY_NAME = {
+    "same": (["x.nii.gz", "y.nii.gz"], ["y.nii.gz", "x.nii.gz"], [1, 0]),
+    "nnU-Net": (["x_0000.nii.gz", "y_0000.nii.gz"], ["x.nii.gz", "y.nii.gz"], [0, 1]),
+    "our results": (["x.nii.gz", "y.nii.gz"], ["x/x_label.nii.gz", "y/y_label.nii.gz"], [0, 1]),
+    "lits": (
+        ["volume-1.nii", "volume-2.nii"],
+        ["segmentation-2.nii", "segmentation-3.nii"],
+        [None, 0],
+    ),
+    "folders": (["A/p.nii", "B/p.nii"], ["B/p_seg.nii", "A/p_seg.nii"], [1, 0]),
+    "folders against none": (["x/ct_x.nii"], ["x.nii"], [0]),
+}
+
+
+@pytest.mark.parametrize("kind", BY_NAME)
+def test_label_maps_are_found_by_name(kind, tmp_path):
+    scans, truths, expected = BY_NAME[kind]
+    truths = paths(tmp_path / "truths", *truths)
+    found = pair_by_name(paths(tmp_path / "scans", *scans), truths)
+    assert found == [None if index is None else truths[index] for index in expected]
+
+
+def test_names_that_fit_none_or_several_are_refused(tmp_path):
+    with pytest.raises(InputError, match="none of 1 label maps"):
+        pair_by_name(paths(tmp_path, "s/x.nii"), paths(tmp_path, "t/z.nii"))
+    with pytest.raises(InputError, match="both called like it"):
+        pair_by_name(paths(tmp_path, "s/x.nii"), paths(tmp_path, "t/A/x.nii", "t/B/x.nii"))
+    with pytest.raises(InputError, match="both called like it"):
+        pair_by_name(paths(tmp_path, "s/A/x.nii", "s/B/x.nii"), paths(tmp_path, "t/x.nii"))
+    assert pair_by_name([], []) == []
+
+
+def test_scans_are_named_by_their_last_names_or_whole_paths(tmp_path):
+    names = ("A/x.nii.gz", "B/x.NII.GZ", "y.mha", "..z.nii")
+    assert name_scans(paths(tmp_path, *names), tmp_path) == ["A_x", "B_x", "y", "z"]
+    assert name_scans(paths(tmp_path, "A/x.nii")) == ["x"]
+
+
+def test_scans_are_found_at_any_depth_and_in_any_letters(tmp_path):
+    save(scan_of(0), tmp_path / "X.NII.GZ")
+    save_series(scan_of(1), tmp_path / "a/b/c/series")
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for index, patient in enumerate((2, 3)):
+        for file in save_series(scan_of(patient), tmp_path / f"s{patient}"):
+            file.rename(mixed / f"{index}{file.name}")
+        (tmp_path / f"s{patient}").rmdir()
+    found = find_scans(tmp_path)
+    assert found[0] == tmp_path / "X.NII.GZ"
+    assert tmp_path / "a/b/c/series" in found and len(found) == 4
+    arrays = [read_scan(path).ras.data for path in found]
+    for patient in range(4):
+        expected = Volume(scan_of(patient), AFFINE).ras.data
+        assert sum(np.array_equal(array, expected) for array in arrays) == 1
+    assert find_scans(tmp_path / "a/b/c/series") == [tmp_path / "a/b/c/series"]
+
+
+def test_a_folder_without_scan_and_a_seg_are_told(tmp_path):
+    with pytest.raises(InputError, match="holds no scan; expected"):
+        find_scans(tmp_path)
+    lay_seg(tmp_path, 1)
+    (tmp_path / "only").mkdir()
+    seg = (tmp_path / "p1/seg.dcm").rename(tmp_path / "only/seg.dcm")
+    with pytest.raises(InputError, match="holds only DICOM SEGs"):
+        find_scans(tmp_path / "only")
+    for path in (seg, seg.parent):
+        with pytest.raises(InputError, match=r"SEG|Segmentation Storage"):
+            read_scan(path)
