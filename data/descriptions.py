@@ -75,8 +75,9 @@ def _read_labels(entries: dict[str, Any]) -> Labels:
     for key, content in entries.items():
         if by_value and not isinstance(content, str):
             raise ValueError(f"the name of {key} must be a text, got {content!r}")
-        values = [key] if by_value else content if isinstance(content, list) else [content]
-        name = content if by_value else key
+        listed = content if isinstance(content, list) else [content]
+        values = [key] if by_value else listed
+        name = str(content if by_value else key)
         found[name] = tuple(sorted({*found.get(name, ()), *map(number, values)}))
         if not found[name]:
             raise ValueError(f"{name} has no value")

@@ -41,9 +41,10 @@ def name_words(name: str) -> list[str]:
     Words that run together are parted where one of the table begins the name: `livertumor02`.
     """
     words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
-    parted = []
+    parted: list[str] = []
     for word in words:
-        head = next((w for w in ("liver", "hepatic") if word.startswith(w) and word != w), "")
+        heads = (w for w in ("liver", "hepatic") if word.startswith(w) and word != w)
+        head: str = next(heads, "")
         parted += [head, word.removeprefix(head)] if word.removeprefix(head) in WORD else [word]
     return list(dict.fromkeys(WORD.get(word, word) for word in parted if word))
 

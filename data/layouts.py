@@ -16,6 +16,7 @@ from data.cases import Case
 from data.descriptions import Description, find_description, read_patients, read_split
 from data.dicom import DicomItem, choose_segment_values, find_dicom
 from data.labels import BACKGROUND, Labels, describe_labels, find_label, list_values
+from data.masks import Masks
 from data.names import (
     Kind,
     Named,
@@ -133,17 +134,17 @@ class Search:
                 continue  # pictures of anything
             self.seen += [one] * (one.path not in stacks)
             if any("Ts" in split_words(part) for part in one.path.relative_to(root).parts[:-1]):
-                continue  # imagesTs: the test cases of a challenge
+                continue  # imagesTs, labelsTs: the test cases of a challenge
             (self.labels if one.kind == "label" else self.scans).append(one)
 
     def _name_layout(self, pairing: Pairing) -> str:
         folders = {part for named in self.seen for part in named.path.parts[:-1]}
-        stems = [name_case(named.path).partition("-") for named in self.scans + self.labels]
+        stems = [name_case(path).partition("-") for path in pairing.found]
         if self.series:
             return "dicom"
         if {"imagesTr", "labelsTr"} <= folders:
             return "decathlon"
-        if all(first in ("volume", "segmentation") and dash for first, dash, _ in stems):
+        if stems and all(first == "volume" and dash for first, dash, _ in stems):
             return "lits"
         masks = any(isinstance(label, tuple) for label in pairing.found.values())
         return "a mask per structure" if masks else "images and labels by name"
@@ -191,8 +192,11 @@ class Search:
 
     def _make_cases(self, pairing: Pairing) -> list[Case]:
         """Cases of pairs, of faults and of what stayed alone, each with a name of its own."""
-        entries = [(n, n.path, pairing.found[n.path], "") for n in (*pairing.scans, *pairing.labels)
-                   if n.path in pairing.found]  # fmt: skip
+        entries: list[tuple[Named, Path | None, Path | Masks | None, str]] = [
+            (named, named.path, pairing.found[named.path], "")
+            for named in (*pairing.scans, *pairing.labels)
+            if named.path in pairing.found
+        ]
         worded = any(named.kind == "scan" for named, *_ in entries)
         for scan in pairing.free(pairing.scans):
             if scan.path in self.series:
@@ -201,7 +205,7 @@ class Search:
                     f"not used: {show_path(scan.path)}, a series of {count} images without a label "
                     "map"
                 )
-            elif not self.series and (scan.kind == "scan" or not worded):
+            elif not self.series and (scan.kind == "scan" or not worded) and not is_test(scan):
                 entries.append((scan, scan.path, None, ""))
         for fault in pairing.faults:
             first = (fault.scans or fault.labels)[0]
@@ -280,6 +284,12 @@ class Search:
                 f"masks of {len(others)} other structures are not used ({told}); name those you "
                 "want: --values liver=1 spleen=2"
             )
+
+
+def is_test(named: Named) -> bool:
+    """Whether a scan belongs to the test cases of a challenge, whose label maps nobody has."""
+    words = {word.lower() for part in named.parts for word in part.split("_")}
+    return bool(words & {"test", "testing"})
 
 
 def _find_bad_names(paths: Sequence[Path | None]) -> list[str]:

@@ -42,8 +42,9 @@ Kind = Literal["scan", "label", ""]
 
 def name_case(path: Path) -> str:
     """`liver_3` for `…/liver_3.nii.gz`; the folder's own name for a DICOM folder."""
-    known = [s for s in (*VOLUME_SUFFIXES, ".dcm") if path.name.lower().endswith(s)]
-    return path.name[: len(path.name) - len(max(known, key=len, default=""))]
+    name = path.name
+    known = [s for s in (*VOLUME_SUFFIXES, ".dcm") if name.lower().endswith(s)]
+    return name[: len(name) - len(max(known, key=len, default=""))]
 
 
 def show_path(path: Path) -> str:
@@ -120,7 +121,7 @@ def name_files(paths: Sequence[Path], root: Path, kind: Kind = "") -> list[Named
             k if i == len(found) - 1 or tuple(components[: i + 1]) not in mixed else ""
             for i, k in enumerate(found)
         ]
-        own = kind or next((k for k in ("label", "scan") if k in telling), "")
+        own = kind or kind_of(telling)  # the kinds are words of the tables themselves
         rests = [strip_words(text) for text in components]
         parts, spelt = (tuple(rest[i] for rest in rests if rest[0]) for i in (0, 1))
         if rests and rests[-1][0].isdigit():  # volume-3, img0001: a number alone is no name
@@ -174,10 +175,11 @@ def name_apart(parts: Sequence[Sequence[str]]) -> list[str]:
 
 def name_scans(paths: Sequence[Path], root: Path | None = None) -> list[str]:
     """Unique safe case names: the last name, with the folders below `root` where it comes twice."""
+    top = Path("/") if root is None else root.resolve()
     parts = []
     for path in map(Path.resolve, paths):
-        inside = root is not None and path.is_relative_to(root.resolve()) and path != root.resolve()
-        folders = path.relative_to(root.resolve()).parts[:-1] if inside else path.parts[1:-1]
+        inside = path.is_relative_to(top) and path != top
+        folders = path.relative_to(top).parts[:-1] if inside else path.parts[1:-1]
         parts.append((*folders, name_case(path)))
     return name_apart(parts)
 
@@ -263,8 +265,13 @@ def list_plain_files(folder: Path) -> list[Path]:
 def list_below(folder: Path, exclude: Path | None = None) -> list[Path]:
     """All files, also through links, each folder listed once; hidden ones (macOS leaves
     `._x.nii`) and `exclude` are not."""
-    files, seen = [], set()
-    for place, subfolders, names in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:  # what cannot be listed must not be missing silently
+        raise InputError(f"{error.filename}: cannot be listed ({error.strerror}); ask its owner")
+
+    files: list[Path] = []
+    seen: set[str] = set()
+    for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:  # a link to a folder above it
             subfolders.clear()

@@ -6,15 +6,24 @@ both paths and never guessed.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.labels import SYNONYMS, common_name
+from data.labels import SYNONYMS, WORD, common_name
 from data.masks import Masks
-from data.names import Named, kind_of, match_ends, name_case, show_path, split_words
+from data.names import (
+    Named,
+    kind_of,
+    match_ends,
+    name_case,
+    show_path,
+    split_words,
+    strip_words,
+)
 from utilities import InputError
 
 
@@ -44,7 +53,9 @@ class Pairing:
     found: dict[Path, Path | Masks] = field(default_factory=dict)  # scan → its label map or masks
     faults: list[Fault] = field(default_factory=list)
     taken: set[Path] = field(default_factory=set)
-    longer: dict[Hashable, list[Named]] = field(default_factory=dict)  # see `_candidates`
+    longer: defaultdict[Hashable, list[tuple[str, Named]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # see `_candidates`
     channels: int = 0  # files of nnU-Net's further channels, left out
 
     def run(self) -> None:
@@ -99,6 +110,8 @@ class Pairing:
         is called; where there are several, the one that is called so."""
         inside = Counter(p if p.is_dir() else p.parent for p in self.series)
         beside = Counter(folder.parent for folder in inside)
+        names = Counter(folder.name for folder in inside)
+        lone = {name: count == 1 for name, count in names.items()}
         files = [one for one in (*self.scans, *self.labels) if one.path not in self.series]
         files = [one for one in self.free(files) if one.path.is_file()] if self.series else []
         by_folder = _group(files, lambda one: one.path.parent)
@@ -108,18 +121,19 @@ class Pairing:
             if inside[folder] > 1:
                 continue
             only = beside[folder.parent] == 1 and folder.parent not in inside
+            near = by_folder[folder.parent]
             for group in (
                 by_folder[folder],
                 [one for one in by_name[folder.name] if one.path.parent == folder.parent],
-                by_folder[folder.parent] if only else [],
-                by_name[folder.name],
+                [one for one in near if agree(scan, one)] if only else [],
+                [one for one in by_name[folder.name] if one.kind != "label" and lone[folder.name]],
             ):
                 group = self.free(group)
                 worded = [n for n in group if kind_of(split_words(name_case(n.path))) == "label"]
                 group = worded or group
                 if len(group) == 1:
                     self.match(scan.path, group[0].path)
-                elif group and not are_masks(group):
+                elif group and not are_masks([(n.parts[-1] if n.parts else "", n) for n in group]):
                     self.tell([scan], group)
                 if group:
                     break
@@ -140,23 +154,31 @@ class Pairing:
             else:
                 self.tell(some, labels[key])
 
-    def _candidates(self, scan: Named) -> list[Named]:
-        """Label maps that are called like the scan and one thing more: `p1/ct`, `p1/liver_mask`."""
+    def _candidates(self, scan: Named) -> list[tuple[str, Named]]:
+        """(structure, label map) of those called like the scan and one thing more: `p1/ct` and
+        `p1/liver_mask`, `p1_ct` and `p1_tumor_seg`."""
         if not self.longer:
-            self.longer = _group([n for n in self.labels if n.parts], lambda one: one.parts[:-1])
+            for label in (one for one in self.labels if one.parts):
+                *folders, last = label.parts
+                self.longer[tuple(folders)].append((last, label))
+                words = last.split("_")
+                known = [*itertools.takewhile(lambda word: word.lower() in WORD, words[::-1])][::-1]
+                if known and len(known) < len(words):
+                    rest = "_".join(words[: -len(known)])
+                    self.longer[(*folders, rest)].append(("_".join(known), label))
         return self.longer.get(scan.parts, [])
 
     def _pair_masks(self) -> None:
         """A file, series or stack for each structure: TotalSegmentator, 3D-IRCADb."""
         for scan in self.free(self.scans):
-            labels = self.free(self._candidates(scan))
-            if len(labels) > 1 and are_masks(labels):
-                self.match(scan.path, tuple((one.parts[-1], one.path) for one in labels))
-            elif len(labels) > 1:
-                self.tell([scan], labels)
-            elif labels:
-                path = labels[0].path
-                self.match(scan.path, ((labels[0].parts[-1], path),) if path.is_dir() else path)
+            fits = [fit for fit in self._candidates(scan) if fit[1].path not in self.taken]
+            if len(fits) > 1 and are_masks(fits):
+                self.match(scan.path, tuple((name, label.path) for name, label in fits))
+            elif len(fits) > 1:
+                self.tell([scan], [label for _, label in fits])
+            elif fits:
+                ((name, label),) = fits
+                self.match(scan.path, ((name, label.path),) if label.path.is_dir() else label.path)
 
     def _pair_by_ends(self) -> None:
         """The last parts are the same: `Training Batch 1/volume-3`, `segmentation-3`."""
@@ -175,23 +197,31 @@ class Pairing:
                 self.tell([scans[found[0]]], owners[found[0]])
 
     def _pair_only_ones(self) -> None:
-        """The only scan and the only label map of one folder."""
+        """The only scan and the only label map of one folder, unless their names disagree."""
         scans, labels = (
             _group(named, lambda one: one.path.parent) for named in (self.scans, self.labels)
         )
         for folder in scans.keys() & labels.keys():
             both = [*scans[folder], *labels[folder]]
-            if len(both) == len(self.free(both)) == 2:
+            if len(both) == len(self.free(both)) == 2 and agree(*both):
                 self.match(both[0].path, both[1].path)
 
 
-def are_masks(labels: Sequence[Named]) -> bool:
+def agree(scan: Named, label: Named) -> bool:
+    """Whether the own names of two neighbours allow that they are one patient's: one of them says
+    nothing, or the label map's only names a structure (`portal`, `liver_seg`)."""
+    own, other = (strip_words(name_case(one.path))[0] for one in (scan, label))
+    structure = all(word.lower() in WORD for word in other.split("_"))
+    return not own or not other or own == other or structure
+
+
+def are_masks(fits: Sequence[tuple[str, Named]]) -> bool:
     """Whether label maps are masks of several structures: a folder of them, or known names."""
-    names = [label.parts[-1] for label in labels if label.parts]
-    if len(set(names)) < len(labels) or len(labels) < 2:
+    names = {name for name, _ in fits}
+    if len(names) < len(fits):
         return False
     known = [set(common_name(name).split()) <= SYNONYMS.keys() for name in names]
-    return all(known) or all(label.label_folder for label in labels)
+    return all(known) or all(label.label_folder for _, label in fits)
 
 
 def list_paths(label: Path | Masks | None) -> list[Path]:

@@ -111,6 +111,7 @@ PAIRS = {
     "ct in both": ("images/ct_{}.nii.gz", "labels/ct_{}.nii.gz", "ct_{}"),
     "spaces": ("My scans/pat {}.nii.gz", "My masks/pat-{}.nii.gz", "pat {}"),
     "train, images": ("train/images/p{}.nii.gz", "train/labels/p{}.nii.gz", "p{}"),
+    "named after the organ, flat": ("p{}_ct.nii.gz", "p{}_liver_seg.nii.gz", "p{}"),
     "truth": ("volumes/p{}.nii.gz", "Ground Truth/p{}.nii.gz", "p{}"),
 }
 
@@ -207,6 +208,31 @@ def test_hidden_files_test_cases_and_other_channels_are_not_used(tmp_path):
     data = check(tmp_path, {"c0": 0, "c1": 1}, exclude=tmp_path / "prepared")
     assert len(data.unused) == 4  # imagesTs and further channels
     assert "2 further channels" in " ".join(data.notes)
+
+
+def test_lits_with_its_test_scans(tmp_path):
+    for patient in (0, 1):
+        save(scan_of(patient), tmp_path / f"Batch {patient}/volume-{patient}.nii")
+        save(label_of(patient), tmp_path / f"Batch {patient}/segmentation-{patient}.nii")
+        save(scan_of(patient), tmp_path / f"test/test-volume-{patient}.nii")
+    data = check(tmp_path, {"volume-0": 0, "volume-1": 1})
+    assert (data.layout, len(data.unused)) == ("lits", 2)
+
+
+def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
+    save(scan_of(0), tmp_path / "a/ct.nii.gz")
+    save(label_of(0), tmp_path / "a/label.nii.gz")
+    (tmp_path / "b").mkdir()
+    real = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match="b: cannot be listed"):
+        find_pairs(tmp_path)
 
 
 def test_two_folders_can_be_named(tmp_path):
@@ -377,6 +403,13 @@ def lay_mask_files(root: Path, patient: int) -> None:
         save(mask.astype(np.uint8), root / f"p{patient}/{name}_mask.nii.gz")
 
 
+def lay_flat_masks(root: Path, patient: int) -> None:
+    label = label_of(patient)
+    save(scan_of(patient), root / f"p{patient}_ct.nii.gz")
+    for name, mask in {"liver": label > 0, "liver_tumor": label == 2}.items():
+        save(mask.astype(np.uint8), root / f"p{patient}_{name}_seg.nii.gz")
+
+
 SERIES: dict[str, Callable[[Path, int], None]] = {
     "SEG": lay_seg,
     "SEG without reference": lay_seg_without_reference,
@@ -386,6 +419,7 @@ SERIES: dict[str, Callable[[Path, int], None]] = {
     "3D-IRCADb": lay_ircad,
     "TotalSegmentator": lay_total,
     "a file per mask": lay_mask_files,
+    "a file per mask, flat": lay_flat_masks,
 }
 
 
@@ -552,6 +586,63 @@ def test_dicom_that_cannot_be_read_leaves_its_neighbours(tmp_path):
     data = find_pairs(tmp_path)
     assert [case.name for case in data.cases] == ["p1"]
     assert "cut.dcm" in " ".join(data.notes)
+
+
+@pytest.mark.parametrize("series", [False, True])
+def test_neighbours_of_other_names_are_not_paired(series, tmp_path):
+    """Each lost its partner: what is left in the folder belongs to two patients."""
+    if series:
+        save_series(scan_of(1), tmp_path / "B/p1")
+    else:
+        save(scan_of(1), tmp_path / "B/p1_scan.nii.gz")
+    save(label_of(3), tmp_path / "B/p3_label.nii.gz")
+    save(scan_of(2), tmp_path / "A/p2_scan.nii.gz")
+    save(label_of(2), tmp_path / "A/p2_label.nii.gz")
+    cases = {case.name: (case.image, case.label) for case in find_pairs(tmp_path).cases}
+    assert cases.pop("p2") == (tmp_path / "A/p2_scan.nii.gz", tmp_path / "A/p2_label.nii.gz")
+    assert all(None in pair for pair in cases.values())
+
+
+def test_series_of_equal_names_in_two_folders_keep_their_own_label_maps(tmp_path):
+    for patient, folder in ((1, "A"), (2, "B")):
+        save_series(scan_of(patient), tmp_path / f"{folder}/p1")
+        save(label_of(patient), tmp_path / f"labels/{folder}/p1.nii.gz")
+    data = find_pairs(tmp_path)
+    assert [case.name for case in data.cases] == ["A_p1", "B_p1"]
+    for patient, case in enumerate(data.cases, start=1):
+        _, label = on_scan_axes(data, patient, case)
+        assert np.array_equal(label, Volume(label_of(patient), AFFINE).ras.data)
+
+
+def test_no_tree_of_files_joins_two_patients(tmp_path):
+    """Words, places and gaps at random: a pair is always one patient's."""
+    rng = np.random.default_rng(0)
+    pairs = 0
+    for trial in range(60):
+        root, style = tmp_path / str(trial), trial % 5
+        for index in rng.permutation(4)[:3]:
+            batch, patient = rng.choice(["A", "B"]), f"p{index}"
+            kinds = (["images", "img", "ct", "volumes"], ["labels", "seg", "mask", "truth"])
+            for words in kinds:
+                word = rng.choice(words)
+                name = (
+                    f"{word}/{batch}/{patient}", f"{batch}/{word}/{patient}",
+                    f"{batch}/{patient}/{word}", f"{batch}/{patient}_{word}",
+                    f"{batch}/{word}_{patient}",
+                )[style]  # fmt: skip
+                if rng.random() < 0.75:
+                    path = root / f"{name}.nii"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(f"{batch} {patient}")
+        try:
+            cases = find_pairs(root).cases
+        except InputError:
+            continue
+        for case in cases:
+            if case.image and case.label and not case.faults:
+                pairs += 1
+                assert case.image.read_text() == case.label.read_text()
+    assert pairs > 50
 
 
 # ---------------------------------------------------------------------------------------
