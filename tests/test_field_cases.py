@@ -1,4 +1,4 @@
-"""Small inputs that reproduce trouble reported in public; each must end as its `expect.txt` says."""
+"""Small inputs that reproduce trouble reported in public; each ends as its `expect.txt` says."""
 
 import subprocess
 import sys
