@@ -78,7 +78,8 @@ class InputError(ValueError):
 RANGES = {
     "0 <= x < inf": "subvolume_depth folds fold workers noise_sd intensity_scaling intensity_shift "
     "weight_decay gradient_clip patience windows smoothing",
-    "1 <= x < inf": "input_size patches_per_case base_channels batch_size max_epochs val_interval "
+    "1 <= x < inf": "label_every input_size patches_per_case base_channels batch_size max_epochs "
+    "val_interval "
     "window size",
     "0 <= x <= 1": "keep_empty training validation test foreground_sampling augment_probability "
     "translation flip_probability",

@@ -20,7 +20,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
 from data.itk_files import read_itk
 from data.nifti_files import GEOMETRY_FIELDS, NIFTI_SUFFIXES, find_pair, read_nifti
-from data.voxel_files import StoredVoxels, allocate
+from data.voxel_files import StoredVoxels, SummedFile, allocate
 from utilities import InputError, atomic_write
 
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
@@ -252,11 +252,14 @@ class Volume:
         header.set_slope_inter(slope, 0)
         return header
 
-    def write(self, path: Path, slope: float = 1.0) -> None:
-        """Write `.nii` or `.nii.gz` whole or not at all; same voxels give same bytes."""
+    def write(self, path: Path, slope: float = 1.0) -> int:
+        """Write `.nii` or `.nii.gz` whole or not at all; same voxels give same bytes.
+
+        Returns the CRC-32 of the file, taken while it is written.
+        """
         array = self.read()
         with atomic_write(path) as temporary:
-            _write_stream(temporary, self._make_header(array.dtype, slope), [array])
+            return _write_stream(temporary, self._make_header(array.dtype, slope), [array])[2]
 
     def write_checked(self, path: Path, slope: float = 1.0) -> None:
         """`write`, and read back: the file lies on exactly this grid and holds these voxels."""
@@ -275,7 +278,7 @@ def write_slabs(
     dtype = np.dtype(dtype).newbyteorder("=")
     with atomic_write(path) as temporary:
         header = grid._make_header(dtype, slope)
-        depth, checksum = _write_stream(temporary, header, slabs)
+        depth, checksum, _ = _write_stream(temporary, header, slabs)
         if depth != grid.shape[2]:
             raise ValueError(f"slabs must hold the grid's {grid.shape[2]} slices, got {depth}")
         written, found = read_file(temporary), 0
@@ -297,11 +300,14 @@ def write_slabs(
 
 def _write_stream(
     path: Path, header: nib.Nifti1Header, slabs: Iterable[np.ndarray]
-) -> tuple[int, int]:
-    """Header and slabs to a file, by isal at level 1 if it ends in .gz; slices and their CRC."""
+) -> tuple[int, int, int]:
+    """Header and slabs to a file, by isal at level 1 if it ends in .gz.
+
+    Returns the number of slices, the CRC-32 of their voxels and that of the file.
+    """
     dtype, depth, checksum = header.get_data_dtype(), 0, 0
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(path.open("wb"))
+        file = stream = stack.enter_context(SummedFile(path))
         if path.suffix == ".gz":  # no name and no time in the file
             stream = stack.enter_context(igzip.IGzipFile("", "wb", 1, stream, mtime=0))
         stream.write(header.binaryblock.ljust(DATA_OFFSET, b"\0"))
@@ -313,7 +319,7 @@ def _write_stream(
                 checksum = isal_zlib.crc32(content, checksum)
                 stream.write(content)
             depth += slab.shape[2]
-    return depth, checksum
+    return depth, checksum, file.crc32
 
 
 def form_codes(volume: Volume) -> tuple[int, int]:

@@ -196,3 +196,15 @@ class _ZlibStream(io.RawIOBase):
         buffer[: len(part)] = part
         self.position += len(part)
         return len(part)
+
+
+class SummedFile(io.BufferedWriter):
+    """A new file that is written from front to back, and the CRC-32 of what went into it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self.crc32 = 0
+
+    def write(self, data: Any) -> int:
+        self.crc32 = isal_zlib.crc32(data, self.crc32)
+        return super().write(data)

@@ -1,6 +1,5 @@
 """prepare.py: cases → split by patient, cut into sub-volumes, not a voxel of liver lost."""
 
-import filecmp
 import json
 import os
 import shutil
@@ -8,18 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
-import make_phantoms
 import nibabel as nib
 import numpy as np
 import pytest
 from conftest import ROOT, run_script
+from helpers import ras_arrays, run, same_tree, save, write_patients
 from monai.data import load_decathlon_datalist
 
 import prepare
-import utilities
+from data.volumes import Volume
 from prepare import Config
 from utilities import InputError
 
@@ -27,53 +25,9 @@ SHEARED = np.array([[-5, 0.1, 0.3, 9], [0, -5, 0.8, 7], [0, 0.05, 5, 40], [0, 0,
 COLUMNS_FIRST = np.array([[0, 0, 5, 0], [-5, 0, 0, 0], [0, -5, 0, 0], [0, 0, 0, 1.0]])
 
 
-@cache
-def phantom(index: int) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
-    """Scan and label of a small patient (48 × 48 × about 40)."""
-    pair = make_phantoms.make_phantom(index, make_phantoms.Config(size=48, slices=(36, 44)))
-    return tuple(volume.to_nibabel() for volume in pair)
-
-
-def ras_arrays(index: int) -> tuple[np.ndarray, np.ndarray]:
-    return tuple(np.asanyarray(nib.as_closest_canonical(i).dataobj) for i in phantom(index))
-
-
-def save(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    """Write a RAS array in the axes of `affine`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    axes = nib.orientations.ornt_transform(
-        nib.io_orientation(np.eye(4)), nib.io_orientation(affine)
-    )
-    nib.save(nib.Nifti1Image(nib.apply_orientation(array, axes), affine), path)
-
-
-def write_patients(root: Path, slices: slice = slice(None), affines=(None,) * 3) -> Path:
-    """Decathlon folder with one phantom per affine (None: its own)."""
-    for index, affine in enumerate(affines):
-        scan, label = (array[:, :, slices] for array in ras_arrays(index))
-        own = nib.as_closest_canonical(phantom(index)[0]).affine if affine is None else affine
-        save(scan, own, root / "imagesTr" / f"case_{index}.nii.gz")
-        save(label, own, root / "labelsTr" / f"case_{index}.nii.gz")
-    return root
-
-
-def run(source: Path, **settings) -> dict:
-    """Prepare `source` beside itself; returns dataset.json."""
-    destination = settings.pop("destination", source.parent / "prepared")
-    prepare.main(Config(source=source, destination=destination, workers=1, **settings))
-    return json.loads((destination / "dataset.json").read_text())
-
-
 @pytest.fixture
 def raw(tmp_path):
     return write_patients(tmp_path / "raw")
-
-
-def same_tree(one: Path, other: Path) -> bool:
-    files = [sorted(p.relative_to(r) for p in r.rglob("*") if p.is_file()) for r in (one, other)]
-    return files[0] == files[1] and all(
-        filecmp.cmp(one / file, other / file, shallow=False) for file in files[0]
-    )
 
 
 # ---------------------------------------------------------------------------------------
@@ -139,7 +93,7 @@ def test_keep_empty_keeps_the_asked_fraction(raw):
 
 
 def test_foreground_can_be_the_tumour_alone(raw):
-    dataset = run(raw, foreground=(2,))
+    dataset = run(raw, foreground=("tumour",))
     for case in dataset["cases"]:
         label = np.asanyarray(nib.load(case["label"]).dataobj)
         assert case["foreground_voxels"] == np.count_nonzero(label == 2)
@@ -276,8 +230,8 @@ def test_decathlon_as_downloaded(raw, capsys):
     told = capsys.readouterr().out
     assert "not used: 3 other volumes" in told  # imagesTs
     assert "dataset.json announces 4 cases" in told
-    with pytest.raises(InputError, match="none of --foreground"):
-        run(raw.parent / "download", foreground=(5,))
+    with pytest.raises(InputError, match="--foreground spleen"):
+        run(raw.parent / "download", foreground=("spleen",))
 
 
 def test_one_folder_per_patient_with_other_formats(tmp_path):
@@ -358,15 +312,15 @@ def test_finished_cases_are_not_done_again_unless_their_content_changed(raw):
 
 
 def test_a_full_disk_stops_with_a_message_and_keeps_finished_cases(raw, monkeypatch):
-    real, calls = utilities.write_volume, []
+    real, calls = Volume.write, []
 
-    def full(image, path):
+    def full(volume, path, slope=1.0):
         calls.append(path)
         if len(calls) > 8:
             raise OSError(28, "No space left on device")
-        real(image, path)
+        return real(volume, path, slope)
 
-    monkeypatch.setattr(utilities, "write_volume", full)
+    monkeypatch.setattr(Volume, "write", full)
     with pytest.raises(InputError, match=r"No space left on device.*free space"):
         run(raw)
     prepared = raw.parent / "prepared"

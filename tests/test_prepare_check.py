@@ -7,21 +7,21 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import SHARED_DATA, run_script
-from test_prepare import ras_arrays, run, save, write_patients
+from helpers import ras_arrays, run, save, write_patients
 
 import prepare
+from data.check import RULES, compare_cases, list_errors
 from prepare import Config
 from utilities import InputError
 
 AFFINE = np.diag([-5.0, -5, 5, 1])
 
 
-def findings(case: Path) -> dict[str, str]:
+def findings(case: Path, **settings) -> dict[str, str]:
     """Kind → text for the only case of a Decathlon folder."""
-    config = Config(source=case, destination=case.parent / "checked", workers=1)
-    cases, labels = prepare.find_cases(config)
-    record = prepare.check_case(cases[0], config, labels)
-    return dict(record["findings"])
+    config = Config(source=case, destination=case.parent / "checked", workers=1, **settings)
+    cases, terms = prepare.read_data_set(config)
+    return dict(prepare.check_case(cases[0], config, terms)["findings"])
 
 
 def shifted(array: np.ndarray, x: int, fill: int) -> np.ndarray:
@@ -85,14 +85,10 @@ def test_a_planted_fault_in_the_voxels_is_found(name, tmp_path):
     scan, label = plant(*ras_arrays(1))
     save(scan, AFFINE, tmp_path / "raw/imagesTr/case.nii.gz")
     save(label, AFFINE, tmp_path / "raw/labelsTr/case.nii.gz")
-    if kind == "no_foreground":
-        config = Config(source=tmp_path / "raw", destination=tmp_path / "out", foreground=(2,))
-        cases, labels = prepare.find_cases(config)
-        found = dict(prepare.check_case(cases[0], config, labels)["findings"])
-    else:
-        found = findings(tmp_path / "raw")
+    asked = {"foreground": ("tumour",)} if kind == "no_foreground" else {}
+    found = findings(tmp_path / "raw", **asked)
     assert kind in found
-    assert prepare.RULES[kind][1]  # what to do
+    assert RULES[kind][1]  # what to do
 
 
 @pytest.mark.parametrize(
@@ -198,17 +194,18 @@ def test_clean_phantoms_raise_no_alarm(tmp_path, raw_phantoms):
             make_phantoms.main(
                 make_phantoms.Config(destination=source, cases=4, size=48, organ="spleen")
             )
-        config = Config(source=source, destination=tmp_path / "out", workers=1)
-        cases, labels = prepare.find_cases(config)
+        organ = {"foreground": ("spleen",)} if spleen else {}
+        config = Config(source=source, destination=tmp_path / "out", workers=1, **organ)
+        cases, terms = prepare.read_data_set(config)
         for case in cases:
-            assert prepare.check_case(case, config, labels)["findings"] == []
+            assert prepare.check_case(case, config, terms)["findings"] == []
 
 
 def test_six_real_cases_raise_no_alarm(tmp_path, real_ct):
     config = Config(source=real_ct, destination=tmp_path, workers=1)
-    cases, labels = prepare.find_cases(config)
-    records = [prepare.check_case(case, config, labels) for case in cases]
-    prepare.compare_cases(records)
+    cases, terms = prepare.read_data_set(config)
+    records = [prepare.check_case(case, config, terms) for case in cases]
+    compare_cases(records)
     assert [record["findings"] for record in records] == [[]] * 6
 
 
@@ -245,8 +242,8 @@ def test_awkward_files_get_one_clear_error(name, tmp_path):
     stem = name.removesuffix(".gz").removesuffix(".nii").removesuffix(".hdr")
     nib.save(nib.Nifti1Image(label, affine), tmp_path / "raw/labelsTr" / f"{stem}.nii.gz")
     config = Config(source=tmp_path / "raw", destination=tmp_path / "out", workers=1)
-    cases, labels = prepare.find_cases(config)
-    record = prepare.check_case(cases[0], config, labels)
-    stopping = prepare.errors(record, config)
+    cases, terms = prepare.read_data_set(config)
+    record = prepare.check_case(cases[0], config, terms)
+    stopping = list_errors(record, config.accept)
     assert len(stopping) == 1, record["findings"]
     assert AWKWARD[name] in stopping[0][1]
