@@ -1,6 +1,7 @@
 """Step 2: from CT in HU to what the network sees, and back.
 
     python preprocess.py            # takes train.py's options; shows what they do
+    python train.py --show          # the same
 
 One deterministic chain, used by training and by inference, resamples each axial slice in its own
 plane and leaves the slice axis alone: 16 slices in, 16 out. So a whole volume can be preprocessed
@@ -8,40 +9,41 @@ once and then cut into windows (the same voxels as preprocessing each window), a
 the scan's grid is an interpolation inside each slice. For patches, which are cut from whole volumes
 at one spacing in all three axes, the slice axis is resampled as a second step.
 
-Run as a script it writes `preprocess.png` beside the prepared data: sub-volumes before and after
-augmentation with the label's outline, and histograms; and prints counts and memory.
+Run as a script it hands its options to `train.py --show`, the home of the settings' values, which
+writes `preprocess.png` beside the prepared data: sub-volumes before and after augmentation with the
+label's outline, and histograms; and prints counts and memory.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import itertools
 import json
-import logging
 import math
 import os
-import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import runpy
+import sys
+import zipfile
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
-import nibabel as nib
 import numpy as np
 import psutil
 import torch
-from monai.data import CacheDataset, MetaTensor, PersistentDataset
+from monai.data import MetaTensor
 from monai.transforms import (
     CastToTyped,
     ClassesToIndicesd,
     Compose,
     DeleteItemsd,
-    EnsureChannelFirstd,
     EnsureTyped,
     Lambdad,
-    LoadImaged,
     MapTransform,
-    Orientationd,
     RandAffined,
     RandCropByLabelClassesd,
     RandFlipd,
@@ -55,31 +57,68 @@ from monai.transforms import (
 )
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data.labels import Labels
+from data.volumes import Volume, list_slabs, read_file
 from utilities import (
     IMAGE,
     LABEL,
-    LABEL_COLOURS,
-    ORIENTATION,
-    TRUTH_COLOUR,
     InputError,
-    command_line,
-    draw_plane,
+    as_array,
+    atomic_write,
+    check_types,
+    class_colour,
     human_bytes,
-    pick_device,
-    ranges,
-    ras_grid,
-    ras_slabs,
+    rank_and_size,
+    read_json,
+    resampling_device,
     save_figure,
-    spacing_mm,
+    show_patient,
+    show_progress,
 )
-
-if TYPE_CHECKING:
-    from train import Config  # the settings' home; never imported when the program runs
 
 SLAB = 32  # slices that are resampled at a time, so that memory does not grow with the scan
 SLICE_MM = "slice_mm"  # meta data: distance of slices
 PATCH_MARGIN = 1.3  # patches are cut so much wider in plane: rotated, they then have no corners
+CACHE_VERSION = 2  # of the files that --disk-cache keeps
 INDICES = f"{LABEL}_indices"  # where the voxels of each class lie, for balanced patches
+
+# ---------------------------------------------------------------------------------------
+# Settings, without values: those are train.py's, and the checkpoint carries them
+# ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Settings of the deterministic chain; the checkpoint's `preprocessing` is `asdict` of one."""
+
+    sampling: str  # "subvolumes": each slice resized to input_size; "patches": left at spacing
+    spacing: tuple[float, ...]  # mm per voxel along x and y (and z, of patches)
+    hu_window: tuple[float, float] | None  # HU that become 0 and 1; None: `divide_by_maximum`
+    input_size: tuple[int, ...]  # voxels of the network's input along x and y (and z, of patches)
+    labels: Labels  # class name → raw label values, background first; the order is the class index
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Settings of the random augmentation."""
+
+    sampling: str  # "patches" cuts a random patch of input_size from each volume first
+    input_size: tuple[int, ...]  # voxels along x and y (and z, of patches)
+    classes: int  # number of classes, background counted
+    # Part of the patches that are centred on a voxel of a foreground class, all classes alike,
+    # however few voxels they have; the others lie anywhere.
+    foreground_sampling: float
+    augment_probability: float  # of the affine part, noise, intensity scaling and shift, each
+    rotation_degrees: float  # largest rotation about the body axis, either way
+    translation: float  # largest shift either way, as a fraction of the picture's side
+    scaling: float  # largest change of size either way (0.1 = ±10 %)
+    noise_sd: float  # largest standard deviation of Gaussian noise, in units of the 0..1 intensity
+    intensity_scaling: float  # largest change of contrast either way, as contrast agent differs
+    intensity_shift: float  # largest change of brightness either way, in units of the intensity
+    # Left-right mirroring. 0 for a liver: a mirrored abdomen (situs inversus) is 1 in 10,000
+    # people, and the side is the best clue against the spleen.
+    flip_probability: float
+
 
 # ---------------------------------------------------------------------------------------
 # The deterministic chain
@@ -91,6 +130,14 @@ class EachKeyd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         return {**data, **{key: self.one(key, data[key]) for key in self.key_iterator(data)}}
+
+
+class ReadVolumed(EachKeyd):
+    """Path → (1, X, Y, Z) with its axes R, A, S: training reads files as every script does."""
+
+    def one(self, key: Hashable, path: str) -> torch.Tensor:
+        volume = read_file(Path(path)).ras
+        return to_tensor(volume.data, volume.affine)
 
 
 class SlicesToChannelsd(EachKeyd):
@@ -154,48 +201,40 @@ class ValuesToClassesd(EachKeyd):
         return classes
 
 
+def to_tensor(array: np.ndarray, affine: np.ndarray) -> MetaTensor:
+    """RAS array (X, Y, Z) → (1, X, Y, Z) with its affine."""
+    if array.dtype.kind == "u":  # torch hardly knows unsigned integers wider than a byte
+        array = array.astype(np.float32)
+    return MetaTensor(torch.as_tensor(np.array(array, order="F"))[None], affine=affine)
+
+
 def divide_by_maximum(slices: torch.Tensor) -> torch.Tensor:
     """(Z, X, Y): negatives to 0, then each slice divided by its own maximum."""
     positive = slices.clamp(min=0)
     return positive / positive.amax(dim=(1, 2), keepdim=True).clamp(min=1e-6)
 
 
-def in_plane_chain(
-    *,
-    sampling: str,
-    spacing: Sequence[float],
-    hu_window: Sequence[float] | None,
-    input_size: Sequence[int],
-    labels: Mapping[str, Sequence[int]],
-    device: torch.device | str,
-) -> list[Any]:
-    """Steps from a loaded volume (1, X, Y, Z), any orientation, to slices (Z, X', Y') in 0..1.
+def in_plane_chain(chain: Chain, device: torch.device | str) -> list[Any]:
+    """Steps from a RAS volume (1, X, Y, Z) to slices (Z, X', Y') in 0..1.
 
-    Args:
-        sampling: "subvolumes" resizes each slice to `input_size`; "patches" leaves it at `spacing`.
-        spacing: mm per voxel along x and y (and z, of patches).
-        hu_window: HU that become 0 and 1, what lies outside is clipped; None: `divide_by_maximum`.
-        input_size: voxels of the network's input along x and y (and z, of patches).
-        labels: class name → raw label values; the order gives the class index.
-        device: where the resampling runs and the result stays.
+    `device` is where the resampling runs and the result stays.
     """
     keys, both = (IMAGE, LABEL), {"allow_missing_keys": True}
     intensity, resize = Lambdad(IMAGE, divide_by_maximum), []
-    if hu_window:
-        to_unit = {"a_min": hu_window[0], "a_max": hu_window[1], "b_min": 0.0, "b_max": 1.0}
-        intensity = ScaleIntensityRanged(IMAGE, **to_unit, clip=True)
-    if sampling == "subvolumes":
+    if chain.hu_window:
+        low, high = chain.hu_window
+        intensity = ScaleIntensityRanged(IMAGE, low, high, b_min=0.0, b_max=1.0, clip=True)
+    if chain.sampling == "subvolumes":
         # "nearest" rounds towards the corner and would shift each label by half a pixel;
         # "nearest-exact" keeps pixel centres (liver Dice of the round trip 0.99 instead of 0.98).
         modes = ("bilinear", "nearest-exact")
-        resize = [Resized(keys, spatial_size=tuple(input_size), mode=modes, **both)]
+        resize = [Resized(keys, spatial_size=chain.input_size, mode=modes, **both)]
     return [
-        Orientationd(keys, axcodes=ORIENTATION, labels=None, **both),
         EnsureTyped(keys, device=torch.device(device), dtype=torch.float32, **both),
         SlicesToChannelsd(keys, **both),
         Spacingd(
             keys,
-            pixdim=tuple(spacing[:2]),
+            pixdim=chain.spacing[:2],
             mode=("bilinear", "nearest"),
             padding_mode="border",
             dtype=torch.float32,  # MONAI's default float64 is 3.5 times slower
@@ -203,35 +242,30 @@ def in_plane_chain(
         ),
         intensity,
         *resize,
-        ValuesToClassesd([LABEL], labels=labels, **both),
+        ValuesToClassesd([LABEL], labels=chain.labels, **both),
     ]
 
 
-def slice_chain(*, sampling: str, spacing: Sequence[float], **_: Any) -> list[Any]:
+def slice_chain(chain: Chain) -> list[Any]:
     """Steps from all slices of a volume (Z, X', Y') to the network's (1, X', Y', Z')."""
     keys, both = (IMAGE, LABEL), {"allow_missing_keys": True}
-    resample = [SliceSpacingd(keys, spacing[2], **both)] if sampling == "patches" else []
-    return [*resample, ChannelsToSlicesd(keys, **both)]
+    steps = [ChannelsToSlicesd(keys, **both)]
+    if chain.sampling == "patches":
+        steps.insert(0, SliceSpacingd(keys, chain.spacing[2], **both))
+    return steps
 
 
-def deterministic_chain(**settings: Any) -> Compose:
+def deterministic_chain(chain: Chain, device: torch.device | str) -> Compose:
     """Files of a sub-volume or case → image (1, X, Y, Z) float16 in 0..1, label uint8 indices.
 
-    Takes the settings of `in_plane_chain`. Half precision halves the cache: 1/2048 of the HU
-    window at most, far below CT noise.
+    Half precision halves the cache: 1/2048 of the HU window at most, far below CT noise.
     """
     keys = (IMAGE, LABEL)
-    # LoadImaged builds all its readers and tells of a DICOM decoder that nobody asked for.
-    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        load = LoadImaged(keys, reader="NibabelReader", image_only=True)
     return Compose(
         [
-            load,
-            EnsureChannelFirstd(keys, channel_dim="no_channel"),
-            *in_plane_chain(**settings),
-            *slice_chain(**settings),
+            ReadVolumed(keys),
+            *in_plane_chain(chain, device),
+            *slice_chain(chain),
             CastToTyped(keys, dtype=(torch.float16, torch.uint8)),
         ]
     )
@@ -242,31 +276,25 @@ def deterministic_chain(**settings: Any) -> Compose:
 # ---------------------------------------------------------------------------------------
 
 
-def preprocess_volume(image: nib.Nifti1Image, **settings: Any) -> tuple[torch.Tensor, np.ndarray]:
-    """Bring a whole volume to the network's grid, slab by slab.
-
-    Args:
-        image: volume in HU, any orientation.
-        settings: those of `in_plane_chain`.
+def preprocess_volume(
+    volume: Volume, chain: Chain, device: torch.device | str
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Bring a whole volume in HU, in any orientation, to the network's grid, slab by slab.
 
     Returns:
         Tensor (1, X, Y, Z) in 0..1, slices from inferior to superior, and the 4×4 map from
         RAS-ordered source voxel (i, j, k, 1) to network voxel, which has no rotation.
     """
-    shape, affine = ras_grid(image)
-    chain, slabs = Compose(in_plane_chain(**settings)), {}
-    for first, slab in ras_slabs(image, ranges(shape[2], SLAB, reach_back=False)):
-        if slab.dtype.kind == "u":  # torch cannot flip unsigned integers wider than a byte
-            slab = slab.astype(np.float32)
-        volume = MetaTensor(torch.as_tensor(np.array(slab, order="F"))[None], affine=affine)
-        slabs[first] = chain({IMAGE: volume})[IMAGE]
+    steps, slabs = Compose(in_plane_chain(chain, resampling_device(torch.device(device)))), {}
+    for first, slab in volume.slabs(list_slabs(volume.ras_shape[2], SLAB)):
+        slabs[first] = steps({IMAGE: to_tensor(slab, volume.ras_affine)})[IMAGE]
     in_plane = slabs[0].affine.cpu().numpy()  # network pixel → mm
     slices = torch.cat([slabs.pop(first) for first in sorted(slabs)])
-    x, y, z = spacing_mm(affine)
-    step = settings["spacing"][2] if settings["sampling"] == "patches" else z
+    x, y, z = np.linalg.norm(volume.ras_affine[:3, :3], axis=0)
+    step = chain.spacing[2] if chain.sampling == "patches" else z
     to_network = np.diag([1.0, 1.0, z / step, 1.0])
     to_network[np.ix_([0, 1, 3], [0, 1, 3])] = np.linalg.inv(in_plane) @ np.diag([x, y, 1.0])
-    return Compose(slice_chain(**settings))({IMAGE: slices})[IMAGE], to_network
+    return Compose(slice_chain(chain))({IMAGE: slices})[IMAGE].to(device), to_network
 
 
 def interpolation_matrix(position: np.ndarray, size: int) -> torch.Tensor:
@@ -322,83 +350,58 @@ def to_source_grid(
 # ---------------------------------------------------------------------------------------
 
 
-def augmentation(
-    *,
-    sampling: str,
-    foreground_sampling: float,
-    classes: int,
-    probability: float,
-    rotation_degrees: float,
-    translation: float,
-    scaling: float,
-    noise_sd: float,
-    intensity_scaling: float,
-    intensity_shift: float,
-    flip_probability: float,
-    input_size: Sequence[int],
-    device: torch.device | str,
-) -> Compose:
+def augmentation(augment: Augment, device: torch.device | str) -> Compose:
     """Random rotation, translation and scaling in ONE in-plane resampling, then intensities.
 
-    Args:
-        sampling: "patches" cuts a random patch of `input_size` (x, y, z) from each volume first.
-        foreground_sampling: part of the patches that are centred on a voxel of a foreground class,
-            all classes alike, however few voxels they have; the others lie anywhere.
-        classes: number of classes, background counted.
-        probability: of the affine part, the noise, the intensity scaling and the shift, each.
-        rotation_degrees: largest rotation about the body axis, either way.
-        translation: largest shift either way, as a fraction of the picture's side.
-        scaling: largest change of size either way (0.1 = ±10 %).
-        noise_sd: largest standard deviation of Gaussian noise, in units of the 0..1 intensity.
-        intensity_scaling, intensity_shift: largest change of contrast (fraction) and of brightness
-            (in units of the 0..1 intensity) either way, as contrast agent and scanners differ.
-        flip_probability: left-right mirroring. Leave it at 0 for a liver: a mirrored abdomen (situs
-            inversus) is 1 in 10,000 people, and the side is the best clue against the spleen.
-        device: where the resampling runs.
+    `device` is where the batches go; the resampling runs there, if it can.
     """
-    keys = (IMAGE, LABEL)
-    patches = []
-    if sampling == "patches":
-        foreground = foreground_sampling / max(classes - 1, 1)
-        x, y, z = input_size
-        cut = (math.ceil(PATCH_MARGIN * x), math.ceil(PATCH_MARGIN * y), z)
-        patches = [
-            RandCropByLabelClassesd(
-                keys,
-                label_key=LABEL,
-                spatial_size=cut,
-                ratios=[1 - foreground_sampling, *[foreground] * (classes - 1)],
-                num_classes=classes,
-                indices_key=INDICES,
-                allow_smaller=True,
-                warn=False,  # a case may lack a class
-            ),
-            DeleteItemsd(INDICES),
-            SpatialPadd(keys, spatial_size=cut),  # 0 is air and background
-        ]
+    keys, often = (IMAGE, LABEL), augment.augment_probability
+    in_plane, scaling = augment.input_size[:2], augment.scaling
     return Compose(
         [
-            *patches,
+            *(random_patch(augment) if augment.sampling == "patches" else []),
             CastToTyped(keys, dtype=(torch.float32, torch.float32)),
             SlicesToChannelsd(keys),
             RandAffined(
                 keys,
-                spatial_size=tuple(input_size[:2]),
-                prob=probability,
-                rotate_range=(np.deg2rad(rotation_degrees),),
-                translate_range=[translation * size for size in input_size[:2]],
+                spatial_size=in_plane,
+                prob=often,
+                rotate_range=(np.deg2rad(augment.rotation_degrees),),
+                translate_range=[augment.translation * size for size in in_plane],
                 scale_range=(scaling, scaling),
                 mode=("bilinear", "nearest"),
                 padding_mode="zeros",  # 0 is air in the image and background in the label
-                device=torch.device(device),
+                device=resampling_device(torch.device(device)),
             ),
-            RandFlipd(keys, prob=flip_probability, spatial_axis=0),
-            RandGaussianNoised(IMAGE, prob=probability, std=noise_sd),
-            RandScaleIntensityd(IMAGE, factors=intensity_scaling, prob=probability),
-            RandShiftIntensityd(IMAGE, offsets=intensity_shift, prob=probability),
+            RandFlipd(keys, prob=augment.flip_probability, spatial_axis=0),
+            RandGaussianNoised(IMAGE, prob=often, std=augment.noise_sd),
+            RandScaleIntensityd(IMAGE, factors=augment.intensity_scaling, prob=often),
+            RandShiftIntensityd(IMAGE, offsets=augment.intensity_shift, prob=often),
             ChannelsToSlicesd(keys),
         ]
     )
+
+
+def random_patch(augment: Augment) -> list[Any]:
+    """Steps from a cached volume to one random patch of it, wider in plane by PATCH_MARGIN."""
+    keys, centred = (IMAGE, LABEL), augment.foreground_sampling
+    foreground = augment.classes - 1
+    x, y, z = augment.input_size
+    cut = (math.ceil(PATCH_MARGIN * x), math.ceil(PATCH_MARGIN * y), z)
+    return [
+        RandCropByLabelClassesd(
+            keys,
+            label_key=LABEL,
+            spatial_size=cut,
+            ratios=[1 - centred, *[centred / max(foreground, 1)] * foreground],
+            num_classes=augment.classes,
+            indices_key=INDICES,
+            allow_smaller=True,
+            warn=False,  # a case may lack a class
+        ),
+        DeleteItemsd(INDICES),
+        SpatialPadd(keys, spatial_size=cut),  # 0 is air and background
+    ]
 
 
 class Subvolumes(Dataset):
@@ -537,41 +540,58 @@ class SubvolumeLoader(DataLoader):
                 yield batch
 
 
+# Of dataset.json: what training reads, and its types; of each sub-volume likewise.
+PREPARED_SCHEMA = 1
+PREPARED = {"labels": dict, "settings": dict, "subvolume_depth": int, "subvolumes": list}
+SUBVOLUME = {
+    "case": str, "split": str, IMAGE: str, LABEL: str, "first_slice": int, "shape": list,
+    "spacing_mm": list, "voxels_per_label": dict,
+}  # fmt: skip
+
+
 def read_prepared(folder: Path) -> dict[str, Any]:
-    """`dataset.json` of a folder that prepare.py has completed."""
+    """`dataset.json` of a folder that prepare.py has completed, verified; else one InputError."""
     path = folder / "dataset.json"
     if not path.is_file():
         raise InputError(
             f"{path}: not found; it is written last by prepare.py, so {folder} is not (completely) "
             "prepared; run `python prepare.py SOURCE` with this folder as --destination"
         )
-    prepared = json.loads(path.read_text())
-    if prepared.get("schema") != 1:
+    prepared = read_json(path, "what prepare.py wrote")
+    remedy = "prepare the data again"
+    check_types(prepared, {"schema": int}, str(path), remedy)
+    if (found := prepared["schema"]) != PREPARED_SCHEMA:
+        newer = found > PREPARED_SCHEMA
         raise InputError(
-            f"{path}: schema must be 1, got {prepared.get('schema')}; prepare it again"
+            f"{path}: schema must be {PREPARED_SCHEMA}, got {found}; "
+            + ("it comes from a later version, update this program" if newer else remedy)
         )
+    check_types(prepared, PREPARED, str(path), remedy)
+    for record in prepared["subvolumes"]:
+        check_types(record, SUBVOLUME, f"{path}: a sub-volume", remedy)
+        for key in (IMAGE, LABEL):
+            parts = PurePosixPath(record[key].replace("\\", "/")).parts
+            rooted = record[key].startswith("/") or PureWindowsPath(record[key]).drive
+            if rooted or ".." in parts:
+                raise InputError(f"{path}: {record[key]} lies outside of {folder}; {remedy}")
     return prepared
 
 
 def subvolume_items(prepared: dict[str, Any], folder: Path, split: str) -> list[dict[str, Any]]:
     """What the chain loads: files, names, and what identifies the content of each sub-volume."""
-    source = {record["case"]: record for record in prepared["cases"]}
     records = [record for record in prepared["subvolumes"] if record["split"] == split]
     if not records:
         raise InputError(
             f"{folder / 'dataset.json'}: no sub-volume in the {split} split; prepare more patients "
             "(three at least)"
         )
+    kept = ("case", "first_slice", "shape", "spacing_mm", "sha256")
     return [
         {
             IMAGE: str(folder / record[IMAGE]),
             LABEL: str(folder / record[LABEL]),
-            "case": record["case"],
-            "first_slice": record["first_slice"],
             "index": index,
-            "shape": record["shape"],
-            "spacing_mm": record["spacing_mm"],
-            "fingerprint": str(source[record["case"]].get("fingerprint")),
+            **{key: record[key] for key in kept if key in record},
         }
         for index, record in enumerate(records)
     ]
@@ -586,18 +606,13 @@ def share_of_process(items: list[Any], rank: int, processes: int, even: bool) ->
 
 
 def network_shape(
-    shape: Sequence[int],
-    spacing_mm: Sequence[float],
-    *,
-    sampling: str,
-    spacing: Sequence[float],
-    input_size: Sequence[int],
-    **_: Any,
+    shape: Sequence[int], spacing_mm: Sequence[float], chain: Chain
 ) -> tuple[float, ...]:
     """About the size that a volume of RAS `shape` has after the deterministic chain."""
-    if sampling == "subvolumes":
-        return (*input_size, shape[2])
-    return tuple(n * mm / step for n, mm, step in zip(shape, spacing_mm, spacing, strict=True))
+    if chain.sampling == "subvolumes":
+        return (*chain.input_size, shape[2])
+    steps = zip(shape, spacing_mm, chain.spacing, strict=True)
+    return tuple(size * mm / step for size, mm, step in steps)
 
 
 def balanced_indices(classes: int) -> ClassesToIndicesd:
@@ -612,6 +627,7 @@ def cache_place(needed: int, device: torch.device) -> tuple[torch.device, float]
     On the device if it takes no more than 60 % of the free memory (the network needs the rest),
     else in the host's memory, else as much of it as fits there.
     """
+    device = resampling_device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if needed <= 0.6 * free:
@@ -631,50 +647,87 @@ def cache_split(
     prepared: dict[str, Any],
     folder: Path,
     split: str,
-    *,
-    device: torch.device,
+    chain: Chain,
+    device: torch.device | str,
     disk_cache: bool = False,
-    rank: int = 0,
-    processes: int = 1,
-    **settings: Any,
-) -> CacheDataset:
+) -> CachedVolumes:
     """Run the deterministic chain over the sub-volumes of a split, once, and keep the results.
+
+    Under torchrun each process caches its own share.
 
     Args:
         prepared, folder: content of dataset.json, and where it lies.
         split: "training", "validation" or "test".
         device: where the chain runs and, memory permitting, the cache stays.
         disk_cache: also keep the results in `folder/cache`, so that the next run starts in seconds.
-        rank, processes: under torchrun each process caches its own share.
-        settings: the other arguments of `in_plane_chain`.
     """
     items = subvolume_items(prepared, folder, split)
-    items = share_of_process(items, rank, processes, even=split == "training")
-    patches = settings["sampling"] == "patches"
-    needed = sum(
-        math.ceil(math.prod(network_shape(item["shape"], item["spacing_mm"], **settings)))
-        * 3  # image float16, label uint8
-        for item in items
-    )
+    items = share_of_process(items, *rank_and_size(), even=split == "training")
+    patches = chain.sampling == "patches"
+    shapes = (network_shape(item["shape"], item["spacing_mm"], chain) for item in items)
+    needed = sum(math.ceil(math.prod(shape)) * 3 for shape in shapes)  # image float16, label uint8
     place, rate = cache_place(needed, torch.device(device))
     what = "whole cases" if patches else "sub-volumes"
-    mean = human_bytes(needed / len(items))
+    mean = human_bytes(needed / max(len(items), 1))
     print(f"cache: {len(items)} {split} {what} × {mean} = {human_bytes(needed)} on {place}")
-    chain = deterministic_chain(device=place, **settings)
+    steps = deterministic_chain(chain, place)
     if patches:
-        chain = Compose([*chain.transforms, balanced_indices(len(settings["labels"]))])
-    options = {"num_workers": min(os.cpu_count() or 1, 8), "copy_cache": False, "cache_rate": rate}
-    if not disk_cache:
-        return CacheDataset(items, chain, **options)
+        steps = Compose([*steps.transforms, balanced_indices(len(chain.labels))])
+    prepare = steps
+    if disk_cache:
+        prepare = functools.partial(read_or_make, steps, chain, folder / "cache", place)
+    return CachedVolumes(items, prepare, rate, f"{split}, reading")
 
-    def key(item: dict[str, Any]) -> bytes:
-        content = json.dumps([item, settings], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest().encode()
 
-    stored = PersistentDataset(items, chain, cache_dir=folder / "cache", hash_func=key)
-    return CacheDataset(
-        stored, EnsureTyped([IMAGE, LABEL], device=place, track_meta=False), **options
-    )
+class CachedVolumes(Dataset):
+    """What `prepare` makes of some items, in memory: of all of them, or of the part `rate`."""
+
+    def __init__(
+        self,
+        items: Sequence[dict[str, Any]],
+        prepare: Callable[[dict[str, Any]], dict[str, Any]],
+        rate: float = 1.0,
+        title: str = "",
+    ):
+        self.items, self.prepare = items, prepare
+        kept = items[: round(rate * len(items))]
+        # An interrupt drops what has not begun, and waits for what has.
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+            made = pool.map(prepare, kept)
+            self.kept = list(show_progress(made, total=len(kept), desc=title, unit="file"))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.kept[index] if index < len(self.kept) else self.prepare(self.items[index])
+
+
+def read_or_make(
+    steps: Compose, chain: Chain, cache: Path, place: torch.device, item: dict[str, Any]
+) -> dict[str, Any]:
+    """`steps(item)`, kept in a file of `cache` whose name is a hash of settings and content.
+
+    A file that is torn or damaged is made again.
+    """
+    content = item.get("sha256") or [hash_file(item[key]) for key in (IMAGE, LABEL)]
+    where = {key: value for key, value in item.items() if key not in (IMAGE, LABEL, "index")}
+    key = json.dumps([CACHE_VERSION, where, content, asdict(chain)], sort_keys=True)
+    path = cache / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
+    if path.is_file():
+        with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+            if archive.testzip() is None:  # torch.load does not compare the checksums
+                return torch.load(path, place, weights_only=True) | {"index": item["index"]}
+    made = steps(item)
+    with atomic_write(path) as temporary:
+        torch.save(made, temporary)
+    return made
+
+
+def hash_file(path: str) -> str:
+    """SHA-256 of a file's bytes."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------
@@ -682,53 +735,43 @@ def cache_split(
 # ---------------------------------------------------------------------------------------
 
 
-def montage(before: Subvolumes, after: Subvolumes, titles: Sequence[str]) -> Any:
+def montage(before: Subvolumes, after: Subvolumes, names: Sequence[str]) -> Any:
     """Figure: a slice of some sub-volumes before and after augmentation, and histograms."""
     from matplotlib.figure import Figure
 
-    chosen = np.linspace(0, len(before) - 1, min(4, len(before))).astype(int)
+    chosen = spread(len(before), 4)
     figure = Figure(figsize=(11, 3.6 * len(chosen)), layout="constrained")
     for row, index in zip(figure.subplots(len(chosen), 3, squeeze=False), chosen, strict=True):
-        for axes, dataset, name in zip(
-            row, (before, after), ("as cached", "augmented"), strict=False
-        ):
-            item = dataset[int(index)]
-            image, label = (
-                item[IMAGE][0].cpu().numpy(),
-                item[LABEL][0].cpu().numpy().astype(np.uint8),
-            )
-            middle = int((label > 0).sum(axis=(0, 1)).argmax())
-            draw_plane(
-                axes, image, "axial", middle, (1.0, 1.0, 1.0), {TRUTH_COLOUR: label}, window=(0, 1)
-            )
-            axes.set_title(f"{titles[index]}, {name}", fontsize=10)
-            for values, what in ((image.ravel(), "all"), (image[label > 0], "organ")):
-                style = "-" if dataset is before else "--"
-                colour = "0.4" if what == "all" else LABEL_COLOURS[1]
-                row[2].hist(values, 60, (0, 1), histtype="step", color=colour, linestyle=style,
-                            label=f"{what}, {name}")  # fmt: skip
+        for axes, dataset, style in zip(row, (before, after), ("-", "--"), strict=False):
+            item, kind = dataset[index], "as cached" if dataset is before else "augmented"
+            title = f"{item['case']} from slice {item['first_slice']}, {kind}"
+            show_patient(item, axes=axes, names=names, title=title)
+            image, label = as_array(item[IMAGE]), as_array(item[LABEL])
+            shown = {"all": (image, "0.4"), "organ": (image[label > 0], class_colour(1))}
+            for what, (values, colour) in shown.items():
+                bins = {"bins": 60, "range": (0, 1), "histtype": "step", "linestyle": style}
+                row[2].hist(values.ravel(), **bins, color=colour, label=f"{what}, {kind}")
         row[2].set(xlabel="network input (0..1 over the HU window)", ylabel="voxels", yscale="log")
         row[2].legend(fontsize=8)
     return figure
 
 
-def main(config: Config) -> None:
-    device = pick_device(config.device)
-    prepared = read_prepared(config.data)
-    settings = config.preprocessing()
-    for split in ("training", "validation"):
-        cached = cache_split(prepared, config.data, split, device=device, **settings)
+def show_inputs(
+    folder: Path, prepared: dict[str, Any], chain: Chain, augment: Augment, device: torch.device
+) -> Path:
+    """Draw what the network will see of a prepared folder; returns the picture's path."""
+    picture = folder / "preprocess.png"
+    splits = {record["split"] for record in prepared["subvolumes"]}
+    for split in sorted(splits & {"training", "validation"}):
+        cached = cache_split(prepared, folder, split, chain, device)
         print(f"{split}: {len(cached)} sub-volumes of {tuple(cached[0][IMAGE].shape)}")
         if split == "training":
-            always = {**config.augmentation(), "probability": 1.0}  # training leaves some alone
-            augmented = Subvolumes(cached, augmentation(**always, device=device), config.seed)
-            titles = [f"{item['case']} from slice {item['first_slice']}" for item in cached]
-            figure = montage(Subvolumes(cached), augmented, titles)
-            save_figure(figure, config.data / "preprocess.png")
-    print(f"look at {config.data / 'preprocess.png'}: does the outline lie on the organ?")
+            augmented = Subvolumes(cached, augmentation(augment, device))
+            names = list(chain.labels)[1:]
+            save_figure(montage(Subvolumes(cached), augmented, names), picture)
+    return picture
 
 
-if __name__ == "__main__":
-    import train  # only to show what its settings do: as a module, preprocess never needs it
-
-    command_line(main, train.Config, __doc__, train.RECIPES)
+if __name__ == "__main__":  # the values of Chain and Augment have one home, and it is not here
+    sys.argv.append("--show")
+    runpy.run_path(str(Path(__file__).with_name("train.py")), run_name="__main__")

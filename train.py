@@ -4,6 +4,7 @@
     python train.py --learning-rate 3e-4        # any of them from the command line
     python train.py liver-tumour-ce             # one of the RECIPES below, settings for a purpose
     python train.py --resume checkpoints/liver  # go on where a run stopped
+    python train.py --show                      # only draw what the network would see
     torchrun --nproc-per-node 4 train.py        # on four GPUs
 
 Edit the settings in place or give them as options; the checkpoint carries them all. Read
@@ -12,42 +13,51 @@ Edit the settings in place or give them as options; the checkpoint carries them 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+import tyro
 from monai import losses
 
+from data.labels import LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
 from preprocess import (
+    Augment,
+    Chain,
     SubvolumeLoader,
     Subvolumes,
     Tiles,
     augmentation,
     cache_split,
     read_prepared,
+    show_inputs,
 )
 from utilities import (
-    CLASSES,
     IMAGE,
     InputError,
-    Labels,
     NetworkName,
-    atomic_write,
+    Run,
     build_network,
+    check_settings,
     command_line,
+    find_checkpoint,
     load_checkpoint,
+    lock_folder,
     on_device,
+    pick,
     pick_device,
     pick_precision,
     process_group,
     rank_and_size,
     train,
+    validations_since_best,
+    write_json,
 )
 
 LossName = Literal[
@@ -57,6 +67,26 @@ OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["constant", "cosine", "poly"]
 
 
+def parse_classes(words: list[str]) -> dict[str, tuple[str, ...]]:
+    """`["liver=liver,tumour"]` → {"liver": ("liver", "tumour")}."""
+    pairs = (word.partition("=") for word in words)
+    return {name: tuple((values or name).split(",")) for name, _, values in pairs}
+
+
+Classes = Annotated[  # on the command line: --labels liver=liver,tumour or liver=1 tumour=2
+    dict[str, tuple[str, ...]],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME=LABEL,…",
+        instance_from_str=parse_classes,
+        is_instance=lambda classes: isinstance(classes, dict),
+        str_from_instance=lambda classes: [
+            f"{n}={','.join(map(str, classes[n]))}" for n in classes
+        ],
+    ),
+]
+
+
 @dataclass
 class Config:
     """Every setting of a training; the checkpoint carries them all."""
@@ -64,10 +94,12 @@ class Config:
     # -- where
     data: Path = Path("data/prepared")  # what prepare.py wrote
     run_folder: Path = Path("checkpoints/liver")  # of this run; one that holds a run is refused
-    resume: Path | None = None  # folder of a run to go on with; its settings are taken from there
+    resume: Path | None = None  # a run (its folder or last.pt) to go on with, with its settings
+    show: bool = False  # train nothing: draw preprocess.png beside the data, as preprocess.py does
 
-    # -- what is learnt: class name → raw label values; the order is the channel order
-    labels: Labels = field(default_factory=CLASSES.copy)
+    # -- what is learnt: class name → names (or values) of the data's labels; the order is the
+    # channel order, after the background. The default takes tumours as far as the data have them.
+    labels: Classes = field(default_factory=LIVER_WITH_TUMOURS.copy)
 
     # -- what the network sees
     # "subvolumes": as prepare.py cut them; each slice is resampled in its own plane, the slice axis
@@ -96,11 +128,13 @@ class Config:
     # No deep supervision: it has not been measured to help here.
     network: NetworkName = "unet3d"  # unet3d is Çiçek et al. 2016; the others are MONAI's
     base_channels: int = 32  # width; 32 is the paper's 19 M parameters, 8 trains on a laptop
-    pretrained: Path | None = None  # a checkpoint whose weights to begin with, of the same network
+    pretrained: Path | None = None  # a checkpoint of the same network, whose weights to begin with
 
     # -- optimisation
     loss: LossName = "dice"  # soft Dice of the foreground classes
-    optimizer: OptimizerName = "adam"  # adamw and sgd have their usual weight decay and momentum
+    optimizer: OptimizerName = "adam"  # sgd with momentum 0.99
+    weight_decay: float | None = None  # None is the optimizer's usual: adamw 0.01, sgd 3e-5, adam 0
+    amsgrad: bool = False  # of adam and adamw: steps by the largest second moment so far
     learning_rate: float = 3e-4  # at the start
     schedule: ScheduleName = "cosine"  # of the learning rate, by epoch
     batch_size: int = 2  # sub-volumes per step (and per process under torchrun)
@@ -111,7 +145,7 @@ class Config:
     val_interval: int = 1  # epochs between validations
 
     # -- machine
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: the fastest one here
     compile: bool = False  # torch.compile: a minute at the start, faster steps on a GPU
     deterministic: bool = False  # repeatable on a GPU as far as torch can, slower; a CPU always is
@@ -123,37 +157,20 @@ class Config:
     # -- inference, carried to apply_model.py
     overlap: float = 0.5  # of neighbouring windows, along each axis they slide on
 
-    def preprocessing(self) -> dict[str, Any]:
-        """Arguments of the deterministic chain."""
-        return {
-            "sampling": self.sampling,
-            "spacing": tuple(self.spacing),
-            "hu_window": self.hu_window and tuple(self.hu_window),
-            "input_size": tuple(self.input_size),
-            "labels": {name: tuple(values) for name, values in self.labels.items()},
-        }
+    # Names of the options that were given by hand; None: those that differ from the defaults.
+    given: ClassVar[frozenset[str] | None] = None
 
     def window(self, subvolume_depth: int) -> tuple[int, ...]:
         """Voxels (x, y, z) of the network's input."""
         depth = () if self.sampling == "patches" else (subvolume_depth,)
         return (*self.input_size, *depth)
 
-    def augmentation(self) -> dict[str, Any]:
-        """Arguments of the random augmentation."""
-        return {
-            "sampling": self.sampling,
-            "foreground_sampling": self.foreground_sampling,
-            "classes": len(self.labels),
-            "probability": self.augment_probability,
-            "rotation_degrees": self.rotation_degrees,
-            "translation": self.translation,
-            "scaling": self.scaling,
-            "noise_sd": self.noise_sd,
-            "intensity_scaling": self.intensity_scaling,
-            "intensity_shift": self.intensity_shift,
-            "flip_probability": self.flip_probability,
-            "input_size": tuple(self.input_size),
-        }
+    def list_given(self) -> set[str]:
+        """Names of the settings that were given by hand."""
+        if self.given is not None:
+            return set(self.given)
+        mine, defaults = self.plain(), Config().plain()
+        return {name for name in mine if mine[name] != defaults[name]}
 
     def plain(self) -> dict[str, Any]:
         """All settings as plain Python types, for the checkpoint and config.json."""
@@ -167,6 +184,17 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "liver-unet3d": (
         "liver with its tumours; 19 M 3D U-Net on 16-slice sub-volumes, Dice",
         Config(),
+    ),
+    "laptop": (
+        "the same on a CPU: 3 mm pixels and a quarter of the width, in an hour or so",
+        Config(
+            run_folder=Path("checkpoints/laptop"),
+            spacing=(3.0, 3.0),
+            input_size=(128, 128),
+            base_channels=8,
+            learning_rate=1e-3,
+            max_epochs=40,
+        ),
     ),
     "liver-monai": (
         "the same with MONAI's residual U-Net on patches, Dice + weighted cross-entropy",
@@ -197,7 +225,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
         Config(
             data=Path("data/whole"),
             run_folder=Path("checkpoints/liver-tumour-ce"),
-            labels={"background": (0,), "liver": (1,), "tumour": (2,)},
+            labels={"liver": ("liver",), "tumour": ("tumour",)},
             sampling="patches",
             spacing=(1.0, 1.0, 1.0),
             input_size=(128, 128, 64),
@@ -230,10 +258,10 @@ LOSSES: dict[str, Callable[[torch.Tensor], torch.nn.Module]] = {  # class weight
 }
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": lambda parameters, rate: torch.optim.Adam(parameters, rate, fused=True),
-    "adamw": lambda parameters, rate: torch.optim.AdamW(parameters, rate, fused=True),
-    "sgd": lambda parameters, rate: torch.optim.SGD(
-        parameters, rate, momentum=0.99, nesterov=True, weight_decay=3e-5, fused=True
+    "adam": lambda weights, rate, **given: torch.optim.Adam(weights, rate, fused=True, **given),
+    "adamw": lambda weights, rate, **given: torch.optim.AdamW(weights, rate, fused=True, **given),
+    "sgd": lambda weights, rate, weight_decay=3e-5: torch.optim.SGD(
+        weights, rate, momentum=0.99, nesterov=True, weight_decay=weight_decay, fused=True
     ),
 }
 
@@ -266,70 +294,129 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
             "the network's input must be a multiple of 8 along each axis (three poolings), got "
             f"{window} voxels; change --input-size, or prepare.py's --subvolume-depth"
         )
-    learnt = {value for values in config.labels.values() for value in values}
-    missing = learnt - set(prepared["labels"].values())
-    if missing:
-        raise InputError(
-            f"--labels names the values {sorted(missing)}, but {config.data / 'dataset.json'} "
-            f"declares {prepared['labels']}; correct --labels"
-        )
-    if config.resume is None and (config.run_folder / "last.pt").exists():
+    if config.optimizer == "sgd" and config.amsgrad:
+        raise InputError("--amsgrad is of adam and adamw, got --optimizer sgd; leave it out")
+    if config.resume is None and not config.show and (config.run_folder / "last.pt").exists():
         raise InputError(
             f"{config.run_folder}: holds a run already; give another --run-folder, or go on with "
             f"--resume {config.run_folder}"
         )
 
 
-def resumed(config: Config, saved: dict[str, Any]) -> Config:
+def choose_hu_window(config: Config, modality: str) -> Config:
+    """The settings, without a HU window for MR unless one was given: MR has no HU."""
+    if modality != "MR" or config.hu_window is None or "hu_window" in config.list_given():
+        return config
+    if rank_and_size()[0] == 0:
+        print("the data are MR: --hu-window None is used (each slice divided by its maximum)")
+    return dataclasses.replace(config, hu_window=None)
+
+
+def check_splits(config: Config, prepared: dict[str, Any], labels: Labels) -> bool:
+    """Refuse data that cannot be trained on, before anything is cached; True with validation."""
+    found, settings = {record["split"] for record in prepared["subvolumes"]}, prepared["settings"]
+    wanted = settings.get("split") is None and settings.get("validation", 1) > 0
+    for split, asked in {"training": True, "validation": wanted}.items():
+        if asked and split not in found:
+            raise InputError(
+                f"{config.data / 'dataset.json'}: no sub-volume in the {split} split; prepare more "
+                "patients (three at least), or leave validation out: prepare.py --validation 0"
+            )
+    names = list(labels)[1:]
+    seen = {
+        split: count_voxels(prepared, labels, split)[1:] for split in ("training", "validation")
+    }
+    if not seen["training"].any():
+        raise InputError(
+            f"{config.data}: no training patient has {', '.join(names)}; check --labels"
+        )
+    for split in [split for split in seen if split in found]:
+        lacking = [n for n, voxels in zip(names, seen[split].tolist(), strict=True) if not voxels]
+        if lacking:
+            print(f"warning: no {split} patient has {', '.join(lacking)}: no Dice tells of it")
+    if not seen["validation"].any():
+        print("without validation there is no best.pt; last.pt is the network to apply")
+    return bool(seen["validation"].any())
+
+
+def resume_settings(config: Config, folder: Path, saved: dict[str, Any]) -> Config:
     """The saved run's settings; only where it runs and how long may be given anew."""
-    free = {"run_folder": config.resume, "resume": config.resume, "data": Path(saved["data"])}
-    free |= {"device": config.device}
-    if config.max_epochs != Config().max_epochs:
+    names, given = {item.name for item in dataclasses.fields(Config)}, config.list_given()
+    if unknown := sorted(saved["config"].keys() - names):
+        raise InputError(
+            f"{folder}: a run with settings that are unknown here ({', '.join(unknown)}); update "
+            "this program, or train again"
+        )
+    free = {"run_folder": folder, "resume": folder, "device": config.device}
+    free |= {"data": Path(saved["config"]["data"])}
+    if "max_epochs" in given:
         free["max_epochs"] = config.max_epochs
-    result = dataclasses.replace(Config(**{**saved, "resume": None}), **free)
-    given, defaults, kept = config.plain(), Config().plain(), result.plain()
-    changed = [key for key in given if given[key] != defaults[key] and given[key] != kept[key]]
+    result = dataclasses.replace(Config(**saved["config"]), **free)
+    mine, kept = config.plain(), result.plain()
+    changed = sorted(name for name in given - {"resume"} if mine[name] != kept[name])
     if changed:
         raise InputError(
-            f"{config.resume}: a resumed run keeps its settings, but {', '.join(changed)} differ; "
+            f"{folder}: a resumed run keeps its settings, but {', '.join(changed)} differ; "
             "leave them out, or start another --run-folder"
         )
     return result
 
 
-def class_weights(prepared: dict[str, Any], labels: dict[str, tuple[int, ...]]) -> torch.Tensor:
+def is_finished(config: Config, saved: dict[str, Any]) -> bool:
+    """Whether a run has nothing left to do; says so."""
+    stopped = config.patience and validations_since_best(saved["history"]) >= config.patience
+    if saved["epoch"] < config.max_epochs and not stopped:
+        return False
+    why = f"--patience {config.patience}" if stopped else f"--max-epochs {config.max_epochs}"
+    advice = "start another with --pretrained" if stopped else "train on with more --max-epochs"
+    print(f"{config.resume}: finished after {saved['epoch']} epochs ({why}); {advice}")
+    return True
+
+
+def count_voxels(prepared: dict[str, Any], labels: Labels, split: str) -> torch.Tensor:
+    """Voxels of each class in the sub-volumes of a split."""
+    counts = torch.zeros(len(labels), dtype=torch.float64)
+    for record in prepared["subvolumes"]:
+        if record["split"] == split:
+            for raw, voxels in record["voxels_per_label"].items():
+                classes = [i for i, values in enumerate(labels.values()) if int(raw) in values]
+                counts[classes[0] if classes else 0] += voxels
+    return counts
+
+
+def class_weights(prepared: dict[str, Any], labels: Labels) -> torch.Tensor:
     """One weight per class from its voxels in the training data; their mean is 1.
 
     Inverse to the square root of the count. Inverse to the count itself, a tumour voxel weighs a
     thousand times as much as one of the background: on six real CTs a network trained with that
     invented more than a litre of tumour per patient.
     """
-    counts = torch.zeros(len(labels), dtype=torch.float64)
-    for record in prepared["subvolumes"]:
-        if record["split"] == "training":
-            for raw, voxels in record["voxels_per_label"].items():
-                classes = [i for i, values in enumerate(labels.values()) if int(raw) in values]
-                counts[classes[0] if classes else 0] += voxels
-    inverse = 1 / counts.clamp(min=1).sqrt()
+    inverse = 1 / count_voxels(prepared, labels, "training").clamp(min=1).sqrt()
     return (inverse / inverse.mean()).float()
 
 
-def begin_with(network: torch.nn.Module, path: Path) -> None:
-    """Load the weights of a checkpoint; raises InputError where it holds another network."""
+def begin_with(network: torch.nn.Module, network_args: dict[str, Any], path: Path) -> None:
+    """Load the weights of a checkpoint; of another number of classes, all but the head's.
+
+    Raises InputError where it holds another network.
+    """
     saved, own = load_checkpoint(path), network.state_dict()
-    given = saved["network_state"]
+    given, classes = saved["network_state"], saved["network_args"].get("out_channels")
     other = [
         name for name in {**own, **given}
         if name not in given or name not in own or given[name].shape != own[name].shape
     ]  # fmt: skip
-    if other:
+    alike = {**saved["network_args"], "out_channels": 0} == {**network_args, "out_channels": 0}
+    if other and not (alike and classes != network_args["out_channels"]):
         raise InputError(
             f"{path}: --pretrained must be the same network, but {len(other)} of its weights "
             f"differ, such as {other[0]}; it was trained with {saved['network_args']} for "
-            f"{', '.join(saved['labels'])}: give the same --network, --base-channels and as many "
-            "--labels"
+            f"{', '.join(saved['preprocessing']['labels'])}: give the same --network and "
+            "--base-channels"
         )
-    network.load_state_dict(given)
+    network.load_state_dict({n: v for n, v in given.items() if n not in other}, strict=False)
+    if other and rank_and_size()[0] == 0:
+        print(f"{path}: {classes} classes; begins anew: {', '.join(sorted(other))}")
 
 
 def safe_precision(config: Config, device: torch.device, window: Sequence[int]) -> str:
@@ -344,102 +431,137 @@ def safe_precision(config: Config, device: torch.device, window: Sequence[int]) 
 
 
 def main(config: Config) -> None:
-    resume = load_checkpoint(config.resume / "last.pt") if config.resume else None
-    if resume is not None:
-        config = resumed(config, resume["config"])
+    check_settings(config)
+    saved = None
+    if config.resume:
+        saved = load_checkpoint(find_checkpoint(config.resume, ["last.pt"]))
+        folder = config.resume if config.resume.is_dir() else config.resume.parent
+        config = resume_settings(config, folder, saved)
+        if is_finished(config, saved):
+            return
     device = pick_device(config.device)
     prepared = read_prepared(config.data)
     check(config, prepared)
+    config = choose_hu_window(config, prepared["settings"].get("modality", "CT"))
+    labels = resolve_classes(config.labels, as_labels(prepared["labels"]))
+    chain = pick(Chain, config, labels=labels)
+    if config.show:
+        # training leaves some sub-volumes alone; a picture should not
+        augment = pick(Augment, config, classes=len(labels), augment_probability=1.0)
+        picture = show_inputs(config.data, prepared, chain, augment, device)
+        print(f"look at {picture}: does the outline lie on the organ? Then: python train.py")
+        return
     with process_group(device):
-        run(config, prepared, device, resume)
+        alone = lock_folder(config.run_folder) if rank_and_size()[0] == 0 else None
+        with alone or contextlib.nullcontext():
+            fit(config, prepared, chain, device, saved)
 
 
-def run(
-    config: Config, prepared: dict[str, Any], device: torch.device, resume: dict[str, Any] | None
-) -> None:
-    """Data, network, optimizer, loop: one process of possibly several."""
-    rank, processes = rank_and_size()
-    torch.manual_seed(config.seed)
-    if config.deterministic:  # 3D max pooling has no such algorithm on a GPU: warned, not refused
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = not config.deterministic  # all batches have one shape
-
-    # data
-    settings = {**config.preprocessing(), "device": device, "disk_cache": config.disk_cache}
-    settings |= {"rank": rank, "processes": processes}
-    training = cache_split(prepared, config.data, "training", **settings)
-    validation = cache_split(prepared, config.data, "validation", **settings)
-    augment = augmentation(**config.augmentation(), device=device)
+def load_data(
+    config: Config, prepared: dict[str, Any], chain: Chain, device: torch.device
+) -> tuple[SubvolumeLoader, SubvolumeLoader | None]:
+    """Cached sub-volumes as batches: training, augmented, and validation, if there is one."""
+    validated = check_splits(config, prepared, chain.labels)
+    cache = (chain, device, config.disk_cache)
+    training = cache_split(prepared, config.data, "training", *cache)
+    augment = augmentation(pick(Augment, config, classes=len(chain.labels)), device)
     patches, window = config.sampling == "patches", config.window(prepared["subvolume_depth"])
     repeats = config.patches_per_case if patches else 1
     augmented = Subvolumes(training, augment, config.seed, repeats)
-    known = Tiles(validation, window) if patches else Subvolumes(validation)
     loading = {
         "batch_size": config.batch_size,
         "seed": config.seed,
         "pin": device.type == "cuda" and not training[0][IMAGE].is_cuda,
     }
     train_loader = SubvolumeLoader(augmented, shuffle=True, **loading)
-    val_loader = SubvolumeLoader(known, shuffle=False, **loading)
+    if not validated:
+        return train_loader, None
+    validation = cache_split(prepared, config.data, "validation", *cache)
+    known = Tiles(validation, window) if patches else Subvolumes(validation)
+    return train_loader, SubvolumeLoader(known, shuffle=False, **loading)
 
-    # network, loss, optimizer
+
+def build_run(
+    config: Config,
+    prepared: dict[str, Any],
+    chain: Chain,
+    device: torch.device,
+    saved: dict[str, Any] | None,
+) -> Run:
+    """Network, optimizer and schedule, as they begin or as `saved` has them."""
+    window = config.window(prepared["subvolume_depth"])
     network_args = {
         "name": config.network,
         "in_channels": 1,
-        "out_channels": len(config.labels),
+        "out_channels": len(chain.labels),
         "base_channels": config.base_channels,
         "input_size": window,
     }
     model = on_device(build_network(**network_args), device)
-    if config.pretrained and resume is None:
-        begin_with(model, config.pretrained)
-    if config.sync_batch_norm and processes > 1:
+    if config.pretrained and saved is None:
+        begin_with(model, network_args, config.pretrained)
+    if config.sync_batch_norm and rank_and_size()[1] > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    loss_function = LOSSES[config.loss](class_weights(prepared, config.labels)).to(device)
-    optimizer = OPTIMIZERS[config.optimizer](model.parameters(), config.learning_rate)
+    options = {} if config.weight_decay is None else {"weight_decay": config.weight_decay}
+    options |= {"amsgrad": True} if config.amsgrad else {}
+    optimizer = OPTIMIZERS[config.optimizer](model.parameters(), config.learning_rate, **options)
     factor = SCHEDULES[config.schedule]
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda epoch: factor(epoch / config.max_epochs)
     )
+    carried = {
+        "network_args": network_args,
+        "preprocessing": asdict(chain),
+        "inference": {"window": window, "overlap": config.overlap},
+        "declared": as_labels(prepared["labels"]),
+        "modality": prepared["settings"].get("modality", "CT"),
+        "config": config.plain(),
+    }
+    precision = pick_precision(safe_precision(config, device, window), device)
+    how = (config.ema_decay, config.compile, config.tensorboard)
+    run = Run(model, optimizer, scheduler, config.run_folder, device, precision, carried, *how)
+    if saved is not None:
+        run.restore(saved)
+    return run
 
-    # loop
-    precision = safe_precision(config, device, window)
+
+def fit(
+    config: Config,
+    prepared: dict[str, Any],
+    chain: Chain,
+    device: torch.device,
+    saved: dict[str, Any] | None,
+) -> None:
+    """Data, network, loss, loop: one process of possibly several."""
+    rank, processes = rank_and_size()
+    torch.manual_seed(config.seed)
+    if config.deterministic:  # 3D max pooling has no such algorithm on a GPU: warned, not refused
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = not config.deterministic  # all batches have one shape
+    train_loader, val_loader = load_data(config, prepared, chain, device)
+    run = build_run(config, prepared, chain, device, saved)
+    loss_function = LOSSES[config.loss](class_weights(prepared, chain.labels)).to(device)
     if rank == 0:
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        used = str(pick_precision(precision, device)).removeprefix("torch.")
+        parameters = sum(parameter.numel() for parameter in run.model.parameters())
+        used = str(run.precision).removeprefix("torch.")
         print(f"{config.network}: {parameters:,} parameters, {used} on {processes} × {device}")
-        with atomic_write(config.run_folder / "config.json") as temporary:
-            temporary.write_text(json.dumps(config.plain(), indent=2))
+        write_json(config.plain(), config.run_folder / "config.json")
     train(
-        model,
+        run,
         train_loader,
         val_loader,
         loss_function,
-        optimizer,
-        scheduler,
         max_epochs=config.max_epochs,
-        folder=config.run_folder,
-        device=device,
-        checkpoint={
-            "network_args": network_args,
-            "preprocessing": config.preprocessing(),
-            "inference": {"window": window, "overlap": config.overlap},
-            "labels": config.preprocessing()["labels"],
-            "config": config.plain(),
-        },
         val_interval=config.val_interval,
-        precision=precision,
         gradient_clip=config.gradient_clip,
-        ema_decay=config.ema_decay,
         patience=config.patience,
-        compile_network=config.compile,
-        tensorboard=config.tensorboard,
-        resume=resume,
     )
     if rank == 0:
         print(
-            f"done: {config.run_folder / 'best.pt'}; look at curves.png and preview.png beside it"
+            f"done: look at curves.png{' and preview.png' * (val_loader is not None)} in "
+            f"{config.run_folder}, then: python apply_model.py --split test --data {config.data} "
+            f"--checkpoint {find_checkpoint(config.run_folder)}"
         )
 
 

@@ -1,32 +1,40 @@
 """What two or more of the scripts share.
 
-Sections, each readable alone: data contract · command line · volumes · networks · metrics ·
-training · checkpoints · pictures. This module imports none of the scripts.
+Sections, each readable alone: data contract · command line · files · volumes · networks · metrics ·
+checkpoints · machine · training · pictures. This module imports none of the scripts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
+import functools
 import io
 import json
 import math
+import operator
 import os
-import pickle
 import re
 import signal
+import socket
 import sys
 import threading
 import time
+import types
+import typing
+import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, TypeVar
 
 import nibabel as nib
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 import tyro
@@ -48,6 +56,8 @@ LABEL_VALUES = {"background": 0, "liver": 1, "tumour": 2}  # values in a label m
 CLASSES = {"background": (0,), "liver": (1, 2)}  # what is learnt by default: a tumour is liver too
 HU_WINDOW = (-200.0, 250.0)  # HU window of every picture for people (training has its own setting)
 
+Kind = TypeVar("Kind")
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message says what, why, and what to do.
@@ -61,8 +71,80 @@ class InputError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------
-# Command line and files
+# Command line
 # ---------------------------------------------------------------------------------------
+
+# The range of every setting of every script; of several numbers each must lie in it.
+LIMITS = {
+    # prepare.py
+    "subvolume_depth": "0 <= x < inf",
+    "keep_empty": "0 <= x <= 1",
+    "training": "0 <= x <= 1",
+    "validation": "0 <= x <= 1",
+    "test": "0 <= x <= 1",
+    "seed": "0 <= x < 4294967296",
+    "folds": "0 <= x < inf",
+    "fold": "0 <= x < inf",
+    "workers": "0 <= x < inf",
+    # train.py
+    "spacing": "0.05 <= x <= 50",
+    "input_size": "1 <= x < inf",
+    "hu_window": "-inf < x < inf",
+    "patches_per_case": "1 <= x < inf",
+    "foreground_sampling": "0 <= x <= 1",
+    "augment_probability": "0 <= x <= 1",
+    "rotation_degrees": "0 <= x <= 180",
+    "translation": "0 <= x <= 1",
+    "scaling": "0 <= x < 1",
+    "noise_sd": "0 <= x < inf",
+    "intensity_scaling": "0 <= x < inf",
+    "intensity_shift": "0 <= x < inf",
+    "flip_probability": "0 <= x <= 1",
+    "base_channels": "1 <= x < inf",
+    "learning_rate": "0 < x < inf",
+    "weight_decay": "0 <= x < inf",
+    "batch_size": "1 <= x < inf",
+    "max_epochs": "1 <= x < inf",
+    "gradient_clip": "0 <= x < inf",
+    "ema_decay": "0 <= x < 1",
+    "patience": "0 <= x < inf",
+    "val_interval": "1 <= x < inf",
+    "window": "1 <= x < inf",
+    "overlap": "0 <= x < 1",
+    # apply_model.py, visualize_3d.py
+    "background": "-32768 <= x <= 32767",
+    "windows": "0 <= x < inf",
+    "smoothing": "0 <= x < inf",
+    "size": "1 <= x < inf",
+}
+COMPARISONS = {"<": operator.lt, "<=": operator.le}
+DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+ASCENDING = ("hu_window",)  # low, high
+
+
+def check_settings(settings: Any, where: str = "") -> None:
+    """Refuse a setting outside its range: of a Config, or of a mapping that was read from a file.
+
+    Raises InputError with the option, what was given and what is expected. NaN is in no range.
+    """
+    values = settings if isinstance(settings, Mapping) else vars(settings)
+    for name, value in values.items():
+        option = f"{where}--{name.replace('_', '-')}"
+        if name == "device" and not DEVICES.fullmatch(str(value)):
+            raise InputError(f"{option} must be auto, cpu, cuda, cuda:1 or mps, got {value}")
+        if name not in LIMITS or value is None:
+            continue
+        low, above, _, below, high = LIMITS[name].split()
+        for number in value if isinstance(value, tuple | list) else [value]:
+            if (
+                not isinstance(number, int | float)
+                or not COMPARISONS[above](float(low), number)
+                or not COMPARISONS[below](number, float(high))
+            ):
+                expected = LIMITS[name].removesuffix(" < inf").removeprefix("-inf < ")
+                raise InputError(f"{option} must be a number {expected}, got {value}")
+        if name in ASCENDING and not value[0] < value[-1]:
+            raise InputError(f"{option} must be low, then high, got {value}")
 
 
 def command_line(
@@ -75,8 +157,11 @@ def command_line(
 
     `recipes` maps a name, which may be the first word of the command line, to an explanation and
     the config whose values the options then override. The first recipe is the default.
+    Ctrl-C and SIGTERM end in exit code 130 and a line that says how to go on. With `--debug`, or
+    LIVER_DEBUG=1, every error shows its traceback.
     """
-    words, chosen = sys.argv[1:], {}
+    debug = "--debug" in sys.argv or bool(os.environ.get("LIVER_DEBUG"))
+    words, chosen = [word for word in sys.argv[1:] if word != "--debug"], {}
     if recipes:
         named = bool(words) and not words[0].startswith("-")
         name = words.pop(0) if named else next(iter(recipes))
@@ -87,34 +172,76 @@ def command_line(
         description = f"{description}\nRecipes (here: {name}):\n\n" + "\n".join(lines)
     flat = [tyro.conf.AvoidSubcommands]
     config = tyro.cli(config_class, args=words, description=description, config=flat, **chosen)
+    if hasattr(config_class, "given"):
+        config.given = list_given(words, config, chosen.get("default"))
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        check_settings(config)
         main(config)
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    except KeyboardInterrupt as stop:
+        print(f"interrupted; {stop or 'run the same command again to go on'}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, InputError | OSError):
+            sys.exit(f"error: {error}")
+        what = f"{type(error).__name__}: {error}"
+        sys.exit(f"error: {what}; run again with LIVER_DEBUG=1 for the traceback")
 
 
-Values = tuple[int, ...]
+def list_given(words: Sequence[str], config: Any, recipe: Any = None) -> frozenset[str]:
+    """Names of the settings that a command line gives, by option or by the name of a recipe."""
+    options = {re.split("=", word)[0].lstrip("-").replace("-", "_") for word in words}
+    names = {item.name for item in dataclasses.fields(config)}
+    plain = type(config)() if recipe else None
+    of_recipe = {n for n in names if recipe and getattr(recipe, n) != getattr(plain, n)}
+    return frozenset(of_recipe | {n for n in names if n in options or f"no_{n}" in options})
 
 
-def parse_labels(words: list[str]) -> dict[str, Values]:
-    """`["liver=1,2"]` → {"background": (0,), "liver": (1, 2)}."""
-    pairs = (word.partition("=") for word in words)
-    named = {name: tuple(int(value) for value in values.split(",")) for name, _, values in pairs}
-    return {"background": (0,)} | named
+def pick(kind: type[Kind], source: Any, **changes: Any) -> Kind:
+    """A dataclass of `kind` from the equally named attributes of `source`, `changes` before them.
+
+    A list becomes a tuple, as JSON and command lines give lists.
+    """
+    values = {}
+    for item in dataclasses.fields(kind):
+        value = changes[item.name] if item.name in changes else getattr(source, item.name)
+        values[item.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
 
 
-Labels = Annotated[  # type of a setting, on the command line: --labels liver=1 tumour=2
-    dict[str, Values],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="NAME=VALUE,…",
-        instance_from_str=parse_labels,
-        is_instance=lambda labels: isinstance(labels, dict),
-        str_from_instance=lambda labels: [f"{n}={','.join(map(str, labels[n]))}" for n in labels],
-    ),
-]
+def check_types(content: Any, kinds: Mapping[str, Any], what: str, remedy: str) -> None:
+    """Raise InputError unless `content` is a dictionary whose entries have these types."""
+    if not isinstance(content, dict):
+        raise InputError(f"{what}: must be a dictionary, got {type(content).__name__}; {remedy}")
+    for name, kind in kinds.items():
+        if name not in content:
+            raise InputError(f"{what}: {name} is missing; {remedy}")
+        if not isinstance(content[name], kind):
+            got = type(content[name]).__name__
+            raise InputError(f"{what}: {name} has the wrong type, got {got}; {remedy}")
+
+
+def format_seconds(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def show_progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
+    """A progress bar on a terminal, in the first process; none in a log, nor with TQDM_DISABLE."""
+    hidden = rank_and_size()[0] > 0 or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+    return tqdm(
+        iterable, disable=hidden or None, leave=False, **options
+    )  # None: asks for a terminal
+
+
+# ---------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------
 
 
 def read_json(path: Path, what: str = "a JSON object") -> Any:
@@ -166,22 +293,90 @@ def human_bytes(count: float) -> str:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the final name only when all went well.
 
-    The temporary name starts with a dot and keeps the suffixes, because writers choose the format
-    by suffix.
+    The temporary name starts with a dot, has the process id and a mark, and keeps the suffixes,
+    because writers choose the format by suffix. Whatever a writer raises on a full disk (torch,
+    matplotlib and ITK do not raise OSError) becomes an InputError, as does a file that is not
+    there or is empty afterwards. What was written is on the disk before it gets its name.
     """
-    temporary = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    name = path.name if len(path.name) < 200 else f"{zlib.crc32(path.name.encode()):08x}"
+    suffix = "" if name == path.name else "".join(path.suffixes)[-20:]
+    temporary = path.with_name(f".{os.getpid()}.partial.{name}{suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        with temporary.open("rb+") as stream:
+            if not stream.seek(0, os.SEEK_END):
+                raise OSError("nothing was written")
+            os.fsync(stream.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}); "
+            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); "
             "choose a folder that exists, is writable and has free space"
         ) from error
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep a folder for this process, so that no second one writes into it.
+
+    A lock whose owner has died on this machine is taken over. Raises InputError that names process
+    and machine of the owner.
+    """
+    process, path = psutil.Process(), folder / ".lock"
+    mine = {"pid": process.pid, "started": process.create_time(), "host": socket.gethostname()}
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("x") as stream:
+            json.dump(mine, stream)
+    except FileExistsError:
+        owner = _read_lock(path)
+        if _is_alive(owner, mine["host"]):
+            raise InputError(
+                f"{folder}: process {owner.get('pid', 'unknown')} on {owner.get('host', 'unknown')}"
+                f" writes here; wait for it or choose another folder (if it is gone: remove {path})"
+            ) from None
+        write_json(mine, path)
+        time.sleep(0.1)  # another process may take it over at the same moment: the last one has it
+        if _read_lock(path) != mine:
+            raise InputError(
+                f"{folder}: another process began to write here; wait for it"
+            ) from None
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror}); choose a folder that is writable"
+        ) from error
+    try:
+        yield
+    finally:
+        if _read_lock(path) == mine:
+            path.unlink(missing_ok=True)
+
+
+def _read_lock(path: Path) -> dict[str, Any]:
+    """Owner of a lock; of one that is only just being written, a living one for some seconds."""
+    try:
+        content = json.loads(path.read_text())
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime < 10:
+                return {"host": "another machine", "pid": "unknown"}
+        return {}
+
+
+def _is_alive(owner: dict[str, Any], host: str) -> bool:
+    """Whether the owner of a lock runs; on another machine nobody knows, so it does."""
+    if owner.get("host") != host:
+        return bool(owner)
+    try:
+        return abs(psutil.Process(int(owner["pid"])).create_time() - owner["started"]) < 1
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return False
 
 
 # ---------------------------------------------------------------------------------------
@@ -765,34 +960,43 @@ def overlap_counts(prediction: Any, label: Any, num_classes: int) -> np.ndarray:
     """
     if tuple(prediction.shape) != tuple(label.shape):
         raise ValueError(f"shapes must be equal, got {prediction.shape} and {label.shape}")
-    counts = []
-    for value in range(1, num_classes):
-        predicted, true = prediction == value, label == value
-        counts.append([int((predicted & true).sum()), int(predicted.sum()), int(true.sum())])
+    overlaps = list_overlaps(prediction, label, num_classes)
+    counts = [[int(number) for number in numbers] for numbers in overlaps]
     return np.array(counts, dtype=np.int64).reshape(-1, 3).T
 
 
-def dice_of_counts(counts: np.ndarray) -> np.ndarray:
-    """Dice = 2·|both| / (|prediction| + |label|) per class; NaN where both are empty.
-
-    A prediction on an empty label gives 0: a false alarm must not vanish from the mean.
-    """
-    both, predicted, true = counts.astype(float)
-    with np.errstate(invalid="ignore"):
-        return 2 * both / (predicted + true)
+def list_overlaps(prediction: Any, label: Any, num_classes: int) -> list[list[Any]]:
+    """The same of class 1, 2, …; of tensors as tensors, which a GPU need not hand over yet."""
+    masks = [(prediction == value, label == value) for value in range(1, num_classes)]
+    return [[(found & true).sum(), found.sum(), true.sum()] for found, true in masks]
 
 
-def dice_metric(prediction: Any, label: Any, num_classes: int = 2) -> np.ndarray:
+def dice_metric(
+    prediction: Any = None, label: Any = None, num_classes: int = 2, *, counts: Any = None
+) -> np.ndarray:
     """Hard Dice of one patient for the foreground classes 1 … num_classes − 1, background excluded.
+
+    2·|both| / (|prediction| + |label|). A prediction on an empty label gives 0: a false alarm must
+    not vanish from the mean.
 
     Args:
         prediction, label: class indices, arrays or tensors of one shape (any number of axes), on
             the scan's own grid if the figure is to be reported.
+        counts: instead of both, the sum of their `overlap_counts` over the pieces of a patient.
 
     Returns:
         (num_classes − 1,) Dice in 0..1; NaN where a class is in neither (`mean_dice` skips it).
     """
-    return dice_of_counts(overlap_counts(prediction, label, num_classes))
+    if counts is None:
+        counts = overlap_counts(prediction, label, num_classes)
+    both, predicted, true = np.asarray(counts, float)
+    with np.errstate(invalid="ignore"):
+        return 2 * both / (predicted + true)
+
+
+def dice_of_counts(counts: np.ndarray) -> np.ndarray:
+    """`dice_metric` of counts."""
+    return dice_metric(counts=counts)
 
 
 def mean_dice(per_patient: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -807,7 +1011,7 @@ def mean_dice(per_patient: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray
 # Checkpoints: plain Python types and tensors, so that loading cannot run code
 # ---------------------------------------------------------------------------------------
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def save_checkpoint(
@@ -817,56 +1021,135 @@ def save_checkpoint(
     network_state: dict[str, torch.Tensor],
     preprocessing: dict[str, Any],
     inference: dict[str, Any],
-    labels: dict[str, Sequence[int]],
+    declared: dict[str, Sequence[int]],
+    modality: str,
     config: dict[str, Any],
     epoch: int,
     val_dice: float,
     history: list[dict[str, float]],
     step_losses: list[float] | None = None,
+    step_counts: list[list[int]] | None = None,
     averaging_state: dict[str, Any] | None = None,
     optimizer_state: dict[str, Any] | None = None,
     scheduler_state: dict[str, Any] | None = None,
     scaler_state: dict[str, Any] | None = None,
     rng_state: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint whole or not at all. These keywords are its schema (see the README)."""
+    """Write a checkpoint whole or not at all. These keywords are its schema (see the README).
+
+    torch.save writes a zip archive with a checksum of each tensor and of the rest.
+    """
     content = {key: value for key, value in locals().items() if key != "path"}
     versions = {"torch": str(torch.__version__), "monai": version("monai"), "schema": SCHEMA}
     with atomic_write(path) as temporary:
         torch.save({"schema": SCHEMA, **content, "versions": versions}, temporary)
 
 
+def find_checkpoint(path: Path, names: Sequence[str] = ("best.pt", "last.pt")) -> Path:
+    """The checkpoint that a path stands for: itself, or of a run's folder the first of `names`."""
+    found = [path / name for name in names if (path / name).is_file()]
+    return (found[0] if found else path / names[0]) if path.is_dir() else path
+
+
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote; refuses anything else with a message."""
+    """Read what `save_checkpoint` wrote, or of a run's folder best.pt; else one InputError.
+
+    Verified are the checksums, the schema and the types of its entries, that all weights are
+    numbers, and the ranges of its settings.
+    """
+    path = find_checkpoint(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; train one first, or check --checkpoint")
+    remedy = "the file is damaged or foreign, use another one"
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load does not compare the checksums
+                raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a foreign file may lead to anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{path}: not a readable checkpoint of this project ({str(error).splitlines()[0]}); "
-            "the file is damaged or foreign, use another one"
+            f"{path}: not a readable checkpoint of this project ({reason}); {remedy}"
         ) from error
-    found = checkpoint.get("schema") if isinstance(checkpoint, dict) else None
-    if found != SCHEMA:
-        raise InputError(f"{path}: checkpoint schema must be {SCHEMA}, got {found}; train it again")
+    check_types(checkpoint, {"schema": int}, f"{path}: not a checkpoint of this project", remedy)
+    if (found := checkpoint["schema"]) != SCHEMA:
+        older = "an earlier version of this program, train it again"
+        raise InputError(
+            f"{path}: checkpoint schema must be {SCHEMA}, got {found}; it was made by "
+            + (older if found < SCHEMA else "a later version of this program, update this one")
+        )
+    check_types(checkpoint, checkpoint_types(), str(path), remedy)
+    check_types(checkpoint["preprocessing"], {"labels": dict}, f"{path}: preprocessing", remedy)
+    check_types(checkpoint["inference"], {"window": tuple, "overlap": float}, str(path), remedy)
+    for settings in ("preprocessing", "inference", "config"):
+        check_settings(checkpoint[settings], f"{path}: its setting ")
+    refuse_non_finite(checkpoint["network_state"], path)
     return checkpoint
 
 
+def checkpoint_types() -> dict[str, tuple[type, ...]]:
+    """Type of each entry of a checkpoint: the annotations of `save_checkpoint`."""
+    hints = typing.get_type_hints(save_checkpoint)
+    kinds = {}
+    for name in hints.keys() - {"path", "return"}:
+        union = isinstance(hints[name], types.UnionType)
+        parts = typing.get_args(hints[name]) if union else (hints[name],)
+        kinds[name] = tuple(typing.get_origin(part) or part for part in parts)
+    return kinds
+
+
+def refuse_non_finite(weights: dict[str, Any], path: Path) -> None:
+    """Raise InputError for weights that are no tensors or no numbers: they segment nothing."""
+    for name, tensor in weights.items():
+        if not isinstance(tensor, torch.Tensor) or not torch.isfinite(tensor).all():
+            raise InputError(
+                f"{path}: its weights are not numbers (NaN or infinite in {name}); use an earlier "
+                "checkpoint, or train again with a lower --learning-rate or --precision fp32"
+            )
+
+
 # ---------------------------------------------------------------------------------------
-# Training
+# Machine: device, precision, processes, signals
 # ---------------------------------------------------------------------------------------
 
 
 def pick_device(name: str) -> torch.device:
     """`auto` is the GPU when there is one (under torchrun: this process's own), else the CPU."""
+    check_settings({"device": name})
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device {name} was asked for, but torch sees no GPU; use --device cpu")
+        gpu = "cuda" if torch.cuda.is_available() else "mps"
+        name = gpu if gpu == "cuda" or torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(name.partition(":")[2] or 0) >= count:
+            sees = f"torch sees {count or 'no'} GPU"
+            raise InputError(f"device {name} was asked for, but {sees}; use --device cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device mps was asked for, but torch sees no GPU of Apple; use cpu")
+    if name == "mps" and not _convolves("mps"):
+        name = "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return torch.device(name)
+
+
+@functools.cache
+def _convolves(device: str) -> bool:
+    """Whether a 3D network trains there; Apple's GPUs learnt it late. Told once where not."""
+    try:
+        UNet3D(base_channels=2).to(device)(
+            torch.zeros(1, 1, 8, 8, 8, device=device)
+        ).sum().backward()
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        print(f"{device}: no 3D convolutions on this system ({reason}); the CPU is used instead")
+        return False
+    return True
+
+
+def resampling_device(device: torch.device) -> torch.device:
+    """Where volumes are resampled: there, but for Apple's GPUs, which lack float64, on the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -876,7 +1159,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         modern = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if modern else torch.float16
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if has_bf16 else torch.float32
 
@@ -916,290 +1199,360 @@ def gathered(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def delayed_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C only raises a flag, so that the batch under way is finished; yields its reader.
+    """Ctrl-C only raises a flag, so that the step under way is finished; yields its reader.
 
-    Under torchrun, and outside the main thread, Ctrl-C keeps its usual meaning.
+    The first one is told at once, the second one ends the process at once: by a thread, because
+    Python's own handlers wait for a step's long calls into torch. SIGTERM is Ctrl-C. Under
+    torchrun, and outside the main thread, both keep their usual meaning.
     """
     if dist.is_initialized() or threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     asked = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: asked.set())
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    read_end, write_end = socket.socketpair()
+    write_end.setblocking(False)
+    before = {number: signal.signal(number, lambda *_: asked.set()) for number in numbers}
+    wakeup = signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_watch_signals, args=(read_end, numbers), daemon=True)
+    watcher.start()
     try:
         yield asked.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        write_end.close()  # ends the watcher
+        watcher.join()
+        read_end.close()
+
+
+def _watch_signals(stream: socket.socket, numbers: Sequence[int]) -> None:
+    """Tell of the first interrupt as it comes, end the process at the second."""
+    seen = 0
+    while received := stream.recv(1):
+        if received[0] not in numbers:
+            continue
+        seen += 1
+        if seen == 1:
+            print("\nfinishing this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        else:
+            print("stopped at once; run again with --resume", file=sys.stderr, flush=True)
+            os._exit(130)
+
+
+# ---------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------
+
+LONG_SECONDS = 1800  # of training on a CPU; from there on the smaller recipe is named
+TIMING = ("samples_per_s", "data_wait_percent", "peak_memory_mb", "epoch_seconds")  # of a history
+
+
+@dataclass
+class Run:
+    """A training under way: what changes with each step, and what its checkpoints carry."""
+
+    model: nn.Module  # on `device`; under torchrun each process brings its own copy
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler  # stepped once an epoch
+    folder: Path  # best.pt, last.pt, metrics.csv, curves.png and preview.png are left here
+    device: torch.device
+    precision: torch.dtype  # of the convolutions
+    # What every checkpoint carries along: network_args, preprocessing (its labels name the
+    # classes), inference, declared, modality and config.
+    carried: dict[str, Any]
+    # Validate and keep, as best.pt, an exponential moving average of the weights, with this decay
+    # per step; 0 uses the weights as they are.
+    ema_decay: float = 0.0
+    compile_network: bool = False  # run the network through torch.compile
+    tensorboard: bool = False  # also write the history as TensorBoard event files
+    history: list[dict[str, float]] = field(default_factory=list)  # a row per epoch
+    losses: list[float] = field(default_factory=list)  # one per step of the epoch under way
+    counts: Any = 0  # the sum of their `overlap_counts`, (3, classes − 1)
+    told: bool = False  # how long an epoch takes
+
+    def __post_init__(self) -> None:
+        scaled = self.precision == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        moving = get_ema_multi_avg_fn(self.ema_decay)
+        self.average = (
+            AveragedModel(self.model, multi_avg_fn=moving, use_buffers=True)
+            if self.ema_decay
+            else None
+        )
+
+    @property
+    def kept(self) -> nn.Module:
+        """What is validated, saved and applied later."""
+        return self.average.module if self.average else self.model
+
+    @property
+    def class_names(self) -> list[str]:
+        """Of the foreground, in the order of the channels."""
+        return list(self.carried["preprocessing"]["labels"])[1:]
+
+    def wrap_network(self) -> nn.Module:
+        """The model as it is trained: over all processes, compiled."""
+        parallel = nn.parallel.DistributedDataParallel
+        network = parallel(self.model) if dist.is_initialized() else self.model
+        return torch.compile(network) if self.compile_network else network
+
+    def save(self, name: str) -> None:
+        """Write best.pt (what applying needs) or last.pt (also all that resuming needs)."""
+        state = {
+            "network_state": self.kept.state_dict(),
+            "epoch": len(self.history),
+            "val_dice": self.history[-1].get("val_dice", math.nan) if self.history else math.nan,
+            "history": self.history,
+        }
+        if name == "last.pt":
+            state |= {
+                "step_losses": self.losses,
+                "step_counts": np.asarray(self.counts).tolist() if self.losses else None,
+                "averaging_state": self.average
+                and {"weights": self.model.state_dict(), "steps": int(self.average.n_averaged)},
+                "optimizer_state": self.optimizer.state_dict(),
+                "scheduler_state": self.scheduler.state_dict(),
+                "scaler_state": self.scaler.state_dict(),
+                "rng_state": {"cpu": torch.get_rng_state()},
+            }
+        save_checkpoint(self.folder / name, **self.carried, **state)
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Put everything back as it was when a last.pt was written."""
+        if saved["optimizer_state"] is None:
+            raise InputError("a best.pt holds no optimizer state; resume from the run's last.pt")
+        self.model.load_state_dict(saved["network_state"])
+        if self.average:
+            self.average.module.load_state_dict(saved["network_state"])
+            self.average.n_averaged.fill_(saved["averaging_state"]["steps"])
+            self.model.load_state_dict(saved["averaging_state"]["weights"])
+        self.optimizer.load_state_dict(saved["optimizer_state"])
+        self.scheduler.load_state_dict(saved["scheduler_state"])
+        self.scaler.load_state_dict(saved["scaler_state"])
+        torch.set_rng_state(saved["rng_state"]["cpu"].cpu())
+        self.history, self.losses = list(saved["history"]), list(saved["step_losses"])
+        self.counts = np.array(saved["step_counts"]) if self.losses else 0
+
+    def finish_epoch(self, val_loader: Any, max_epochs: int) -> None:
+        """Write what an epoch leaves; last.pt at the end, so that a killed run lacks nothing."""
+        row = self.history[-1]
+        if best_epoch(self.history) == row["epoch"]:
+            self.save("best.pt")
+        write_csv(self.history, self.folder / "metrics.csv")
+        save_figure(curves_figure(self.history, self.class_names), self.folder / "curves.png")
+        if "val_dice" in row:
+            save_figure(preview_figure(self, val_loader), self.folder / "preview.png")
+        if self.tensorboard:
+            _write_events(row, self.folder)
+        self.save("last.pt")
+        print(describe_epoch(self.history, max_epochs), flush=True)
+
+    def fetch(self, pending: list[tuple[list[str], torch.Tensor, torch.Tensor]]) -> None:
+        """Move losses and counts of steps, which still wait on the device, here."""
+        if not pending:
+            return
+        values = torch.stack([loss for _, loss, _ in pending]).tolist()
+        for (cases, _, _), value in zip(pending, values, strict=True):
+            if not math.isfinite(value):
+                raise InputError(
+                    f"the loss became {value} in a batch of {', '.join(cases)}; look at these "
+                    "cases (preprocess.png), lower --learning-rate, or use --precision fp32"
+                )
+        self.losses += values
+        self.counts += torch.stack([counts for *_, counts in pending]).sum(dim=0).cpu().numpy()
+        pending.clear()
 
 
 def train(
-    model: nn.Module,
+    run: Run,
     train_loader: Any,
     val_loader: Any,
     loss_function: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
     *,
     max_epochs: int,
-    folder: Path,
-    device: torch.device,
-    checkpoint: dict[str, Any],
     val_interval: int = 1,
-    precision: str = "auto",
     gradient_clip: float = 0.0,
-    ema_decay: float = 0.0,
     patience: int = 0,
-    compile_network: bool = False,
-    tensorboard: bool = False,
-    resume: dict[str, Any] | None = None,
 ) -> list[dict[str, float]]:
-    """Fit `model`; leave best.pt, last.pt, metrics.csv, curves.png and preview.png in `folder`.
+    """Fit `run.model`; best.pt, last.pt, metrics.csv, curves.png and preview.png in `run.folder`.
 
     Args:
-        model: on `device`; under torchrun each process brings its own copy.
         train_loader, val_loader: batches of {"image" (B, C, X, Y, Z), "label" (B, 1, X, Y, Z) class
             indices, "case" names}; `train_loader.set_epoch(epoch, step)` starts an epoch at a step.
+            Without a `val_loader` (None) there is no best.pt.
         loss_function: (logits, label) → scalar.
-        scheduler: stepped once an epoch.
-        checkpoint: what every checkpoint carries along: network_args, preprocessing, inference,
-            labels (name → raw values) and config.
         val_interval: validate every so many epochs, and after the last one.
         gradient_clip: largest norm of the gradient; 0 leaves it alone.
-        ema_decay: validate and keep, as best.pt, an exponential moving average of the weights, with
-            this decay per step; 0 uses the weights as they are.
         patience: stop after so many validations without a better Dice; 0 never stops early.
-        compile_network: run the network through torch.compile.
-        tensorboard: also write the history as TensorBoard event files.
-        resume: content of a last.pt, to go on exactly where it was written.
 
-    Returns:
-        The history: one row of numbers per epoch, as in metrics.csv.
-
-    Ctrl-C finishes the batch under way, writes last.pt and raises KeyboardInterrupt.
-
+    Returns the history: one row of numbers per epoch, as in metrics.csv. Ctrl-C finishes the step
+    under way, writes last.pt and raises KeyboardInterrupt.
     Validation Dice is counted per patient over its sub-volumes at the network's resolution. It
     chooses best.pt; the figure to report is apply_model.py's, on the scan's own grid.
     """
-    names = list(checkpoint["labels"])[1:]
-    dtype = pick_precision(precision, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    average = None
-    if ema_decay:
-        moving = get_ema_multi_avg_fn(ema_decay)
-        average = AveragedModel(model, multi_avg_fn=moving, use_buffers=True)
-    kept = average.module if average else model  # what is validated, saved and applied later
-    history: list[dict[str, float]] = []
-    losses: list[float] = []
-    if resume is not None:
-        history, losses = _restore(resume, model, average, optimizer, scheduler, scaler)
-    network = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
-    network = torch.compile(network) if compile_network else network
-    context = {"loss_function": loss_function, "device": device, "precision": dtype}
-
-    def after_step() -> None:
-        if average:
-            average.update_parameters(model)
-
-    def state() -> dict[str, Any]:
-        return {
-            **checkpoint,
-            "network_state": kept.state_dict(),
-            "epoch": len(history),
-            "val_dice": history[-1].get("val_dice", math.nan) if history else math.nan,
-            "history": history,
-        }
-
-    def resumable() -> dict[str, Any]:
-        return {
-            **state(),
-            "step_losses": losses,
-            "averaging_state": average
-            and {"weights": model.state_dict(), "steps": int(average.n_averaged)},
-            "optimizer_state": optimizer.state_dict(),
-            "scheduler_state": scheduler.state_dict(),
-            "scaler_state": scaler.state_dict(),
-            "rng_state": {"cpu": torch.get_rng_state()},
-        }
-
-    first_process = rank_and_size()[0] == 0
+    network, first_process = run.wrap_network(), rank_and_size()[0] == 0
     with delayed_interrupt() as interrupted:
-        for epoch in range(len(history) + 1, max_epochs + 1):
-            row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
-            train_loader.set_epoch(epoch, len(losses))
-            row |= train_one_epoch(
-                network, train_loader, optimizer, scaler, losses, interrupted, after_step,
-                **context, clip=gradient_clip, title=f"epoch {epoch}/{max_epochs}",
-            )  # fmt: skip
+        for epoch in range(len(run.history) + 1, max_epochs + 1):
+            begun = time.perf_counter()
+            row = {"epoch": epoch, "learning_rate": run.scheduler.get_last_lr()[0]}
+            train_loader.set_epoch(epoch, len(run.losses))
+            last = (epoch, max_epochs)
+            loop = (network, train_loader, loss_function, gradient_clip, last, interrupted)
+            row |= train_one_epoch(run, *loop)
             if interrupted():
-                save_checkpoint(folder / "last.pt", **resumable())
-                print(f"stopped in epoch {epoch}; go on with: train.py --resume {folder}")
-                raise KeyboardInterrupt
-            losses = []
-            scheduler.step()
-            if epoch % val_interval == 0 or epoch == max_epochs:
-                row |= validate(kept, val_loader, **context, class_names=names)
-            history.append(row)
+                run.save("last.pt")
+                raise KeyboardInterrupt(f"go on with: python train.py --resume {run.folder}")
+            run.losses, run.counts = [], 0
+            run.scheduler.step()
+            if val_loader is not None and (epoch % val_interval == 0 or epoch == max_epochs):
+                row |= validate(run, val_loader, loss_function)
+            run.history.append(row | {"epoch_seconds": time.perf_counter() - begun})
             if first_process:
-                if _best_epoch(history) == epoch:
-                    save_checkpoint(folder / "best.pt", **state())
-                save_checkpoint(folder / "last.pt", **resumable())
-                _report(history, names, folder)
-                if tensorboard:
-                    _write_events(row, folder)
-                if "val_dice" in row:
-                    figure = preview_figure(kept, val_loader, device, dtype, names)
-                    save_figure(figure, folder / "preview.png")
-            if patience and _validations_since_best(history) >= patience:
+                run.finish_epoch(val_loader, max_epochs)
+            if patience and validations_since_best(run.history) >= patience:
                 print(f"no better Dice in {patience} validations: stopped after epoch {epoch}")
                 break
-    return history
-
-
-def _restore(
-    saved: dict[str, Any],
-    model: nn.Module,
-    average: AveragedModel | None,
-    optimizer: Any,
-    scheduler: Any,
-    scaler: Any,
-) -> tuple[list[dict[str, float]], list[float]]:
-    """Put everything back as it was; returns the history and the losses of a begun epoch."""
-    if saved["optimizer_state"] is None:
-        raise InputError("a best.pt holds no optimizer state; resume from the run's last.pt")
-    model.load_state_dict(saved["network_state"])
-    if average:
-        average.module.load_state_dict(saved["network_state"])
-        average.n_averaged.fill_(saved["averaging_state"]["steps"])
-        model.load_state_dict(saved["averaging_state"]["weights"])
-    optimizer.load_state_dict(saved["optimizer_state"])
-    scheduler.load_state_dict(saved["scheduler_state"])
-    scaler.load_state_dict(saved["scaler_state"])
-    torch.set_rng_state(saved["rng_state"]["cpu"].cpu())
-    return list(saved["history"]), list(saved["step_losses"])
+    return run.history
 
 
 def train_one_epoch(
+    run: Run,
     network: nn.Module,
     loader: Any,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    losses: list[float],
-    interrupted: Callable[[], bool],
-    after_step: Callable[[], None],
-    *,
     loss_function: nn.Module,
-    device: torch.device,
-    precision: torch.dtype,
     clip: float,
-    title: str,
+    epochs: tuple[int, int],
+    interrupted: Callable[[], bool],
 ) -> dict[str, float]:
-    """One pass over the training sub-volumes, or the rest of one; appends to `losses`.
+    """One pass over the training sub-volumes, or the rest of one, of `epochs` (this one, the last).
 
     The loss is fetched from the GPU only when the bar is redrawn, so that the GPU never waits; a
-    loss that is not finite stops the run there, with the names of its cases. Returns mean loss and
-    speed.
+    loss that is not finite stops the run there, with the names of its cases. Returns mean loss,
+    Dice and speed.
     """
     network.train()
-    pending: list[tuple[list[str], torch.Tensor]] = []
+    done, steps = len(run.losses), len(run.losses) + len(loader)
     start = redrawn = time.perf_counter()
-    waited, count, steps = 0.0, 0, len(losses) + len(loader)
-    rank, processes = rank_and_size()
-    bar = tqdm(total=steps, initial=len(losses), desc=title, unit="batch", leave=False)
-    bar.disable = rank > 0
+    pending, marks, waited, samples, memory = [], [], 0.0, 0, 0.0
     batches = iter(loader)
-    with bar:
-        while len(losses) + len(pending) < steps and not interrupted():
+    title = f"epoch {epochs[0]}/{epochs[1]}"
+    with show_progress(total=steps, initial=done, desc=title, unit="batch") as bar:
+        while done < steps and not interrupted():
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            image = batch[IMAGE].to(device, non_blocking=True, memory_format=torch.channels_last_3d)
-            label = batch[LABEL].to(device, non_blocking=True)
-            optimizer.zero_grad(set_to_none=True)
-            with autocast(device, precision):
-                logits = network(image)
-            loss = loss_function(logits.float(), label)
-            scaler.scale(loss).backward()
-            if clip:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(network.parameters(), clip)
-            scaler.step(optimizer)
-            scaler.update()
-            after_step()
-            count += len(image)
-            pending.append((list(batch["case"]), loss.detach()))
+            loss, counts = train_step(run, network, batch, loss_function, clip)
+            pending.append((list(batch["case"]), loss, counts))
+            done, samples = done + 1, samples + len(batch["case"])
             bar.update()
-            if len(losses) + len(pending) == steps or time.perf_counter() - redrawn > 0.5:
-                _fetch_losses(pending, losses)
-                redrawn = time.perf_counter()
-                bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
+            if done == steps or time.perf_counter() - redrawn > 0.5:
+                run.fetch(pending)
+                redrawn, memory = time.perf_counter(), max(memory, used_memory_mb(run.device))
+                bar.set_postfix(loss=f"{np.mean(run.losses):.4f}")
+                marks.append((done, redrawn))
+                tell_pace(run, marks, steps, epochs)
     batches.close()
-    _fetch_losses(pending, losses)
+    run.fetch(pending)
     seconds = time.perf_counter() - start
     return {
-        "train_loss": float(np.mean(gathered(np.mean(losses) if losses else math.nan))),
-        "samples_per_s": processes * count / seconds,
+        "train_loss": float(np.mean(gathered(np.mean(run.losses) if run.losses else math.nan))),
+        "train_dice": nan_mean(dice_metric(counts=sum(gathered(run.counts)))) if done else math.nan,
+        "samples_per_s": rank_and_size()[1] * samples / seconds,
         "data_wait_percent": 100 * waited / seconds,
-        "peak_memory_mb": _peak_memory_mb(device),
+        "peak_memory_mb": memory,
     }
 
 
-def _fetch_losses(pending: list[tuple[list[str], torch.Tensor]], losses: list[float]) -> None:
-    """Move the losses that still wait on the device to `losses`."""
-    values = torch.stack([loss for _, loss in pending]).tolist() if pending else []
-    for (cases, _), value in zip(pending, values, strict=True):
-        if not math.isfinite(value):
-            raise InputError(
-                f"the loss became {value} in a batch of {', '.join(cases)}; look at these cases "
-                "(preprocess.png), lower --learning-rate, or use --precision fp32"
-            )
-    losses += values
-    pending.clear()
+def train_step(
+    run: Run, network: nn.Module, batch: dict[str, Any], loss_function: nn.Module, clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward, backward and update; loss and `overlap_counts` of the batch, still on the device."""
+    image, label = move_batch(batch, run.device)
+    run.optimizer.zero_grad(set_to_none=True)
+    with autocast(run.device, run.precision):
+        logits = network(image)
+    loss = loss_function(logits.float(), label)
+    run.scaler.scale(loss).backward()
+    if clip:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(network.parameters(), clip)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    if run.average:
+        run.average.update_parameters(run.model)
+    found = predicted_classes(logits.detach())
+    counts = list_overlaps(found, label[:, 0], logits.shape[1])
+    return loss.detach(), torch.stack([torch.stack(numbers) for numbers in counts], dim=1)
 
 
-def _peak_memory_mb(device: torch.device) -> float:
-    """Largest memory so far: of tensors on a GPU, of the whole process on the CPU."""
+def move_batch(batch: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image and label of a batch on the device, in the layout that is fastest there."""
+    layout = torch.preserve_format if device.type == "mps" else torch.channels_last_3d
+    image = batch[IMAGE].to(device, non_blocking=True, memory_format=layout)
+    return image, batch[LABEL].to(device, non_blocking=True)
+
+
+def tell_pace(
+    run: Run, marks: list[tuple[int, float]], steps: int, epochs: tuple[int, int]
+) -> None:
+    """Say once how long an epoch and all of them take, by two times (steps done, seconds)."""
+    if run.told or len(marks) < 2 or rank_and_size()[0] > 0:
+        return
+    run.told = True
+    (some, begun), (more, ended) = marks[0], marks[-1]
+    epoch = (ended - begun) / (more - some) * steps
+    count = epochs[1] - epochs[0] + 1
+    whole = epoch * count
+    text = f"an epoch takes about {format_seconds(epoch)}, {count} about {format_seconds(whole)}"
+    if run.device.type == "cpu" and whole > LONG_SECONDS:
+        text += "; for this CPU there is a smaller one: python train.py laptop"
+    tqdm.write(text)
+
+
+def used_memory_mb(device: torch.device) -> float:
+    """Largest memory of tensors so far on a GPU; of the whole process now on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    return psutil.Process().memory_info().rss / 1e6
 
 
 @torch.no_grad()
-def validate(
-    model: nn.Module,
-    loader: Any,
-    *,
-    loss_function: nn.Module,
-    device: torch.device,
-    precision: torch.dtype,
-    class_names: Sequence[str],
-) -> dict[str, float]:
+def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float]:
     """Mean loss of batches with foreground, and Dice per class.
 
-    Dice: voxels counted per patient, then the mean over patients.
+    Dice: voxels counted per patient, then the mean over patients. NaN for a class that no patient
+    has: what the network finds of it says nothing about it.
     """
-    model.eval()
-    losses: list[float] = []
-    counts: dict[str, np.ndarray] = {}
-    for batch in tqdm(loader, desc="validation", unit="batch", leave=False):
-        label = batch[LABEL].to(device)
-        with autocast(device, precision):
-            logits = model(batch[IMAGE].to(device, memory_format=torch.channels_last_3d))
+    run.kept.eval()
+    names, losses = run.class_names, []
+    counts: dict[str, Any] = defaultdict(int)
+    for batch in show_progress(loader, desc="validation", unit="batch"):
+        image, label = move_batch(batch, run.device)
+        with autocast(run.device, run.precision):
+            logits = run.kept(image)
         if label.any():  # the Dice of nothing is nearly always 0, and would drown the others
             losses.append(loss_function(logits.float(), label).item())
-        prediction = predicted_classes(logits)
-        for case, predicted, true in zip(batch["case"], prediction, label[:, 0], strict=True):
-            new = overlap_counts(predicted, true, len(class_names) + 1)
-            counts[case] = counts.get(case, 0) + new
-    merged: dict[str, np.ndarray] = {}  # a patient's sub-volumes may lie in several processes
-    for part in gathered(counts):
+        for case, predicted, true in zip(
+            batch["case"], predicted_classes(logits), label[:, 0], strict=True
+        ):
+            counts[case] += overlap_counts(predicted, true, len(names) + 1)
+    merged: dict[str, Any] = defaultdict(int)  # a patient's sub-volumes may be in other processes
+    for part in gathered(dict(counts)):
         for case, count in part.items():
-            merged[case] = merged.get(case, 0) + count
-    dice, _ = mean_dice([dice_of_counts(count) for count in merged.values()])
-    loss = float(np.mean([value for part in gathered(losses) for value in part] or [math.nan]))
-    row = {"val_loss": loss, "val_dice": float(np.nanmean(dice))}
-    return row | {f"val_dice_{name}": float(d) for name, d in zip(class_names, dice, strict=True)}
+            merged[case] += count
+    dice, _ = mean_dice([dice_metric(counts=count) for count in merged.values()])
+    dice[sum(merged.values())[2] == 0] = math.nan
+    loss = nan_mean([value for part in gathered(losses) for value in part])
+    row = {"val_loss": loss, "val_dice": nan_mean(dice)}
+    return row | {f"val_dice_{name}": float(d) for name, d in zip(names, dice, strict=True)}
+
+
+def nan_mean(values: Sequence[float]) -> float:
+    """Mean of what is a number; NaN of nothing, without a warning."""
+    known = [value for value in values if math.isfinite(value)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def predicted_classes(logits: torch.Tensor) -> torch.Tensor:
@@ -1213,14 +1566,15 @@ def _validated(history: list[dict[str, float]]) -> list[dict[str, float]]:
     return [row for row in history if math.isfinite(row.get("val_dice", math.nan))]
 
 
-def _best_epoch(history: list[dict[str, float]]) -> int:
+def best_epoch(history: list[dict[str, float]]) -> int:
     """Epoch of the highest validation Dice (the first one of equals); 0 before any validation."""
     best = max(_validated(history), key=lambda row: row["val_dice"], default={"epoch": 0})
     return int(best["epoch"])
 
 
-def _validations_since_best(history: list[dict[str, float]]) -> int:
-    best = _best_epoch(history)
+def validations_since_best(history: list[dict[str, float]]) -> int:
+    """How many validations gave no better Dice since the best one."""
+    best = best_epoch(history)
     return sum(row["epoch"] > best for row in _validated(history))
 
 
@@ -1233,23 +1587,17 @@ def _write_events(row: dict[str, float], folder: Path) -> None:
             writer.add_scalar(key, value, row["epoch"])
 
 
-def _report(history: list[dict[str, float]], names: Sequence[str], folder: Path) -> None:
-    """metrics.csv, curves.png and one line on the terminal."""
-    columns = list(dict.fromkeys(key for row in history for key in row))
-    with (
-        atomic_write(folder / "metrics.csv") as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(history)
-    save_figure(curves_figure(history, names), folder / "curves.png")
+def describe_epoch(history: list[dict[str, float]], max_epochs: int) -> str:
+    """One line on the last epoch: losses, Dice, and the time that is left."""
     row = history[-1]
-    line = f"epoch {row['epoch']}: loss {row['train_loss']:.4f}"
+    line = f"epoch {row['epoch']}/{max_epochs}: loss {row['train_loss']:.4f}"
     if "val_dice" in row:
-        mark = " (best so far)" if _best_epoch(history) == row["epoch"] else ""
+        mark = " (best so far)" if best_epoch(history) == row["epoch"] else ""
         line += f", validation loss {row['val_loss']:.4f}, Dice {row['val_dice']:.4f}{mark}"
-    print(f"{line}, {row['samples_per_s']:.2f} samples/s")
+    line += f", {row['samples_per_s']:.2f} samples/s, {format_seconds(row['epoch_seconds'])}"
+    recent = [known["epoch_seconds"] for known in history[-5:] if "epoch_seconds" in known]
+    left = (max_epochs - row["epoch"]) * float(np.mean(recent))
+    return f"{line}, {format_seconds(left)} left" if left else line
 
 
 # ---------------------------------------------------------------------------------------
@@ -1266,16 +1614,27 @@ PLANES = {  # plane → (axis that is cut, letters at the picture's left, right,
 }
 
 
-def grey_window(scan: np.ndarray) -> tuple[float, float]:
-    """Values shown as black and white: HU_WINDOW, or of an array that is no CT (MR) its own range.
+def choose_hu_window(scan: np.ndarray) -> tuple[float, float]:
+    """Values shown as black and white: HU_WINDOW for CT in HU, which has fat and air below 0.
 
-    CT in HU has fat and air below 0.
+    Of a network's input, 0 and 1; of anything else (MR) its own range.
     """
     sample = scan[tuple(slice(None, None, max(1, size // 64)) for size in scan.shape)]
     if np.mean(sample < -30) >= 0.01:
         return HU_WINDOW
     low, high = np.percentile(sample, [1, 99])
+    if 0 <= sample.min() <= sample.max() <= 1:
+        return 0.0, 1.0
     return float(low), float(max(high, low + 1))
+
+
+def find_busiest_slice(mask: np.ndarray, axis: int = 2) -> int:
+    """Index of the slice along `axis` with most of a mask (X, Y, Z); the middle one of an empty."""
+    counts = np.count_nonzero(mask, axis=tuple(other for other in range(3) if other != axis))
+    return int(counts.argmax()) if counts.any() else mask.shape[axis] // 2
+
+
+grey_window = choose_hu_window  # until its callers are moved
 
 
 def draw_plane(
@@ -1337,7 +1696,7 @@ def add_legend(figure: Any, class_names: Sequence[str], truth: bool) -> None:
 
     lines = {"truth": TRUTH_COLOUR} if truth else {}
     for value, name in enumerate(class_names, start=1):
-        lines[f"predicted {name}"] = class_colour(value)
+        lines[f"predicted {name}" if truth else name] = class_colour(value)
     handles = [Line2D([], [], color=colour, label=text) for text, colour in lines.items()]
     columns = max(1, min(len(handles), int(figure.get_figwidth() // 2)))  # an entry takes 2 inches
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
@@ -1359,13 +1718,12 @@ def planes_figure(
     """
     from matplotlib.figure import Figure
 
-    window = window or grey_window(image)
+    window = window or choose_hu_window(image)
     figure = Figure(figsize=(13, 4.6 + 2.6 * bool(axial_slices)), layout="constrained")
     rows = figure.subfigures(2, 1, height_ratios=(4.6, 2.6)) if axial_slices else [figure]
     guide = next(iter(outlines.values()))
     for axes, (plane, (cut, _)) in zip(rows[0].subplots(1, 3), PLANES.items(), strict=True):
-        counts = np.count_nonzero(guide, axis=tuple(axis for axis in range(3) if axis != cut))
-        index = int(counts.argmax()) if counts.any() else image.shape[cut] // 2
+        index = find_busiest_slice(guide, cut)
         draw_plane(axes, image, plane, index, spacing, outlines, window)
         axes.set_title(f"{plane}, slice {index + 1} of {image.shape[cut]}", fontsize=10)
     if axial_slices:
@@ -1386,7 +1744,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def curves_figure(history: list[dict[str, float]], class_names: Sequence[str]) -> Any:
-    """Loss and Dice over the epochs, the best epoch marked."""
+    """Loss and Dice over the epochs, the best epoch marked; how long an epoch takes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -1394,17 +1752,20 @@ def curves_figure(history: list[dict[str, float]], class_names: Sequence[str]) -
 
     def line(axes: Any, key: str, label: str, colour: str, style: str) -> None:
         points = [(row["epoch"], row[key]) for row in history if key in row]
-        if points:
+        if any(math.isfinite(value) for _, value in points):
             axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=4)
 
     line(loss_axes, "train_loss", "training", "#0072B2", "-o")
     line(loss_axes, "val_loss", "validation", "#E69F00", "-s")
+    line(dice_axes, "train_dice", "training (augmented)", "0.5", "--")
     for value, name in enumerate(class_names, start=1):
         line(dice_axes, f"val_dice_{name}", name, class_colour(value), "-s")
-    best = _best_epoch(history)
+    best = best_epoch(history)
     if best:
         dice_axes.axvline(best, color="0.6", linestyle=":", label=f"best.pt (epoch {best})")
-    loss_axes.set(xlabel="epoch", ylabel="loss", title="Loss")
+    seconds = nan_mean([row.get("epoch_seconds", math.nan) for row in history])
+    pace = f" ({format_seconds(seconds)} an epoch)" if math.isfinite(seconds) else ""
+    loss_axes.set(xlabel=f"epoch{pace}", ylabel="loss", title="Loss")
     dice_axes.set(xlabel="epoch", ylabel="Dice", ylim=(0, 1), title="Dice of validation patients")
     for axes in (loss_axes, dice_axes):
         axes.grid(alpha=0.3)
@@ -1415,20 +1776,14 @@ def curves_figure(history: list[dict[str, float]], class_names: Sequence[str]) -
 
 
 @torch.no_grad()
-def preview_figure(
-    model: nn.Module,
-    loader: Any,
-    device: torch.device,
-    precision: torch.dtype,
-    class_names: Sequence[str],
-) -> Any:
+def preview_figure(run: Run, loader: Any) -> Any:
     """The same few validation slices every time: truth and prediction outlined.
 
     Of each sub-volume the slice with most of its last class, the tumour where there is one.
     """
     from matplotlib.figure import Figure
 
-    model.eval()
+    run.kept.eval()
     examples = loader.dataset.examples(6)
     columns = math.ceil(len(examples) / math.ceil(len(examples) / 3))
     rows = math.ceil(len(examples) / columns)
@@ -1437,65 +1792,99 @@ def preview_figure(
     for axes in grid[len(examples) :]:
         axes.axis("off")
     for axes, item in zip(grid, examples, strict=False):
-        with autocast(device, precision):
-            logits = model(item[IMAGE][None].to(device))
-        truth = item[LABEL][0].cpu().numpy().astype(np.uint8)
-        found = predicted_classes(logits)[0].cpu().numpy()
-        masks = outlines_of(truth, found, len(class_names) + 1)
-        middle = int((truth == max(truth.max(), 1)).sum(axis=(0, 1)).argmax())
-        image = item[IMAGE][0].float().cpu().numpy()
-        draw_plane(axes, image, "axial", middle, (1.0, 1.0, 1.0), masks, window=(0.0, 1.0))
-        axes.set_title(f"{item['case']}, slice {item['first_slice'] + middle + 1}", fontsize=10)
-    add_legend(figure, class_names, truth=True)
+        with autocast(run.device, run.precision):
+            logits = run.kept(item[IMAGE][None].to(run.device))
+        truth = item[LABEL][0]
+        middle = find_busiest_slice(as_array(truth == max(int(truth.max()), 1)))
+        drawn = {**item, PRED: predicted_classes(logits)[0]}
+        title = f"{item['case']}, slice {item['first_slice'] + middle + 1}"
+        show_patient(drawn, middle, axes=axes, names=run.class_names, title=title)
+    add_legend(figure, run.class_names, truth=True)
     return figure
 
 
 def show_patient(
-    data: dict[str, Any], slice_index: int | None = None, path: Path | None = None
+    data: Mapping[str, Any],
+    slice_index: int | None = None,
+    path: Path | None = None,
+    *,
+    axes: Any = None,
+    plane: str = "axial",
+    names: Sequence[str] = (),
+    hu_window: tuple[float, float] | None = None,
+    title: str | None = None,
 ) -> Any:
-    """Show one axial slice of a sub-volume or volume: image, label outline, prediction outline.
+    """Draw one slice of a patient: image, outlines of label and prediction. The one such drawing.
+
+    With label and prediction, the label is blue and each class of the prediction has its own
+    colour; with one of them, each of its classes has.
 
     Args:
-        data: "image" and, when known, "label" and "pred": (1, X, Y, Z) or (X, Y, Z) RAS arrays or
-            tensors; an image in 0..1 or in HU.
-        slice_index: along the last axis; the slice with most label when left out.
+        data: "image" and, when known, "label" and "pred" (class indices): a Volume, or (1, X, Y, Z)
+            or (X, Y, Z) RAS arrays or tensors; an image in 0..1 or in HU.
+        slice_index: along the plane's axis; the slice with most label when left out.
         path: write a PNG there; without it, draw into the notebook or open a window.
+        axes: matplotlib Axes to draw into; then no figure is made.
+        plane: "axial", "coronal" or "sagittal".
+        names: of the foreground classes, for a legend below a figure.
+        hu_window: values that are black and white; `choose_hu_window` when left out.
 
     Returns:
         The matplotlib Figure.
     """
-    arrays = {
-        key: np.asarray(torch.as_tensor(data[key]).detach().float().cpu()).reshape(
-            tuple(data[key].shape)[-3:]
-        )
-        for key in (IMAGE, LABEL, PRED)
-        if key in data
-    }
-    colours = {LABEL: TRUTH_COLOUR, PRED: PREDICTION_COLOUR}
-    masks = {colours[key]: arrays[key].astype(np.uint8) for key in (LABEL, PRED) if key in arrays}
-    image = arrays[IMAGE]
+    cut = PLANES[plane][0]
+    image = as_array(data[IMAGE])
+    maps = {key: as_array(data[key]).astype(np.uint8) for key in (LABEL, PRED) if key in data}
     if slice_index is None:
-        guide = next(iter(masks.values()), image > image.mean())
-        slice_index = int((guide > 0).sum(axis=(0, 1)).argmax())
-    window = (0.0, 1.0) if image.min() >= 0 and image.max() <= 1 else HU_WINDOW
-    if path is None:
+        guide = next(iter(maps.values()), image > image.mean())
+        slice_index = find_busiest_slice(guide > 0, cut)
+    truth = maps.get(LABEL) if len(maps) == 2 else None
+    outlined = maps.get(PRED, maps.get(LABEL))
+    classes = max(len(names), 0 if outlined is None else int(outlined.max()))
+    outlines = {} if outlined is None else outlines_of(truth, outlined, classes + 1)
+    drawn = axes or new_figure(path is None).subplots()
+    spacing = getattr(data[IMAGE], "ras", data[IMAGE])
+    spacing = getattr(spacing, "spacing_mm", (1.0, 1.0, 1.0))
+    window = hu_window or choose_hu_window(image)
+    draw_plane(drawn, image, plane, slice_index, spacing, outlines, window)
+    if title is None:
+        title = f"slice {slice_index + 1} of {image.shape[cut]}"
+        title += (
+            " · label in blue · prediction in orange" if truth is not None and not names else ""
+        )
+    drawn.set_title(title, fontsize=10)
+    if axes is None:
+        finish_figure(drawn.figure, names, truth is not None, path)
+    return drawn.figure
+
+
+def as_array(volume: Any) -> np.ndarray:
+    """(X, Y, Z) of a Volume (RAS), an array or a tensor with or without a channel axis."""
+    volume = getattr(volume, "ras", volume)
+    volume = volume.data if hasattr(volume, "spacing_mm") else volume
+    if isinstance(volume, torch.Tensor):
+        volume = torch.as_tensor(volume).detach().float().cpu().numpy()
+    return np.reshape(volume, np.shape(volume)[-3:])
+
+
+def new_figure(interactive: bool) -> Any:
+    """A figure for a notebook or window, or for a file alone."""
+    if interactive:
         from matplotlib import pyplot
 
-        figure = pyplot.figure(figsize=(6, 6), layout="constrained")
-    else:
-        from matplotlib.figure import Figure
+        return pyplot.figure(figsize=(6, 6), layout="constrained")
+    from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(6, 6), layout="constrained")
-    axes = figure.subplots()
-    draw_plane(axes, image, "axial", slice_index, (1.0, 1.0, 1.0), masks, window)
-    shown = " · ".join(
-        {LABEL: "label in blue", PRED: "prediction in orange"}[k] for k in arrays if k != IMAGE
-    )
-    axes.set_title(
-        f"slice {slice_index + 1} of {image.shape[2]}" + (f" · {shown}" if shown else "")
-    )
-    if path is None:
-        pyplot.show()
-    else:
+    return Figure(figsize=(6, 6), layout="constrained")
+
+
+def finish_figure(figure: Any, names: Sequence[str], truth: bool, path: Path | None) -> None:
+    """Add a legend where something is outlined; write a PNG, or show the figure."""
+    if names:
+        add_legend(figure, names, truth)
+    if path is not None:
         save_figure(figure, path)
-    return figure
+        return
+    from matplotlib import pyplot
+
+    pyplot.show()

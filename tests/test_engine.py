@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, ct_image, random_affine, run_script
-from test_training import assert_same_run, comparable, small_config
+from helpers import assert_same_run, comparable, small_config
 
 import apply_model
 import preprocess
@@ -27,15 +27,12 @@ def few(prepared, tmp_path_factory):
     content = json.loads((prepared / "dataset.json").read_text())
     splits = {record["split"] for record in content["subvolumes"]}
     content["subvolumes"] = [
-        {
-            **record,
-            "image": str(prepared / record["image"]),
-            "label": str(prepared / record["label"]),
-        }
+        record
         for split in sorted(splits)
         for record in [r for r in content["subvolumes"] if r["split"] == split][:4]
     ]
     folder = tmp_path_factory.mktemp("few")
+    (folder / "subvolumes").symlink_to(prepared / "subvolumes")
     (folder / "dataset.json").write_text(json.dumps(content))
     return folder
 

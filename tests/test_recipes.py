@@ -8,47 +8,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_script
+from helpers import augment_of, cached, chain_of, tiny
 
 import apply_model
 import train
+from data.volumes import read_file
 from preprocess import (
     Subvolumes,
     Tiles,
     augmentation,
-    cache_split,
     deterministic_chain,
     preprocess_volume,
     read_prepared,
 )
-from utilities import (
-    IMAGE,
-    LABEL,
-    InputError,
-    build_network,
-    load_checkpoint,
-    read_volume,
-    to_ras,
-    voxels,
-)
-
-TINY = {"max_epochs": 2, "base_channels": 4, "device": "cpu", "precision": "fp32"}
-TINY_IN = {
-    "subvolumes": {"input_size": (32, 32), "spacing": (8.0, 8.0)},
-    "patches": {"input_size": (32, 32, 16), "spacing": (8.0, 8.0, 5.0), "patches_per_case": 2},
-}
-
-
-def tiny(name: str, prepared, whole_cases, run, **changes) -> train.Config:
-    recipe = train.RECIPES[name][1]
-    data = whole_cases if recipe.sampling == "patches" else prepared
-    small = {**TINY, **TINY_IN[recipe.sampling], "data": data, "run_folder": run, **changes}
-    return dataclasses.replace(recipe, **small)
+from utilities import IMAGE, LABEL, InputError, build_network, load_checkpoint
 
 
 def cached_patches(whole_cases, **changes):
     config = tiny("liver-tumour-ce", None, whole_cases, None, **changes)
-    settings = {**config.preprocessing(), "device": "cpu"}
-    return config, cache_split(read_prepared(whole_cases), whole_cases, "training", **settings)
+    return config, cached(config)
 
 
 @pytest.mark.parametrize("name", train.RECIPES)
@@ -56,7 +34,7 @@ def test_a_recipe_trains_reloads_predicts_and_is_evaluated(name, prepared, whole
     config = tiny(name, prepared, whole_cases, tmp_path / "run")
     train.main(config)
     saved = load_checkpoint(tmp_path / "run" / "best.pt")
-    assert saved["labels"] == config.preprocessing()["labels"]
+    assert saved["preprocessing"]["labels"] == chain_of(config).labels
     apply = apply_model.Config(
         split="test", data=config.data, checkpoint=tmp_path / "run" / "best.pt",
         destination=tmp_path / "results", device="cpu",
@@ -64,7 +42,7 @@ def test_a_recipe_trains_reloads_predicts_and_is_evaluated(name, prepared, whole
     apply_model.main(apply)
     with (tmp_path / "results" / "results.csv").open() as file:
         row = next(csv.DictReader(file))
-    for organ in list(config.labels)[1:]:
+    for organ in config.labels:
         assert 0 <= float(row[f"{organ}_dice"] or 0) <= 1
     assert 0 < float(row["accuracy"]) <= 1
     assert 0 <= float(row["mean_iou"]) <= 1
@@ -81,7 +59,9 @@ def test_a_recipe_by_name_on_the_command_line(whole_cases, tmp_path):
     assert result.returncode == 0, result.stderr
     config = load_checkpoint(run / "best.pt")["config"]
     assert (config["sampling"], config["loss"]) == ("patches", "weighted_ce")
-    assert config["labels"] == {"background": (0,), "liver": (1,), "tumour": (2,)}
+    assert config["labels"] == {"liver": ("1",), "tumour": ("2",)}
+    preprocessing = load_checkpoint(run / "best.pt")["preprocessing"]
+    assert preprocessing["labels"] == {"background": (0,), "liver": (1,), "tumour": (2,)}
 
 
 def test_help_explains_the_recipes_and_a_wrong_name_is_refused():
@@ -111,12 +91,12 @@ def test_whole_cases_keep_every_labelled_voxel_in_its_place(raw_phantoms, whole_
     prepared = read_prepared(whole_cases)
     assert len(prepared["subvolumes"]) == len(prepared["cases"])
     for case, record in zip(prepared["cases"], prepared["subvolumes"], strict=True):
-        source = to_ras(read_volume(raw_phantoms / "labelsTr" / f"{case['case']}.nii.gz"))
-        kept = read_volume(whole_cases / record[LABEL])
+        source = read_file(raw_phantoms / "labelsTr" / f"{case['case']}.nii.gz").ras
+        kept = read_file(whole_cases / record[LABEL])
         assert list(kept.shape) == record["shape"]
         found = []
         for image in (source, kept):
-            where = np.argwhere(voxels(image) > 0)
+            where = np.argwhere(image.read() > 0)
             found.append(nib.affines.apply_affine(image.affine, where))
         assert len(found[0]) == len(found[1]) > 0
         assert np.allclose(found[0], found[1], atol=1e-3)
@@ -127,9 +107,8 @@ def test_cached_volume_is_the_preprocessed_volume(whole_cases):
     config, _ = cached_patches(whole_cases)
     record = read_prepared(whole_cases)["subvolumes"][0]
     files = {key: whole_cases / record[key] for key in (IMAGE, LABEL)}
-    settings = {**config.preprocessing(), "device": "cpu"}
-    item = deterministic_chain(**settings)(files)
-    volume, _ = preprocess_volume(read_volume(files[IMAGE]), **settings)
+    item = deterministic_chain(chain_of(config), "cpu")(files)
+    volume, _ = preprocess_volume(read_file(files[IMAGE]), chain_of(config), "cpu")
     assert torch.equal(item[IMAGE], volume.half())
     assert item[LABEL].shape == item[IMAGE].shape
     assert set(item[LABEL].unique().tolist()) <= {0, 1, 2}
@@ -137,9 +116,9 @@ def test_cached_volume_is_the_preprocessed_volume(whole_cases):
 
 def test_patches_show_a_rare_class_as_often_as_a_common_one(whole_cases):
     plain = {"foreground_sampling": 1.0, "augment_probability": 0.0, "input_size": (8, 8, 8)}
-    config, cached = cached_patches(whole_cases, **plain)
-    augment = augmentation(**config.augmentation(), device="cpu")
-    with_tumour = [item for item in cached if (item[LABEL] == 2).any()]
+    config, known = cached_patches(whole_cases, **plain)
+    augment = augmentation(augment_of(config), "cpu")
+    with_tumour = [item for item in known if (item[LABEL] == 2).any()]
     assert with_tumour
     assert all((item[LABEL] == 2).float().mean() < 0.02 for item in with_tumour)
     patches = Subvolumes(with_tumour, augment, seed=0, repeats=100)
@@ -151,11 +130,11 @@ def test_patches_show_a_rare_class_as_often_as_a_common_one(whole_cases):
 
 
 def test_tiles_hold_every_voxel_once(whole_cases):
-    _, cached = cached_patches(whole_cases)
-    tiles = Tiles(cached, (32, 32, 16))
+    _, known = cached_patches(whole_cases)
+    tiles = Tiles(known, (32, 32, 16))
     for value in (1, 2):
         in_tiles = sum(int((tiles[n][LABEL] == value).sum()) for n in range(len(tiles)))
-        assert in_tiles == sum(int((item[LABEL] == value).sum()) for item in cached)
+        assert in_tiles == sum(int((item[LABEL] == value).sum()) for item in known)
     assert {tuple(tiles[n][IMAGE].shape) for n in range(len(tiles))} == {(1, 32, 32, 16)}
 
 
@@ -184,10 +163,10 @@ def test_the_2d_network_sees_each_slice_alone():
 
 
 def test_without_a_window_each_slice_is_divided_by_its_maximum(prepared):
-    settings = {**train.Config(hu_window=None).preprocessing(), "input_size": (32, 32)}
+    config = train.Config(data=prepared, hu_window=None, input_size=(32, 32))
     record = read_prepared(prepared)["subvolumes"][0]
     files = {key: prepared / record[key] for key in (IMAGE, LABEL)}
-    image = deterministic_chain(**settings, device="cpu")(files)[IMAGE]
+    image = deterministic_chain(chain_of(config), "cpu")(files)[IMAGE]
     assert image.min() == 0
     # the resize to the network's input smooths the brightest pixel
     assert 0.7 < image.amax(dim=(0, 1, 2)).min() <= image.max() <= 1

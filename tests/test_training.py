@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from conftest import ROOT, run_script
+from helpers import assert_same_run, augment_of, cached, comparable, small_config
 
 import apply_model
 import preprocess
@@ -20,39 +21,6 @@ from utilities import (
     predicted_classes,
     save_checkpoint,
 )
-
-SMALL = {
-    "base_channels": 4,
-    "input_size": (32, 32),
-    "spacing": (8.0, 8.0),
-    "max_epochs": 3,
-    "device": "cpu",
-    "precision": "fp32",
-    "ema_decay": 0.9,
-}
-
-
-def small_config(prepared, run, **changes) -> train.Config:
-    return train.Config(**{**SMALL, "data": prepared, "run_folder": run, **changes})
-
-
-def small_cache(prepared):
-    config = small_config(prepared, None)
-    content = preprocess.read_prepared(prepared)
-    settings = {**config.preprocessing(), "device": "cpu"}
-    return config, preprocess.cache_split(content, prepared, "training", **settings)
-
-
-def comparable(history):
-    timing = ("samples_per_s", "data_wait_percent", "peak_memory_mb")
-    return [{key: value for key, value in row.items() if key not in timing} for row in history]
-
-
-def assert_same_run(first, second):
-    a, b = (load_checkpoint(run / "last.pt") for run in (first, second))
-    assert comparable(a["history"]) == comparable(b["history"])
-    for name, tensor in a["network_state"].items():
-        assert torch.equal(tensor, b["network_state"][name]), name
 
 
 @pytest.fixture(scope="module")
@@ -118,11 +86,8 @@ def test_a_finished_run_is_not_overwritten(finished, prepared):
 def test_overfits_one_subvolume(prepared):
     """One sub-volume to Dice > 0.99: data, loss, gradient and metric fit together."""
     config = small_config(prepared, None)
-    settings = {**config.preprocessing(), "device": "cpu"}
-    cached = preprocess.cache_split(
-        preprocess.read_prepared(prepared), prepared, "training", **settings
-    )
-    item = preprocess.Subvolumes(cached)[len(cached) // 2]
+    known = cached(config)
+    item = preprocess.Subvolumes(known)[len(known) // 2]
     torch.manual_seed(0)
     model = UNet3D(base_channels=8)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
@@ -142,13 +107,10 @@ def test_non_finite_loss_stops_with_the_names_of_the_cases(prepared, tmp_path):
 
 def test_augmentation_depends_on_seed_epoch_and_sample_only(prepared):
     config = small_config(prepared, None)
-    settings = {**config.preprocessing(), "device": "cpu"}
-    cached = preprocess.cache_split(
-        preprocess.read_prepared(prepared), prepared, "training", **settings
-    )
-    always = {**config.augmentation(), "probability": 1.0}
+    known = cached(config)
+    always = augment_of(config, augment_probability=1.0)
     first, second = (
-        preprocess.Subvolumes(cached, preprocess.augmentation(**always, device="cpu"), seed=3)
+        preprocess.Subvolumes(known, preprocess.augmentation(always, "cpu"), seed=3)
         for _ in range(2)
     )
     order = [2, 0, 1, 0]
@@ -193,7 +155,7 @@ def test_unusable_checkpoints_are_named(tmp_path, finished):
     with pytest.raises(InputError, match=r"torn\.pt: not a readable checkpoint"):
         load_checkpoint(torn)
     torch.save({"schema": 0}, tmp_path / "old.pt")
-    with pytest.raises(InputError, match=r"old\.pt: checkpoint schema must be 1, got 0"):
+    with pytest.raises(InputError, match=r"old\.pt: checkpoint schema must be 2, got 0"):
         apply_model.load_model(tmp_path / "old.pt")
 
 
@@ -201,8 +163,8 @@ def test_wrong_settings_are_refused_before_training(prepared, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(InputError, match="multiple of 8"):
         train.main(small_config(prepared, run, input_size=(36, 36)))
-    with pytest.raises(InputError, match=r"names the values \[7\]"):
-        train.main(small_config(prepared, run, labels={"background": (0,), "spleen": (7,)}))
+    with pytest.raises(InputError, match="--labels 7: is no label of these data"):
+        train.main(small_config(prepared, run, labels={"spleen": ("7",)}))
     with pytest.raises(InputError, match="not found"):
         train.main(small_config(tmp_path, run))
     if not torch.cuda.is_available():

@@ -1,0 +1,258 @@
+"""Settings, files, locks and signals: what was given wrongly is one line, what is begun is kept."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+from helpers import small_config
+
+import train
+import utilities
+from utilities import (
+    LIMITS,
+    InputError,
+    atomic_write,
+    check_settings,
+    format_seconds,
+    lock_folder,
+    pick_device,
+)
+
+
+@dataclass
+class Settings:
+    """One of each kind."""
+
+    overlap: float = 0.5
+    hu_window: tuple[float, float] | None = (-200.0, 250.0)
+    device: str = "cpu"
+
+
+# ---------------------------------------------------------------------------------------
+# Ranges
+# ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_every_setting_has_a_range_that_nan_and_words_are_outside_of(name):
+    low, above, _, below, high = LIMITS[name].split()
+    outside = [math.nan, "many"]
+    outside += [float(low) - 1] if math.isfinite(float(low)) else [-math.inf]
+    outside += [float(high) + 1] if math.isfinite(float(high)) else [math.inf]
+    outside += [float(low)] * (above == "<") + [float(high)] * (below == "<")
+    for value in outside:
+        option = f"--{name.replace('_', '-')}"
+        with pytest.raises(InputError, match=rf"{option} must be a number .*, got"):
+            check_settings({name: value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("hu_window", (250.0, -200.0), "low, then high"),
+        ("hu_window", (5.0, 5.0), "low, then high"),
+        ("hu_window", (-200.0, math.nan), "must be a number"),
+        ("spacing", (0.0, 0.0), "must be a number 0.05 <= x <= 50"),
+        ("ema_decay", math.nan, "must be a number 0 <= x < 1"),
+        ("val_interval", -1, "must be a number 1 <= x"),
+        ("overlap", 1.0, "must be a number 0 <= x < 1"),
+        ("batch_size", 0, "must be a number 1 <= x"),
+        ("max_epochs", 0, "must be a number 1 <= x"),
+        ("learning_rate", 0.0, "must be a number 0 < x"),
+        ("device", "gpu", "must be auto, cpu, cuda, cuda:1 or mps, got gpu"),
+    ],
+)
+def test_wrong_settings_of_train_are_one_line_before_anything_is_read(
+    setting, value, message, tmp_path
+):
+    with pytest.raises(InputError, match=message):
+        train.main(train.Config(data=tmp_path / "none", **{setting: value}))
+
+
+def test_a_wrong_setting_on_the_command_line_is_one_line(tmp_path):
+    done = run_script(ROOT / "train.py", "--device", "gpu", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines() == [
+        "error: --device must be auto, cpu, cuda, cuda:1 or mps, got gpu"
+    ]
+
+
+def test_ranges_let_the_defaults_and_recipes_through():
+    for _, config in train.RECIPES.values():
+        check_settings(config)
+    check_settings(Settings())
+
+
+def test_what_is_no_gpu_is_told(monkeypatch):
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="sees no GPU; use --device cpu"):
+            pick_device("cuda:3")
+    with pytest.raises(InputError, match="no GPU of Apple"):
+        pick_device("mps")
+
+
+def test_auto_takes_apples_gpu_and_falls_back_once_where_it_cannot_convolve(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(utilities, "_convolves", lambda device: True)
+    assert pick_device("auto").type == "mps"
+    assert utilities.resampling_device(torch.device("mps")).type == "cpu"
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    utilities._convolves.cache_clear()  # this machine has no such GPU, so a 3D network fails on it
+    assert [pick_device("mps").type, pick_device("auto").type] == ["cpu", "cpu"]
+    assert capsys.readouterr().out.count("the CPU is used instead") == 1
+
+
+# ---------------------------------------------------------------------------------------
+# Files and locks
+# ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), RuntimeError("full"), ValueError()]
+)
+def test_any_writers_failure_is_one_message_and_leaves_nothing(tmp_path, error):
+    target = tmp_path / "a.nii.gz"
+    target.write_text("before")
+    with (
+        pytest.raises(InputError, match=r"a\.nii\.gz: cannot be written"),
+        atomic_write(target) as t,
+    ):
+        t.write_text("half")
+        raise error
+    assert target.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("write", [lambda path: None, lambda path: path.touch()])
+def test_a_writer_that_fails_silently_is_found(tmp_path, write):
+    with (
+        pytest.raises(InputError, match="cannot be written"),
+        atomic_write(tmp_path / "a.stl") as t,
+    ):
+        write(t)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_long_names_are_written(tmp_path):
+    with atomic_write(tmp_path / f"{'n' * 240}.nii.gz") as temporary:
+        assert temporary.name.endswith(".nii.gz")
+        temporary.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == [f"{'n' * 240}.nii.gz"]
+
+
+def test_a_folder_is_kept_for_one_and_taken_over_from_the_dead(tmp_path):
+    lock = tmp_path / ".lock"
+    with lock_folder(tmp_path):
+        mine = rf"process {os.getpid()} on {socket.gethostname()}"
+        with pytest.raises(InputError, match=mine), lock_folder(tmp_path):
+            pass
+        assert lock.exists()  # the second one did not remove it
+    assert not lock.exists()
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    dead = {"pid": child.pid, "started": time.time(), "host": socket.gethostname()}
+    lock.write_text(json.dumps(dead))
+    with lock_folder(tmp_path):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+    lock.write_text(json.dumps({**dead, "host": "elsewhere"}))
+    with (
+        pytest.raises(InputError, match=r"on elsewhere writes here.*remove"),
+        lock_folder(tmp_path),
+    ):
+        pass
+    assert lock.exists()
+
+
+def test_a_second_training_into_a_run_folder_is_refused(prepared, tmp_path):
+    with lock_folder(tmp_path / "run"), pytest.raises(InputError, match="writes here"):
+        train.main(small_config(prepared, tmp_path / "run"))
+
+
+def test_times_are_readable():
+    assert [format_seconds(s) for s in (0.3, 45, 720, 12000)] == [
+        "0.3 s", "45 s", "12 min", "3 h 20 min",
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------
+# Unexpected errors and signals
+# ---------------------------------------------------------------------------------------
+
+SCRIPT = f"""
+import sys, time; sys.path.insert(0, {str(ROOT)!r})
+from dataclasses import dataclass
+from utilities import command_line
+
+@dataclass
+class Config:
+    word: str = "wait"
+
+def main(config):
+    print("begun", flush=True)
+    if config.word == "fail":
+        raise KeyError("odd")
+    time.sleep(600)
+
+command_line(main, Config, "test")
+"""
+
+
+def test_an_unexpected_error_is_one_line_and_a_traceback_when_asked(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = run_script(script, "--word", "fail")
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "error: KeyError: 'odd'; run again with LIVER_DEBUG=1 for the traceback"
+    )
+    assert "Traceback" in run_script(script, "--word", "fail", "--debug").stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_script_with_130_and_what_to_do(tmp_path, number):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    child = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "begun\n"
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=300)
+    assert child.returncode == 130
+    assert errors.strip().splitlines()[-1] == "interrupted; run the same command again to go on"
+
+
+WATCHED = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import hashlib
+from utilities import delayed_interrupt
+with delayed_interrupt() as asked:
+    print("begun", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1)  # as torch: Python's handlers wait for it
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_interrupt_is_told_at_once_and_the_second_stops(number):
+    child = subprocess.Popen(
+        [sys.executable, "-c", WATCHED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "begun\n"
+    child.send_signal(number)
+    assert child.stderr.readline() == "\n"
+    assert child.stderr.readline() == "finishing this step; Ctrl-C again stops at once\n"
+    child.send_signal(number)
+    child.communicate(timeout=300)
+    assert child.returncode == 130
