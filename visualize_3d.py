@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,9 +27,7 @@ import tyro
 import vedo
 from nibabel.affines import apply_affine, from_matvec
 from PIL import Image
-from scipy.spatial import cKDTree
 from skimage.measure import find_contours
-from tqdm import tqdm
 from vedo import vtkclasses
 from vtkmodules.vtkCommonDataModel import vtkMultiBlockDataSet
 from vtkmodules.vtkIOGeometry import vtkGLTFWriter
@@ -42,21 +40,25 @@ from data.results import (
     CaseFiles,
     Outline,
     crop_to_foreground,
+    find_darkness,
     find_files,
+    find_hu_range,
     list_cases,
     list_outlines,
+    measure_distance,
     open_volume,
 )
 from data.volumes import Volume
 from utilities import (
-    HU_WINDOW,
     PLANES,
     TRUTH_COLOUR,
     InputError,
     atomic_write,
+    choose_hu_window,
     class_colour,
     command_line,
-    grey_window,
+    find_busiest_slice,
+    show_progress,
 )
 
 Mode = Literal["surface", "rays", "organs", "slices", "compare"]
@@ -99,7 +101,7 @@ VIEWS = {  # where the viewer stands, and what is up: RAS vectors
 
 
 def main(config: Config) -> None:
-    outputs = check_settings(config)
+    outputs = list_outputs(config)
     paths = [case for path in config.paths for case in list_cases(path)]
     if not outputs:
         open_window(paths, config)
@@ -135,17 +137,13 @@ def write_outputs(
         print(f"  wrote {target}")
 
 
-def check_settings(config: Config) -> list[tuple[Path, Callable]]:
+def list_outputs(config: Config) -> list[tuple[Path, Callable]]:
     """(path, function) of every output that is asked for; InputError before anything is read."""
     if not config.paths:
         raise InputError(
             "nothing to draw: give results/<case> or results (of apply_model.py), a label map, a "
             "masked volume, a scan or a DICOM folder"
         )
-    if min(config.size) < 100 or max(config.size) > 10_000:
-        raise InputError(f"--size: must be 100 to 10000 pixels, got {config.size}")
-    if not 0 <= config.smoothing <= 1000:
-        raise InputError(f"--smoothing: must be 0 to 1000 iterations, got {config.smoothing}")
     chosen = []
     for option, (writer, suffixes) in OUTPUTS.items():
         path = getattr(config, option)
@@ -308,33 +306,11 @@ def describe(name: str, mesh: vedo.Mesh) -> list[str]:
     ] + ([f"  parts {len(parts)}: {sizes} ml"] if is_tumour(name) else [])
 
 
-def measure_distance(points: np.ndarray, mask: Volume, surface: np.ndarray) -> np.ndarray:
-    """Distance in mm of points (N, 3) to the nearest vertex of a mask's surface, < 0 inside it."""
-    distance, _ = cKDTree(surface).query(points, workers=-1)
-    index = apply_affine(np.linalg.inv(mask.affine), points).T
-    inside = ndi.map_coordinates(mask.data.astype(np.float32), index, order=1) > 0.5
-    return np.where(inside, -distance, distance)
-
-
 def name_direction(direction: np.ndarray) -> str:
     """Where a RAS vector points, strongest axis first: "R", "SA"; parts under 22.5° left out."""
     letters = np.where(np.asarray(direction) > 0, list("RAS"), list("LPI"))
     strong = np.abs(direction) > np.sin(np.pi / 8) * np.linalg.norm(direction)
     return "".join(letters[axis] for axis in np.argsort(-np.abs(direction)) if strong[axis])
-
-
-def find_darkness(hu: Volume, mask: np.ndarray) -> np.ndarray:
-    """How much darker than the organ's median (X, Y, Z) in HU, noise averaged away; 0 at its rim.
-
-    The mean is taken over the organ's inner voxels only (normalised convolution, 1.5 mm), because
-    the outermost ones hold some fat, and a dark rim would hide the tumours.
-    """
-    inner = ndi.binary_erosion(mask, iterations=2)
-    sigma = 1.5 / np.array(hu.spacing_mm)
-    weight = ndi.gaussian_filter(inner.astype(np.float32), sigma, truncate=2)
-    darker = np.where(inner, np.median(hu.data[mask]) - hu.data, 0).astype(np.float32)
-    total = ndi.gaussian_filter(darker, sigma, truncate=2)
-    return np.divide(total, weight, out=np.zeros_like(total), where=weight > 0.05)
 
 
 # ---------------------------------------------------------------------------------------
@@ -379,15 +355,6 @@ def make_panel(*objects: vedo.CommonVisual, peel: bool = True) -> Any:
     for shown in objects:
         panel.AddViewProp(shown.actor)
     return panel
-
-
-def find_hu_range(case: Case) -> tuple[tuple[float, float], str]:
-    """Values that matter in the case's scan, and their unit: not every scan is a CT."""
-    path = case.masked or case.scan
-    if path is None:
-        return HU_WINDOW, "HU"
-    window = grey_window(open_volume(path).ras.data)
-    return window, "HU" if window == HU_WINDOW else "intensity"
 
 
 def make_hu_volume(case: Case) -> tuple[PatientVolume, int, tuple[int, int], str]:
@@ -438,8 +405,9 @@ def make_surface_scene(case: Case, config: Config) -> Scene:
         shown[0] = surfaces.make(value)
         panel.AddViewProp(shown[0].actor)
 
-    what = "bone and what else" if bare else "inside the label map, what"
-    legend = {f"{what} is brighter than the surface value": colour}
+    legend = {
+        "bone, vessels: over the surface value" if bare else "organ: over the surface value": colour
+    }
     slider = Slider(
         f"surface at {unit}", low + 1, high - 1, first, ((0.93, 0.25), (0.93, 0.75)), change, True
     )
@@ -450,9 +418,9 @@ def make_rays_volume(case: Case) -> tuple[PatientVolume, dict[str, str]]:
     """Volume and transfer function in which tumours show inside the organ, and their legend.
 
     The scalar is how much darker a voxel is than the organ's median: the way from the organ to the
-    outside leads through the values of bright vessels, which hardly show. Only voxels that the label
-    map calls a tumour have the tumour's colour; they lie above all others, at 300. Without any, what
-    is dark shows in a colour that belongs to no class. A bare scan shows its bones.
+    outside leads through the values of bright vessels, which hardly show. Only voxels that the
+    label map calls a tumour have the tumour's colour; they lie above all others, at 300. Without
+    any, what is dark shows in a colour of no class. A bare scan shows its bones.
     """
     if case.labels is None:
         volume = make_hu_volume(case)[0]
@@ -473,16 +441,16 @@ def make_rays_volume(case: Case) -> tuple[PatientVolume, dict[str, str]]:
             legend | {n: case.colours[n] for n in tumours},
         )
         darker[np.isin(labels, list(tumours.values()))] = 300
-        steps, opacities = (160, 220), [(150, 0.006), (200, 0.03), (300, 0.2)]
+        steps, opacities = (160, 220), [(150, 0.01), (200, 0.03), (300, 0.2)]
         projected = [(15, 0.3), (150, 0.3), (300, 0.95)]
     else:
         dark, legend = DARK_TISSUE, legend | {"over 30 HU darker than it": DARK_TISSUE}
-        steps, opacities = (15, 30), [(15, 0.006), (30, 0.1), (80, 0.2)]
+        steps, opacities = (15, 30), [(15, 0.01), (30, 0.1), (80, 0.2)]
         projected = [(15, 0.3), (30, 0.6), (60, 0.95)]
     volume = PatientVolume(hu.like(darker.astype(np.float32)), -150)
     volume.transfer = (
         [(-80, "white"), (-20, liver), (steps[0], liver), (steps[1], dark), (300, dark)],
-        [(-150, 0), (-80, 0.006), (-20, 0.006), *opacities],
+        [(-150, 0), (-80, 0.01), (-20, 0.01), *opacities],
         [(-150, 0), (-20, 0.2), *projected],
     )
     return volume, legend
@@ -517,7 +485,7 @@ def list_scene_meshes(case: Case) -> dict[str, tuple[vedo.Mesh, float]]:
     tumours = any(map(is_tumour, case.meshes))
     first = next(iter(case.meshes), "")
     meshes = {
-        name: (mesh, 0.45 if name == first and not (tumours and is_tumour(name)) else 1.0)
+        name: (mesh, 0.35 if name == first and not (tumours and is_tumour(name)) else 1.0)
         for name, mesh in case.meshes.items()
     }
     if not meshes:
@@ -541,7 +509,7 @@ def draw_slice(scan: Volume, outlines: list[Outline], plane: str, index: int) ->
     def to_patient(points: np.ndarray, height: float) -> np.ndarray:
         return apply_affine(scan.affine, np.insert(points, axis, height, axis=1))
 
-    low, high = grey_window(scan.data)
+    low, high = choose_hu_window(scan.data)
     grey = ((array.T.clip(low, high) - low) * (255 / (high - low))).astype(np.uint8)
     corners = np.array([(0, 0), (across, 0), (across, up), (0, up)]) - 0.5
     sheet = vedo.Mesh([to_patient(corners, index), [[0, 1, 2, 3]]]).lighting("off").color("white")
@@ -554,21 +522,16 @@ def draw_slice(scan: Volume, outlines: list[Outline], plane: str, index: int) ->
     return objects
 
 
-def find_busiest(outlines: list[Outline], scan: Volume, axis: int) -> int:
-    """Index of the slice with most foreground; the middle one where there is none."""
-    others = tuple({0, 1, 2} - {axis})
-    counts = np.zeros(scan.shape[axis], np.int64)
-    for labels in {id(outline.labels): outline.labels for outline in outlines}.values():
-        counts += np.count_nonzero(labels.data, axis=others)
-    return int(np.argmax(counts)) if counts.any() else scan.shape[axis] // 2
-
-
 def make_slices_scene(case: Case, config: Config) -> Scene:
     """Axial, coronal and sagittal CT slice in radiological view with sliders, and all in 3D."""
     scan = case.read_grey(case.scan or case.masked or case.label)
     outlines = list_outlines(case)
-    filled = any(outline.labels.data.any() for outline in outlines)
-    space = make_panel(*(case.meshes.values() if case.labels is not None and filled else ()))
+    foreground = np.zeros(scan.shape, bool)
+    for labels in {id(outline.labels): outline.labels for outline in outlines}.values():
+        foreground |= labels.data > 0
+    space = make_panel(
+        *(case.meshes.values() if case.labels is not None and foreground.any() else ())
+    )
     panels, sliders = {plane: make_panel() for plane in PANELS}, []
     shown: dict[str, list] = {plane: [] for plane in PANELS}
 
@@ -582,7 +545,7 @@ def make_slices_scene(case: Case, config: Config) -> Scene:
                 panel.AddViewProp(new.actor)
 
     for plane, (axis, _) in PLANES.items():
-        index = find_busiest(outlines, scan, axis)
+        index = find_busiest_slice(foreground, axis)
         show(plane, index)
         face_slice(panels[plane], scan, plane, config.size)
         title = f"{plane} slice, {scan.spacing_mm[axis]:.3g} mm each"
@@ -634,7 +597,7 @@ def make_compare_scene(case: Case, config: Config) -> Scene:
     limit = max(1.0, float(np.ceil(np.percentile(far, 99))))
     mesh.cmap("PuOr_r", distance, vmin=-limit, vmax=limit)
     mesh.add_scalarbar(
-        "mm outside (+) or inside (-) the reference", ((0.15, 0.15), (0.85, 0.19)),
+        "mm outside (+) or inside (-) the reference", ((0.15, 0.13), (0.85, 0.22)),
         horizontal=True, font_size=round(config.size[0] / 70), c=INK,
     )  # fmt: skip
     panels = [make_panel(reference), make_panel(mesh)]
@@ -647,8 +610,8 @@ def make_compare_scene(case: Case, config: Config) -> Scene:
         (panels[1], caption, INK),
     ):
         panel.AddViewProp(make_text(config, words, (0.5, 0.1), colour, "top-center").actor)
-    legend = {"reference": TRUTH_COLOUR, "predicted, outside the reference": "#b35806"}
-    legend["predicted, inside the reference"] = "#8073ac"
+    legend = {"reference": TRUTH_COLOUR, "predicted, outside the reference": "#f1a340"}
+    legend["predicted, inside the reference"] = "#b2abd2"
     return Scene(panels, legend, ((0, 0, 0.5, 1), (0.5, 0, 1, 1)))
 
 
@@ -666,7 +629,9 @@ def make_scene(case: Case, config: Config) -> Scene:
     scene = SCENES[config.mode](case, config)
     turn_view(scene, config)
     mode = config.mode + (f", {config.projection}" if config.mode == "rays" else "")
-    report = [line for line in case.report() if not (scene.brief and line.startswith(" "))]
+    report = [line for line in case.report() if not line.startswith("  mesh")]
+    if scene.brief:
+        report = [line.partition(",")[0] for line in report if not line.startswith(" ")]
     write_words(scene, config, [f"{case.name} · {mode}", *report])
     for panel in scene.panels:
         mark_directions(panel, config, 1.3 if len(scene.panels) < 3 else 1.0)
@@ -675,28 +640,31 @@ def make_scene(case: Case, config: Config) -> Scene:
 
 def turn_view(scene: Scene, config: Config) -> None:
     """Show the side of the patient that `config.view` names, in the panel in 3D."""
-    panel = scene.panels[scene.space]
-    place_camera(panel, *VIEWS[config.view])
     left, bottom, right, top = scene.boxes[scene.space]
-    wide = (right - left) * config.size[0] > (top - bottom) * config.size[1]
-    panel.GetActiveCamera().Zoom(1.4 if wide else 1.2)  # a liver is flatter than a sphere
+    aspect = (right - left) * config.size[0] / ((top - bottom) * config.size[1])
+    panel = scene.panels[scene.space]
+    place_camera(panel, *VIEWS[config.view], aspect)
     if config.mode == "slices":  # seen exactly from one side, two of the slices would be lines
         panel.GetActiveCamera().Azimuth(25)
         panel.GetActiveCamera().Elevation(25)
-        panel.ResetCameraClippingRange()
+    panel.ResetCameraClippingRange()
 
 
-def place_camera(panel: Any, place: Iterable[float], up: Iterable[float]) -> None:
-    """Put the camera on one side of what a panel shows, all of it in the picture."""
-    camera = panel.GetActiveCamera()
-    camera.SetFocalPoint(0, 0, 0)
-    camera.SetPosition(*place)
+def place_camera(panel: Any, side: np.ndarray, up: np.ndarray, aspect: float = 1.0) -> None:
+    """Put the camera on one side of what a panel of width / height `aspect` shows: all of it."""
+    low, high = np.reshape(panel.ComputeVisiblePropBounds(), (3, 2)).T
+    camera, middle = panel.GetActiveCamera(), (low + high) / 2
+    radius = np.linalg.norm(high - low) / 2  # of a sphere around it; a liver is flatter
+    distance = radius / np.sin(np.radians(15)) / 1.3 / min(1, aspect)
+    camera.SetViewAngle(30)
+    camera.SetFocalPoint(*middle)
+    camera.SetPosition(*(middle + distance * np.array(side)))
     camera.SetViewUp(*up)
-    panel.ResetCamera()  # makes room for a sphere
+    panel.ResetCameraClippingRange()
 
 
 def make_text(
-    config: Config, text: str, place: tuple, colour: str, justify: str, size: float = 0.7
+    config: Config, text: str, place: tuple, colour: str, justify: str, size: float = 0.85
 ) -> vedo.Text2D:
     """Text at a place (0..1) of a panel, its size going with the window's."""
     size *= config.size[0] / 1200
@@ -707,7 +675,7 @@ def make_text(
 
 def write_words(scene: Scene, config: Config, lines: list[str]) -> None:
     """Title, measurements and legend at the top left of the panel in 3D, one below the other."""
-    legend = [f"■ {name}" for name in scene.legend]
+    legend = [f"— {name}" for name in scene.legend]
     width = max(map(len, [*lines, *legend]))
     blocks = [("\n".join([*lines, *(" " * width for _ in legend)]), INK)]
     for number, (line, colour) in enumerate(zip(legend, scene.legend.values(), strict=True)):
@@ -721,7 +689,7 @@ def write_words(scene: Scene, config: Config, lines: list[str]) -> None:
 
 def mark_directions(panel: Any, config: Config, size: float) -> None:
     """Letters R L A P S I at a panel's edges, right again before every rendering."""
-    places = (0.02, 0.5), (0.98, 0.5), (0.5, 0.96), (0.5, 0.04)
+    places = (0.03, 0.5), (0.97, 0.5), (0.5, 0.96), (0.5, 0.04)
     texts = [make_text(config, "", place, INK, "center", size) for place in places]
     for text in texts:
         panel.AddViewProp(text.actor)
@@ -952,7 +920,7 @@ def write_turntable(case: Case, config: Config, path: Path) -> None:
     plotter = draw(case, config, offscreen=True)
 
     def list_frames() -> Iterator[np.ndarray]:
-        for _ in tqdm(range(TURN_FRAMES), desc="turntable", unit="frame", disable=None):
+        for _ in show_progress(range(TURN_FRAMES), desc="turntable", unit="frame"):
             yield plotter.screenshot(asarray=True)
             plotter.camera.Azimuth(360 / TURN_FRAMES)
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from data.labels import BACKGROUND, Labels, index_classes
 from data.results import CaseFiles, list_classes
-from utilities import TRUTH_COLOUR, add_legend, atomic_write, draw_plane, grey_window, outlines_of
+from utilities import (
+    IMAGE,
+    LABEL,
+    PRED,
+    add_legend,
+    atomic_write,
+    choose_hu_window,
+    show_patient,
+    show_progress,
+)
 
 MOVIE_MARGIN_MM = 15  # of a movie, beyond the first and the last slice of foreground
 PAGE_COLOUR, PAGE_INK = "#14181d", "#f2f2f2"
@@ -32,17 +41,19 @@ def draw_frames(case: CaseFiles, size: tuple[int, int]) -> Iterator[np.ndarray]:
     from matplotlib.figure import Figure
 
     scan = case.read_grey(case.scan or case.masked or case.label)
-    outlines, names = list_indices(case)
-    first, last = find_range(outlines.values(), scan.shape[2], MOVIE_MARGIN_MM / scan.spacing_mm[2])
-    hu_window = grey_window(scan.data)
+    maps, names = list_maps(case)
+    first, last = find_range(maps.values(), scan.shape[2], MOVIE_MARGIN_MM / scan.spacing_mm[2])
+    hu_window = choose_hu_window(scan.data)
     figure = Figure((size[0] / 100, size[1] / 100), dpi=100, layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
-    if outlines:
-        add_legend(figure, names, bool(case.truth))
-    for index in tqdm(range(first, last), desc="movie", unit="slice", disable=None):
+    if maps:
+        add_legend(figure, names, LABEL in maps)
+    for index in show_progress(range(first, last), desc="movie", unit="slice"):
         axes.clear()
-        draw_plane(axes, scan.data, "axial", index, scan.spacing_mm, outlines, hu_window)
-        axes.set_title(f"{case.name} · axial slice {index + 1} of {scan.shape[2]}")
+        part = (slice(None), slice(None), slice(index, index + 1))
+        data = {IMAGE: replace(scan, data=scan.data[part])} | {k: m[part] for k, m in maps.items()}
+        title = f"{case.name} · axial slice {index + 1} of {scan.shape[2]}"
+        show_patient(data, 0, axes=axes, names=names, hu_window=hu_window, title=title)
         canvas.draw()
         yield np.array(canvas.buffer_rgba())[..., :3]
 
@@ -58,15 +69,15 @@ def find_range(masks: Iterable[np.ndarray], depth: int, margin: float) -> tuple[
     return max(0, int(low - margin)), min(depth, int(high + margin) + 1)
 
 
-def list_indices(case: CaseFiles) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Colour → mask or class indices (X, Y, Z) that slices are outlined with; predicted classes."""
-    truth = None
-    if case.truth:
-        truth = index_classes(case.reference.data, as_tuples(list_classes(case.reference, {})))
-    if case.labels is None:
-        return ({TRUTH_COLOUR: truth} if truth is not None else {}), []
-    prediction = index_classes(case.labels.data, as_tuples(case.classes))
-    return outlines_of(truth, prediction, len(case.classes) + 1), list(case.classes)
+def list_maps(case: CaseFiles) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Reference and prediction as class indices (X, Y, Z) under MONAI's keys; class names."""
+    maps, names = {}, []
+    for key, labels in ((LABEL, case.reference if case.truth else None), (PRED, case.labels)):
+        if labels is not None:
+            classes = list_classes(labels, case.names)
+            maps[key] = index_classes(labels.data, as_tuples(classes))
+            names = list(classes)  # the prediction's, where there are both
+    return maps, names
 
 
 def as_tuples(classes: Mapping[str, int]) -> Labels:

@@ -13,11 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.ndimage as ndi
+from nibabel.affines import apply_affine
+from scipy.spatial import cKDTree
 
 from data.cases import find_scans, lay_on_grid, name_case, read_label_map, read_scan
 from data.labels import BACKGROUND, USUAL_LABELS, group_tumours, is_tumour
 from data.volumes import Volume, find_bounding_box
-from utilities import AIR_HU, TRUTH_COLOUR, InputError, class_colour, read_json
+from utilities import (
+    AIR_HU,
+    HU_WINDOW,
+    TRUTH_COLOUR,
+    InputError,
+    choose_hu_window,
+    class_colour,
+    read_json,
+)
 
 STAND_IN_HU = {"liver": 100, "tumour": 40}  # taken where there is no scan
 MAX_LABELS = 32  # different values in a label map; a CT in uint8 has far more
@@ -195,7 +206,7 @@ def find_result(folder: Path) -> CaseFiles | None:
     masked, record = folder / f"{name}_masked.nii.gz", folder / f"{name}.json"
     known = read_record(record) if record.exists() else {}
     files = {key: Path(known[key]) for key in ("image", "truth") if known.get(key)}
-    for key in [key for key, path in files.items() if not os.path.exists(path)]:
+    for key in [key for key, path in files.items() if not os.path.exists(path)]:  # noqa: PTH110
         print(f"{record}: its {key} {files.pop(key)} is not there any more; drawn without it")
     case = CaseFiles(name, files.get("image"), masked if masked.exists() else None, labels[0])
     case.truth, case.trust_grid = files.get("truth"), known.get("trust_image_grid") is True
@@ -262,3 +273,34 @@ def list_outlines(case: CaseFiles) -> list[Outline]:
         for name, values in case.members.items():
             outlines.append(Outline(name, case.colours[name], case.labels, values))
     return outlines
+
+
+def measure_distance(points: np.ndarray, mask: Volume, surface: np.ndarray) -> np.ndarray:
+    """Distance in mm of points (N, 3) to the nearest vertex of a mask's surface, < 0 inside it."""
+    distance, _ = cKDTree(surface).query(points, workers=-1)
+    index = apply_affine(np.linalg.inv(mask.affine), points).T
+    inside = ndi.map_coordinates(mask.data.astype(np.float32), index, order=1) > 0.5
+    return np.where(inside, -distance, distance)
+
+
+def find_darkness(hu: Volume, mask: np.ndarray) -> np.ndarray:
+    """How much darker than the organ's median (X, Y, Z) in HU, noise averaged away; 0 at its rim.
+
+    The mean is taken over the organ's inner voxels only (normalised convolution, 1.5 mm), because
+    the outermost ones hold some fat, and a dark rim would hide the tumours.
+    """
+    inner = ndi.binary_erosion(mask, iterations=2)
+    sigma = 1.5 / np.array(hu.spacing_mm)
+    weight = ndi.gaussian_filter(inner.astype(np.float32), sigma, truncate=2)
+    darker = np.where(inner, np.median(hu.data[mask]) - hu.data, 0).astype(np.float32)
+    total = ndi.gaussian_filter(darker, sigma, truncate=2)
+    return np.divide(total, weight, out=np.zeros_like(total), where=weight > 0.05)
+
+
+def find_hu_range(case: CaseFiles) -> tuple[tuple[float, float], str]:
+    """Values that matter in the case's scan, and their unit: not every scan is a CT."""
+    path = case.masked or case.scan
+    if path is None:
+        return HU_WINDOW, "HU"
+    window = choose_hu_window(open_volume(path).ras.data)
+    return window, "HU" if window == HU_WINDOW else "intensity"
