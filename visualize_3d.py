@@ -15,6 +15,7 @@ import functools
 import os
 import shutil
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import scipy.ndimage as ndi
 import tyro
 import vedo
 from nibabel.affines import apply_affine, from_matvec
@@ -40,12 +40,16 @@ from data.results import (
     CaseFiles,
     Outline,
     crop_to_foreground,
+    describe,
+    find_body,
     find_darkness,
     find_files,
     find_hu_range,
     list_cases,
     list_outlines,
+    measure_class,
     measure_distance,
+    name_direction,
     open_volume,
 )
 from data.volumes import Volume
@@ -86,7 +90,6 @@ class Config:
 
 BACKGROUND_COLOUR, INK, BONE = "#14181d", "#f2f2f2", "#e9dcc3"
 DARK_TISSUE = "#b7d7c9"  # what is darker than the organ and nobody named: no class has this colour
-SKIN_HU = -300  # between air and fat
 PASS_BANDS = (0.002, 0.01, 0.05)  # of the windowed sinc: waves under 100, 45, 20 edges go
 TURN_FRAMES, TURN_FPS, MOVIE_FPS = 60, 12, 8
 HTML_TRIANGLES = 60_000  # per surface: a few MB, and it turns smoothly on a laptop
@@ -273,44 +276,8 @@ def smooth_surface(mesh: vedo.Mesh, iterations: int) -> vedo.Mesh:
 
 
 def make_skin(scan: Volume) -> vedo.Mesh:
-    """The body's outside on a grid of about 3 mm, lungs and bowel filled, the table left out."""
-    coarse = scan.crop([slice(None, None, max(1, round(3 / mm))) for mm in scan.spacing_mm])
-    parts, count = ndi.label(ndi.binary_opening(coarse.data > SKIN_HU))
-    body = parts == np.bincount(parts.ravel())[1:].argmax() + 1 if count else parts > 0
-    body = np.stack([ndi.binary_fill_holes(level) for level in np.moveaxis(body, 2, 0)], axis=2)
-    return smooth_surface(make_surface(coarse.like(body.astype(np.uint8))), 50).color(BONE)
-
-
-def measure_class(mask: Volume, mesh: vedo.Mesh) -> dict:
-    """Volume by voxels and by mesh, of connected parts (ml), surface (cm²), extent (mm)."""
-    parts, _ = ndi.label(mask.data, np.ones((3, 3, 3)))
-    sizes_ml = np.bincount(parts.ravel())[1:] * mask.voxel_ml
-    return {
-        "volume_ml": float(np.count_nonzero(mask.data) * mask.voxel_ml),
-        "mesh_ml": mesh.volume() / 1000,
-        "surface_cm2": mesh.area() / 100,
-        "extent_mm": np.ptp(mesh.vertices, axis=0).tolist(),
-        "parts_ml": sorted(sizes_ml.tolist(), reverse=True),
-    }
-
-
-def describe(name: str, mesh: vedo.Mesh) -> list[str]:
-    """Lines of text with the measures of one class."""
-    found = mesh.measures
-    parts = found["parts_ml"]
-    sizes = ", ".join(f"{ml:.1f}" for ml in parts[:5]) + (", …" if len(parts) > 5 else "")
-    return [
-        f"{name} {found['volume_ml']:.1f} ml, surface {found['surface_cm2']:.0f} cm²",
-        "  R–L {:.0f} × A–P {:.0f} × I–S {:.0f} mm".format(*found["extent_mm"]),
-        f"  mesh {found['mesh_ml']:.1f} ml, smoothing {mesh.smoothing_percent:+.2f} %",
-    ] + ([f"  parts {len(parts)}: {sizes} ml"] if is_tumour(name) else [])
-
-
-def name_direction(direction: np.ndarray) -> str:
-    """Where a RAS vector points, strongest axis first: "R", "SA"; parts under 22.5° left out."""
-    letters = np.where(np.asarray(direction) > 0, list("RAS"), list("LPI"))
-    strong = np.abs(direction) > np.sin(np.pi / 8) * np.linalg.norm(direction)
-    return "".join(letters[axis] for axis in np.argsort(-np.abs(direction)) if strong[axis])
+    """The body's outside, smooth."""
+    return smooth_surface(make_surface(find_body(scan)), 50).color(BONE)
 
 
 # ---------------------------------------------------------------------------------------
@@ -343,7 +310,7 @@ class Scene:
     boxes: tuple[tuple[float, float, float, float], ...] = (WHOLE,)
     space: int = 0  # the panel in 3D: views turn it, and the words stand in it
     sliders: list[Slider] = field(default_factory=list)
-    brief: bool = False  # room for few words only
+    brief: bool = True  # room for few words only
 
 
 def make_panel(*objects: vedo.CommonVisual, peel: bool = True) -> Any:
@@ -411,7 +378,7 @@ def make_surface_scene(case: Case, config: Config) -> Scene:
     slider = Slider(
         f"surface at {unit}", low + 1, high - 1, first, ((0.93, 0.25), (0.93, 0.75)), change, True
     )
-    return Scene([panel], legend, sliders=[slider])
+    return Scene([panel], legend, sliders=[slider], brief=False)
 
 
 def make_rays_volume(case: Case) -> tuple[PatientVolume, dict[str, str]]:
@@ -436,10 +403,8 @@ def make_rays_volume(case: Case) -> tuple[PatientVolume, dict[str, str]]:
     liver, legend = class_colour(1), {organ: class_colour(1)}
     tumours = {n: v for n, v in case.classes.items() if is_tumour(n) and np.any(labels == v)}
     if tumours:
-        dark, legend = (
-            case.colours[next(iter(tumours))],
-            legend | {n: case.colours[n] for n in tumours},
-        )
+        legend |= {name: case.colours[name] for name in tumours}
+        dark = case.colours[next(iter(tumours))]
         darker[np.isin(labels, list(tumours.values()))] = 300
         steps, opacities = (160, 220), [(150, 0.01), (200, 0.03), (300, 0.2)]
         projected = [(15, 0.3), (150, 0.3), (300, 0.95)]
@@ -469,7 +434,7 @@ def make_rays_scene(case: Case, config: Config) -> Scene:
 
     slider = Slider("opacity ×", 0.2, 4, 1, ((0.93, 0.25), (0.93, 0.75)), change, text="%.1f")
     panel = make_panel(volume.mode(projection), peel=False)
-    return Scene([panel], legend, sliders=[slider])
+    return Scene([panel], legend, sliders=[slider], brief=False)
 
 
 def make_organs_scene(case: Case, config: Config) -> Scene:
@@ -477,19 +442,16 @@ def make_organs_scene(case: Case, config: Config) -> Scene:
     meshes = list_scene_meshes(case)
     panel = make_panel(*(mesh.clone().alpha(alpha) for mesh, alpha in meshes.values()))
     colours = {name: vedo.colors.rgb2hex(mesh.color()) for name, (mesh, _) in meshes.items()}
-    return Scene([panel], colours)
+    return Scene([panel], colours, brief=False)
 
 
 def list_scene_meshes(case: Case) -> dict[str, tuple[vedo.Mesh, float]]:
     """Name → surface and its opacity."""
-    tumours = any(map(is_tumour, case.meshes))
-    first = next(iter(case.meshes), "")
+    first = next(iter(case.meshes))
     meshes = {
-        name: (mesh, 0.35 if name == first and not (tumours and is_tumour(name)) else 1.0)
+        name: (mesh, 0.35 if name == first and not is_tumour(name) else 1.0)
         for name, mesh in case.meshes.items()
     }
-    if not meshes:
-        case.organ.shape  # noqa: B018  (tells that the label map is empty)
     if case.scan:
         meshes["skin"] = make_skin(case.read_grey(case.scan)), 0.1
     return meshes
@@ -558,7 +520,7 @@ def make_slices_scene(case: Case, config: Config) -> Scene:
         )  # fmt: skip
     legend = {outline.name: outline.colour for outline in outlines}
     boxes = (*PANELS.values(), SPACE_BOX)
-    return Scene([*panels.values(), space], legend, boxes, 3, sliders, brief=True)
+    return Scene([*panels.values(), space], legend, boxes, 3, sliders)
 
 
 def face_slice(panel: Any, scan: Volume, plane: str, size: tuple[int, int]) -> None:
@@ -581,8 +543,6 @@ def make_compare_scene(case: Case, config: Config) -> Scene:
     """The reference, and beside it the prediction coloured by its distance from the reference."""
     if case.truth is None:
         raise InputError(f"{case.name}: to compare, give the reference label map with --truth")
-    if not case.meshes:
-        case.organ.shape  # noqa: B018  (tells that the label map is empty)
     truth = crop_to_foreground(case.reference, case.truth)
     name, mesh = next((name, mesh.clone()) for name, mesh in case.meshes.items())
     several = sum(not is_tumour(other) for other in case.classes) > 1
@@ -597,7 +557,7 @@ def make_compare_scene(case: Case, config: Config) -> Scene:
     limit = max(1.0, float(np.ceil(np.percentile(far, 99))))
     mesh.cmap("PuOr_r", distance, vmin=-limit, vmax=limit)
     mesh.add_scalarbar(
-        "mm outside (+) or inside (-) the reference", ((0.15, 0.13), (0.85, 0.22)),
+        "mm outside (+) or inside (-) the reference", ((0.15, 0.15), (0.85, 0.24)),
         horizontal=True, font_size=round(config.size[0] / 70), c=INK,
     )  # fmt: skip
     panels = [make_panel(reference), make_panel(mesh)]
@@ -609,7 +569,7 @@ def make_compare_scene(case: Case, config: Config) -> Scene:
         (panels[0], f"reference {name}", TRUTH_COLOUR),
         (panels[1], caption, INK),
     ):
-        panel.AddViewProp(make_text(config, words, (0.5, 0.1), colour, "top-center").actor)
+        panel.AddViewProp(make_text(config, words, (0.5, 0.125), colour, "top-center").actor)
     legend = {"reference": TRUTH_COLOUR, "predicted, outside the reference": "#f1a340"}
     legend["predicted, inside the reference"] = "#b2abd2"
     return Scene(panels, legend, ((0, 0, 0.5, 1), (0.5, 0, 1, 1)))
@@ -689,7 +649,7 @@ def write_words(scene: Scene, config: Config, lines: list[str]) -> None:
 
 def mark_directions(panel: Any, config: Config, size: float) -> None:
     """Letters R L A P S I at a panel's edges, right again before every rendering."""
-    places = (0.03, 0.5), (0.97, 0.5), (0.5, 0.96), (0.5, 0.04)
+    places = (0.03, 0.5), (0.97, 0.5), (0.5, 0.965), (0.5, 0.035)
     texts = [make_text(config, "", place, INK, "center", size) for place in places]
     for text in texts:
         panel.AddViewProp(text.actor)
@@ -712,9 +672,8 @@ def mark_directions(panel: Any, config: Config, size: float) -> None:
 
 def view_options(config: Config, offscreen: bool) -> dict:
     """What vedo needs to know of a window or a picture."""
-    return {
-        "size": config.size, "bg": BACKGROUND_COLOUR, "offscreen": offscreen, "title": "Liver in 3D",
-    }  # fmt: skip
+    options = {"size": config.size, "bg": BACKGROUND_COLOUR, "title": "Liver in 3D"}
+    return options | {"offscreen": offscreen}
 
 
 class Stage:
@@ -868,19 +827,12 @@ class Browser:
         except Exception as error:  # VTK would print a traceback and lose the message
             note = str(error) or type(error).__name__
             print(f"error: {note}", file=sys.stderr, flush=True)
-            self.stage.write("note", wrap(note), (0.5, 0.5))
+            self.stage.write("note", textwrap.fill(note, 80), (0.5, 0.5))
         self.render()
 
     def render(self) -> None:
         self.stage.scene.panels[self.stage.scene.space].ResetCameraClippingRange()
         self.stage.plotter.render()
-
-
-def wrap(text: str, width: int = 80) -> str:
-    """Break a message into lines that fit the window."""
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, width))
 
 
 def open_window(paths: list[Path], config: Config) -> None:
@@ -935,8 +887,6 @@ def write_movie(case: Case, config: Config, path: Path) -> None:
 
 def write_mesh(case: Case, config: Config, path: Path) -> None:
     """The organ into `path`, each further class (tumour, …) into `<name>_<class>` beside it."""
-    if not case.meshes:
-        case.organ.shape  # noqa: B018  (tells why there is no organ)
     for number, (name, mesh) in enumerate(case.meshes.items()):
         target = path.with_name(f"{path.stem}_{name}{path.suffix}") if number else path
         mesh = mesh.clone()
@@ -963,15 +913,17 @@ def write_glb(mesh: vedo.Mesh, path: Path) -> None:
 
 def check_mesh(mesh: vedo.Mesh, path: Path) -> None:
     """Read a mesh back: VTK's writers say nothing when the disk is full."""
-    expected = mesh.ncells
+    size, expected = path.stat().st_size, mesh.ncells
     try:
-        if path.suffix == ".glb":  # its third number is its length; indices and points in 4 bytes
-            data = path.read_bytes()
-            whole = int.from_bytes(data[8:12], "little") == len(data)
-            found = expected if whole and len(data) > 12 * (mesh.npoints + mesh.ncells) else 0
+        if path.suffix == ".stl":  # a header, and 50 bytes a face
+            found = (size - 84) // 50
+        elif path.suffix == ".glb":  # its third number is its length; indices, points in 4 bytes
+            with path.open("rb") as stream:
+                length = int.from_bytes(stream.read(12)[8:], "little")
+            found = expected if length == size > 12 * (mesh.npoints + expected) else 0
         else:
             found = vedo.load(str(path)).ncells
-    except Exception:  # a reader of VTK, at a file that ends early
+    except Exception:  # of a reader of VTK, at a file that ends early
         found = 0
     if found != expected:
         raise OSError(f"{found} of {expected} faces are in the file; is the disk full?")

@@ -31,6 +31,7 @@ from utilities import (
 )
 
 STAND_IN_HU = {"liver": 100, "tumour": 40}  # taken where there is no scan
+SKIN_HU = -300  # between air and fat
 MAX_LABELS = 32  # different values in a label map; a CT in uint8 has far more
 
 
@@ -304,3 +305,44 @@ def find_hu_range(case: CaseFiles) -> tuple[tuple[float, float], str]:
         return HU_WINDOW, "HU"
     window = choose_hu_window(open_volume(path).ras.data)
     return window, "HU" if window == HU_WINDOW else "intensity"
+
+
+def find_body(scan: Volume) -> Volume:
+    """Mask of the body on a grid of about 3 mm, lungs and bowel filled, the table left out."""
+    coarse = scan.crop([slice(None, None, max(1, round(3 / mm))) for mm in scan.spacing_mm])
+    parts, count = ndi.label(ndi.binary_opening(coarse.data > SKIN_HU))
+    body = parts == np.bincount(parts.ravel())[1:].argmax() + 1 if count else parts > 0
+    body = np.stack([ndi.binary_fill_holes(level) for level in np.moveaxis(body, 2, 0)], axis=2)
+    return coarse.like(body.astype(np.uint8))
+
+
+def measure_class(mask: Volume, mesh: Any) -> dict:
+    """Volume by voxels and by mesh, of connected parts (ml), surface (cm²), extent (mm)."""
+    parts, _ = ndi.label(mask.data, np.ones((3, 3, 3)))
+    sizes_ml = np.bincount(parts.ravel())[1:] * mask.voxel_ml
+    return {
+        "volume_ml": float(np.count_nonzero(mask.data) * mask.voxel_ml),
+        "mesh_ml": mesh.volume() / 1000,
+        "surface_cm2": mesh.area() / 100,
+        "extent_mm": np.ptp(mesh.vertices, axis=0).tolist(),
+        "parts_ml": sorted(sizes_ml.tolist(), reverse=True),
+    }
+
+
+def describe(name: str, mesh: Any) -> list[str]:
+    """Lines of text with the measures of one class."""
+    found = mesh.measures
+    parts = found["parts_ml"]
+    sizes = ", ".join(f"{ml:.1f}" for ml in parts[:5]) + (", …" if len(parts) > 5 else "")
+    return [
+        f"{name} {found['volume_ml']:.1f} ml, surface {found['surface_cm2']:.0f} cm²",
+        "  R–L {:.0f} × A–P {:.0f} × I–S {:.0f} mm".format(*found["extent_mm"]),
+        f"  mesh {found['mesh_ml']:.1f} ml, smoothing {mesh.smoothing_percent:+.2f} %",
+    ] + ([f"  parts {len(parts)}: {sizes} ml"] if is_tumour(name) else [])
+
+
+def name_direction(direction: np.ndarray) -> str:
+    """Where a RAS vector points, strongest axis first: "R", "SA"; parts under 22.5° left out."""
+    letters = np.where(np.asarray(direction) > 0, list("RAS"), list("LPI"))
+    strong = np.abs(direction) > np.sin(np.pi / 8) * np.linalg.norm(direction)
+    return "".join(letters[axis] for axis in np.argsort(-np.abs(direction)) if strong[axis])
