@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from nibabel.affines import apply_affine
 from PIL import Image
 
 import visualize_3d as v
+from data.volumes import Volume
 from utilities import LABEL_COLOURS, TRUTH_COLOUR, InputError
 
 SIZE = (480, 360)
@@ -33,6 +35,10 @@ def sphere(affine: np.ndarray, radius: float, shape=(64, 64, 40)) -> np.ndarray:
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
     centre = apply_affine(affine, (np.array(shape) - 1) / 2)
     return np.linalg.norm(apply_affine(affine, index) - centre, axis=-1) <= radius
+
+
+def place(mask: np.ndarray, affine: np.ndarray) -> Volume:
+    return Volume(mask.astype(np.uint8), affine)
 
 
 def save(array: np.ndarray, affine: np.ndarray, path: Path) -> Path:
@@ -82,7 +88,7 @@ def test_mesh_lies_where_the_mask_lies(seed):
     affine = random_affine(seed, shear=0.2)
     mask = np.zeros((20, 16, 12), bool)
     mask[3:11, 5:14, 2:9] = True
-    mesh = v.surface_mm(mask, affine)
+    mesh = v.make_surface(place(mask, affine))
     faces = [axis * side / 2 for axis in np.eye(3) for side in (-1, 1)]
     corners = apply_affine(affine, np.concatenate([np.argwhere(mask) + face for face in faces]))
     assert np.allclose(mesh.vertices.min(axis=0), corners.min(axis=0), atol=1e-3)
@@ -100,8 +106,8 @@ def test_some_of_these_grids_are_mirrored():
 def test_volume_of_a_sphere_within_one_percent(spacing):
     affine = random_affine(5, spacing=spacing, shear=0.1)
     mask = sphere(affine, 20)
-    mesh = v.smooth(v.surface_mm(mask, affine), 100)
-    found = v.measure(mask, affine, mesh)
+    mesh = v.smooth_surface(v.make_surface(place(mask, affine)), 100)
+    found = v.measure_class(place(mask, affine), mesh)
     true_ml = 4 / 3 * np.pi * 20**3 / 1000
     assert found["mesh_ml"] == pytest.approx(true_ml, rel=0.01)
     assert found["volume_ml"] == pytest.approx(true_ml, rel=0.01)
@@ -121,9 +127,9 @@ def roughness(mesh: vedo.Mesh) -> float:
 
 def test_smoothing_takes_the_steps_and_not_the_volume():
     affine = np.diag([0.8, 0.8, 5, 1])
-    bare = v.surface_mm(sphere(affine, 22, (64, 64, 14)), affine)
+    bare = v.make_surface(place(sphere(affine, 22, (64, 64, 14)), affine))
     before = roughness(bare)
-    mesh = v.smooth(bare, 100)
+    mesh = v.smooth_surface(bare, 100)
     assert roughness(mesh) < before / 2
     assert abs(mesh.smoothing_percent) < 1
     shading = mesh.pointdata["Normals"]  # of the smooth surface, not of the steps
@@ -135,7 +141,7 @@ def test_smoothing_takes_the_steps_and_not_the_volume():
 def test_a_lesion_of_one_voxel_is_not_smoothed_away():
     mask = np.zeros((5, 5, 5), bool)
     mask[2, 2, 2] = True
-    mesh = v.smooth(v.surface_mm(mask, np.eye(4)), 100)
+    mesh = v.smooth_surface(v.make_surface(place(mask, np.eye(4))), 100)
     assert abs(mesh.smoothing_percent) < 1
     assert mesh.volume() > 0
 
@@ -155,10 +161,10 @@ def test_measures_count_the_tumours(tmp_path):
 def test_signed_distance_is_positive_outside():
     affine = random_affine(2, spacing=(1, 1, 1.5))
     mask = sphere(affine, 18)
-    truth = v.smooth(v.surface_mm(mask, affine), 100)
+    truth = v.smooth_surface(v.make_surface(place(mask, affine)), 100)
     for radius in (15, 21):
-        other = v.smooth(v.surface_mm(sphere(affine, radius), affine), 100)
-        distance = v.signed_distance(other.vertices, mask, affine, truth.vertices)
+        other = v.smooth_surface(v.make_surface(place(sphere(affine, radius), affine)), 100)
+        distance = v.measure_distance(other.vertices, place(mask, affine), truth.vertices)
         assert np.median(distance) == pytest.approx(radius - 18, abs=0.5)
 
 
@@ -167,7 +173,7 @@ def test_signed_distance_is_positive_outside():
     [((1, 0, 0), "R"), ((0, -1, 0), "P"), ((0.1, 0.2, -1), "I"), ((-1, 0.9, 0), "LA")],
 )
 def test_letters_name_the_direction(direction, letters):
-    assert v.direction_letters(np.array(direction)) == letters
+    assert v.name_direction(np.array(direction)) == letters
 
 
 def test_darkness_finds_a_dark_lesion_and_no_dark_rim():
@@ -178,7 +184,7 @@ def test_darkness_finds_a_dark_lesion_and_no_dark_rim():
     hu = np.where(mask, 100 - 50 * lesion, 0) + rng.normal(0, 15, mask.shape)
     rim = mask & ~sphere(affine, 23, (60, 60, 30))
     hu[rim] -= 60  # voxels that hold some fat
-    darker = v.darkness(hu, mask, affine)
+    darker = v.find_darkness(Volume(hu, affine), mask)
     assert np.median(darker[lesion]) > 25
     assert np.median(np.abs(darker[rim])) < 15
 
@@ -206,15 +212,19 @@ def test_every_mode_gives_a_picture_without_a_display(mode, results, tmp_path, n
     assert [file.name for file in tmp_path.iterdir()] == ["view.png"]
 
 
-def test_tumours_show_inside_the_liver_by_their_hu_alone(results, tmp_path, no_display):
-    """Rays of the masked volume: nobody tells it where the tumours are."""
+@pytest.mark.parametrize("projection", ["composite", "maximum"])
+def test_tumours_show_inside_the_liver_by_their_hu_alone(projection, results, tmp_path, no_display):
+    """Rays of the masked volume, where nobody tells where the tumours are: they are seen, and not
+    in the colour of a tumour; where the label map tells it, they have that colour."""
     masked = results / "case_masked.nii.gz"
-    shares = []
-    for projection in ("composite", "maximum"):
-        path = tmp_path / f"{projection}.png"
-        v.main(config(masked, mode="rays", projection=projection, screenshot=path))
-        shares.append(share_of(np.array(Image.open(path).convert("RGB")), LABEL_COLOURS[2], 0.2))
-    assert min(shares) > 0.002
+    pictures = {}
+    for name, path in (("masked", masked), ("label map", results)):
+        picture = tmp_path / f"{name}.png"
+        v.main(config(path, mode="rays", projection=projection, screenshot=picture))
+        pictures[name] = np.array(Image.open(picture).convert("RGB"))[90:-40, 30:-30]
+    assert share_of(pictures["label map"], LABEL_COLOURS[2], 0.2) > 0.002
+    assert share_of(pictures["masked"], LABEL_COLOURS[2]) == 0
+    assert share_of(pictures["masked"], v.DARK_TISSUE, 0.2) > 0.002
 
 
 @pytest.mark.parametrize("projection", ["composite", "maximum"])
@@ -284,11 +294,14 @@ def test_slices_are_radiological(tmp_path, no_display):
 
 
 def test_surfaces_of_different_isovalues_are_different(results):
-    """IsosurfaceBrowser caches by two digits; steps of whole tens keep every surface apart."""
-    volume, _, steps, _ = v.hu_volume(v.find_case(results, config(results)))
-    values = np.linspace(*volume.scalar_range(), steps)
-    keys = {vedo.utils.precision(value, 2) for value in values}
-    assert len(keys) == steps > 20
+    """Each whole isovalue has its own surface, and the same one when it comes again."""
+    volume, _, (low, high), _ = v.make_hu_volume(v.find_case(results, config(results)))
+    surfaces = v.Isosurfaces(volume, "red", 0)
+    values = np.linspace(low + 1, high - 1, 24).round()
+    meshes = {id(surfaces.make(value)): surfaces.make(value) for value in values}
+    assert len(meshes) == len(surfaces.made) == len(values) > 20
+    sizes = {round(mesh.volume()) for mesh in meshes.values()}
+    assert len(sizes) > 20
 
 
 def test_a_bare_scan_shows_bones(raw_phantoms, tmp_path, no_display):
@@ -337,7 +350,10 @@ def read_vertices(path: Path) -> np.ndarray:
     return np.frombuffer(data[start : start + view["byteLength"]], "<f4").reshape(-1, 3)
 
 
-@pytest.mark.parametrize("suffix", v.OUTPUTS["mesh"][1])
+MESHES = v.OUTPUTS["mesh"][1]
+
+
+@pytest.mark.parametrize("suffix", MESHES)
 @pytest.mark.parametrize("space", ["LPS", "RAS"])
 def test_mesh_in_millimetres_and_in_the_space_asked_for(suffix, space, results, tmp_path):
     path = tmp_path / f"liver{suffix}"
@@ -389,11 +405,11 @@ def window_pixels(display: str) -> np.ndarray:
     return rows[:, : 4 * width].reshape(height, width, 4)[..., 2::-1]
 
 
-def until(condition, seconds: float):
-    """Wait for a condition; returns its last value."""
+def until(condition, seconds: float = 300):
+    """Wait for a condition, as long as only a hang would take; returns its last value."""
     end = time.monotonic() + seconds
     while not (value := condition()) and time.monotonic() < end:
-        time.sleep(0.3)
+        time.sleep(0.2)
     return value
 
 
@@ -415,32 +431,101 @@ def screen():
     server.wait()
 
 
-def test_windows_open_and_keys_change_them(screen, results):
-    command = [sys.executable, ROOT / "visualize_3d.py", results, "--size", *map(str, SIZE)]
-    environment = {**os.environ, "DISPLAY": screen}
-    viewer = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        seen = []
+class Viewer:
+    """visualize_3d.py in a window on a virtual screen, and what it has printed so far."""
 
-        def changed() -> bool:
-            picture = window_pixels(screen)
-            if share_of(picture, LABEL_COLOURS[1], 0.3) < 0.002:
+    def __init__(self, screen: str, *arguments: object) -> None:
+        command = [sys.executable, ROOT / "visualize_3d.py", *map(str, arguments)]
+        command += ["--size", *map(str, SIZE)]
+        self.environment = {**os.environ, "DISPLAY": screen, "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            command, env=self.environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.lines, self.screen = [], screen
+        threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True).start()
+
+    def press(self, key: str) -> None:
+        command = ["xdotool", "mousemove", "200", "150", "key", key]
+        subprocess.run(command, env=self.environment, check=True)
+
+    def said(self, words: str) -> bool:
+        """Whether a line with these words comes while the viewer lives."""
+        until(lambda: words in "".join(self.lines) or self.process.poll() is not None)
+        return words in "".join(self.lines)
+
+    def picture(self) -> np.ndarray:
+        return window_pixels(self.screen).astype(int)
+
+    def windows(self) -> list[str]:
+        command = ["xdotool", "search", "--onlyvisible", "--name", "Liver in 3D"]
+        return subprocess.run(
+            command, env=self.environment, text=True, capture_output=True
+        ).stdout.split()
+
+    def __enter__(self) -> "Viewer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def test_one_window_in_which_keys_change_the_mode(screen, results):
+    modes = {"1": "surface", "2": "rays composite", "3": "organs", "4": "slices", "5": "compare"}
+    with Viewer(screen, results) as viewer:
+        seen, windows = [], []
+
+        def changed(number: int) -> bool:
+            """The picture is unlike each of the last `number` ones."""
+            picture = viewer.picture()
+            if any(np.abs(picture - old).mean() < 0.3 for old in seen[len(seen) - number :]):
                 return False
-            if any(np.abs(picture.astype(int) - old).mean() < 1 for old in seen):
-                return False
-            seen.append(picture.astype(int))
+            seen.append(picture)
             return True
 
-        for key in (None, "2", "3", "4", "5", "p"):
-            if key:
-                time.sleep(1)
-                subprocess.run(["xdotool", "mousemove", "200", "150", "key", key], env=environment)
-            assert until(changed, 30), f"nothing new after key {key}"
-        time.sleep(1)
-        subprocess.run(["xdotool", "key", "q"], env=environment)
-        assert viewer.wait(timeout=20) == 0
-    finally:
-        viewer.kill()
+        for number, (key, words) in enumerate(modes.items()):
+            if number:
+                viewer.press(key)
+            assert viewer.said(f"case: {words}\n"), viewer.lines
+            assert until(lambda number=number: changed(number)), f"nothing new after key {key}"
+            assert share_of(seen[-1], LABEL_COLOURS[1], 0.3) > 0.002
+            windows += viewer.windows()
+        assert len(set(windows)) == 1  # the same one throughout
+        for key in ("p", "h", "1", "m"):
+            viewer.press(key)
+            assert until(lambda: changed(1)), f"nothing new after key {key}"
+        assert viewer.said("case: rays maximum\n")
+        viewer.press("q")
+        assert viewer.process.wait(timeout=300) == 0
+
+
+def test_a_mode_that_cannot_be_shown_says_why_and_the_window_stays(screen, results):
+    label = results / "case_label.nii.gz"
+    with Viewer(screen, label, "--mode", "organs") as viewer:
+        assert viewer.said("case_label: organs\n"), viewer.lines
+        viewer.press("5")
+        assert viewer.said("give the reference label map with --truth")
+        viewer.press("4")
+        assert viewer.said("case_label: slices\n")
+        viewer.press("q")
+        assert viewer.process.wait(timeout=300) == 0
+
+
+def test_a_folder_of_results_opens_its_cases(screen, results, tmp_path):
+    for name in ("a", "c"):
+        shutil.copytree(results, tmp_path / name)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "b_label.nii.gz").write_bytes(b"no volume")
+    for name in ("a", "c"):
+        (tmp_path / name / "case_label.nii.gz").rename(tmp_path / name / f"{name}_label.nii.gz")
+    with Viewer(screen, tmp_path, "--mode", "organs") as viewer:
+        assert viewer.said("a: organs\n"), viewer.lines
+        viewer.press("n")
+        assert viewer.said("b_label.nii.gz: ")  # named, and left out
+        assert viewer.said("c: organs\n")
+        viewer.press("q")
+        assert viewer.process.wait(timeout=300) == 1
 
 
 # --- faults -----------------------------------------------------------------------------
@@ -476,7 +561,7 @@ def test_what_is_not_a_label_map_is_refused(raw_phantoms, tmp_path):
 def test_a_label_map_of_another_scan_is_refused(results, tmp_path):
     other = save(np.ones((8, 8, 8), np.uint8), np.eye(4), tmp_path / "other.nii.gz")
     case = v.find_case(results, config(results, truth=other))
-    with pytest.raises(InputError, match="must lie on one grid"):
+    with pytest.raises(InputError, match=r"other\.nii\.gz: scan is .* label map is \(8, 8, 8\)"):
         v.draw(case, config(results, mode="compare"), offscreen=True)
 
 
@@ -485,6 +570,7 @@ def test_a_label_map_of_another_scan_is_refused(results, tmp_path):
     [
         (["--screenshot", "view.jpg"], "must end in .png"),
         (["--mesh", "liver.step"], "must end in .stl, .ply, .obj, .vtp, .glb"),
+        (["--movie", "view.avi"], "must end in .gif, .mp4"),
         ([], "no display to open a window on; give --screenshot"),
     ],
 )
@@ -499,3 +585,163 @@ def test_compare_needs_a_reference(results, tmp_path):
     label = results / "case_label.nii.gz"
     with pytest.raises(InputError, match="give the reference label map with --truth"):
         v.main(config(label, mode="compare", screenshot=tmp_path / "view.png"))
+
+
+def test_nothing_to_draw_is_an_error_before_anything_is_read(tmp_path):
+    done = run_script("visualize_3d.py", "--screenshot", tmp_path / "x.png")
+    assert done.returncode == 1
+    assert "nothing to draw: give results/<case>" in done.stderr
+
+
+def test_an_empty_folder_says_what_was_expected(tmp_path):
+    with pytest.raises(InputError, match=r"holds no scan; expected .*<case>_label\.nii\.gz"):
+        v.main(config(tmp_path, screenshot=tmp_path / "x.png"))
+
+
+def test_of_several_cases_the_sound_ones_are_drawn(results, tmp_path, no_display, capsys):
+    folder, pictures = tmp_path / "results", tmp_path / "pictures"
+    shutil.copytree(results, folder / "b")
+    for name, content in (("a", b""), ("c", b"no volume")):
+        (folder / name).mkdir()
+        (folder / name / f"{name}_label.nii.gz").write_bytes(content)
+    with pytest.raises(InputError, match="2 of 3 cases failed"):
+        v.main(config(folder, mode="organs", screenshot=pictures / "x.png"))
+    assert [path.name for path in pictures.iterdir()] == ["x_case.png"]
+    told = capsys.readouterr().err
+    assert "a_label.nii.gz" in told
+    assert "c_label.nii.gz" in told
+
+
+def test_two_cases_of_one_name_do_not_overwrite_each_other(results, tmp_path, no_display):
+    shutil.copytree(results, tmp_path / results.name)
+    with pytest.raises(InputError, match="two cases are called case"):
+        v.main(config(results, tmp_path / results.name, screenshot=tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[]", "no json", "3", '{"image": 7}', '{"image": "a\\u0000b"}', '{"truth": ["x"]}',
+        '{"image": "' + "x" * 5000 + '"}', '{"classes": [1]}', '{"classes": {"liver": "1"}}',
+        '{"classes": {"liver": -1}}', '{"classes": {"liver": 1, "spleen": 1}}',
+        '{"classes": {"liver": true}}',
+    ],
+)  # fmt: skip
+def test_a_foreign_record_is_told_and_the_case_is_drawn(content, results, tmp_path, capsys):
+    folder = tmp_path / "case"
+    shutil.copytree(results, folder)
+    (folder / "case.json").write_text(content)
+    case = v.find_case(folder, config(folder))
+    assert "drawn without it" in capsys.readouterr().out
+    assert list(case.classes) == ["liver", "tumour"]
+
+
+def test_classes_have_the_names_and_values_of_the_record(tmp_path, no_display):
+    labels = np.zeros((30, 30, 20), np.uint8)
+    labels[4:20, 4:20, 4:16] = 6
+    labels[8:12, 8:12, 6:10] = 2
+    labels[22:28, 22:28, 4:16] = 9
+    save(labels, np.diag([3, 3, 3, 1]), tmp_path / "x_label.nii.gz")
+    classes = {"lesion": 2, "liver": 6, "liver_volume_ml": 9, "spleen": 12}
+    (tmp_path / "x.json").write_text(json.dumps({"classes": classes, "pancreas_volume_ml": 3}))
+    meshes = v.find_case(tmp_path, config(tmp_path)).meshes
+    assert list(meshes) == ["liver", "lesion", "liver_volume_ml"]
+    assert meshes["liver"].measures["volume_ml"] == pytest.approx(16 * 16 * 12 * 0.027)
+    assert meshes["lesion"].measures["volume_ml"] == pytest.approx(64 * 0.027)
+
+
+@pytest.mark.parametrize("mode", EXPECTED)
+def test_nan_in_a_scan_is_one_error(mode, results, tmp_path, no_display):
+    hu = nib.load(results / "case_masked.nii.gz")
+    array = np.asarray(hu.dataobj).astype(np.float32)
+    array[3, 4, 5] = np.nan
+    scan = save(array, hu.affine, tmp_path / "scan.nii.gz")
+    with pytest.raises(InputError, match=r"scan\.nii\.gz: .* NaN"):
+        v.main(config(scan, mode=mode, screenshot=tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize("value", [-1, 300, 0.4, np.nan])
+def test_odd_values_of_a_label_map_are_one_error(value, results, tmp_path, no_display):
+    label = nib.load(results / "case_label.nii.gz")
+    array = np.asarray(label.dataobj).astype(np.float32)
+    array[3, 4, 5] = value
+    truth = save(array, label.affine, tmp_path / "truth.nii.gz")
+    with pytest.raises(InputError, match=r"truth\.nii\.gz: "):
+        v.main(config(results, truth=truth, mode="compare", screenshot=tmp_path / "x.png"))
+
+
+def test_a_label_map_in_other_axes_is_laid_on_its_scan(results, tmp_path):
+    label = nib.load(results / "case_label.nii.gz")
+    turn = nib.orientations.ornt_transform(
+        nib.io_orientation(label.affine), nib.orientations.axcodes2ornt("PIR")
+    )
+    nib.save(label.as_reoriented(turn), tmp_path / "truth.nii.gz")
+    case = v.find_case(results, config(results, truth=tmp_path / "truth.nii.gz"))
+    assert np.array_equal(case.reference.data, case.labels.data)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_full_disk_leaves_nothing_behind(results, tmp_path):
+    """A file that may not grow past 4 kB is what a full disk is to a writer."""
+    code = """
+import resource, signal, sys
+from pathlib import Path
+import visualize_3d as v
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+v.HTML_TRIANGLES = 2000
+suffixes = {name: some for name, (_, some) in v.OUTPUTS.items() if name != "turntable"}
+for option, suffix in [(option, suffix) for option, some in suffixes.items() for suffix in some]:
+    if suffix == ".mp4":
+        continue
+    path = Path(sys.argv[2]) / f"{option}{suffix}"
+    try:
+        v.main(v.Config((Path(sys.argv[1]),), size=(200, 150), smoothing=0, **{option: path}))
+        print("no error:", path.name)
+    except v.InputError as error:
+        print("error:", error)
+"""
+    done = run_script("-c", code, results, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    for name in ("screenshot.png", "movie.gif", "html.html", *(f"mesh{s}" for s in MESHES)):
+        assert f"{name}: cannot be written" in done.stdout
+    assert "no error" not in done.stdout
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".mp4"])
+def test_movie_shows_reference_and_prediction_slice_by_slice(suffix, results, tmp_path, no_display):
+    if suffix == ".mp4" and not shutil.which("ffmpeg"):
+        pytest.skip("ffmpeg is not installed")
+    path = tmp_path / f"slices{suffix}"
+    v.main(config(results, movie=path))
+    if suffix == ".mp4":
+        assert path.stat().st_size > 2000
+        return
+    with Image.open(path) as movie:
+        shares = []
+        for number in range(movie.n_frames):
+            movie.seek(number)
+            picture = np.array(movie.convert("RGB"))
+            assert picture.shape == (SIZE[1], SIZE[0], 3)
+            shares.append(
+                [share_of(picture, colour) for colour in (TRUTH_COLOUR, LABEL_COLOURS[1])]
+            )
+    assert len(shares) > 3
+    assert np.max(shares, axis=0).min() > 0.002
+
+
+def test_views_and_letters_stand_where_the_space_is(results, tmp_path, no_display):
+    """In `slices` a view turns the panel in 3D; the slices stay as they are."""
+    pictures = []
+    for view in v.VIEWS:
+        path = tmp_path / f"{view}.png"
+        v.main(config(results, mode="slices", view=view, screenshot=path))
+        picture = np.array(Image.open(path).convert("RGB")).astype(int)
+        pictures.append(picture)
+    height, width = SIZE[1] // 2, SIZE[0] // 2
+    for other in pictures[1:]:
+        changed = np.abs(other - pictures[0]).max(axis=2) > 0
+        assert changed[height:, :width].any()
+        assert not changed[:height].any()
+        assert not changed[:, width:].any()
