@@ -34,6 +34,7 @@ from monai.inferers import sliding_window_inference
 from tqdm import tqdm
 
 from data.cases import Masks, find_scans, hash_files, hash_inputs, read_label_map, read_scan
+from data.check import judge_hu
 from data.descriptions import Description
 from data.dicom import write_seg
 from data.evaluate import describe_truths, evaluate, measure, pair_truths
@@ -53,7 +54,6 @@ from utilities import (
     check_settings,
     command_line,
     find_checkpoint,
-    hu_faults,
     load_checkpoint,
     lock_folder,
     on_device,
@@ -500,7 +500,7 @@ def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume 
     array = scan.read()
     scan, told = replace(scan, data=array, convert=None), list(scan.notes)
     if "MR" not in (model.modality, case.modality):
-        for kind, fault in hu_faults(array[::2, ::2], array.dtype):
+        for kind, fault in judge_hu(array[::2, ::2], array.dtype):
             if kind == "hu" and not config.force and "hu" not in case.accepted:
                 raise InputError(
                     f"{case.image}: does not look like CT in HU ({fault}); convert it with its "

@@ -20,11 +20,12 @@ from scipy import ndimage
 
 from apply_model import clean, doubts
 from data import evaluate as evaluation
+from data.check import judge_hu
 from data.evaluate import evaluate, measure, score_lesions
 from data.labels import IGNORED
 from data.summary import describe_values, print_summary, summarise, write_table
 from data.volumes import find_bounding_box
-from utilities import InputError, hu_faults
+from utilities import InputError
 
 NAMES = ["liver", "tumour"]
 SPACING = (0.8, 1.5, 2.5)
@@ -226,7 +227,7 @@ def test_what_is_implausible_is_told():
 def test_what_is_no_ct_is_told():
     rng = np.random.default_rng(0)
     ct = rng.choice([-1000, -100, 50], (32, 32, 32)).astype(np.int16)
-    assert hu_faults(ct, ct.dtype) == []
+    assert judge_hu(ct, ct.dtype) == []
     for array, kind, told in (
         (ct.astype(np.uint8), "hu", "8 bits"),
         (ct // 10, "hu", "too narrow"),
@@ -235,10 +236,10 @@ def test_what_is_no_ct_is_told():
         (np.where(ct < -500, 400, ct), "air", "no air near"),
         (np.full((8, 8, 8), np.nan), "hu", "finite"),
     ):
-        ((found, text),) = hu_faults(array, array.dtype)
+        ((found, text),) = judge_hu(array, array.dtype)
         assert found == kind and told in text
     some = np.where(ct == 50, np.nan, ct.astype(np.float32))  # the rest is judged
-    assert hu_faults(some, some.dtype) == []
+    assert judge_hu(some, some.dtype) == []
 
 
 def test_measurements_in_units():
