@@ -37,6 +37,7 @@ from data.cases import Masks, find_scans, hash_files, hash_inputs, read_label_ma
 from data.check import judge_hu
 from data.descriptions import Description
 from data.dicom import write_seg
+from data.judges import judge_hu
 from data.evaluate import describe_truths, evaluate, measure, pair_truths
 from data.labels import USUAL_LABELS, Labels, as_labels, group_tumours, translate_classes
 from data.names import make_safe, name_case, name_scans

@@ -126,7 +126,7 @@ def test_functions_stay_short():
 
 
 def test_functions_take_few_parameters():
-    """`save_checkpoint`'s keywords are the checkpoint's schema; dataclasses are lists of settings."""
+    """`save_checkpoint`'s keywords are the checkpoint's schema; dataclasses list settings."""
     for path in SOURCES:
         for node in functions_of(path):
             given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]

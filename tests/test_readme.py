@@ -1,4 +1,4 @@
-"""Every command of the README is run, in its order, in an empty folder; every link leads somewhere."""
+"""Every command of the README is run, in its order, in an empty folder; links lead somewhere."""
 
 import re
 import shlex

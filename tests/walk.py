@@ -1,9 +1,10 @@
-"""How far a reader walks: the functions of this project that a call passes, under sys.setprofile."""
+"""How far a reader walks: the functions of this project that a call passes."""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,7 @@ class Walk:
     def changes(self) -> int:
         """How often the next function called lies in another module."""
         modules = [key[0] for key in self.passed]
-        return sum(a != b for a, b in zip(modules, modules[1:], strict=False))
+        return sum(a != b for a, b in itertools.pairwise(modules))
 
     def describe(self) -> str:
         """The functions passed, for the message of a test that fails."""
