@@ -34,7 +34,6 @@ from monai.inferers import sliding_window_inference
 from tqdm import tqdm
 
 from data.cases import Masks, find_scans, hash_files, hash_inputs, read_label_map, read_scan
-from data.check import judge_hu
 from data.descriptions import Description
 from data.dicom import write_seg
 from data.judges import judge_hu

@@ -343,7 +343,11 @@ def hash_files(files: Iterable[Path]) -> str:
             with path.open("rb") as stream:
                 together.update(hashlib.file_digest(stream, "sha256").digest())
         except OSError as error:
-            raise InputError(f"{show_path(path)}: cannot be read ({error.strerror})") from error
+            missing = isinstance(error, FileNotFoundError)
+            why = (
+                "no such file; check the path" if missing else f"cannot be read ({error.strerror})"
+            )
+            raise InputError(f"{show_path(path)}: {why}") from error
     return together.hexdigest()
 
 

@@ -255,8 +255,8 @@ def parse_classes(words: Sequence[str], declared: Labels | None, setting: str) -
         parts, known = (values or name).split(","), declared is not None
         if not name or name.isdigit() or not (known or all(part.isdigit() for part in parts)):
             raise InputError(
-                f"{setting} {word}: must be NAME=VALUES such as liver=1,2; names for values "
-                "need a dataset.json beside the truths that declares them"
+                f"{setting} {word}: must be NAME=VALUES such as liver=1,2; names in the place of "
+                "values need a dataset.json beside the truths that declares them"
             )
         given = {part: (int(part),) for part in parts if part.isdigit()}
         classes[name] = find_values(parts, (declared or {}) | given, setting)
