@@ -36,8 +36,8 @@ from tqdm import tqdm
 from data.cases import Masks, find_scans, hash_files, hash_inputs, read_label_map, read_scan
 from data.descriptions import Description
 from data.dicom import write_seg
-from data.judges import judge_hu
 from data.evaluate import describe_truths, evaluate, measure, pair_truths
+from data.judges import judge_hu
 from data.labels import USUAL_LABELS, Labels, as_labels, group_tumours, translate_classes
 from data.names import make_safe, name_case, name_scans
 from data.summary import do_each, is_finished, refuse_failures, report_all, write_record
