@@ -224,10 +224,7 @@ class Volume:
         return replace(self, data=self.read()[tuple(box)], affine=moved, header=None, convert=None)
 
     def to_nibabel(self, slope: float = 1.0) -> nib.Nifti1Image:
-        """NIfTI-1 image with the form codes and the unit of the file the grid came from.
-
-        `slope`: what readers multiply the stored numbers with.
-        """
+        """NIfTI-1 image on this grid; `slope`: what readers multiply the stored numbers with."""
         array = self.read()
         header = self._make_header(array.dtype, slope)
         image = nib.Nifti1Image(array, header.get_best_affine(), header, dtype=array.dtype)
@@ -333,6 +330,8 @@ def is_invertible(affine: np.ndarray) -> bool:
     """Whether an affine says where voxels lie: finite, and no axis without length or direction."""
     matrix = np.asarray(affine, float)
     if not np.isfinite(matrix).all() or not np.allclose(matrix[3], [0, 0, 0, 1]):
+        return False
+    if np.abs(matrix).max() > 1e100:  # whose squares have no number
         return False
     lengths = np.linalg.norm(matrix[:3, :3], axis=0)
     return bool((lengths > 0).all()) and abs(np.linalg.det(matrix[:3, :3] / lengths)) > 1e-3
