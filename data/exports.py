@@ -89,7 +89,8 @@ def write_frames(frames: Iterable[np.ndarray], path: Path, fps: int) -> None:
     """Pictures (height, width, 3) as an endless GIF or as MP4, one in memory at a time."""
     with atomic_write(path) as temporary:
         if path.suffix == ".gif":
-            images = (Image.fromarray(frame).quantize(128) for frame in frames)
+            rare = Image.Quantize.MAXCOVERAGE  # keeps thin outlines' colours beside many greys
+            images = (Image.fromarray(frame).quantize(192, rare) for frame in frames)
             options = {"duration": round(1000 / fps), "loop": 0, "append_images": images}
             next(images).save(temporary, save_all=True, **options)
         else:
@@ -199,7 +200,12 @@ def lay_out_page(texts: tuple[str, Sequence[str]], views: Views, view: str) -> d
         "paper_bgcolor": PAGE_COLOUR,
         "font": {"color": PAGE_INK},
         "legend": {"font": {"size": 16}, "x": 0.99, "xanchor": "right", "y": 0.99},
-        "scene": {"aspectmode": "data", "camera": cameras[view], **axes},
+        "scene": {
+            "aspectmode": "data",
+            "camera": cameras[view],
+            "domain": {"x": (0.15, 1)},
+            **axes,
+        },
         "updatemenus": [menu | corner],
         "annotations": [note | corner],
     }
