@@ -33,7 +33,7 @@ from vtkmodules.vtkCommonDataModel import vtkMultiBlockDataSet
 from vtkmodules.vtkIOGeometry import vtkGLTFWriter
 
 from data.cases import name_case
-from data.exports import draw_frames, write_frames, write_page
+from data.exports import check_mesh, draw_frames, write_frames, write_page
 from data.labels import is_tumour
 from data.results import (
     STAND_IN_HU,
@@ -900,7 +900,7 @@ def write_mesh(case: Case, config: Config, path: Path) -> None:
                 write_glb(mesh, temporary)
             else:
                 mesh.write(str(temporary))
-            check_mesh(mesh, temporary)
+            check_mesh(temporary, mesh.npoints, mesh.ncells)
 
 
 def write_glb(mesh: vedo.Mesh, path: Path) -> None:
@@ -912,30 +912,6 @@ def write_glb(mesh: vedo.Mesh, path: Path) -> None:
     writer.SetFileName(str(path))
     writer.SetInputData(scene)
     writer.Write()
-
-
-def check_mesh(mesh: vedo.Mesh, path: Path) -> None:
-    """Whether a mesh is whole in its file: VTK's writers say nothing when the disk is full.
-
-    Binary files are known by their length, because VTK's reader crashes at a torn .ply.
-    """
-    size, points, faces = path.stat().st_size, mesh.npoints, mesh.ncells
-    start = path.read_bytes()[:4096]
-    if path.suffix == ".stl":  # a header, and 50 bytes a face
-        whole = size == 84 + 50 * faces
-    elif path.suffix == ".ply":  # a header names what a point has; a face: 13 bytes
-        header, end, _ = start.partition(b"end_header\n")
-        floats, bytes_ = (header.count(b"property " + kind) for kind in (b"float", b"uchar"))
-        whole = size == len(header + end) + points * (4 * floats + bytes_) + faces * 13
-    elif path.suffix == ".glb":  # its third number is its length; indices and points in 4 bytes
-        whole = int.from_bytes(start[8:12], "little") == size > 12 * (points + faces)
-    else:
-        try:
-            whole = vedo.load(str(path)).ncells == faces
-        except Exception:  # of a reader of VTK, at a file that ends early
-            whole = False
-    if not whole:
-        raise OSError(f"the file ends before its {faces} faces; is the disk full?")
 
 
 def write_html(case: Case, config: Config, path: Path) -> None:
