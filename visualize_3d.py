@@ -33,7 +33,7 @@ from vtkmodules.vtkCommonDataModel import vtkMultiBlockDataSet
 from vtkmodules.vtkIOGeometry import vtkGLTFWriter
 
 from data.cases import name_case
-from data.exports import draw_frames, write_frames, write_page
+from data.exports import check_mesh, draw_frames, write_frames, write_page
 from data.labels import is_tumour
 from data.results import (
     STAND_IN_HU,
@@ -285,6 +285,7 @@ def make_skin(scan: Volume) -> vedo.Mesh:
 # ---------------------------------------------------------------------------------------
 
 WHOLE = (0, 0, 1, 1)  # left, bottom, right, top of a panel, in parts of the window
+UPRIGHT = ((0.93, 0.62), (0.93, 0.92))  # ends of a slider, above the letter at the right edge
 
 
 @dataclass
@@ -375,9 +376,7 @@ def make_surface_scene(case: Case, config: Config) -> Scene:
     legend = {
         "bone, vessels: over the surface value" if bare else "organ: over the surface value": colour
     }
-    slider = Slider(
-        f"surface at {unit}", low + 1, high - 1, first, ((0.93, 0.25), (0.93, 0.75)), change, True
-    )
+    slider = Slider(f"surface at {unit}", low + 1, high - 1, first, UPRIGHT, change, True)
     return Scene([panel], legend, sliders=[slider], brief=False)
 
 
@@ -432,7 +431,7 @@ def make_rays_scene(case: Case, config: Config) -> Scene:
         volume.strength = value
         volume.mode(projection)
 
-    slider = Slider("opacity ×", 0.2, 4, 1, ((0.93, 0.25), (0.93, 0.75)), change, text="%.1f")
+    slider = Slider("opacity ×", 0.2, 4, 1, UPRIGHT, change, text="%.1f")
     panel = make_panel(volume.mode(projection), peel=False)
     return Scene([panel], legend, sliders=[slider], brief=False)
 
@@ -510,11 +509,12 @@ def make_slices_scene(case: Case, config: Config) -> Scene:
         index = find_busiest_slice(foreground, axis)
         show(plane, index)
         face_slice(panels[plane], scan, plane, config.size)
-        title = f"{plane} slice, {scan.spacing_mm[axis]:.3g} mm each"
-        height = 0.14 + 0.065 * axis
+        left, bottom = PANELS[plane][:2]
+        height = HELP_BAND + 0.06 + bottom * (1 - HELP_BAND)
         sliders.append(
             Slider(
-                title, 1, scan.shape[axis], index + 1, ((0.02, height), (0.17, height)),
+                f"{plane} slice, {scan.spacing_mm[axis]:.3g} mm", 1, scan.shape[axis], index + 1,
+                ((left + 0.04, height), (left + 0.16, height)),
                 lambda value, plane=plane: show(plane, round(value) - 1),
             )
         )  # fmt: skip
@@ -691,6 +691,9 @@ class Stage:
         self.overlay.SetLayer(1)
         self.overlay.InteractiveOff()  # the mouse turns the panels below
         self.scene: Scene | None = None
+        ground = make_panel()  # behind the help, where there is no panel
+        ground.InteractiveOff()
+        self.plotter.window.AddRenderer(ground)
         self.widgets: list[vedo.addons.Slider2D] = []
         self.texts: dict[str, Any] = {}
 
@@ -723,7 +726,7 @@ class Stage:
 
         widget = vedo.addons.Slider2D(
             change, slider.low, slider.high, slider.value, slider.ends, slider.title,
-            c=INK, delayed=slider.delayed, tformat=slider.text,
+            c=INK, delayed=slider.delayed, tformat=slider.text, title_size=0.8,
         )  # fmt: skip
         widget.interactor = self.plotter.interactor
         widget.renderer = self.overlay
@@ -897,7 +900,7 @@ def write_mesh(case: Case, config: Config, path: Path) -> None:
                 write_glb(mesh, temporary)
             else:
                 mesh.write(str(temporary))
-            check_mesh(mesh, temporary)
+            check_mesh(temporary, mesh.npoints, mesh.ncells)
 
 
 def write_glb(mesh: vedo.Mesh, path: Path) -> None:
@@ -909,32 +912,6 @@ def write_glb(mesh: vedo.Mesh, path: Path) -> None:
     writer.SetFileName(str(path))
     writer.SetInputData(scene)
     writer.Write()
-
-
-def check_mesh(mesh: vedo.Mesh, path: Path) -> None:
-    """Whether a mesh is whole in its file: VTK's writers say nothing when the disk is full.
-
-    Binary files are known by their length, because VTK's reader crashes at a torn .ply.
-    """
-    size, points, faces = path.stat().st_size, mesh.npoints, mesh.ncells
-    start = path.read_bytes()[:4096]
-    if path.suffix == ".stl":  # a header, and 50 bytes a face
-        whole = size == 84 + 50 * faces
-    elif (
-        path.suffix == ".ply"
-    ):  # a header that names what a point has; a count and 3 indices a face
-        header, end, _ = start.partition(b"end_header\n")
-        floats, bytes_ = (header.count(b"property " + kind) for kind in (b"float", b"uchar"))
-        whole = size == len(header + end) + points * (4 * floats + bytes_) + faces * 13
-    elif path.suffix == ".glb":  # its third number is its length; indices and points in 4 bytes
-        whole = int.from_bytes(start[8:12], "little") == size > 12 * (points + faces)
-    else:
-        try:
-            whole = vedo.load(str(path)).ncells == faces
-        except Exception:  # of a reader of VTK, at a file that ends early
-            whole = False
-    if not whole:
-        raise OSError(f"the file ends before its {faces} faces; is the disk full?")
 
 
 def write_html(case: Case, config: Config, path: Path) -> None:

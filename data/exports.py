@@ -1,4 +1,4 @@
-"""A case as files that need no 3D window: a movie of its slices, a page of its surfaces."""
+"""A case as files that need no 3D window: movie of its slices, page of its surfaces, meshes."""
 
 from __future__ import annotations
 
@@ -86,10 +86,11 @@ def as_tuples(classes: Mapping[str, int]) -> Labels:
 
 
 def write_frames(frames: Iterable[np.ndarray], path: Path, fps: int) -> None:
-    """Pictures (height, width, 3) as an endless GIF or as MP4, one in memory at a time."""
+    """Pictures (height, width, 3) as an endless GIF or as MP4."""
     with atomic_write(path) as temporary:
         if path.suffix == ".gif":
-            images = (Image.fromarray(frame).quantize(128) for frame in frames)
+            rare = Image.Quantize.MAXCOVERAGE  # keeps thin outlines' colours beside many greys
+            images = (Image.fromarray(frame).quantize(256, rare) for frame in frames)
             options = {"duration": round(1000 / fps), "loop": 0, "append_images": images}
             next(images).save(temporary, save_all=True, **options)
         else:
@@ -114,6 +115,36 @@ def encode_frames(frames: Iterator[np.ndarray], path: Path, fps: int) -> None:
         _, words = process.communicate()
     if process.returncode:
         raise OSError(f"ffmpeg: {words.decode(errors='replace').strip()[-200:]}")
+
+
+# ---------------------------------------------------------------------------------------
+# Meshes
+# ---------------------------------------------------------------------------------------
+
+
+def check_mesh(path: Path, points: int, faces: int) -> None:
+    """OSError unless a mesh is whole in its file: VTK's writers say nothing when the disk is full.
+
+    Nothing of VTK reads it: its readers crash at some torn files.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    size = len(content)
+    if path.suffix == ".stl":  # a header, and 50 bytes a face
+        whole = size == 84 + 50 * faces
+    elif path.suffix == ".ply":  # its header names what a point has; a face takes 13 bytes
+        header, end, _ = content.partition(b"end_header\n")
+        floats, small = (header.count(b"property " + kind) for kind in (b"float", b"uchar"))
+        whole = size == len(header + end) + points * (4 * floats + small) + faces * 13
+    elif path.suffix == ".glb":  # its third number is its length; indices and points in 4 bytes
+        whole = int.from_bytes(content[8:12], "little") == size > 12 * (points + faces)
+    elif path.suffix == ".obj":
+        whole = content.count(b"\nf ") == faces and content.endswith(b"\n")
+    else:
+        whole = (
+            content.rstrip().endswith(b"</VTKFile>") and b'NumberOfPolys="%d"' % faces in content
+        )
+    if not whole:
+        raise OSError(f"the mesh of {points} points and {faces} faces is torn: {size} bytes")
 
 
 # ---------------------------------------------------------------------------------------
@@ -173,7 +204,7 @@ def lay_out_page(texts: tuple[str, Sequence[str]], views: Views, view: str) -> d
     }
     cameras = {
         name: {
-            "eye": dict(zip("xyz", (1.6 * np.array(place)).tolist(), strict=True)),
+            "eye": dict(zip("xyz", (1.9 * np.array(place)).tolist(), strict=True)),
             "up": dict(zip("xyz", up, strict=True)),
         }
         for name, (place, up) in views.items()
@@ -199,7 +230,12 @@ def lay_out_page(texts: tuple[str, Sequence[str]], views: Views, view: str) -> d
         "paper_bgcolor": PAGE_COLOUR,
         "font": {"color": PAGE_INK},
         "legend": {"font": {"size": 16}, "x": 0.99, "xanchor": "right", "y": 0.99},
-        "scene": {"aspectmode": "data", "camera": cameras[view], **axes},
+        "scene": {
+            "aspectmode": "data",
+            "camera": cameras[view],
+            "domain": {"x": (0.15, 1)},
+            **axes,
+        },
         "updatemenus": [menu | corner],
         "annotations": [note | corner],
     }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import nibabel as nib
@@ -429,6 +430,74 @@ def screen():
     yield f":{number}"
     server.terminate()
     server.wait()
+
+
+@pytest.fixture
+def browser(results, monkeypatch):
+    """The window's logic, drawn off screen."""
+    stage = v.Stage
+    monkeypatch.setattr(v, "Stage", lambda options, offscreen: stage(options, offscreen=True))
+    browser = v.Browser([results], config(results))
+    browser.open_case(0)
+    yield browser
+    browser.stage.plotter.close()
+
+
+def test_loading_is_shown_while_a_scene_is_made_and_scenes_are_kept(browser, monkeypatch):
+    made, make = [], v.make_scene
+
+    def watch(case, options):
+        made.append(browser.stage.texts["loading"].text())
+        return make(case, options)
+
+    monkeypatch.setattr(v, "make_scene", watch)
+    plotter, first = browser.stage.plotter, browser.stage.scene
+    for key in "2345123m45":
+        browser.press(types.SimpleNamespace(keypress=key))
+        assert "loading" not in browser.stage.texts
+    words = ("rays", "organs", "slices", "compare", "rays")
+    assert made == [f"loading {word} …" for word in words]
+    browser.press(types.SimpleNamespace(keypress="1"))
+    assert browser.stage.scene is first
+    assert browser.stage.plotter is plotter
+
+
+def test_keys_of_views_turn_no_slice(browser):
+    browser.press(types.SimpleNamespace(keypress="4"))
+    scene = browser.stage.scene
+    cameras = [panel.GetActiveCamera() for panel in scene.panels]
+    for key in v.VIEW_KEYS:
+        before = [camera.GetDirectionOfProjection() for camera in cameras]
+        browser.press(types.SimpleNamespace(keypress=key))
+        after = [camera.GetDirectionOfProjection() for camera in cameras]
+        changed = [old != new for old, new in zip(before, after, strict=True)]
+        assert not any(changed[: scene.space])
+    assert before[scene.space] != after[scene.space]
+
+
+def test_sliders_say_their_unit_and_every_scene_has_a_legend(browser):
+    for key in v.MODE_KEYS:
+        browser.press(types.SimpleNamespace(keypress=key))
+        scene = browser.stage.scene
+        assert scene.legend
+        assert all(any(u in s.title for u in ("HU", "mm", "×")) for s in scene.sliders)
+        for slider in scene.sliders:
+            slider.change(slider.low)
+            slider.change(slider.high)
+
+
+def test_help_hides_and_what_failed_is_told_in_the_window(browser, monkeypatch, capsys):
+    browser.stage.write("help", v.HELP)
+    panel = browser.stage.scene.panels[0]
+    assert panel.GetViewport()[1] == v.HELP_BAND  # nothing lies under the help
+    browser.press(types.SimpleNamespace(keypress="h"))
+    assert panel.GetViewport()[1] == 0
+    monkeypatch.setitem(v.SCENES, "organs", lambda *_: 1 / 0)
+    browser.press(types.SimpleNamespace(keypress="3"))
+    assert "division" in browser.stage.texts["note"].text()
+    assert browser.stage.scene.panels[0] is panel
+    browser.press(types.SimpleNamespace(keypress="1"))
+    assert "note" not in browser.stage.texts
 
 
 class Viewer:
