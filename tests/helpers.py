@@ -38,7 +38,8 @@ def as_volume(array: np.ndarray, affine: np.ndarray | None = None) -> Volume:
 @cache
 def phantom(index: int) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
     """Scan and label of a small patient (48 × 48 × about 40)."""
-    return make_phantoms.make_phantom(index, make_phantoms.Config(size=48, slices=(36, 44)))
+    pair = make_phantoms.make_phantom(index, make_phantoms.Config(size=48, slices=(36, 44)))
+    return tuple(volume.to_nibabel() for volume in pair)
 
 
 def ras_arrays(index: int) -> tuple[np.ndarray, np.ndarray]:
