@@ -25,9 +25,8 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 import vedo
-from nibabel.affines import apply_affine, from_matvec
+from nibabel.affines import from_matvec
 from PIL import Image
-from skimage.measure import find_contours
 from vedo import vtkclasses
 from vtkmodules.vtkCommonDataModel import vtkMultiBlockDataSet
 from vtkmodules.vtkIOGeometry import vtkGLTFWriter
@@ -40,6 +39,7 @@ from data.results import (
     CaseFiles,
     Outline,
     crop_to_foreground,
+    cut_slice,
     describe,
     find_body,
     find_darkness,
@@ -58,7 +58,6 @@ from utilities import (
     TRUTH_COLOUR,
     InputError,
     atomic_write,
-    choose_hu_window,
     class_colour,
     command_line,
     find_busiest_slice,
@@ -105,7 +104,7 @@ VIEWS = {  # where the viewer stands, and what is up: RAS vectors
 
 def main(config: Config) -> None:
     outputs = list_outputs(config)
-    paths = [case for path in config.paths for case in list_cases(path)]
+    paths = [case for path in config.paths for case in list_cases(path, len(config.paths) > 1)]
     if not outputs:
         open_window(paths, config)
         return
@@ -122,9 +121,8 @@ def main(config: Config) -> None:
             failed.append(path)
             print(f"error: {path}: {str(error) or type(error).__name__}", file=sys.stderr)
     if failed:
-        raise InputError(
-            f"{len(failed)} of {len(paths)} cases failed: {', '.join(map(str, failed))}"
-        )
+        names = ", ".join(map(str, failed))
+        raise InputError(f"{len(failed)} of {len(paths)} cases failed: {names}")
 
 
 def write_outputs(
@@ -191,9 +189,8 @@ class Case(CaseFiles):
         if min(self.organ.shape) < 3:
             lines += [f"only {min(self.organ.shape)} slice(s) of organ: its surface is a slab"]
         if not (self.masked or self.scan):
-            lines += [
-                "no scan: liver drawn as {liver} HU, tumours as {tumour} HU".format(**STAND_IN_HU)
-            ]
+            words = "no scan: liver drawn as {liver} HU, tumours as {tumour} HU"
+            lines += [words.format(**STAND_IN_HU)]
         return lines
 
 
@@ -463,24 +460,10 @@ SLICE_SIDES = {"axial": -1, "coronal": 1, "sagittal": -1}  # seen from below, th
 
 def draw_slice(scan: Volume, outlines: list[Outline], plane: str, index: int) -> list:
     """One CT slice as a grey rectangle with outlines, in patient mm."""
-    axis, side = PLANES[plane][0], SLICE_SIDES[plane]
-    array = np.moveaxis(scan.data, axis, 0)[index]
-    across, up = array.shape
-
-    def to_patient(points: np.ndarray, height: float) -> np.ndarray:
-        return apply_affine(scan.affine, np.insert(points, axis, height, axis=1))
-
-    low, high = choose_hu_window(scan.data)
-    grey = ((array.T.clip(low, high) - low) * (255 / (high - low))).astype(np.uint8)
-    corners = np.array([(0, 0), (across, 0), (across, up), (0, up)]) - 0.5
-    sheet = vedo.Mesh([to_patient(corners, index), [[0, 1, 2, 3]]]).lighting("off").color("white")
-    objects = [sheet.texture(vedo.Image(grey), tcoords=[(0, 0), (1, 0), (1, 1), (0, 1)])]
-    for outline in outlines:
-        mask = np.pad(outline.find(axis, index), 1).astype(float)
-        for line in find_contours(mask, 0.5):
-            points = to_patient(line - 1, index + side / 2)
-            objects.append(vedo.Line(points, c=outline.colour, lw=2))
-    return objects
+    grey, corners, lines = cut_slice(scan, outlines, PLANES[plane][0], index, SLICE_SIDES[plane])
+    sheet = vedo.Mesh([corners, [[0, 1, 2, 3]]]).lighting("off").color("white")
+    sheet.texture(vedo.Image(grey), tcoords=[(0, 0), (1, 0), (1, 1), (0, 1)])
+    return [sheet, *(vedo.Line(points, c=colour, lw=2) for points, colour in lines)]
 
 
 def make_slices_scene(case: Case, config: Config) -> Scene:
@@ -565,11 +548,8 @@ def make_compare_scene(case: Case, config: Config) -> Scene:
     panels[1].SetActiveCamera(panels[0].GetActiveCamera())
     text = "{}, mm from the reference:\nmean {:.1f}, 95 % under {:.1f}, largest {:.1f}"
     caption = text.format(f"predicted {name}", far.mean(), np.percentile(far, 95), far.max())
-    for panel, words, colour in (
-        (panels[0], f"reference {name}", TRUTH_COLOUR),
-        (panels[1], caption, INK),
-    ):
-        panel.AddViewProp(make_text(config, words, (0.5, 0.125), colour, "top-center").actor)
+    for panel, words in zip(panels, (f"reference {name}", caption), strict=True):
+        panel.AddViewProp(make_text(config, words, (0.5, 0.125), INK, "top-center").actor)
     legend = {"reference": TRUTH_COLOUR, "predicted, outside the reference": "#f1a340"}
     legend["predicted, inside the reference"] = "#b2abd2"
     return Scene(panels, legend, ((0, 0, 0.5, 1), (0.5, 0, 1, 1)))
@@ -778,14 +758,13 @@ class Browser:
         for _ in self.paths:
             self.number = (self.number + step) % len(self.paths)
             step, path = 1, self.paths[self.number]
+            kept = self.case, self.scenes
             try:
-                case, kept = find_case(path, self.config), (self.case, self.scenes)
-                self.case, self.scenes = case, {}
+                self.case, self.scenes = find_case(path, self.config), {}
                 self.show(self.config)
                 return
             except Exception as error:  # whatever it is: the other cases are shown
-                if "kept" in locals():
-                    self.case, self.scenes = kept
+                self.case, self.scenes = kept
                 if len(self.paths) == 1:
                     raise
                 self.failed.append(path)
@@ -822,7 +801,7 @@ class Browser:
                 self.show(replace(self.config, mode="rays", projection=other))
             elif key == "h":
                 self.stage.write("help", "" if "help" in self.stage.texts else HELP)
-            elif key == "n":
+            elif key == "n" and len(self.paths) > 1:
                 self.open_case(1)
             elif key in ("q", "Escape"):
                 self.stage.plotter.break_interaction()
@@ -847,12 +826,14 @@ def open_window(paths: list[Path], config: Config) -> None:
     plotter.initialize_interactor()
     plotter.window.SetWindowName("Liver in 3D")
     browser.stage.write("help", HELP)
-    browser.open_case(0)
-    plotter.add_callback("KeyPress", browser.press, enable_picking=False)
-    plotter.interactive()
-    browser.stage.hide_sliders()
-    plotter._interactive = False  # it has ended; close() would end it again and crash VTK
-    plotter.close()
+    try:
+        browser.open_case(0)
+        plotter.add_callback("KeyPress", browser.press, enable_picking=False)
+        plotter.interactive()
+    finally:
+        browser.stage.hide_sliders()
+        plotter._interactive = False  # it has ended; close() would end it again and crash VTK
+        plotter.close()
     if browser.failed:
         raise InputError(f"cases not shown: {', '.join(map(str, dict.fromkeys(browser.failed)))}")
 

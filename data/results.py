@@ -16,6 +16,7 @@ import numpy as np
 import scipy.ndimage as ndi
 from nibabel.affines import apply_affine
 from scipy.spatial import cKDTree
+from skimage.measure import find_contours
 
 from data.cases import find_scans, lay_on_grid, name_case, read_label_map, read_scan
 from data.labels import BACKGROUND, USUAL_LABELS, group_tumours, is_tumour
@@ -171,8 +172,12 @@ def list_classes(labels: Volume | None, names: Mapping[str, int]) -> dict[str, i
     return {name: found[name] for name in (*organs[:1], *leading, *rest)}
 
 
-def list_cases(path: Path) -> list[Path]:
-    """The cases that a path stands for: itself, or those in a folder of results or of scans."""
+def list_cases(path: Path, one_of_several: bool = False) -> list[Path]:
+    """The cases that a path stands for: itself, or those in a folder of results or of scans.
+
+    Raises InputError for a folder without any, unless it is `one_of_several` paths: then it is
+    named when its turn comes.
+    """
     if not path.is_dir() or any(path.glob("*_label.nii.gz")):
         return [path]
     if cases := sorted({file.parent for file in path.glob("*/*_label.nii.gz")}):
@@ -180,6 +185,8 @@ def list_cases(path: Path) -> list[Path]:
     try:
         return find_scans(path)
     except InputError as error:
+        if one_of_several:
+            return [path]
         raise InputError(
             f"{error}, or the results of apply_model.py (<case>_label.nii.gz)"
         ) from error
@@ -346,3 +353,27 @@ def name_direction(direction: np.ndarray) -> str:
     letters = np.where(np.asarray(direction) > 0, list("RAS"), list("LPI"))
     strong = np.abs(direction) > np.sin(np.pi / 8) * np.linalg.norm(direction)
     return "".join(letters[axis] for axis in np.argsort(-np.abs(direction)) if strong[axis])
+
+
+def cut_slice(
+    scan: Volume, outlines: list[Outline], axis: int, index: int, side: int
+) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, str]]]:
+    """A slice as grey uint8 (rows, columns), its four corners, outlines with colours; RAS mm.
+
+    Outlines lie half a voxel before the slice, on the `side` (1 or -1) from which it is seen.
+    """
+    array = np.moveaxis(scan.data, axis, 0)[index]
+    across, up = array.shape
+
+    def to_patient(points: np.ndarray, height: float) -> np.ndarray:
+        return apply_affine(scan.affine, np.insert(points, axis, height, axis=1))
+
+    low, high = choose_hu_window(scan.data)
+    grey = ((array.T.clip(low, high) - low) * (255 / (high - low))).astype(np.uint8)
+    corners = np.array([(0, 0), (across, 0), (across, up), (0, up)]) - 0.5
+    lines = [
+        (to_patient(line - 1, index + side / 2), outline.colour)
+        for outline in outlines
+        for line in find_contours(np.pad(outline.find(axis, index), 1).astype(float), 0.5)
+    ]
+    return grey, to_patient(corners, index), lines

@@ -814,3 +814,22 @@ def test_views_and_letters_stand_where_the_space_is(results, tmp_path, no_displa
         assert changed[height:, :width].any()
         assert not changed[:height].any()
         assert not changed[:, width:].any()
+
+
+def test_a_bad_path_among_several_is_named_and_the_others_are_drawn(results, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    paths = (tmp_path / "empty", tmp_path / "none.nii.gz", results)
+    with pytest.raises(InputError, match="2 of 3 cases failed"):
+        v.main(config(*paths, mode="organs", screenshot=tmp_path / "x.png"))
+    assert (tmp_path / "x_case.png").exists()
+    told = capsys.readouterr().err
+    assert "empty: " in told
+    assert "none.nii.gz: no such file" in told
+
+
+def test_a_window_of_a_broken_case_ends_in_one_line(screen, tmp_path):
+    (tmp_path / "x_label.nii.gz").write_bytes(b"no volume")
+    with Viewer(screen, tmp_path) as viewer:
+        assert viewer.process.wait(timeout=300) == 1
+        assert viewer.said("error: ")
+        assert "Traceback" not in "".join(viewer.lines)
