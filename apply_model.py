@@ -37,32 +37,31 @@ from data.cases import Masks, find_scans, hash_files, hash_inputs, read_label_ma
 from data.descriptions import Description
 from data.dicom import write_seg
 from data.evaluate import describe_truths, evaluate, measure, pair_truths
+from data.files import InputError, lock_folder
 from data.judges import judge_hu
-from data.labels import USUAL_LABELS, Labels, as_labels, group_tumours, translate_classes
-from data.names import make_safe, name_case, name_scans
-from data.summary import do_each, is_finished, refuse_failures, report_all, write_record
-from data.volumes import Volume, find_bounding_box, list_slabs, write_slabs
-from preprocess import SLAB, Chain, network_slices, preprocess_volume, read_prepared, to_source_grid
-from utilities import (
-    AIR_HU,
+from data.labels import (
     IMAGE,
     LABEL,
-    InputError,
-    add_legend,
+    USUAL_LABELS,
+    Labels,
+    as_labels,
+    group_tumours,
+    translate_classes,
+)
+from data.names import make_safe, name_case, name_scans
+from data.pictures import add_legend, outlines_of, planes_figure, save_figure
+from data.settings import check_settings, command_line, show_progress
+from data.summary import do_each, is_finished, refuse_failures, report_all, write_record
+from data.volumes import AIR_HU, Volume, find_bounding_box, list_slabs, write_slabs
+from preprocess import SLAB, Chain, network_slices, preprocess_volume, read_prepared, to_source_grid
+from utilities import (
     autocast,
     build_network,
-    check_settings,
-    command_line,
     find_checkpoint,
     load_checkpoint,
-    lock_folder,
     on_device,
-    outlines_of,
     pick_device,
     pick_precision,
-    planes_figure,
-    save_figure,
-    show_progress,
 )
 
 

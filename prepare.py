@@ -32,7 +32,6 @@ import torch
 import tyro
 from isal import isal_zlib
 
-import utilities
 from data.cases import Case, hash_inputs, read_scan
 from data.check import (
     FOREGROUND,
@@ -57,12 +56,13 @@ from data.destination import (
     whole_folder,
     writing,
 )
+from data.files import InputError, atomic_write, lock_folder, write_json
 from data.findings import count_words, describe_fault, list_errors, print_table, write_table
 from data.judges import Finding, count_per_slice, undo_flips
-from data.labels import as_plain
+from data.labels import IMAGE, LABEL, as_plain
 from data.processes import open_pool, run_cases
-from data.volumes import Volume, find_bounding_box, list_slabs
-from utilities import AIR_HU, IMAGE, LABEL, InputError
+from data.settings import check_settings, command_line
+from data.volumes import AIR_HU, Volume, find_bounding_box, list_slabs
 
 SCHEMA = 1  # of dataset.json
 CUT = 2  # of the sub-volumes: what an earlier version of this file cut is cut again
@@ -104,7 +104,7 @@ def main(config: Config) -> None:
     everything, terms = read_data_set(config)
     name_patients(everything, config)
     cases = leave_out(everything, config)
-    with utilities.lock_folder(config.destination):
+    with lock_folder(config.destination):
         claim_destination(config.destination, config.source, config.overwrite)
         remove_leftovers(config.destination)
         try:
@@ -126,7 +126,7 @@ def main(config: Config) -> None:
 
 def refuse_settings(config: Config) -> None:
     """Raise InputError for settings that cannot be, before anything is read."""
-    utilities.check_settings(config)
+    check_settings(config)
     if config.folds and (config.folds < 2 or config.fold >= config.folds):
         raise InputError(
             f"--folds {config.folds} --fold {config.fold}: must be at least 2 folds, and a fold "
@@ -200,7 +200,7 @@ def check_case(case: Case, config: Config, terms: Terms) -> dict[str, Any]:
         draw_case(case.name, overlay, config, terms)
     sure = record.pop("sure")
     if sure and record["fingerprint"]:  # only what came from reading the scan is remembered
-        with writing(memory), utilities.atomic_write(memory) as temporary:
+        with writing(memory), atomic_write(memory) as temporary:
             temporary.write_text(json.dumps(record))
     return record | about
 
@@ -535,7 +535,7 @@ def write_dataset(
         dataset[name] = [{key: entry[key] for key in (IMAGE, LABEL, "case")} for entry in chosen]
     path = config.destination / "dataset.json"
     with writing(path):
-        utilities.write_json(dataset, path)
+        write_json(dataset, path)
     of_split = Counter(split[patient] for patient in {case["patient"] for case in cases})
     patients = " / ".join(f"{of_split[name]} {name}" for name in SPLITS)
     print(
@@ -569,4 +569,4 @@ def describe_settings(config: Config, terms: Terms) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    utilities.command_line(main, Config, __doc__)
+    command_line(main, Config, __doc__)

@@ -58,24 +58,12 @@ from monai.transforms import (
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.cases import hash_files
-from data.labels import Labels
+from data.files import InputError, atomic_write, read_json
+from data.labels import IMAGE, LABEL, Labels
+from data.pictures import as_array, class_colour, save_figure, show_patient
+from data.settings import check_types, human_bytes, show_progress
 from data.volumes import Volume, list_slabs, read_file
-from utilities import (
-    IMAGE,
-    LABEL,
-    InputError,
-    as_array,
-    atomic_write,
-    check_types,
-    class_colour,
-    human_bytes,
-    rank_and_size,
-    read_json,
-    resampling_device,
-    save_figure,
-    show_patient,
-    show_progress,
-)
+from utilities import rank_and_size, resampling_device
 
 SLAB = 32  # slices that are resampled at a time, so that memory does not grow with the scan
 SLICE_MM = "slice_mm"  # meta data: distance of slices

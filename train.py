@@ -26,7 +26,9 @@ import torch
 import tyro
 from monai import losses
 
-from data.labels import LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
+from data.files import InputError, lock_folder, write_json
+from data.labels import IMAGE, LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
+from data.settings import check_settings, command_line, pick
 from preprocess import (
     Augment,
     Chain,
@@ -39,25 +41,18 @@ from preprocess import (
     show_inputs,
 )
 from utilities import (
-    IMAGE,
-    InputError,
     NetworkName,
     Run,
     build_network,
-    check_settings,
-    command_line,
     find_checkpoint,
     load_checkpoint,
-    lock_folder,
     on_device,
-    pick,
     pick_device,
     pick_precision,
     process_group,
     rank_and_size,
     train,
     validations_since_best,
-    write_json,
 )
 
 LossName = Literal[

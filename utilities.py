@@ -1,21 +1,15 @@
-"""What two or more of the scripts share.
+"""What several scripts share about networks: `train`, `dice_metric`, `show_patient` and the rest.
 
-Sections, each readable alone: data contract · command line · files · volumes · networks · metrics ·
-checkpoints · machine · training · pictures. This module imports none of the scripts.
+Sections, each readable alone: networks · checkpoints · machine · training · its pictures. What
+needs no network, and no torch, lives in `data/`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import dataclasses
 import functools
-import io
-import json
 import math
-import operator
 import os
-import re
 import signal
 import socket
 import sys
@@ -24,333 +18,34 @@ import time
 import types
 import typing
 import zipfile
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-import tyro
 from torch import nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------
-# Data contract: the words that all scripts agree on
-# ---------------------------------------------------------------------------------------
-
-IMAGE, LABEL, PRED = "image", "label", "pred"  # dictionary keys, as in MONAI
-AIR_HU = -1024  # what lies outside a scan
-HU_WINDOW = (-200.0, 250.0)  # HU window of every picture for people (training has its own setting)
-
-Kind = TypeVar("Kind")
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what, why, and what to do.
-
-    `kind` names the finding of the check that this is, see `data.check`.
-    """
-
-    def __init__(self, message: str, kind: str = "unreadable") -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
-# ---------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------
-
-# The range of every setting of every script; of several numbers each must lie in it.
-RANGES = {
-    "0 <= x < inf": "subvolume_depth folds fold workers noise_sd intensity_scaling intensity_shift "
-    "weight_decay gradient_clip patience windows smoothing",
-    "1 <= x < inf": "label_every input_size patches_per_case base_channels batch_size max_epochs "
-    "val_interval "
-    "window size",
-    "0 <= x <= 1": "keep_empty training validation test foreground_sampling augment_probability "
-    "translation flip_probability",
-    "0 <= x < 1": "scaling ema_decay overlap",
-    "0 < x < inf": "learning_rate",
-    "0 <= x <= 180": "rotation_degrees",
-    "0.05 <= x <= 50": "spacing",
-    "-inf < x < inf": "hu_window",
-    "-32768 <= x <= 32767": "background",
-    "0 <= x < 4294967296": "seed",
-}
-LIMITS = {name: limits for limits, names in RANGES.items() for name in names.split()}
-COMPARISONS = {"<": operator.lt, "<=": operator.le}
-DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
-ASCENDING = ("hu_window",)  # low, high
-
-
-def check_settings(settings: Any, where: str = "") -> None:
-    """Refuse a setting outside its range: of a Config, or of a mapping that was read from a file.
-
-    Raises InputError with the option, what was given and what is expected. NaN is in no range.
-    """
-    values = settings if isinstance(settings, Mapping) else vars(settings)
-    for name, value in values.items():
-        option = f"{where}--{name.replace('_', '-')}"
-        if name == "device" and not DEVICES.fullmatch(str(value)):
-            raise InputError(f"{option} must be auto, cpu, cuda, cuda:1 or mps, got {value}")
-        if name not in LIMITS or value is None:
-            continue
-        low, above, _, below, high = LIMITS[name].split()
-        for number in value if isinstance(value, tuple | list) else [value]:
-            if (
-                not isinstance(number, int | float)
-                or not COMPARISONS[above](float(low), number)
-                or not COMPARISONS[below](number, float(high))
-            ):
-                expected = LIMITS[name].removesuffix(" < inf").removeprefix("-inf < ")
-                raise InputError(f"{option} must be a number {expected}, got {value}")
-        if name in ASCENDING and not value[0] < value[-1]:
-            raise InputError(f"{option} must be low, then high, got {value}")
-
-
-def command_line(
-    main: Callable[[Any], None],
-    config_class: type,
-    description: str | None,
-    recipes: dict[str, tuple[str, Any]] | None = None,
-) -> None:
-    """Run `main(config)`, config from the command line; a user's fault ends in one line, exit 1.
-
-    `recipes` maps a name, which may be the first word of the command line, to an explanation and
-    the config whose values the options then override. The first recipe is the default.
-    Ctrl-C and SIGTERM end in exit code 130 and a line that says how to go on. With `--debug`, or
-    LIVER_DEBUG=1, every error shows its traceback.
-    """
-    debug = "--debug" in sys.argv or bool(os.environ.get("LIVER_DEBUG"))
-    words, chosen = [word for word in sys.argv[1:] if word != "--debug"], {}
-    if recipes:
-        named = bool(words) and not words[0].startswith("-")
-        name = words.pop(0) if named else next(iter(recipes))
-        if name not in recipes:
-            sys.exit(f"error: the recipe must be one of {', '.join(recipes)}, got {name}")
-        chosen = {"default": recipes[name][1]}
-        lines = [f"    {key:<24}{text}" for key, (text, _) in recipes.items()]
-        description = f"{description}\nRecipes (here: {name}):\n\n" + "\n".join(lines)
-    flat = [tyro.conf.AvoidSubcommands]
-    config = tyro.cli(config_class, args=words, description=description, config=flat, **chosen)
-    if hasattr(config_class, "given"):
-        config.given = list_given(words, config, chosen.get("default"))
-    try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        check_settings(config)
-        main(config)
-    except KeyboardInterrupt as stop:
-        print(f"interrupted; {str(stop) or 'run the same command again to go on'}", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if debug:
-            raise
-        if isinstance(error, InputError | OSError):
-            sys.exit(f"error: {error}")
-        what = f"{type(error).__name__}: {error}"
-        sys.exit(f"error: {what}; run again with LIVER_DEBUG=1 for the traceback")
-
-
-def list_given(words: Sequence[str], config: Any, recipe: Any = None) -> frozenset[str]:
-    """Names of the settings that a command line gives, by option or by the name of a recipe."""
-    options = {re.split("=", word)[0].lstrip("-").replace("-", "_") for word in words}
-    names = {item.name for item in dataclasses.fields(config)}
-    plain = type(config)() if recipe else None
-    of_recipe = {n for n in names if recipe and getattr(recipe, n) != getattr(plain, n)}
-    return frozenset(of_recipe | {n for n in names if n in options or f"no_{n}" in options})
-
-
-def pick(kind: type[Kind], source: Any, **changes: Any) -> Kind:
-    """A dataclass of `kind` from the equally named attributes of `source`, `changes` before them.
-
-    A list becomes a tuple, as JSON and command lines give lists.
-    """
-    values = {}
-    for item in dataclasses.fields(kind):
-        value = changes[item.name] if item.name in changes else getattr(source, item.name)
-        values[item.name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
-
-
-def check_types(content: Any, kinds: Mapping[str, Any], what: str, remedy: str) -> None:
-    """Raise InputError unless `content` is a dictionary whose entries have these types."""
-    if not isinstance(content, dict):
-        raise InputError(f"{what}: must be a dictionary, got {type(content).__name__}; {remedy}")
-    for name, kind in kinds.items():
-        if name not in content:
-            raise InputError(f"{what}: {name} is missing; {remedy}")
-        if not isinstance(content[name], kind):
-            got = type(content[name]).__name__
-            raise InputError(f"{what}: {name} has the wrong type, got {got}; {remedy}")
-
-
-def format_seconds(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 20 min`."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
-
-
-def show_progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
-    """A progress bar on a terminal, in the first process; none in a log, nor with TQDM_DISABLE."""
-    hidden = rank_and_size()[0] > 0 or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
-    return tqdm(
-        iterable, disable=hidden or None, leave=False, **options
-    )  # None: asks for a terminal
-
-
-# ---------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------
-
-
-def read_json(path: Path, what: str = "a JSON object") -> Any:
-    """Content of a JSON file, with or without a byte order mark; InputError where it is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: must be {what}, got {error}; correct it or remove it") from error
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Write JSON whole or not at all; a Path is written as its text."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
-
-
-def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a CSV file with these columns, separated by commas, semicolons or tabs (Excel)."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); save it as CSV in UTF-8") from error
-    first = text.partition("\n")[0]
-    separator = max(",;\t", key=first.count)
-    rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
-    if not rows or not set(columns) <= set(rows[0]):
-        raise InputError(f"{path}: must have the columns {','.join(columns)}, got {first!r}")
-    return rows
-
-
-def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write rows as CSV, whole or not at all; a column for every key that any row has."""
-    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def human_bytes(count: float) -> str:
-    """1536 → `1.5 KB`; steps of 1024."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1024:
-            return f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TB"
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the final name only when all went well.
-
-    The temporary name starts with a dot, has the process id and a mark, and keeps the suffixes,
-    because writers choose the format by suffix. Whatever a writer raises on a full disk (torch,
-    matplotlib and ITK do not raise OSError) becomes an InputError, as does a file that is not
-    there or is empty afterwards. What was written is on the disk before it gets its name.
-    """
-    name = path.name if len(path.name) < 200 else f"{zlib.crc32(path.name.encode()):08x}"
-    suffix = "" if name == path.name else "".join(path.suffixes)[-20:]
-    temporary = path.with_name(f".{os.getpid()}.partial.{name}{suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as stream:
-            if not stream.seek(0, os.SEEK_END):
-                raise OSError("nothing was written")
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except InputError:
-        raise
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); "
-            "choose a folder that exists, is writable and has free space"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep a folder for this process, so that no second one writes into it.
-
-    A lock whose owner has died on this machine is taken over. Raises InputError that names process
-    and machine of the owner.
-    """
-    process, path = psutil.Process(), folder / ".lock"
-    mine = {"pid": process.pid, "started": process.create_time(), "host": socket.gethostname()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("x") as stream:
-            json.dump(mine, stream)
-    except FileExistsError as error:
-        if not folder.is_dir():
-            raise InputError(
-                f"{folder}: cannot be written (it is a file); choose a folder"
-            ) from error
-        owner = _read_lock(path)
-        if _is_alive(owner, mine["host"]):
-            raise InputError(
-                f"{folder}: process {owner.get('pid', 'unknown')} on {owner.get('host', 'unknown')}"
-                f" writes here; wait for it or choose another folder (if it is gone: remove {path})"
-            ) from None
-        write_json(mine, path)
-        time.sleep(0.1)  # another process may take it over at the same moment: the last one has it
-        if _read_lock(path) != mine:
-            raise InputError(
-                f"{folder}: another process began to write here; wait for it"
-            ) from None
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be written ({error.strerror}); choose a folder that is writable"
-        ) from error
-    try:
-        yield
-    finally:
-        if _read_lock(path) == mine:
-            path.unlink(missing_ok=True)
-
-
-def _read_lock(path: Path) -> dict[str, Any]:
-    """Owner of a lock; of one that is only just being written, a living one for some seconds."""
-    try:
-        content = json.loads(path.read_text())
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime < 10:
-                return {"host": "another machine", "pid": "unknown"}
-        return {}
-
-
-def _is_alive(owner: dict[str, Any], host: str) -> bool:
-    """Whether the owner of a lock runs; on another machine nobody knows, so it does."""
-    if owner.get("host") != host:
-        return bool(owner)
-    try:
-        return abs(psutil.Process(int(owner["pid"])).create_time() - owner["started"]) < 1
-    except (psutil.Error, KeyError, TypeError, ValueError):
-        return False
-
+from data.files import InputError, atomic_write, write_csv
+from data.labels import IMAGE, LABEL, PRED
+from data.metrics import dice_metric, list_overlaps, mean_dice, nan_mean, overlap_counts
+from data.pictures import (
+    add_legend,
+    as_array,
+    class_colour,
+    find_busiest_slice,
+    save_figure,
+    show_patient,
+)
+from data.settings import check_settings, check_types, format_seconds, show_progress
 
 # ---------------------------------------------------------------------------------------
 # Networks
@@ -488,65 +183,6 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
     flat = isinstance(network, SliceBySlice)
     layout = torch.channels_last if flat else torch.channels_last_3d
     return network.to(device, memory_format=layout)
-
-
-# ---------------------------------------------------------------------------------------
-# Metrics: hard, per patient, background excluded
-# ---------------------------------------------------------------------------------------
-
-
-def overlap_counts(prediction: Any, label: Any, num_classes: int) -> np.ndarray:
-    """(3, num_classes − 1) voxel counts: in both, in the prediction, in the label; class 1 first.
-
-    `prediction` and `label` are class-index arrays or tensors of one shape.
-    """
-    if tuple(prediction.shape) != tuple(label.shape):
-        raise ValueError(f"shapes must be equal, got {prediction.shape} and {label.shape}")
-    overlaps = list_overlaps(prediction, label, num_classes)
-    counts = [[int(number) for number in numbers] for numbers in overlaps]
-    return np.array(counts, dtype=np.int64).reshape(-1, 3).T
-
-
-def list_overlaps(prediction: Any, label: Any, num_classes: int) -> list[list[Any]]:
-    """The same of class 1, 2, …; of tensors as tensors, which a GPU need not hand over yet."""
-    masks = [(prediction == value, label == value) for value in range(1, num_classes)]
-    return [[(found & true).sum(), found.sum(), true.sum()] for found, true in masks]
-
-
-def dice_metric(
-    prediction: Any = None, label: Any = None, num_classes: int = 2, *, counts: Any = None
-) -> np.ndarray:
-    """Hard Dice of one patient for the foreground classes 1 … num_classes − 1, background excluded.
-
-    2·|both| / (|prediction| + |label|). A prediction on an empty label gives 0: a false alarm must
-    not vanish from the mean.
-
-    Args:
-        prediction, label: class indices, arrays or tensors of one shape (any number of axes), on
-            the scan's own grid if the figure is to be reported.
-        counts: instead of both, the sum of their `overlap_counts` over the pieces of a patient.
-
-    Returns:
-        (num_classes − 1,) Dice in 0..1; NaN where a class is in neither (`mean_dice` skips it).
-    """
-    if counts is None:
-        counts = overlap_counts(prediction, label, num_classes)
-    both, predicted, true = np.asarray(counts, float)
-    with np.errstate(invalid="ignore"):
-        return 2 * both / (predicted + true)
-
-
-def dice_of_counts(counts: np.ndarray) -> np.ndarray:
-    """`dice_metric` of counts."""
-    return dice_metric(counts=counts)
-
-
-def mean_dice(per_patient: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over patients of (patients, classes) Dice, NaN left out, and how many counted."""
-    table = np.asarray(per_patient, dtype=float)
-    counted = np.isfinite(table).sum(axis=0)
-    with np.errstate(invalid="ignore"):
-        return np.nansum(table, axis=0) / counted, counted
 
 
 # ---------------------------------------------------------------------------------------
@@ -1086,12 +722,6 @@ def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float
     return row | {f"val_dice_{name}": float(d) for name, d in zip(names, dice, strict=True)}
 
 
-def nan_mean(values: Sequence[float]) -> float:
-    """Mean of what is a number; NaN of nothing, without a warning."""
-    known = [value for value in values if math.isfinite(value)]
-    return float(np.mean(known)) if known else math.nan
-
-
 def predicted_classes(logits: torch.Tensor) -> torch.Tensor:
     """(B, C, …) logits → (B, …) uint8 class indices."""
     if logits.shape[1] == 2:  # argmax over two classes is 100 times slower than a comparison
@@ -1138,146 +768,8 @@ def describe_epoch(history: list[dict[str, float]], max_epochs: int) -> str:
 
 
 # ---------------------------------------------------------------------------------------
-# Pictures: radiological view (the patient's right on the picture's left), colour-blind safe
+# Pictures of a training
 # ---------------------------------------------------------------------------------------
-
-# Okabe & Ito's palette. Reference and prediction must be told apart by everyone, on grey.
-TRUTH_COLOUR, PREDICTION_COLOUR = "#56B4E9", "#E69F00"
-LABEL_COLOURS = {1: "#E69F00", 2: "#CC79A7", 3: "#009E73", 4: "#F0E442", 5: "#0072B2"}
-PLANES = {  # plane → (axis that is cut, letters at the picture's left, right, top, bottom)
-    "axial": (2, "RLAP"),
-    "coronal": (1, "RLSI"),
-    "sagittal": (0, "APSI"),
-}
-
-
-def choose_hu_window(scan: np.ndarray) -> tuple[float, float]:
-    """Values shown as black and white: HU_WINDOW for CT in HU, which has fat and air below 0.
-
-    Of a network's input, 0 and 1; of anything else (MR) its own range.
-    """
-    sample = scan[tuple(slice(None, None, max(1, size // 64)) for size in scan.shape)]
-    if np.mean(sample < -30) >= 0.01:
-        return HU_WINDOW
-    low, high = np.percentile(sample, [1, 99])
-    if 0 <= sample.min() <= sample.max() <= 1:
-        return 0.0, 1.0
-    return float(low), float(max(high, low + 1))
-
-
-def find_busiest_slice(mask: np.ndarray, axis: int = 2) -> int:
-    """Index of the slice along `axis` with most of a mask (X, Y, Z); the middle one of an empty."""
-    counts = np.count_nonzero(mask, axis=tuple(other for other in range(3) if other != axis))
-    return int(counts.argmax()) if counts.any() else mask.shape[axis] // 2
-
-
-grey_window = choose_hu_window  # until its callers are moved
-
-
-def draw_plane(
-    axes: Any,
-    image: np.ndarray,
-    plane: str,
-    index: int,
-    spacing: tuple[float, float, float],
-    outlines: dict[str, np.ndarray] | None = None,
-    window: tuple[float, float] = HU_WINDOW,
-) -> None:
-    """Draw one slice of a RAS array (X, Y, Z) with outlines of masks, to scale, with its letters.
-
-    `outlines` maps a colour to a mask (X, Y, Z), or to class indices, between which lines are drawn
-    too; `spacing` is in mm per voxel.
-    """
-    cut, (left, right, top, bottom) = PLANES[plane]
-    across, up = (step for axis, step in enumerate(spacing) if axis != cut)
-
-    def picture(array: np.ndarray) -> np.ndarray:  # first axis runs leftwards, second one up
-        # np.take would copy a whole volume that is stored in Fortran order
-        return np.moveaxis(array, cut, 0)[index][::-1, ::-1].T
-
-    grey = picture(image)
-    axes.imshow(grey, cmap="gray", vmin=window[0], vmax=window[1], aspect=up / across)
-    for colour, mask in (outlines or {}).items():
-        flat = picture(mask)
-        if flat.any() and not flat.all():
-            levels = np.arange(0.5, int(flat.max()))
-            axes.contour(flat, levels=levels, colors=[colour] * len(levels), linewidths=1.2)
-    marks = {left: (0.02, 0.5), right: (0.98, 0.5), top: (0.5, 0.97), bottom: (0.5, 0.03)}
-    for letter, (x, y) in marks.items():
-        axes.text(
-            x, y, letter, transform=axes.transAxes, color="white", fontsize=9, weight="bold",
-            ha={0.02: "left", 0.98: "right"}.get(x, "center"),
-            va={0.97: "top", 0.03: "bottom"}.get(y, "center"),
-        )  # fmt: skip
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def outlines_of(
-    truth: np.ndarray | None, prediction: np.ndarray, num_classes: int
-) -> dict[str, np.ndarray]:
-    """Class indices → colour and mask for `draw_plane`: truth in blue, each class in its colour."""
-    known = {} if truth is None else {TRUTH_COLOUR: truth}
-    classes = range(1, num_classes)
-    return known | {class_colour(value): prediction == value for value in classes}
-
-
-def class_colour(value: int) -> str:
-    """Colour of class 1, 2, …; after five they come again."""
-    return LABEL_COLOURS[(value - 1) % len(LABEL_COLOURS) + 1]
-
-
-def add_legend(figure: Any, class_names: Sequence[str], truth: bool) -> None:
-    """Say below a figure which colour is what."""
-    from matplotlib.lines import Line2D
-
-    lines = {"truth": TRUTH_COLOUR} if truth else {}
-    for value, name in enumerate(class_names, start=1):
-        lines[f"predicted {name}" if truth else name] = class_colour(value)
-    handles = [Line2D([], [], color=colour, label=text) for text, colour in lines.items()]
-    columns = max(1, min(len(handles), int(figure.get_figwidth() // 2)))  # an entry takes 2 inches
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
-
-
-def planes_figure(
-    title: str,
-    image: np.ndarray,
-    spacing: tuple[float, float, float],
-    outlines: dict[str, np.ndarray],
-    window: tuple[float, float] | None = None,
-    axial_slices: int = 0,
-) -> Any:
-    """Figure of the axial, coronal and sagittal slice with most foreground, RAS array in HU.
-
-    `outlines`: see `draw_plane`; the first one chooses the slices. `window`: as `grey_window`. With
-    `axial_slices` a second row shows so many, from the lowest to the highest with an outline.
-    Returns a matplotlib Figure for `save_figure`.
-    """
-    from matplotlib.figure import Figure
-
-    window = window or choose_hu_window(image)
-    figure = Figure(figsize=(13, 4.6 + 2.6 * bool(axial_slices)), layout="constrained")
-    rows = figure.subfigures(2, 1, height_ratios=(4.6, 2.6)) if axial_slices else [figure]
-    guide = next(iter(outlines.values()))
-    for axes, (plane, (cut, _)) in zip(rows[0].subplots(1, 3), PLANES.items(), strict=True):
-        index = find_busiest_slice(guide, cut)
-        draw_plane(axes, image, plane, index, spacing, outlines, window)
-        axes.set_title(f"{plane}, slice {index + 1} of {image.shape[cut]}", fontsize=10)
-    if axial_slices:
-        used = [np.flatnonzero(mask.any(axis=(0, 1))) for mask in outlines.values()]
-        used = np.concatenate(used) if sum(map(len, used)) else np.array([0, image.shape[2] - 1])
-        chosen = np.linspace(used.min(), used.max(), axial_slices).round().astype(int)
-        for axes, index in zip(rows[1].subplots(1, axial_slices), chosen, strict=True):
-            draw_plane(axes, image, "axial", int(index), spacing, outlines, window)
-            axes.set_title(f"slice {index + 1}", fontsize=9)
-    figure.suptitle(title, fontsize=11)
-    return figure
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a PNG whole or not at all."""
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110, facecolor="white")
 
 
 def curves_figure(history: list[dict[str, float]], class_names: Sequence[str]) -> Any:
@@ -1338,78 +830,3 @@ def preview_figure(run: Run, loader: Any) -> Any:
         show_patient(drawn, middle, axes=axes, names=run.class_names, title=title)
     add_legend(figure, run.class_names, truth=True)
     return figure
-
-
-def show_patient(
-    data: Mapping[str, Any],
-    slice_index: int | None = None,
-    path: Path | None = None,
-    *,
-    axes: Any = None,
-    plane: str = "axial",
-    names: Sequence[str] = (),
-    hu_window: tuple[float, float] | None = None,
-    title: str | None = None,
-) -> Any:
-    """Draw one slice of a patient: image, outlines of label and prediction. The one such drawing.
-
-    With label and prediction, the label is blue and each class of the prediction has its own
-    colour; with one of them, each of its classes has.
-
-    Args:
-        data: "image" and, when known, "label" and "pred" (class indices): a Volume, or (1, X, Y, Z)
-            or (X, Y, Z) RAS arrays or tensors; an image in 0..1 or in HU.
-        slice_index: along the plane's axis; the slice with most label when left out.
-        path: write a PNG there; without it, draw into the notebook or open a window.
-        axes: matplotlib Axes to draw into; then no figure is made.
-        plane: "axial", "coronal" or "sagittal".
-        names: of the foreground classes, for a legend below a figure.
-        hu_window: values that are black and white; `choose_hu_window` when left out.
-
-    Returns:
-        The matplotlib Figure.
-    """
-    cut = PLANES[plane][0]
-    arrays = {key: as_array(data[key]) for key in (IMAGE, LABEL, PRED) if key in data}
-    image = arrays.pop(IMAGE)
-    if slice_index is None:
-        guide = next(iter(arrays.values())) > 0 if arrays else image > image.mean()
-        slice_index = find_busiest_slice(guide, cut)
-    part = [slice(None)] * 3
-    part[cut] = slice(slice_index, slice_index + 1)
-    maps = {key: array[tuple(part)].astype(np.uint8) for key, array in arrays.items()}
-    truth, found = maps.get(LABEL) if len(maps) == 2 else None, maps.get(PRED, maps.get(LABEL))
-    outlines = {} if found is None else outlines_of(truth, found, int(found.max()) + 1)
-    figure = make_figure(path is None) if axes is None else axes.figure
-    drawn, window = axes or figure.subplots(), hu_window or choose_hu_window(image)
-    spacing = getattr(getattr(data[IMAGE], "ras", None), "spacing_mm", (1.0, 1.0, 1.0))
-    draw_plane(drawn, image[tuple(part)], plane, 0, spacing, outlines, window)
-    both = " · label in blue · prediction in orange" if truth is not None and not names else ""
-    drawn.set_title(title or f"slice {slice_index + 1} of {image.shape[cut]}{both}", fontsize=10)
-    if axes is None and names:
-        add_legend(figure, names, truth is not None)
-    if path is not None:
-        save_figure(figure, path)
-    elif axes is None:
-        from matplotlib import pyplot
-
-        pyplot.show()
-    return figure
-
-
-def make_figure(interactive: bool) -> Any:
-    """A figure for a notebook or window, or for a file alone."""
-    if interactive:
-        from matplotlib.pyplot import figure as make
-    else:
-        from matplotlib.figure import Figure as make
-    return make(figsize=(6, 6), layout="constrained")
-
-
-def as_array(volume: Any) -> np.ndarray:
-    """(X, Y, Z) of a Volume (RAS), an array or a tensor with or without a channel axis."""
-    volume = getattr(volume, "ras", volume)
-    volume = volume.data if hasattr(volume, "spacing_mm") else volume
-    if isinstance(volume, torch.Tensor):
-        volume = torch.as_tensor(volume).detach().float().cpu().numpy()
-    return np.reshape(volume, np.shape(volume)[-3:])

@@ -33,7 +33,9 @@ from vtkmodules.vtkIOGeometry import vtkGLTFWriter
 
 from data.cases import name_case
 from data.exports import check_mesh, draw_frames, write_frames, write_page
+from data.files import InputError, atomic_write
 from data.labels import is_tumour
+from data.pictures import PLANES, TRUTH_COLOUR, class_colour, find_busiest_slice
 from data.results import (
     STAND_IN_HU,
     CaseFiles,
@@ -52,17 +54,8 @@ from data.results import (
     name_direction,
     open_volume,
 )
+from data.settings import command_line, show_progress
 from data.volumes import Volume
-from utilities import (
-    PLANES,
-    TRUTH_COLOUR,
-    InputError,
-    atomic_write,
-    class_colour,
-    command_line,
-    find_busiest_slice,
-    show_progress,
-)
 
 Mode = Literal["surface", "rays", "organs", "slices", "compare"]
 View = Literal["anterior", "posterior", "right", "left", "superior"]

@@ -38,6 +38,8 @@ from tqdm import tqdm  # noqa: E402
 import apply_model  # noqa: E402
 import preprocess  # noqa: E402
 import utilities  # noqa: E402
+from data.files import atomic_write  # noqa: E402
+from data.labels import IMAGE, LABEL  # noqa: E402
 
 
 @dataclass
@@ -124,7 +126,7 @@ def whole_case(config: Config, network: torch.nn.Module | None = None) -> dict:
     precision = utilities.pick_precision("auto", cpu)
     model = apply_model.Model(oracle.eval(), SETTINGS, INFERENCE, cpu, precision)
     job = apply_model.Config(destination=config.work / "results")
-    case = {"case": "large", utilities.IMAGE: scan, utilities.LABEL: truth}
+    case = {"case": "large", IMAGE: scan, LABEL: truth}
     start = time.perf_counter()
     row = apply_model.apply_to_case(model, case, job)
     total = time.perf_counter() - start
@@ -174,9 +176,9 @@ def there_and_back(
     as_ct = nib.Nifti1Image(np.where(slab > 0, np.int16(250), np.int16(-200)), affine)
     soft, to_network = preprocess.preprocess_volume(as_ct, **settings)
     raw = MetaTensor(torch.from_numpy(slab.astype(np.float32))[None], affine=affine)
-    item = {key: raw for key in (utilities.IMAGE, utilities.LABEL)}
+    item = {key: raw for key in (IMAGE, LABEL)}
     chain = [*preprocess.in_plane_chain(**settings), *preprocess.slice_chain(**settings)]
-    hard = Compose(chain)(item)[utilities.LABEL]
+    hard = Compose(chain)(item)[LABEL]
     return tuple(
         apply_model.classes_on_grid(2 * mask.float() - 1, to_network, slab.shape) > 0
         for mask in (hard, soft)
@@ -217,7 +219,7 @@ def round_trip(config: Config) -> dict:
             mean = round(statistics.mean(each[kind] for each in dice.values()), 4)
             part[kind] = {"mean": mean, "worst": values[worst], "worst_case": worst, "each": values}
     known = json.loads(config.results.read_text()) if config.results.exists() else {}
-    with utilities.atomic_write(config.results) as temporary:
+    with atomic_write(config.results) as temporary:
         temporary.write_text(json.dumps({**known, "round_trip": result}, indent=1) + "\n")
     return {
         key: {kind: {**part[kind], "each": None} for kind in ("hard", "soft")}
@@ -303,7 +305,7 @@ def main(config: Config) -> None:
     }
     known = json.loads(config.results.read_text()) if config.results.exists() else {}
     result |= {key: known[key] for key in ("round_trip",) if key in known}
-    with utilities.atomic_write(config.results) as temporary:
+    with atomic_write(config.results) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: result[key] for key in list(result)[4:] if key != "runs"}, indent=1))
 

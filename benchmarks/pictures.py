@@ -14,16 +14,8 @@ from matplotlib.image import imread
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utilities import (  # noqa: E402
-    PREDICTION_COLOUR,
-    TRUTH_COLOUR,
-    draw_plane,
-    read_volume,
-    save_figure,
-    spacing_mm,
-    to_ras,
-    voxels,
-)
+from data.pictures import PREDICTION_COLOUR, TRUTH_COLOUR, draw_plane, save_figure  # noqa: E402
+from utilities import read_volume, spacing_mm, to_ras, voxels  # noqa: E402
 
 DEMO, PICTURES = ROOT / "data" / "demo", ROOT / "benchmarks" / "pictures"
 

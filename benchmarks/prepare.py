@@ -36,6 +36,7 @@ from prepare_lits import machine, prepare_one  # noqa: E402
 
 import prepare  # noqa: E402
 import utilities  # noqa: E402
+from data.files import atomic_write  # noqa: E402
 
 
 @dataclass
@@ -194,7 +195,7 @@ def main(config: Config) -> None:
             known["memory on 512 x 512 x 987"] = measure_memory(config)
     finally:
         shutil.rmtree(config.work)
-    with utilities.atomic_write(config.results) as temporary:
+    with atomic_write(config.results) as temporary:
         temporary.write_text(json.dumps(known, indent=1))
 
 

@@ -30,7 +30,7 @@ import tyro  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import prepare  # noqa: E402
-import utilities  # noqa: E402
+from data.files import atomic_write  # noqa: E402
 
 
 @dataclass
@@ -130,7 +130,7 @@ def write_results(cases: list[dict], config: Config) -> None:
         "cut_s_per_case": round(sum(c["cut_s"] for c in cases) / len(cases), 2),
         "peak_mb": max(max(c["check_peak_mb"], c["cut_peak_mb"]) for c in cases),
     }
-    with utilities.atomic_write(config.results) as temporary:
+    with atomic_write(config.results) as temporary:
         lines = ",\n  ".join(json.dumps(case, ensure_ascii=False) for case in cases)
         head = json.dumps(summary, indent=1).removesuffix("\n}")
         temporary.write_text(f'{head},\n "cases": [\n  {lines}\n ]\n}}\n')

@@ -39,6 +39,7 @@ from prepare_lits import machine  # noqa: E402
 import apply_model  # noqa: E402
 import train  # noqa: E402
 import utilities  # noqa: E402
+from data.files import atomic_write  # noqa: E402
 
 VARIANTS = {  # post-processing → options of apply_model.py
     "with": "",
@@ -183,7 +184,7 @@ def write(result: dict, config: Config) -> None:
     if config.entry:
         known = json.loads(path.read_text()) if path.exists() else {}
         result = dict(sorted({**known, config.entry: result}.items()))
-    with utilities.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 

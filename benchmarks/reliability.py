@@ -39,6 +39,7 @@ import tyro  # noqa: E402
 
 import utilities  # noqa: E402
 from data import cases, dicom, volumes  # noqa: E402
+from data.files import InputError, read_json, write_json  # noqa: E402
 from data.volumes import TO_LPS, Volume  # noqa: E402
 
 SOUND, REFUSED = "sound", "refused"
@@ -200,7 +201,7 @@ def judge(target: Target, sound: Found) -> tuple[str, str]:
     """Read once and compare with the sound file, else with what an independent reader finds."""
     try:
         found = target.read(target.path)
-    except utilities.InputError as error:
+    except InputError as error:
         named = target.path.name in str(error) or target.file.name in str(error)
         return (REFUSED if named else "file not named"), str(error)[:300]
     if not target.judged:
@@ -303,7 +304,7 @@ def _own_targets(work: Path) -> Iterator[Target]:
     yield Target(path.name, path, path, lambda p: Found(read_prepared(p.parent)), judged=False)
     path = work / "case.json"
     path.write_text(json.dumps({"fingerprint": "0", "slices": 3, "subvolumes": []}))
-    read_record = utilities.read_json
+    read_record = read_json
     with contextlib.suppress(ImportError):
         read_record = importlib.import_module("data.destination").read_record
     yield Target(path.name, path, path, lambda p: Found(read_record(p)), judged=False)
@@ -406,7 +407,7 @@ def make_writers(work: Path) -> dict[str, Callable[[Path], None]]:
         "volume.nii": volume.write,
         "checked.nii.gz": volume.write_checked,
         "slabs.nii.gz": write_slabs,
-        "record.json": lambda path: utilities.write_json(record, path),
+        "record.json": lambda path: write_json(record, path),
         "best.pt": write_checkpoint,
     }
 
@@ -430,7 +431,7 @@ def attack_full_disk(work: Path, config: Config) -> Iterator[Attempt]:
             try:
                 write(path)
                 outcome, detail = SOUND, ""
-            except utilities.InputError as error:
+            except InputError as error:
                 outcome = REFUSED if str(path) in str(error) else "file not named"
                 detail = str(error)[:300]
             finally:
@@ -476,7 +477,7 @@ def attack_kills(work: Path, config: Config) -> Iterator[Attempt]:
 
 
 def is_loaded(path: Path) -> bool:
-    with contextlib.suppress(utilities.InputError):
+    with contextlib.suppress(InputError):
         return bool(utilities.load_checkpoint(path))
     return False
 
@@ -630,7 +631,7 @@ def main(config: Config) -> None:
         "seconds": seconds,
         "rows": {name: {"counts": dict(r.counts), "faults": r.faults} for name, r in rows.items()},
     }
-    utilities.write_json(record, config.results)
+    write_json(record, config.results)
     if wrong:
         for name, row in rows.items():
             for fault in row.faults:

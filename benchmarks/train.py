@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
+from data.labels import IMAGE, LABEL  # noqa: E402
 from preprocess import (  # noqa: E402
     SubvolumeLoader,
     Subvolumes,
@@ -41,15 +42,7 @@ from preprocess import (  # noqa: E402
     read_prepared,
     subvolume_items,
 )
-from utilities import (  # noqa: E402
-    IMAGE,
-    LABEL,
-    autocast,
-    build_network,
-    pick_device,
-    pick_precision,
-    train_one_epoch,
-)
+from utilities import autocast, build_network, pick_device, pick_precision, train_one_epoch  # noqa: E402
 
 
 @dataclass

@@ -23,6 +23,7 @@ from data.dicom import (
     read_seg,
     read_series,
 )
+from data.files import InputError
 from data.headers import is_seg_header, read_header
 from data.labels import Labels, as_labels, describe_labels, index_classes, list_values
 from data.masks import (
@@ -46,7 +47,6 @@ from data.names import (
     show_path,
 )
 from data.volumes import VOLUME_SUFFIXES, Volume, has_suffix, list_slabs, read_file
-from utilities import InputError
 
 __all__ = [
     "Case", "find_scans", "hash_files", "hash_inputs", "lay_on_grid", "list_files", "name_case",

@@ -21,14 +21,8 @@ from tqdm import tqdm
 
 from data.cases import Case, read_label_map, read_scan
 from data.copies import find_duplicates, mark_scan
-from data.findings import (
-    RULES,
-    count_words,
-    describe_fault,
-    list_errors,
-    print_table,
-    write_table,
-)
+from data.files import InputError
+from data.findings import RULES, count_words, describe_fault, list_errors, print_table, write_table
 from data.judges import (
     Finding,
     find_busiest,
@@ -43,21 +37,13 @@ from data.judges import (
     read_coarse,
     read_outline,
 )
-from data.labels import LARGEST_VALUE, Labels, find_label, find_values, list_values
+from data.labels import IMAGE, LABEL, LARGEST_VALUE, Labels, find_label, find_values, list_values
 from data.layouts import describe_data_set, find_pairs
 from data.masks import Masks
+from data.pictures import PLANES, class_colour, draw_plane, save_figure
+from data.settings import command_line
 from data.volumes import Volume
-from utilities import (
-    IMAGE,
-    LABEL,
-    PLANES,
-    InputError,
-    class_colour,
-    command_line,
-    draw_plane,
-    grey_window,
-    save_figure,
-)
+from utilities import grey_window
 
 __all__ = [
     "RULES", "Terms", "choose_foreground", "compare_cases", "find_duplicates", "inspect_case",

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.files import InputError, read_csv, read_json
 from data.labels import BACKGROUND, LARGEST_VALUE, USUAL_LABELS, Labels, describe_labels
 from data.names import name_files, show_path
-from utilities import InputError, read_csv, read_json
 
 SPLITS = ("training", "validation", "test")
 SPLIT_WORDS = {

@@ -13,8 +13,7 @@ from typing import Any
 
 import psutil
 
-import utilities
-from utilities import InputError
+from data.files import InputError, write_json
 
 OURS = re.compile(r"case\.json|(image|label)_\d{4,}\.nii(\.gz)?")  # files of a case's folder
 PARTIAL = re.compile(r"\.(\d+)\.partial\..+")  # unfinished, of the process of this number
@@ -117,7 +116,7 @@ def claim_destination(destination: Path, source: Path, overwrite: bool) -> None:
         remove_orphans(destination, set())
     if known != asked or not mark.is_file():
         with writing(mark):
-            utilities.write_json({"source": asked}, mark)
+            write_json({"source": asked}, mark)
 
 
 def read_mark(path: Path) -> str:

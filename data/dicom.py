@@ -24,6 +24,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from data.files import InputError
 from data.headers import (
     has_place,
     is_dicom,
@@ -39,7 +40,6 @@ from data.labels import BACKGROUND, Labels
 from data.seg import choose_segment_values, read_seg, read_segments, write_seg
 from data.series import TILT, read_series
 from data.volumes import TO_LPS, Volume, read_file
-from utilities import InputError
 
 __all__ = [
     "DicomItem", "choose_segment_values", "find_dicom", "is_dicom", "is_dicom_input",

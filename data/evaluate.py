@@ -23,6 +23,7 @@ from scipy.spatial import cKDTree
 
 from data.cases import Masks, find_scans, read_label_map, read_volume
 from data.descriptions import Description, read_description
+from data.files import InputError, write_json
 from data.labels import (
     BACKGROUND,
     IGNORED,
@@ -32,7 +33,9 @@ from data.labels import (
     is_tumour,
     list_values,
 )
+from data.metrics import overlap_counts
 from data.names import name_case, name_scans, pair_by_name
+from data.settings import command_line
 from data.summary import (
     FIGURES,
     divide,
@@ -44,7 +47,6 @@ from data.summary import (
     write_table,
 )
 from data.volumes import Volume, find_bounding_box
-from utilities import InputError, command_line, overlap_counts, write_json
 
 NSD_MM = 2.0  # tolerance of the normalised surface Dice
 LESION_OVERLAP = 0.1  # a lesion counts as found when this part of it is covered

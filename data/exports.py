@@ -11,18 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.labels import BACKGROUND, Labels, index_classes
+from data.files import atomic_write
+from data.labels import BACKGROUND, IMAGE, LABEL, PRED, Labels, index_classes
+from data.pictures import add_legend, choose_hu_window, show_patient
 from data.results import CaseFiles, list_classes
-from utilities import (
-    IMAGE,
-    LABEL,
-    PRED,
-    add_legend,
-    atomic_write,
-    choose_hu_window,
-    show_patient,
-    show_progress,
-)
+from data.settings import show_progress
 
 MOVIE_MARGIN_MM = 15  # of a movie, beyond the first and the last slice of foreground
 PAGE_COLOUR, PAGE_INK = "#14181d", "#f2f2f2"

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.files import write_csv
 from data.judges import Finding
-from utilities import write_csv
 
 RULES = {  # kind of finding → (level, what to do); an error stops its case, a note needs nothing
     "orphan": ("error", "add the missing file or remove this one"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from utilities import InputError
+from data.files import InputError
 
 NO_SCANS = (
     "SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "RTRECORD", "PR", "SR", "KO", "REG", "DOC", "FID",

@@ -14,8 +14,8 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
+from data.files import InputError
 from data.voxel_files import AGAIN, StoredVoxels
-from utilities import InputError
 
 HEADER_LIMIT = 2**20  # bytes; a header is some hundred
 META_TYPES = {

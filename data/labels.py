@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from utilities import InputError
+from data.files import InputError
 
 Labels = dict[str, tuple[int, ...]]
 
+IMAGE, LABEL, PRED = "image", "label", "pred"  # dictionary keys, as in MONAI
 BACKGROUND = "background"
 IGNORED = 255  # class index of voxels that nobody judged: no loss and no metric counts them
 LARGEST_VALUE = 65535  # of a label map

@@ -15,6 +15,7 @@ from pathlib import Path
 from data.cases import Case
 from data.descriptions import Description, find_description, read_patients, read_split
 from data.dicom import DicomItem, choose_segment_values, find_dicom
+from data.files import InputError
 from data.labels import BACKGROUND, Labels, describe_labels, find_label, list_values
 from data.masks import Masks
 from data.names import (
@@ -31,7 +32,6 @@ from data.names import (
     split_words,
 )
 from data.pairing import Pairing, add_once, list_paths
-from utilities import InputError
 
 __all__ = [
     "DataSet", "add_once", "describe_data_set", "find_pairs", "read_patients", "read_split",

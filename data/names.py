@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from data.files import InputError
 from data.volumes import VOLUME_SUFFIXES, has_suffix
-from utilities import InputError
 
 SCAN_WORDS = {
     "image", "images", "img", "imgs", "volume", "volumes", "vol", "ct", "cts", "scan", "scans",

@@ -15,8 +15,8 @@ import nibabel as nib
 import numpy as np
 from isal import igzip
 
+from data.files import InputError
 from data.voxel_files import AGAIN, DAMAGE, StoredVoxels
-from utilities import InputError
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz")
 UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units & 7: unknown, metre, mm, micron

@@ -13,18 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.files import InputError
 from data.labels import SYNONYMS, WORD, common_name
 from data.masks import Masks
-from data.names import (
-    Named,
-    kind_of,
-    match_ends,
-    name_case,
-    show_path,
-    split_words,
-    strip_words,
-)
-from utilities import InputError
+from data.names import Named, kind_of, match_ends, name_case, show_path, split_words, strip_words
 
 
 def add_once(table: dict[Any, Any], key: Any, value: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from utilities import InputError
+from data.files import InputError
 
 
 def open_pool(workers: int, cases: int) -> contextlib.AbstractContextManager:

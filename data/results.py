@@ -19,17 +19,10 @@ from scipy.spatial import cKDTree
 from skimage.measure import find_contours
 
 from data.cases import find_scans, lay_on_grid, name_case, read_label_map, read_scan
+from data.files import InputError, read_json
 from data.labels import BACKGROUND, USUAL_LABELS, group_tumours, is_tumour
-from data.volumes import Volume, find_bounding_box
-from utilities import (
-    AIR_HU,
-    HU_WINDOW,
-    TRUTH_COLOUR,
-    InputError,
-    choose_hu_window,
-    class_colour,
-    read_json,
-)
+from data.pictures import HU_WINDOW, TRUTH_COLOUR, choose_hu_window, class_colour
+from data.volumes import AIR_HU, Volume, find_bounding_box
 
 STAND_IN_HU = {"liver": 100, "tumour": 40}  # taken where there is no scan
 SKIN_HU = -300  # between air and fat

@@ -14,6 +14,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from data.files import InputError, atomic_write
 from data.headers import (
     find_group,
     is_dicom,
@@ -26,8 +27,8 @@ from data.headers import (
     read_whole,
 )
 from data.labels import WORD, Labels, find_label, index_classes, is_tumour, name_words
+from data.pictures import class_colour
 from data.volumes import TO_LPS, Volume
-from utilities import InputError, atomic_write, class_colour
 
 SEGMENT_VALUE = "label value {}"  # in a DICOM SEG, whose own numbers must run from 1
 TOLERANCE = 0.2  # voxels that a frame may lie beside the voxels of its scan: no shift by a half

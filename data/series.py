@@ -22,6 +22,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from data.files import InputError
 from data.headers import (
     REMEDY,
     find_group,
@@ -34,7 +35,6 @@ from data.headers import (
     read_whole,
 )
 from data.volumes import TO_LPS, Volume
-from utilities import InputError
 
 FRAME_TOLERANCE = 0.5  # voxels that the corner of a slice may lie beside its place
 UNEVEN, UNEVEN_MM = 0.1, 0.1  # that a slice may lie before or behind its place: of a gap, mm

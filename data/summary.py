@@ -16,16 +16,10 @@ import numpy as np
 from isal import isal_zlib
 from tqdm import tqdm
 
+from data.files import InputError, read_json, write_csv, write_json
 from data.labels import is_tumour
-from utilities import (
-    InputError,
-    class_colour,
-    read_json,
-    save_figure,
-    show_progress,
-    write_csv,
-    write_json,
-)
+from data.pictures import class_colour, save_figure
+from data.settings import show_progress
 
 # Figure of merit → which end is the worst. The order is that of the tables.
 FIGURES = {

@@ -18,13 +18,14 @@ import numpy as np
 from isal import igzip, isal_zlib
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
+from data.files import InputError, atomic_write
 from data.itk_files import read_itk
 from data.nifti_files import GEOMETRY_FIELDS, NIFTI_SUFFIXES, find_pair, read_nifti
 from data.voxel_files import StoredVoxels, SummedFile, allocate
-from utilities import InputError, atomic_write
 
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
+AIR_HU = -1024  # what lies outside a scan
 SPACING_RANGE_MM = (0.05, 50.0)  # of a scan of a person; outside, the unit is not millimetres
 FARTHEST_MM = 1e5  # of the first voxel from the origin; beyond, float32 loses the voxels' places
 TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS mm ↔ LPS mm, as ITK and DICOM have them

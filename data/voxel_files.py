@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from isal import igzip, igzip_lib, isal_zlib
 
-from utilities import InputError
+from data.files import InputError
 
 BEST_RATIO = 1032  # no deflate stream is smaller than this fraction of its content
 CHUNK = 2**20

@@ -20,9 +20,10 @@ import prepare
 import preprocess
 import train
 from data.labels import as_labels, resolve_classes
+from data.settings import pick
 from data.volumes import Volume
 from preprocess import Augment, Chain
-from utilities import TIMING, load_checkpoint, pick
+from utilities import TIMING, load_checkpoint
 
 # ---------------------------------------------------------------------------------------
 # Phantoms

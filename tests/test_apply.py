@@ -21,7 +21,9 @@ from matplotlib.image import imread
 
 import apply_model
 from data.cases import find_scans, read_volume
-from utilities import AIR_HU, InputError, dice_metric
+from data.files import InputError
+from data.metrics import dice_metric
+from data.volumes import AIR_HU
 
 
 @pytest.fixture(scope="module")

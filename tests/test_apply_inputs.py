@@ -19,9 +19,10 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff
 import apply_model
 from apply_model import Model
 from data.cases import read_volume
+from data.files import InputError
 from data.volumes import Volume
 from preprocess import Chain
-from utilities import InputError, build_network, save_checkpoint
+from utilities import build_network, save_checkpoint
 
 SHAPE = (40, 36, 24)
 AFFINE = np.array([[-3.0, 0, 0, 60], [0, -3.0, 0, 50], [0, 0, 5.0, -40], [0, 0, 0, 1]])  # LPS

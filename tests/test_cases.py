@@ -15,18 +15,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHARED_DATA, random_affine
 
-from data.cases import (
-    hash_inputs,
-    lay_on_grid,
-    list_files,
-    read_label_map,
-    read_scan,
-    read_volume,
-)
+from data.cases import hash_inputs, lay_on_grid, list_files, read_label_map, read_scan, read_volume
 from data.dicom import write_seg, write_series
+from data.files import InputError
 from data.labels import IGNORED, USUAL_LABELS
 from data.volumes import Volume
-from utilities import InputError
 
 SHAPE = (8, 6, 5)
 AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])  # LPS

@@ -9,9 +9,11 @@ from helpers import augment_of, chain_of, tiny
 
 import apply_model
 import train
+from data.labels import IMAGE, LABEL
+from data.metrics import dice_metric
 from data.volumes import read_file
 from preprocess import Subvolumes, augmentation, cache_split, read_prepared
-from utilities import IMAGE, LABEL, dice_metric, load_checkpoint
+from utilities import load_checkpoint
 
 GPU = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")

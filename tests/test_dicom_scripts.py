@@ -12,9 +12,9 @@ from helpers import SECRETS, ras_arrays, run, write_phantom_seg, write_phantom_s
 import apply_model
 from data.cases import read_label_map
 from data.dicom import find_dicom, list_series_files, read_seg, read_series, write_seg
+from data.files import InputError
 from data.labels import USUAL_LABELS, index_classes
 from data.volumes import Volume, read_file
-from utilities import InputError
 
 CLASSES = {"background": (0,), "liver": (1,), "tumour": (2,)}
 

@@ -21,9 +21,9 @@ from pydicom.sr.codedict import codes
 
 import data.seg
 from data.dicom import find_dicom, read_seg, read_series, write_seg, write_series
+from data.files import InputError
 from data.labels import USUAL_LABELS
 from data.volumes import Volume, read_file
-from utilities import InputError
 
 CLASSES = {"background": (0,), "liver": (1,), "tumour": (2,)}
 

@@ -34,9 +34,9 @@ from data.dicom import (
     read_series,
     write_series,
 )
+from data.files import InputError
 from data.labels import USUAL_LABELS
 from data.volumes import Volume, read_file
-from utilities import InputError
 
 
 def small(depth: int = 16) -> np.ndarray:

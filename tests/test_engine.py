@@ -18,7 +18,8 @@ from helpers import assert_same_run, comparable, small_config
 import apply_model
 import preprocess
 import train
-from utilities import InputError, NetworkName, load_checkpoint
+from data.files import InputError
+from utilities import NetworkName, load_checkpoint
 
 
 @pytest.fixture(scope="module")

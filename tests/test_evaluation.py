@@ -22,10 +22,10 @@ from apply_model import clean, doubts
 from data import evaluate as evaluation
 from data.check import judge_hu
 from data.evaluate import evaluate, measure, score_lesions
+from data.files import InputError
 from data.labels import IGNORED
 from data.summary import describe_values, print_summary, summarise, write_table
 from data.volumes import find_bounding_box
-from utilities import InputError
 
 NAMES = ["liver", "tumour"]
 SPACING = (0.8, 1.5, 2.5)

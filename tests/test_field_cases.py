@@ -9,8 +9,8 @@ import pytest
 from conftest import SHARED_DATA
 from helpers import run
 
+from data.files import InputError
 from data.volumes import read_file
-from utilities import InputError
 
 CASES = SHARED_DATA / "field_cases"
 

@@ -14,10 +14,12 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff
 
 from apply_model import Model, classes_on_grid, mask_scan, open_scan, segment
 from data.cases import read_volume
+from data.files import InputError
+from data.labels import IMAGE, LABEL
+from data.metrics import dice_metric
 from data.names import name_case
 from data.volumes import Volume
 from preprocess import Chain, deterministic_chain, in_plane_chain, preprocess_volume, slice_chain
-from utilities import IMAGE, LABEL, InputError, dice_metric
 
 SETTINGS = Chain(
     sampling="subvolumes",

@@ -25,16 +25,9 @@ from test_prepare_dicom import write_seg, write_series
 
 import apply_model
 import train
-from utilities import (
-    InputError,
-    command_line,
-    grey_window,
-    like,
-    load_checkpoint,
-    read_volume,
-    to_ras,
-    voxels,
-)
+from data.files import InputError
+from data.settings import command_line
+from utilities import grey_window, like, load_checkpoint, read_volume, to_ras, voxels
 
 SUBVOLUMES = "--input-size 32 32 --spacing 8 8"
 PATCHES = "--input-size 32 32 16 --spacing 8 8 5 --patches-per-case 1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from data.files import InputError
 from data.labels import (
     IGNORED,
     LIVER_WITH_TUMOURS,
@@ -20,7 +21,6 @@ from data.labels import (
     is_tumour,
     resolve_classes,
 )
-from utilities import InputError
 
 BTCV = {
     "background": (0,), "spleen": (1,), "right kidney": (2,), "left kidney": (3,), "liver": (6,),

@@ -15,16 +15,9 @@ from PIL import Image
 
 from data.cases import find_scans, hash_inputs, name_scans, pair_by_name, read_label_map, read_scan
 from data.dicom import write_seg, write_series
-from data.layouts import (
-    DataSet,
-    add_once,
-    describe_data_set,
-    find_pairs,
-    read_patients,
-    read_split,
-)
+from data.files import InputError
+from data.layouts import DataSet, add_once, describe_data_set, find_pairs, read_patients, read_split
 from data.volumes import Volume
-from utilities import InputError
 
 SHAPE = (12, 10, 6)
 AFFINE = np.array([[-2.0, 0, 0, 30], [0, -2, 0, 20], [0, 0, 3, -7], [0, 0, 0, 1]])  # LPS

@@ -5,7 +5,7 @@ import pytest
 import torch
 from monai.metrics import DiceMetric
 
-from utilities import dice_metric, mean_dice
+from data.metrics import dice_metric, mean_dice
 
 
 def test_half_an_organ_scores_two_thirds():

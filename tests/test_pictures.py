@@ -8,24 +8,22 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from data.volumes import Volume
-from utilities import (
+from data.labels import IMAGE, LABEL, PRED
+from data.pictures import (
     HU_WINDOW,
-    IMAGE,
-    LABEL,
-    PRED,
     PREDICTION_COLOUR,
     TRUTH_COLOUR,
     add_legend,
     choose_hu_window,
     class_colour,
-    curves_figure,
     find_busiest_slice,
     outlines_of,
     planes_figure,
     save_figure,
     show_patient,
 )
+from data.volumes import Volume
+from utilities import curves_figure
 
 
 def patient() -> dict:

@@ -17,9 +17,9 @@ from helpers import ras_arrays, run, same_tree, save, write_patients
 from monai.data import load_decathlon_datalist
 
 import prepare
+from data.files import InputError
 from data.volumes import Volume
 from prepare import Config
-from utilities import InputError
 
 SHEARED = np.array([[-5, 0.1, 0.3, 9], [0, -5, 0.8, 7], [0, 0.05, 5, 40], [0, 0, 0, 1.0]])
 COLUMNS_FIRST = np.array([[0, 0, 5, 0], [-5, 0, 0, 0], [0, -5, 0, 0], [0, 0, 0, 1.0]])

@@ -11,8 +11,8 @@ from helpers import ras_arrays, run, save, write_patients
 
 import prepare
 from data.check import RULES, compare_cases, list_errors
+from data.files import InputError
 from prepare import Config
-from utilities import InputError
 
 AFFINE = np.diag([-5.0, -5, 5, 1])
 

@@ -18,8 +18,8 @@ from helpers import ras_arrays, run, save, write_patients
 import prepare
 from data import check, copies, destination
 from data.check import judge_hu
+from data.files import InputError
 from prepare import Config
-from utilities import InputError
 
 AFFINE = np.diag([-5.0, -5, 5, 1])
 

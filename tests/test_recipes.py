@@ -12,6 +12,8 @@ from helpers import augment_of, cached, chain_of, tiny
 
 import apply_model
 import train
+from data.files import InputError
+from data.labels import IMAGE, LABEL
 from data.volumes import read_file
 from preprocess import (
     Subvolumes,
@@ -21,7 +23,7 @@ from preprocess import (
     preprocess_volume,
     read_prepared,
 )
-from utilities import IMAGE, LABEL, InputError, build_network, load_checkpoint
+from utilities import build_network, load_checkpoint
 
 
 def cached_patches(whole_cases, **changes):

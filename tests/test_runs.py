@@ -15,16 +15,10 @@ from helpers import chain_of, comparable, small_config
 import preprocess
 import train
 import utilities
+from data.files import InputError
+from data.settings import list_given, pick
 from preprocess import Augment, Chain, read_prepared
-from utilities import (
-    InputError,
-    describe_epoch,
-    find_checkpoint,
-    list_given,
-    load_checkpoint,
-    pick,
-    save_checkpoint,
-)
+from utilities import describe_epoch, find_checkpoint, load_checkpoint, save_checkpoint
 
 
 def edit_prepared(prepared: Path, folder: Path, **changes) -> Path:

@@ -17,15 +17,9 @@ from helpers import small_config
 
 import train
 import utilities
-from utilities import (
-    LIMITS,
-    InputError,
-    atomic_write,
-    check_settings,
-    format_seconds,
-    lock_folder,
-    pick_device,
-)
+from data.files import InputError, atomic_write, lock_folder
+from data.settings import LIMITS, check_settings, format_seconds
+from utilities import pick_device
 
 
 @dataclass

@@ -13,14 +13,9 @@ from helpers import assert_same_run, augment_of, cached, comparable, small_confi
 import apply_model
 import preprocess
 import train
-from utilities import (
-    InputError,
-    UNet3D,
-    dice_metric,
-    load_checkpoint,
-    predicted_classes,
-    save_checkpoint,
-)
+from data.files import InputError
+from data.metrics import dice_metric
+from utilities import UNet3D, load_checkpoint, predicted_classes, save_checkpoint
 
 
 @pytest.fixture(scope="module")

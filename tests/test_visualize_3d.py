@@ -21,8 +21,9 @@ from nibabel.affines import apply_affine
 from PIL import Image
 
 import visualize_3d as v
+from data.files import InputError
+from data.pictures import LABEL_COLOURS, TRUTH_COLOUR
 from data.volumes import Volume
-from utilities import LABEL_COLOURS, TRUTH_COLOUR, InputError
 
 SIZE = (480, 360)
 

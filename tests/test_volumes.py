@@ -14,6 +14,7 @@ from conftest import ct_image, random_affine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data.files import InputError
 from data.volumes import (
     VOLUME_SUFFIXES,
     Volume,
@@ -24,7 +25,6 @@ from data.volumes import (
     write_slabs,
 )
 from data.voxel_files import allocate
-from utilities import InputError
 
 SHAPE = (8, 7, 6)
 AFFINE = random_affine(5, shuffle=False)

@@ -1,0 +1,158 @@
+"""Files whole or not there, one process per folder, JSON and CSV; and the error of all rooms."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import socket
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message says what, why, and what to do.
+
+    `kind` names the finding of the check that this is, see `data.check`.
+    """
+
+    def __init__(self, message: str, kind: str = "unreadable") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def read_json(path: Path, what: str = "a JSON object") -> Any:
+    """Content of a JSON file, with or without a byte order mark; InputError where it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: must be {what}, got {error}; correct it or remove it") from error
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write JSON whole or not at all; a Path is written as its text."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of a CSV file with these columns, separated by commas, semicolons or tabs (Excel)."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); save it as CSV in UTF-8") from error
+    first = text.partition("\n")[0]
+    separator = max(",;\t", key=first.count)
+    rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
+    if not rows or not set(columns) <= set(rows[0]):
+        raise InputError(f"{path}: must have the columns {','.join(columns)}, got {first!r}")
+    return rows
+
+
+def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write rows as CSV, whole or not at all; a column for every key that any row has."""
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes the final name only when all went well.
+
+    The temporary name starts with a dot, has the process id and a mark, and keeps the suffixes,
+    because writers choose the format by suffix. Whatever a writer raises on a full disk (torch,
+    matplotlib and ITK do not raise OSError) becomes an InputError, as does a file that is not
+    there or is empty afterwards. What was written is on the disk before it gets its name.
+    """
+    name = path.name if len(path.name) < 200 else f"{zlib.crc32(path.name.encode()):08x}"
+    suffix = "" if name == path.name else "".join(path.suffixes)[-20:]
+    temporary = path.with_name(f".{os.getpid()}.partial.{name}{suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as stream:
+            if not stream.seek(0, os.SEEK_END):
+                raise OSError("nothing was written")
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); "
+            "choose a folder that exists, is writable and has free space"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep a folder for this process, so that no second one writes into it.
+
+    A lock whose owner has died on this machine is taken over. Raises InputError that names process
+    and machine of the owner.
+    """
+    process, path = psutil.Process(), folder / ".lock"
+    mine = {"pid": process.pid, "started": process.create_time(), "host": socket.gethostname()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("x") as stream:
+            json.dump(mine, stream)
+    except FileExistsError as error:
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder}: cannot be written (it is a file); choose a folder"
+            ) from error
+        owner = _read_lock(path)
+        if _is_alive(owner, mine["host"]):
+            raise InputError(
+                f"{folder}: process {owner.get('pid', 'unknown')} on {owner.get('host', 'unknown')}"
+                f" writes here; wait for it or choose another folder (if it is gone: remove {path})"
+            ) from None
+        write_json(mine, path)
+        time.sleep(0.1)  # another process may take it over at the same moment: the last one has it
+        if _read_lock(path) != mine:
+            raise InputError(
+                f"{folder}: another process began to write here; wait for it"
+            ) from None
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror}); choose a folder that is writable"
+        ) from error
+    try:
+        yield
+    finally:
+        if _read_lock(path) == mine:
+            path.unlink(missing_ok=True)
+
+
+def _read_lock(path: Path) -> dict[str, Any]:
+    """Owner of a lock; of one that is only just being written, a living one for some seconds."""
+    try:
+        content = json.loads(path.read_text())
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime < 10:
+                return {"host": "another machine", "pid": "unknown"}
+        return {}
+
+
+def _is_alive(owner: dict[str, Any], host: str) -> bool:
+    """Whether the owner of a lock runs; on another machine nobody knows, so it does."""
+    if owner.get("host") != host:
+        return bool(owner)
+    try:
+        return abs(psutil.Process(int(owner["pid"])).create_time() - owner["started"]) < 1
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return False

@@ -1,0 +1,232 @@
+"""Pictures: radiological view (the patient's right on the picture's left), colour-blind safe.
+
+`show_patient` is the one drawing of a slice with outlines, which check, previews and results use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.files import atomic_write
+from data.labels import IMAGE, LABEL, PRED
+
+HU_WINDOW = (-200.0, 250.0)  # HU window of every picture for people (training has its own setting)
+
+
+# Okabe & Ito's palette. Reference and prediction must be told apart by everyone, on grey.
+TRUTH_COLOUR, PREDICTION_COLOUR = "#56B4E9", "#E69F00"
+
+
+LABEL_COLOURS = {1: "#E69F00", 2: "#CC79A7", 3: "#009E73", 4: "#F0E442", 5: "#0072B2"}
+
+
+PLANES = {  # plane → (axis that is cut, letters at the picture's left, right, top, bottom)
+    "axial": (2, "RLAP"),
+    "coronal": (1, "RLSI"),
+    "sagittal": (0, "APSI"),
+}
+
+
+def choose_hu_window(scan: np.ndarray) -> tuple[float, float]:
+    """Values shown as black and white: HU_WINDOW for CT in HU, which has fat and air below 0.
+
+    Of a network's input, 0 and 1; of anything else (MR) its own range.
+    """
+    sample = scan[tuple(slice(None, None, max(1, size // 64)) for size in scan.shape)]
+    if np.mean(sample < -30) >= 0.01:
+        return HU_WINDOW
+    low, high = np.percentile(sample, [1, 99])
+    if 0 <= sample.min() <= sample.max() <= 1:
+        return 0.0, 1.0
+    return float(low), float(max(high, low + 1))
+
+
+def find_busiest_slice(mask: np.ndarray, axis: int = 2) -> int:
+    """Index of the slice along `axis` with most of a mask (X, Y, Z); the middle one of an empty."""
+    counts = np.count_nonzero(mask, axis=tuple(other for other in range(3) if other != axis))
+    return int(counts.argmax()) if counts.any() else mask.shape[axis] // 2
+
+
+def draw_plane(
+    axes: Any,
+    image: np.ndarray,
+    plane: str,
+    index: int,
+    spacing: tuple[float, float, float],
+    outlines: dict[str, np.ndarray] | None = None,
+    window: tuple[float, float] = HU_WINDOW,
+) -> None:
+    """Draw one slice of a RAS array (X, Y, Z) with outlines of masks, to scale, with its letters.
+
+    `outlines` maps a colour to a mask (X, Y, Z), or to class indices, between which lines are drawn
+    too; `spacing` is in mm per voxel.
+    """
+    cut, (left, right, top, bottom) = PLANES[plane]
+    across, up = (step for axis, step in enumerate(spacing) if axis != cut)
+
+    def picture(array: np.ndarray) -> np.ndarray:  # first axis runs leftwards, second one up
+        # np.take would copy a whole volume that is stored in Fortran order
+        return np.moveaxis(array, cut, 0)[index][::-1, ::-1].T
+
+    grey = picture(image)
+    axes.imshow(grey, cmap="gray", vmin=window[0], vmax=window[1], aspect=up / across)
+    for colour, mask in (outlines or {}).items():
+        flat = picture(mask)
+        if flat.any() and not flat.all():
+            levels = np.arange(0.5, int(flat.max()))
+            axes.contour(flat, levels=levels, colors=[colour] * len(levels), linewidths=1.2)
+    marks = {left: (0.02, 0.5), right: (0.98, 0.5), top: (0.5, 0.97), bottom: (0.5, 0.03)}
+    for letter, (x, y) in marks.items():
+        axes.text(
+            x, y, letter, transform=axes.transAxes, color="white", fontsize=9, weight="bold",
+            ha={0.02: "left", 0.98: "right"}.get(x, "center"),
+            va={0.97: "top", 0.03: "bottom"}.get(y, "center"),
+        )  # fmt: skip
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def outlines_of(
+    truth: np.ndarray | None, prediction: np.ndarray, num_classes: int
+) -> dict[str, np.ndarray]:
+    """Class indices → colour and mask for `draw_plane`: truth in blue, each class in its colour."""
+    known = {} if truth is None else {TRUTH_COLOUR: truth}
+    classes = range(1, num_classes)
+    return known | {class_colour(value): prediction == value for value in classes}
+
+
+def class_colour(value: int) -> str:
+    """Colour of class 1, 2, …; after five they come again."""
+    return LABEL_COLOURS[(value - 1) % len(LABEL_COLOURS) + 1]
+
+
+def add_legend(figure: Any, class_names: Sequence[str], truth: bool) -> None:
+    """Say below a figure which colour is what."""
+    from matplotlib.lines import Line2D
+
+    lines = {"truth": TRUTH_COLOUR} if truth else {}
+    for value, name in enumerate(class_names, start=1):
+        lines[f"predicted {name}" if truth else name] = class_colour(value)
+    handles = [Line2D([], [], color=colour, label=text) for text, colour in lines.items()]
+    columns = max(1, min(len(handles), int(figure.get_figwidth() // 2)))  # an entry takes 2 inches
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def planes_figure(
+    title: str,
+    image: np.ndarray,
+    spacing: tuple[float, float, float],
+    outlines: dict[str, np.ndarray],
+    window: tuple[float, float] | None = None,
+    axial_slices: int = 0,
+) -> Any:
+    """Figure of the axial, coronal and sagittal slice with most foreground, RAS array in HU.
+
+    `outlines`: see `draw_plane`; the first one chooses the slices. `window`: as `grey_window`. With
+    `axial_slices` a second row shows so many, from the lowest to the highest with an outline.
+    Returns a matplotlib Figure for `save_figure`.
+    """
+    from matplotlib.figure import Figure
+
+    window = window or choose_hu_window(image)
+    figure = Figure(figsize=(13, 4.6 + 2.6 * bool(axial_slices)), layout="constrained")
+    rows = figure.subfigures(2, 1, height_ratios=(4.6, 2.6)) if axial_slices else [figure]
+    guide = next(iter(outlines.values()))
+    for axes, (plane, (cut, _)) in zip(rows[0].subplots(1, 3), PLANES.items(), strict=True):
+        index = find_busiest_slice(guide, cut)
+        draw_plane(axes, image, plane, index, spacing, outlines, window)
+        axes.set_title(f"{plane}, slice {index + 1} of {image.shape[cut]}", fontsize=10)
+    if axial_slices:
+        used = [np.flatnonzero(mask.any(axis=(0, 1))) for mask in outlines.values()]
+        used = np.concatenate(used) if sum(map(len, used)) else np.array([0, image.shape[2] - 1])
+        chosen = np.linspace(used.min(), used.max(), axial_slices).round().astype(int)
+        for axes, index in zip(rows[1].subplots(1, axial_slices), chosen, strict=True):
+            draw_plane(axes, image, "axial", int(index), spacing, outlines, window)
+            axes.set_title(f"slice {index + 1}", fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a PNG whole or not at all."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=110, facecolor="white")
+
+
+def show_patient(
+    data: Mapping[str, Any],
+    slice_index: int | None = None,
+    path: Path | None = None,
+    *,
+    axes: Any = None,
+    plane: str = "axial",
+    names: Sequence[str] = (),
+    hu_window: tuple[float, float] | None = None,
+    title: str | None = None,
+) -> Any:
+    """Draw one slice of a patient: image, outlines of label and prediction. The one such drawing.
+
+    With label and prediction, the label is blue and each class of the prediction has its own
+    colour; with one of them, each of its classes has.
+
+    Args:
+        data: "image" and, when known, "label" and "pred" (class indices): a Volume, or (1, X, Y, Z)
+            or (X, Y, Z) RAS arrays or tensors; an image in 0..1 or in HU.
+        slice_index: along the plane's axis; the slice with most label when left out.
+        path: write a PNG there; without it, draw into the notebook or open a window.
+        axes: matplotlib Axes to draw into; then no figure is made.
+        plane: "axial", "coronal" or "sagittal".
+        names: of the foreground classes, for a legend below a figure.
+        hu_window: values that are black and white; `choose_hu_window` when left out.
+
+    Returns:
+        The matplotlib Figure.
+    """
+    cut = PLANES[plane][0]
+    arrays = {key: as_array(data[key]) for key in (IMAGE, LABEL, PRED) if key in data}
+    image = arrays.pop(IMAGE)
+    if slice_index is None:
+        guide = next(iter(arrays.values())) > 0 if arrays else image > image.mean()
+        slice_index = find_busiest_slice(guide, cut)
+    part = [slice(None)] * 3
+    part[cut] = slice(slice_index, slice_index + 1)
+    maps = {key: array[tuple(part)].astype(np.uint8) for key, array in arrays.items()}
+    truth, found = maps.get(LABEL) if len(maps) == 2 else None, maps.get(PRED, maps.get(LABEL))
+    outlines = {} if found is None else outlines_of(truth, found, int(found.max()) + 1)
+    figure = make_figure(path is None) if axes is None else axes.figure
+    drawn, window = axes or figure.subplots(), hu_window or choose_hu_window(image)
+    spacing = getattr(getattr(data[IMAGE], "ras", None), "spacing_mm", (1.0, 1.0, 1.0))
+    draw_plane(drawn, image[tuple(part)], plane, 0, spacing, outlines, window)
+    both = " · label in blue · prediction in orange" if truth is not None and not names else ""
+    drawn.set_title(title or f"slice {slice_index + 1} of {image.shape[cut]}{both}", fontsize=10)
+    if axes is None and names:
+        add_legend(figure, names, truth is not None)
+    if path is not None:
+        save_figure(figure, path)
+    elif axes is None:
+        from matplotlib import pyplot
+
+        pyplot.show()
+    return figure
+
+
+def make_figure(interactive: bool) -> Any:
+    """A figure for a notebook or window, or for a file alone."""
+    if interactive:
+        from matplotlib.pyplot import figure as make
+    else:
+        from matplotlib.figure import Figure as make
+    return make(figsize=(6, 6), layout="constrained")
+
+
+def as_array(volume: Any) -> np.ndarray:
+    """(X, Y, Z) of a Volume (RAS), an array or a tensor with or without a channel axis."""
+    volume = getattr(volume, "ras", volume)
+    volume = volume.data if hasattr(volume, "spacing_mm") else volume
+    if hasattr(volume, "detach"):  # a tensor of torch, or of MONAI
+        volume = volume.detach().float().cpu().numpy()
+    return np.reshape(volume, np.shape(volume)[-3:])
