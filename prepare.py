@@ -520,8 +520,9 @@ def write_dataset(
         entry["covered_foreground_voxels"] = result["covered_foreground_voxels"]
         cases.append(entry)
         subvolumes += [piece | {"split": entry["split"]} for piece in result["subvolumes"]]
-    inside = sum(case["foreground_voxels"] for case in cases)
-    covered = sum(case["covered_foreground_voxels"] for case in cases)
+    inside, covered = (
+        sum(case[f"{kind}foreground_voxels"] for case in cases) for kind in ("", "covered_")
+    )
     if inside != covered:
         raise RuntimeError(f"{inside} foreground voxels, {covered} covered: a fault of prepare.py")
     dataset = describe_settings(config, terms) | {
@@ -536,11 +537,11 @@ def write_dataset(
     path = config.destination / "dataset.json"
     with writing(path):
         write_json(dataset, path)
-    of_split = Counter(split[patient] for patient in {case["patient"] for case in cases})
-    patients = " / ".join(f"{of_split[name]} {name}" for name in SPLITS)
+    patients = Counter(split[patient] for patient in {case["patient"] for case in cases})
     print(
         f"{config.destination}: {count_words(len(cases), 'case')}, "
-        f"{count_words(len(subvolumes), 'sub-volume')}; patients {patients}\n"
+        f"{count_words(len(subvolumes), 'sub-volume')}; patients "
+        f"{' / '.join(f'{patients[name]} {name}' for name in SPLITS)}\n"
         f"foreground voxels: {inside} in, {covered} covered"
     )
 

@@ -40,10 +40,9 @@ from data.judges import (
 from data.labels import IMAGE, LABEL, LARGEST_VALUE, Labels, find_label, find_values, list_values
 from data.layouts import describe_data_set, find_pairs
 from data.masks import Masks
-from data.pictures import PLANES, class_colour, draw_plane, save_figure
+from data.pictures import PLANES, choose_hu_window, class_colour, draw_plane, save_figure
 from data.settings import command_line
 from data.volumes import Volume
-from utilities import grey_window
 
 __all__ = [
     "RULES", "Terms", "choose_foreground", "compare_cases", "find_duplicates", "inspect_case",
@@ -289,7 +288,7 @@ def draw_overlay(name: str, overlay: Overlay, labels: Labels, path: Path) -> Non
 
     figure = Figure(figsize=(13, 4.6))  # no layout engine: it would draw everything twice
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.87, wspace=0.02)
-    window = grey_window(overlay.planes["axial"])
+    window = choose_hu_window(overlay.planes["axial"])
     values = [v for v in labels.values() if v != (0,)]
     colours = [(class_colour(index), v) for index, v in enumerate(values, start=1)]
     for axes, (plane, picture) in zip(figure.subplots(1, 3), overlay.planes.items(), strict=True):

@@ -31,7 +31,7 @@ def open_pool(workers: int, cases: int) -> contextlib.AbstractContextManager:
     if forkserver:
         from multiprocessing.forkserver import ensure_running
 
-        context.set_forkserver_preload(["utilities", "data.check"])
+        context.set_forkserver_preload(["data.check"])
         with signals_ignored():  # whoever is started in here ignores them from its first moment
             ensure_running()
     return ProcessPoolExecutor(workers, context, initializer=end_with_parent)
