@@ -11,14 +11,18 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = ("prepare", "preprocess", "utilities", "train", "apply_model", "visualize_3d")
-FLOORS = (  # imports run down only
+FLOORS = (  # imports run down only; within the store-room in the order of its own floors
+    ("data.files", "data.metrics", "data.copies"),
+    ("data.settings", "data.labels", "data.destination", "data.headers", "data.processes"),
+    ("data.voxel_files", "data.pictures"),
+    ("data.itk_files", "data.nifti_files", "data.summary"),
+    ("data.volumes",),
+    ("data.judges", "data.names", "data.seg", "data.series", "data.make_phantoms"),
+    ("data.descriptions", "data.dicom", "data.findings", "data.masks"),
+    ("data.cases", "data.pairing"),
+    ("data.evaluate", "data.layouts", "data.results"),
+    ("data.check", "data.exports"),
     ("utilities",),
-    ("data.volumes", "data.labels"),
-    ("data.dicom", "data.make_phantoms"),
-    ("data.seg",),
-    ("data.cases",),
-    ("data.layouts",),
-    ("data.check", "data.evaluate"),
     ("prepare", "preprocess", "visualize_3d"),
     ("train", "apply_model"),
 )
@@ -143,15 +147,15 @@ HOMES = {  # what → (pattern of its definition or use, the only files that may
     "grids compared": (r"def lay_on_grid\b", {"cases.py"}),
     "finding scans": (r"def find_scans\b", {"cases.py", "layouts.py"}),
     "hashing inputs": (r"def hash_inputs\b", {"cases.py"}),
-    "JSON read": (r"json\.loads?\(", {"utilities.py"}),
-    "CSV read": (r"csv\.DictReader\b", {"utilities.py"}),
-    "CSV written": (r"csv\.DictWriter\b", {"utilities.py"}),
+    "JSON read": (r"json\.loads?\(", {"files.py"}),
+    "CSV read": (r"csv\.DictReader\b", {"files.py"}),
+    "CSV written": (r"csv\.DictWriter\b", {"files.py"}),
     "raw value → class": (r"def index_classes\b", {"labels.py"}),
     "which class is a tumour": (r"def is_tumour\b", {"labels.py"}),
     "tumour by its words": (r"[\"']tumor[\"']", {"labels.py"}),
-    "class colour": (r"def class_colour\b", {"utilities.py"}),
-    "slice with most foreground": (r"def find_busiest_slice\b", {"utilities.py"}),
-    "outlines drawn": (r"\.contour\(", {"utilities.py"}),
+    "class colour": (r"def class_colour\b", {"pictures.py"}),
+    "slice with most foreground": (r"def find_busiest_slice\b", {"pictures.py"}),
+    "outlines drawn": (r"\.contour\(", {"pictures.py"}),
     "HU judged": (r"8 bits cannot hold HU", {"check.py"}),
     "nibabel reads": (r"\bnib\.load\(", {"volumes.py"}),
 }
