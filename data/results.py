@@ -191,7 +191,7 @@ def find_files(path: Path) -> CaseFiles:
     if case is None and path.name.endswith(("_masked.nii.gz", "_masked.nii")):
         case = CaseFiles(name_case(path), masked=path)
     if case is None:
-        is_label = path.is_file() and is_label_map(open_volume(path).ras.data)
+        is_label = not path.is_dir() and is_label_map(open_volume(path).ras.data)
         case = CaseFiles(name_case(path), **{"label" if is_label else "scan": path})
     return case
 
