@@ -312,6 +312,22 @@ def test_folders_are_evaluated_by_name(folders, capsys):
 
 
 @BLANK
+def test_results_of_apply_model_are_evaluated_by_case(folders, tmp_path, capsys):
+    for path in folders[0].iterdir():
+        case = path.name.removesuffix(".nii.gz")
+        for kind in ("label", "masked"):  # the masked volume is no label map
+            target = tmp_path / "results" / case / f"{case}_{kind}.nii.gz"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    (folders[1] / "liver_2.nii.gz").unlink()
+    rows = run_evaluation(tmp_path / "results", folders[1])
+    assert sorted(rows) == ["liver_0", "liver_1"]
+    expected = evaluate(*(as_volume(blobs(shift), AFFINE) for shift in (0, 10)), NAMES)
+    assert rows["liver_0"]["liver_dice"] == pytest.approx(expected["liver_dice"])
+    assert "no truth of this name" in capsys.readouterr().out
+
+
+@BLANK
 def test_two_files_are_a_pair_whatever_their_names(folders):
     pair = [folder / f"liver_{n}.nii.gz" for n, folder in enumerate(folders)]
     assert list(run_evaluation(*pair, destination=folders[0].parent / "out")) == ["liver_0"]
