@@ -20,15 +20,15 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-import tyro
 from monai import losses
 
+from data.descriptions import read_prepared
 from data.files import InputError, lock_folder, write_json
 from data.labels import IMAGE, LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
-from data.settings import check_settings, command_line, pick
+from data.settings import Classes, check_settings, command_line, pick
 from preprocess import (
     Augment,
     Chain,
@@ -37,7 +37,6 @@ from preprocess import (
     Tiles,
     augmentation,
     cache_split,
-    read_prepared,
     show_inputs,
 )
 from utilities import (
@@ -60,26 +59,6 @@ LossName = Literal[
 ]
 OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["constant", "cosine", "poly"]
-
-
-def parse_classes(words: list[str]) -> dict[str, tuple[str, ...]]:
-    """`["liver=liver,tumour"]` → {"liver": ("liver", "tumour")}."""
-    pairs = (word.partition("=") for word in words)
-    return {name: tuple((values or name).split(",")) for name, _, values in pairs}
-
-
-Classes = Annotated[  # on the command line: --labels liver=liver,tumour or liver=1 tumour=2
-    dict[str, tuple[str, ...]],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="NAME=LABEL,…",
-        instance_from_str=parse_classes,
-        is_instance=lambda classes: isinstance(classes, dict),
-        str_from_instance=lambda classes: [
-            f"{n}={','.join(map(str, classes[n]))}" for n in classes
-        ],
-    ),
-]
 
 
 @dataclass

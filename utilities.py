@@ -325,11 +325,6 @@ def _convolves(device: str) -> bool:
     return True
 
 
-def resampling_device(device: torch.device) -> torch.device:
-    """Where volumes are resampled: there, but for Apple's GPUs, which lack float64, on the CPU."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the hardware multiplies it, float16 on older GPUs, else float32."""
     if name != "auto":

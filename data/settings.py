@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from tqdm import tqdm
@@ -180,3 +180,23 @@ def human_bytes(count: float) -> str:
             return f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TB"
+
+
+def parse_classes(words: list[str]) -> dict[str, tuple[str, ...]]:
+    """`["liver=liver,tumour"]` → {"liver": ("liver", "tumour")}."""
+    pairs = (word.partition("=") for word in words)
+    return {name: tuple((values or name).split(",")) for name, _, values in pairs}
+
+
+Classes = Annotated[  # on the command line: --labels liver=liver,tumour or liver=1 tumour=2
+    dict[str, tuple[str, ...]],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME=LABEL,…",
+        instance_from_str=parse_classes,
+        is_instance=lambda classes: isinstance(classes, dict),
+        str_from_instance=lambda classes: [
+            f"{n}={','.join(map(str, classes[n]))}" for n in classes
+        ],
+    ),
+]
