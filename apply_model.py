@@ -13,55 +13,13 @@ torchrun each process takes its share.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import math
-import os
-import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import nibabel as nib
-import numpy as np
-import torch
 import tyro
-from monai.inferers import sliding_window_inference
-from tqdm import tqdm
 
-from data.anatomy import clean, find_doubts
-from data.cases import Masks, find_scans, hash_files, hash_inputs, read_label_map, read_scan
-from data.descriptions import Description, read_prepared
-from data.dicom import write_seg
-from data.evaluate import describe_truths, evaluate, measure, pair_truths
-from data.files import InputError, lock_folder
-from data.judges import judge_hu
-from data.labels import (
-    IMAGE,
-    LABEL,
-    USUAL_LABELS,
-    Labels,
-    as_labels,
-    translate_classes,
-)
-from data.names import make_safe, name_case, name_scans
-from data.pictures import add_legend, outlines_of, planes_figure, save_figure
-from data.settings import check_settings, command_line, show_progress
-from data.summary import do_each, is_finished, refuse_failures, report_all, write_record
-from data.volumes import AIR_HU, Volume, find_bounding_box, list_slabs, write_slabs
-from preprocess import SLAB, Chain, classes_on_grid, preprocess_volume, probability_on_grid
-from utilities import (
-    autocast,
-    build_network,
-    find_checkpoint,
-    load_checkpoint,
-    on_device,
-    pick_device,
-    pick_precision,
-)
+from data.settings import read_settings, run_script
 
 
 @dataclass
@@ -95,6 +53,58 @@ class Config(Options):
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: what is fast here
 
+
+if __name__ == "__main__":  # help and mistakes are told before anything heavy is loaded
+    CONFIG = read_settings(Config, __doc__)
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from tqdm import tqdm
+
+from data.anatomy import clean, find_doubts
+from data.cases import Masks, find_scans, hash_files, hash_inputs, read_label_map, read_scan
+from data.descriptions import Description, read_prepared
+from data.dicom import write_seg
+from data.evaluate import describe_truths, evaluate, measure, pair_truths
+from data.files import InputError, lock_folder
+from data.judges import judge_hu
+from data.labels import (
+    IMAGE,
+    LABEL,
+    USUAL_LABELS,
+    Labels,
+    as_labels,
+    translate_classes,
+)
+from data.names import make_safe, name_case, name_scans
+from data.pictures import add_legend, outlines_of, planes_figure, save_figure
+from data.settings import check_settings, show_progress
+from data.summary import do_each, is_finished, refuse_failures, report_all, write_record
+from data.volumes import AIR_HU, Volume, find_bounding_box, list_slabs, write_slabs
+from preprocess import SLAB, Chain, classes_on_grid, preprocess_volume, probability_on_grid
+from utilities import (
+    autocast,
+    build_network,
+    find_checkpoint,
+    load_checkpoint,
+    on_device,
+    pick_device,
+    pick_precision,
+)
 
 OUTSIDE = -20.0  # score of what the network is not asked about: surely background
 CHANGING = (  # settings that change a result
@@ -578,4 +588,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__)
+    run_script(main, CONFIG)

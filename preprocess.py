@@ -16,6 +16,15 @@ label's outline, and histograms; and prints counts and memory.
 
 from __future__ import annotations
 
+import runpy
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the values of Chain and Augment have one home, and it is not here
+    sys.argv.append("--show")
+    runpy.run_path(str(Path(__file__).with_name("train.py")), run_name="__main__")
+    sys.exit()
+
 import contextlib
 import functools
 import hashlib
@@ -751,8 +760,3 @@ def show_inputs(
             names = list(chain.labels)[1:]
             save_figure(montage(Subvolumes(cached), augmented, names), picture)
     return picture
-
-
-if __name__ == "__main__":  # the values of Chain and Augment have one home, and it is not here
-    sys.argv.append("--show")
-    runpy.run_path(str(Path(__file__).with_name("train.py")), run_name="__main__")

@@ -27,16 +27,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "benchmarks")]
 
-import make_phantoms  # noqa: E402
-import nibabel as nib  # noqa: E402
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
-from isal import igzip  # noqa: E402
-from prepare_lits import machine, prepare_one  # noqa: E402
+import make_phantoms
+import nibabel as nib
+import numpy as np
+import tyro
+from isal import igzip
+from prepare_lits import machine, prepare_one
 
-import prepare  # noqa: E402
-import utilities  # noqa: E402
-from data.files import atomic_write  # noqa: E402
+import prepare
+import utilities
+from data.files import atomic_write
 
 
 @dataclass

@@ -32,9 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
-from data.labels import IMAGE, LABEL  # noqa: E402
-from preprocess import (  # noqa: E402
+import train
+from data.labels import IMAGE, LABEL
+from preprocess import (
     SubvolumeLoader,
     Subvolumes,
     augmentation,
@@ -42,7 +42,7 @@ from preprocess import (  # noqa: E402
     read_prepared,
     subvolume_items,
 )
-from utilities import autocast, build_network, pick_device, pick_precision, train_one_epoch  # noqa: E402
+from utilities import autocast, build_network, pick_device, pick_precision, train_one_epoch
 
 
 @dataclass

@@ -37,7 +37,16 @@ from data.judges import (
     read_coarse,
     read_outline,
 )
-from data.labels import IMAGE, LABEL, LARGEST_VALUE, Labels, find_label, find_values, list_values
+from data.labels import (
+    FOREGROUND,
+    IMAGE,
+    LABEL,
+    LARGEST_VALUE,
+    Labels,
+    find_label,
+    find_values,
+    list_values,
+)
 from data.layouts import describe_data_set, find_pairs
 from data.masks import Masks
 from data.pictures import PLANES, choose_hu_window, class_colour, draw_plane, save_figure
@@ -50,7 +59,6 @@ __all__ = [
 ]  # fmt: skip
 
 UNDRAWN = 255  # value of the slices that --label-every declares not to be drawn
-FOREGROUND = ("liver", "tumour")  # what must not be lost where nothing else is asked for
 COARSE = 128  # voxels in-plane that are enough for the statistics
 
 

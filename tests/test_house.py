@@ -20,7 +20,7 @@ FLOORS = (  # imports run down only; within the store-room in the order of its o
     ("data.anatomy", "data.judges", "data.names", "data.seg", "data.series", "data.make_phantoms"),
     ("data.descriptions", "data.dicom", "data.findings", "data.masks"),
     ("data.cases", "data.pairing"),
-    ("data.evaluate", "data.layouts", "data.results"),
+    ("data.evaluate", "data.layouts", "data.results", "data.splits"),
     ("data.check", "data.exports"),
     ("utilities",),
     ("prepare", "preprocess", "visualize_3d"),

@@ -188,7 +188,7 @@ def test_times_are_readable():
 SCRIPT = f"""
 import sys, time; sys.path.insert(0, {str(ROOT)!r})
 from dataclasses import dataclass
-from utilities import command_line
+from data.settings import command_line
 
 @dataclass
 class Config:
