@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import filecmp
 import json
+import runpy
+import sys
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +16,9 @@ import make_phantoms
 import nibabel as nib
 import numpy as np
 import pydicom
+import pytest
 import torch
+from conftest import SHARED_DATA
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 import prepare
@@ -177,6 +182,30 @@ def put_raw(header: pydicom.Dataset, tag: str, vr: str, value: bytes) -> None:
     number = Tag(tag)
     value += b" " * (len(value) % 2)
     header._dict[number] = RawDataElement(number, vr, len(value), value, 0, False, True)
+
+
+# ---------------------------------------------------------------------------------------
+# Inputs that reproduce trouble reported in public
+# ---------------------------------------------------------------------------------------
+
+FIELD_CASES = SHARED_DATA / "field_cases"
+
+
+def build_field_case(name: str, out: Path) -> Path:
+    """The inputs of a field case in `out`, as `python make.py OUT` makes them."""
+    if not (FIELD_CASES / name).is_dir():
+        pytest.skip("the field cases are not here (beside the project)")
+    assert (FIELD_CASES / name / "expect.txt").read_text()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(sys, "argv", ["make.py", str(out)])
+        patch.setattr(sys, "path", [*sys.path])
+        runpy.run_path(str(FIELD_CASES / name / "make.py"), run_name="__main__")
+    return out
+
+
+def field_patient(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """HU and label map (64, 64, 24) in RAS of a patient of the field cases."""
+    return runpy.run_path(str(FIELD_CASES / "base.py"))["abdomen"](seed=seed)
 
 
 # ---------------------------------------------------------------------------------------
