@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import filecmp
+import io
 import json
 import runpy
+import signal
+import subprocess
 import sys
 import warnings
 from functools import cache
@@ -18,7 +22,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from conftest import SHARED_DATA
+from conftest import ROOT, SHARED_DATA, without_pictures
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 import prepare
@@ -72,12 +76,41 @@ def write_patients(root: Path, slices: slice = slice(None), affines=(None,) * 3)
     return root
 
 
-def run(source: Path, **settings) -> dict:
+def run(source: Path, pictures: bool = False, **settings) -> dict:
     """Prepare `source` beside itself; returns dataset.json."""
     destination = settings.pop("destination", source.parent / "prepared")
     settings = {"workers": 1} | settings
-    prepare.main(prepare.Config(source=source, destination=destination, **settings))
+    with contextlib.nullcontext() if pictures else without_pictures():
+        prepare.main(prepare.Config(source=source, destination=destination, **settings))
     return json.loads((destination / "dataset.json").read_text())
+
+
+def call_script(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS`, as `run_script`, but in this process: no start, no second import.
+
+    A script of the project's folder, or -m and a module, then its arguments.
+    """
+    module = arguments[0] == "-m"
+    name, *rest = map(str, arguments[1:] if module else arguments)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    handler = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"),
+        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+    ):  # fmt: skip
+        patch.setattr(sys, "argv", [name, *rest])
+        patch.delenv("DISPLAY", raising=False)
+        try:
+            if module:
+                runpy.run_module(name, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            err.write(f"{stop.code}\n" if isinstance(stop.code, str) else "")
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+    return subprocess.CompletedProcess([name, *rest], code, out.getvalue(), err.getvalue())
 
 
 def same_tree(one: Path, other: Path) -> bool:
