@@ -76,7 +76,7 @@ from monai.inferers import sliding_window_inference
 from tqdm import tqdm
 
 from data.anatomy import clean, find_doubts
-from data.cases import Masks, find_scans, hash_files, hash_inputs, read_label_map, read_scan
+from data.cases import find_scans, hash_files, hash_inputs, read_label_map, read_scan
 from data.descriptions import Description, read_prepared
 from data.dicom import write_seg
 from data.evaluate import describe_truths, evaluate, measure, pair_truths
@@ -85,13 +85,16 @@ from data.judges import judge_hu
 from data.labels import (
     IMAGE,
     LABEL,
+    PRED,
     USUAL_LABELS,
     Labels,
     as_labels,
+    mark_undrawn,
     translate_classes,
-)
+)  # fmt: skip
+from data.masks import Masks, describe_label, resolve_label, restore_label
 from data.names import make_safe, name_case, name_scans
-from data.pictures import add_legend, outlines_of, planes_figure, save_figure
+from data.pictures import draw_planes, save_figure
 from data.settings import check_settings, show_progress
 from data.summary import do_each, is_finished, refuse_failures, report_all, write_record
 from data.volumes import AIR_HU, Volume, find_bounding_box, list_slabs, write_slabs
@@ -376,6 +379,7 @@ class Case:
     modality: str = ""
     warnings: tuple[str, ...] = ()  # what prepare.py told of it, accepted findings too
     accepted: tuple[str, ...] = ()  # kinds of findings that prepare.py was told to accept
+    drawn: tuple[int, int] = (0, 1)  # a slice (RAS) of the truth that was drawn; every n-th was
     alone: bool = True  # no other case beside it
 
 
@@ -417,7 +421,8 @@ def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume 
         ignore=meant.ignore,
     )
     told += [note for note in truth.notes if note not in told]
-    return scan, truth.ras, told + [f"prepare.py: {text}" for text in case.warnings]
+    truth = truth.ras.like(mark_undrawn(truth.ras.data, 0, *case.drawn))
+    return scan, truth, told + [f"prepare.py: {text}" for text in case.warnings]
 
 
 def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
@@ -439,12 +444,14 @@ def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
     place = config.destination / case.name / case.name
     told += write_results(model, scan, label, trace, config, place)
     trace.lap("write")
-    figure = draw_preview(f"{case.name} · {note}", scan, trace.classes, truth, model.names)
+    drawn = {IMAGE: scan, PRED: trace.classes} | ({} if truth is None else {LABEL: truth})
+    figure = draw_planes(drawn, model.names, f"{case.name} · {note}")
     save_figure(figure, place.with_name(f"{case.name}_preview.png"))
     trace.lap("preview")
     row |= {f"seconds_{stage}": round(spent, 2) for stage, spent in trace.seconds.items()}
     row["seconds"] = round(sum(trace.seconds.values()), 2)
     row["network_windows"] = trace.windows
+    row["classes"], row["trust_image_grid"] = label.classes, case.trust_grid
     row["warnings"] = "; ".join(told)
     tqdm.write(f"{case.name}: {note}" + "".join(f"\n  look: {text}" for text in told))
     return row
@@ -470,17 +477,6 @@ def write_results(
         path = place.with_name(f"{place.name}_probability.nii.gz")
         trace.probability.write_checked(path, slope=1 / 255)
     return told
-
-
-def draw_preview(
-    title: str, scan: Volume, classes: Volume, truth: Volume | None, names: Sequence[str]
-) -> Any:
-    """Figure with the outlines of prediction and truth on three planes and six axial slices."""
-    known = None if truth is None else truth.ras.data
-    outlines = outlines_of(known, classes.ras.data, len(names) + 1)
-    figure = planes_figure(title, scan.ras.data, scan.ras.spacing_mm, outlines, axial_slices=6)
-    add_legend(figure, names, truth is not None)
-    return figure
 
 
 # ---------------------------------------------------------------------------------------
@@ -511,10 +507,12 @@ def find_prepared(config: Config) -> list[Case]:
         chosen = [record for record in prepared["cases"] if record["split"] == config.split]
         cases = [
             Case(
-                record["case"], Path(record[IMAGE]), as_paths(record[LABEL]), described,
+                record["case"], Path(record[IMAGE]), restore_label(record[LABEL]), described,
                 bool(settings.get("trust_image_grid")), settings.get("modality") or "",
                 tuple(record.get("warnings", ())),
-                tuple(record.get("accepted", settings.get("accept") or ())), len(chosen) == 1,
+                tuple(record.get("accepted", settings.get("accept") or ())),
+                (int(record.get("drawn_slice", 0)), int(settings.get("label_every") or 1)),
+                len(chosen) == 1,
             )
             for record in chosen
         ]  # fmt: skip
@@ -529,16 +527,10 @@ def find_prepared(config: Config) -> list[Case]:
     return cases
 
 
-def as_paths(label: str | list[list[str]]) -> Path | Masks:
-    """A label map of dataset.json: a path, or the name and path of each structure's mask."""
-    if isinstance(label, str):
-        return Path(label)
-    return tuple((str(name), Path(path)) for name, path in label)
-
-
 def fingerprint(case: Case, weights: str, config: Config) -> str:
     """Changes whenever the scan, its truth, the networks or a setting of the result change."""
-    settings = [getattr(config, key) for key in CHANGING] + [case.trust_grid, case.accepted]
+    settings = [getattr(config, key) for key in CHANGING]
+    settings += [case.trust_grid, case.accepted, case.drawn]
     meant = case.described or (case.label and describe_truths(case.label))
     settings.append(meant and [meant.labels, meant.ignore])
     inputs = [hash_inputs([path]) if path else None for path in (case.image, case.label)]
@@ -557,7 +549,7 @@ def do_case(model: Model, case: Case, weights: str, config: Config) -> None:
     row = apply_to_case(model, case, config)
     row |= {
         "image": str(case.image.resolve()),
-        "truth": str(case.label.resolve()) if isinstance(case.label, Path) else case.label,
+        "truth": None if case.label is None else describe_label(resolve_label(case.label)),
         "checkpoint": ", ".join(map(str, (config.checkpoint, *config.folds))),
         "weights": weights[:12],
         "fingerprint": mark,

@@ -76,7 +76,6 @@ from isal import isal_zlib
 from data.cases import Case, hash_inputs, read_scan
 from data.check import (
     FOREGROUND,
-    UNDRAWN,
     Overlay,
     Terms,
     compare_cases,
@@ -100,7 +99,8 @@ from data.destination import (
 from data.files import InputError, atomic_write, lock_folder, write_json
 from data.findings import count_words, describe_fault, list_errors, print_table, write_table
 from data.judges import Finding, count_per_slice, undo_flips
-from data.labels import IMAGE, LABEL, as_plain
+from data.labels import IMAGE, LABEL, as_plain, mark_undrawn
+from data.masks import describe_label, restore_label
 from data.processes import open_pool, run_cases
 from data.settings import check_settings
 from data.splits import name_patients, refuse_no_validation, seeded, split_patients
@@ -380,15 +380,6 @@ def choose_outlines(
             if chosen or any(np.any(counts.get(v, 0)) for v in terms.foreground):
                 kept[first] = slab.astype(dtype, copy=False), counts
     return kept
-
-
-def mark_undrawn(slab: np.ndarray, first: int, drawn: int, every: int) -> np.ndarray:
-    """The slices (of RAS index `first` on) that are not `drawn`, ± n times `every`: UNDRAWN."""
-    if every == 1:
-        return slab
-    slab = np.array(slab, order="F")
-    slab[:, :, (np.arange(first, first + slab.shape[2]) - drawn) % every != 0] = UNDRAWN
-    return slab
 
 
 def find_body(image: np.ndarray, label: np.ndarray) -> tuple[slice, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -47,6 +48,26 @@ def without_pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "draw_case", lambda *_: None)
         yield
+
+
+def run_here(*arguments: object) -> int | str:
+    """As `run_script`, in this process, where all libraries are imported already.
+
+    Returns the exit code, or the message that a script ends with.
+    """
+    words = list(map(str, arguments))
+    before, module = sys.argv, words[0] == "-m"
+    sys.argv = words[module:]
+    try:
+        if module:
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:
+        sys.argv = before
+    return 0
 
 
 def random_affine(
