@@ -57,6 +57,15 @@ def ras_arrays(index: int) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.asanyarray(nib.as_closest_canonical(i).dataobj) for i in phantom(index))
 
 
+@cache
+def part_arrays(index: int, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """`ras_arrays`, of it `depth` slices around its tumours, or its liver where it has none."""
+    scan, label = ras_arrays(index)
+    held = np.flatnonzero((label == label.max()).any(axis=(0, 1)))
+    first = min(max(int(held.mean()) - depth // 2, 0), label.shape[2] - depth)
+    return scan[:, :, first : first + depth], label[:, :, first : first + depth]
+
+
 def save(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
     """Write a RAS array in the axes of `affine`."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from conftest import SHARED_DATA
 from helpers import (
     SECRETS,
     build_field_case,
-    ras_arrays,
+    part_arrays,
     run,
     write_phantom_seg,
     write_phantom_series,
@@ -28,7 +28,7 @@ CLASSES = {"background": (0,), "liver": (1,), "tumour": (2,)}
 
 def series_with_seg(folder: Path, label=None, classes=CLASSES) -> tuple[Volume, Volume]:
     """A phantom's series and the DICOM SEG of its label map, as apply_model.py writes it."""
-    scan, truth = ras_arrays(0)
+    scan, truth = part_arrays(0, 20)
     write_phantom_series(folder / "ct", scan, SeriesNumber=3)
     image = read_series(folder / "ct")
     label = image.from_ras((truth if label is None else label).astype(np.uint8))
@@ -39,7 +39,7 @@ def series_with_seg(folder: Path, label=None, classes=CLASSES) -> tuple[Volume, 
 def test_series_with_seg_and_nifti_labels_are_prepared_and_nothing_private_is_written(tmp_path):
     raw = tmp_path / "raw"
     for index in range(3):
-        scan, label = ras_arrays(index)
+        scan, label = part_arrays(index, 20)
         secret = {"PatientID": "ID-4711" if index < 2 else "ID-4712"}
         folder = raw / f"pat{index}"
         slices = write_phantom_series(folder / "scan", scan, name="IMG{:03d}", **secret)
@@ -51,7 +51,7 @@ def test_series_with_seg_and_nifti_labels_are_prepared_and_nothing_private_is_wr
     assert len(dataset["cases"]) == 3
     for case in dataset["cases"]:
         index = int(Path(case["image"]).parent.name[3:])
-        scan, label = ras_arrays(index)
+        scan, label = part_arrays(index, 20)
         assert case["voxels_per_label"]["1"] == np.count_nonzero(label == 1)
         assert case["covered_foreground_voxels"] == np.count_nonzero(label)
         for entry in (e for e in dataset["subvolumes"] if e["case"] == case["case"]):
@@ -74,7 +74,7 @@ def test_prepare_reads_the_written_seg_as_it_reads_the_nifti(tmp_path, classes):
     """The same sub-volumes bit for bit, though a SEG's own numbers must run from 1."""
     raw = tmp_path / "raw"
     values = np.array([v[0] for v in classes.values()] + [0] * 3, np.uint8)
-    _, label = series_with_seg(raw, values[ras_arrays(0)[1]], classes)
+    _, label = series_with_seg(raw, values[part_arrays(0, 20)[1]], classes)
     use = {"foreground": tuple(str(v) for v in values.tolist() if v)}
     use |= {"training": 1, "validation": 0}
     of_seg = run(raw, destination=tmp_path / "seg", test=0, **use)
@@ -92,12 +92,14 @@ def test_prepare_reads_the_written_seg_as_it_reads_the_nifti(tmp_path, classes):
 
 
 def test_a_series_in_and_a_seg_out_and_in_again_as_truth(checkpoint, tmp_path, capsys):
-    scan, _ = ras_arrays(0)
+    scan, _ = part_arrays(0, 20)
     write_phantom_series(tmp_path / "scans" / "ct", scan)
     nifti = nib.Nifti1Image(scan, np.diag([5.0, 5, 5, 1]))
     nib.save(nifti, tmp_path / "scans" / "other.nii.gz")
     use = {"checkpoint": checkpoint, "device": "cpu", "dicom_seg": True}
-    apply_model.main(apply_model.Config((tmp_path / "scans",), destination=tmp_path / "out", **use))
+    apply_model.main(
+        apply_model.Config(paths=(tmp_path / "scans",), destination=tmp_path / "out", **use)
+    )
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     reason = "no DICOM SEG: the scan is no DICOM series"
     assert {row["case"]: reason in row["warnings"] for row in rows} == {"ct": False, "other": True}
@@ -109,7 +111,7 @@ def test_a_series_in_and_a_seg_out_and_in_again_as_truth(checkpoint, tmp_path, c
     assert np.array_equal(found, read_file(made.with_suffix(".nii.gz")).read())
     apply_model.main(
         apply_model.Config(
-            (tmp_path / "scans" / "ct",), truth=(made,), destination=tmp_path / "again", **use
+            paths=(tmp_path / "scans" / "ct",), truth=(made,), destination=tmp_path / "again", **use
         )
     )
     (row,) = json.loads((tmp_path / "again" / "results.json").read_text())
@@ -118,13 +120,13 @@ def test_a_series_in_and_a_seg_out_and_in_again_as_truth(checkpoint, tmp_path, c
     assert (tmp_path / "again" / "worst.png").stat().st_size > 10_000
     with pytest.raises(InputError, match="none of the scans is a DICOM series"):
         use["destination"] = tmp_path / "never"
-        apply_model.main(apply_model.Config((tmp_path / "scans" / "other.nii.gz",), **use))
+        apply_model.main(apply_model.Config(paths=(tmp_path / "scans" / "other.nii.gz",), **use))
     assert not (tmp_path / "never").exists()
 
 
 def test_segments_are_known_by_name_whatever_their_numbers(tmp_path):
     """Spleen 1 and liver 2 in one SEG must not make a liver of the spleen."""
-    raw, truth = tmp_path / "raw", ras_arrays(0)[1]
+    raw, truth = tmp_path / "raw", part_arrays(0, 20)[1]
     swapped = np.array([0, 2, 1], np.uint8)[truth]
     image, _ = series_with_seg(raw, swapped, {"background": (0,), "Spleen": (1,), "LIVER": (2,)})
     labels = {"background": (0,), "liver": (1, 2)}  # a network that takes tumours as liver
@@ -141,7 +143,7 @@ def test_a_corrected_label_map_is_found_beside_its_series(tmp_path):
     """Several patients, the series' folders of equal names, results of this project beside."""
     raw = tmp_path / "raw"
     for index in range(3):
-        scan, label = ras_arrays(index)
+        scan, label = part_arrays(index, 20)
         write_phantom_series(raw / f"p{index}" / "ct", scan, PatientID=f"P{index}")
         image = read_series(raw / f"p{index}" / "ct")
         for name, array in (("label", label), ("masked", scan)):
@@ -151,12 +153,12 @@ def test_a_corrected_label_map_is_found_beside_its_series(tmp_path):
         f"p{index}/ct_label.nii.gz" for index in range(3)
     }
     for case in dataset["cases"]:
-        _, label = ras_arrays(int(Path(case["label"]).parent.name[1:]))
+        _, label = part_arrays(int(Path(case["label"]).parent.name[1:]), 20)
         assert case["covered_foreground_voxels"] == np.count_nonzero(label)
 
 
 def test_two_segs_of_one_series_are_not_chosen_from(tmp_path):
-    scan, label = ras_arrays(0)
+    scan, label = part_arrays(0, 20)
     slices = write_phantom_series(tmp_path / "raw" / "ct", scan)
     for name in ("mine", "yours"):
         write_phantom_seg(tmp_path / "raw" / f"{name}.dcm", slices, label)

@@ -32,7 +32,7 @@ def segment(checkpoint, tmp_path) -> Callable[..., dict[str, dict]]:
             "device": "cpu",
             "destination": tmp_path / out,
         } | settings
-        apply_model.main(apply_model.Config(paths, **settings))
+        apply_model.main(apply_model.Config(paths=paths, **settings))
         rows = json.loads((tmp_path / out / "results.json").read_text())
         return {row["case"]: row for row in rows}
 

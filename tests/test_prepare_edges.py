@@ -440,14 +440,19 @@ def test_slices_between_the_drawn_ones_are_not_judged(raw, capsys):
 # ---------------------------------------------------------------------------------------
 
 
-def test_the_check_works_alone(raw, tmp_path, capsys):
-    check.main(check.Config(source=raw, destination=tmp_path / "out"))
-    assert "next: python prepare.py" in capsys.readouterr().out
+def test_the_check_works_alone(raw, tmp_path):
+    command = ("-m", "data.check", raw, "--destination", tmp_path / "out")
+    done = call_script(*command)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert f"next: python prepare.py {raw}" in done.stdout
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"check.csv", "case_0.png", "case_1.png", "case_2.png"}
     (raw / "labelsTr/case_1.nii.gz").unlink()
-    with pytest.raises(InputError, match="1 of 3 cases"):
-        check.main(check.Config(source=raw, destination=tmp_path / "out"))
+    done = call_script(*command)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "1 of 3 cases with errors" in done.stderr
+    done = call_script("-m", "data.check", tmp_path / "missing")
+    assert done.returncode == 1 and str(tmp_path / "missing") in done.stderr
 
 
 def test_the_check_has_a_help_of_its_own():
