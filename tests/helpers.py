@@ -256,8 +256,8 @@ def field_patient(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 SMALL = {
     "base_channels": 4,
-    "input_size": (32, 32),
-    "spacing": (8.0, 8.0),
+    "input_size": (16, 16),
+    "spacing": (16.0, 16.0),
     "max_epochs": 3,
     "device": "cpu",
     "precision": "fp32",
@@ -265,8 +265,8 @@ SMALL = {
 }
 TINY = {"max_epochs": 2, "base_channels": 4, "device": "cpu", "precision": "fp32"}
 TINY_IN = {
-    "subvolumes": {"input_size": (32, 32), "spacing": (8.0, 8.0)},
-    "patches": {"input_size": (32, 32, 16), "spacing": (8.0, 8.0, 5.0), "patches_per_case": 2},
+    "subvolumes": {"input_size": (16, 16), "spacing": (16.0, 16.0)},
+    "patches": {"input_size": (32, 32, 16), "spacing": (8.0, 8.0, 5.0), "patches_per_case": 1},
 }
 
 

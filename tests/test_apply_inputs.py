@@ -24,6 +24,7 @@ from data.volumes import Volume
 from preprocess import Chain
 from utilities import build_network, save_checkpoint
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 SHAPE = (40, 36, 24)
 AFFINE = np.array([[-3.0, 0, 0, 60], [0, -3.0, 0, 50], [0, 0, 5.0, -40], [0, 0, 0, 1]])  # LPS
 CHAIN = Chain(
@@ -345,8 +346,10 @@ def test_a_foreign_dataset_json_is_one_clear_error(use, tmp_path, changes):
 OUTPUTS = ("label.nii.gz", "masked.nii.gz", "probability.nii.gz", "preview.png")
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, cut_off, flip], ids=["deleted", "cut", "flipped"])
-@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize(
+    ("output", "damage"),
+    [*((output, flip) for output in OUTPUTS), (OUTPUTS[0], Path.unlink), (OUTPUTS[1], cut_off)],
+)
 def test_a_damaged_result_is_made_again(use, tmp_path, output, damage, capsys):
     scan = save(patient(0)[0], tmp_path / "a.nii.gz")
     apply(use, scan, probability=True)

@@ -21,6 +21,8 @@ from data.settings import list_given, pick
 from preprocess import Augment, Chain
 from utilities import describe_epoch, find_checkpoint, load_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 
 def edit_prepared(prepared: Path, folder: Path, **changes) -> Path:
     """A copy of prepared data, its sub-volumes by a link, with other entries in dataset.json."""
@@ -39,14 +41,8 @@ def few_records(prepared: Path, splits=("training", "validation"), count: int = 
 
 
 @pytest.fixture(scope="module")
-def few(prepared, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("few") / "data"
-    return edit_prepared(prepared, folder, subvolumes=few_records(prepared))
-
-
-@pytest.fixture(scope="module")
 def run(few, tmp_path_factory):
-    """One epoch on two sub-volumes; tests must not change it."""
+    """One epoch on few sub-volumes; tests must not change it."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     train.main(small_config(few, folder, max_epochs=1))
     return folder
@@ -325,7 +321,7 @@ def test_trains_without_a_terminal_without_bars_and_without_unix(few, tmp_path):
         f"{block}sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'train.py'\n"
         f"import runpy; runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
     )
-    words = "--base-channels 4 --input-size 32 32 --spacing 8 8 --max-epochs 2 --device cpu"
+    words = "--base-channels 4 --input-size 16 16 --spacing 16 16 --max-epochs 2 --device cpu"
     options = ["--data", few, "--run-folder", tmp_path / "run", *words.split()]
     os.environ["TQDM_DISABLE"] = "1"
     try:
