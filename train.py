@@ -13,73 +13,23 @@ Edit the settings in place or give them as options; the checkpoint carries them 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
-import tyro
-from monai import losses
+from data.labels import LIVER_WITH_TUMOURS
+from data.settings import Classes, read_settings, run_script
 
-from data.files import InputError, lock_folder, write_json
-from data.labels import IMAGE, LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
-from data.settings import check_settings, command_line, pick
-from preprocess import (
-    Augment,
-    Chain,
-    SubvolumeLoader,
-    Subvolumes,
-    Tiles,
-    augmentation,
-    cache_split,
-    read_prepared,
-    show_inputs,
-)
-from utilities import (
-    NetworkName,
-    Run,
-    build_network,
-    find_checkpoint,
-    load_checkpoint,
-    on_device,
-    pick_device,
-    pick_precision,
-    process_group,
-    rank_and_size,
-    train,
-    validations_since_best,
-)
-
+NetworkName = Literal[
+    "unet3d", "unet", "attention_unet", "segresnet", "vnet", "unetr", "dynunet", "swin_unetr",
+    "resnet34_unet",
+]  # fmt: skip
 LossName = Literal[
     "dice", "ce", "weighted_ce", "dice_ce", "weighted_dice_ce", "dice_focal", "tversky"
 ]
 OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["constant", "cosine", "poly"]
-
-
-def parse_classes(words: list[str]) -> dict[str, tuple[str, ...]]:
-    """`["liver=liver,tumour"]` → {"liver": ("liver", "tumour")}."""
-    pairs = (word.partition("=") for word in words)
-    return {name: tuple((values or name).split(",")) for name, _, values in pairs}
-
-
-Classes = Annotated[  # on the command line: --labels liver=liver,tumour or liver=1 tumour=2
-    dict[str, tuple[str, ...]],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="NAME=LABEL,…",
-        instance_from_str=parse_classes,
-        is_instance=lambda classes: isinstance(classes, dict),
-        str_from_instance=lambda classes: [
-            f"{n}={','.join(map(str, classes[n]))}" for n in classes
-        ],
-    ),
-]
 
 
 @dataclass
@@ -228,6 +178,49 @@ RECIPES: dict[str, tuple[str, Config]] = {
         ),
     ),
 }
+
+
+if __name__ == "__main__":  # help and mistakes are told before anything heavy is loaded
+    CONFIG = read_settings(Config, __doc__, RECIPES)
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from monai import losses
+
+from data.descriptions import read_prepared
+from data.files import InputError, lock_folder, write_json
+from data.labels import IMAGE, LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
+from data.settings import check_settings, pick
+from preprocess import (
+    Augment,
+    Chain,
+    SubvolumeLoader,
+    Subvolumes,
+    Tiles,
+    augmentation,
+    cache_split,
+    show_inputs,
+)
+from utilities import (
+    Run,
+    build_network,
+    find_checkpoint,
+    load_checkpoint,
+    on_device,
+    pick_device,
+    pick_precision,
+    process_group,
+    rank_and_size,
+    train,
+    validations_since_best,
+)
 
 
 class CrossEntropy(torch.nn.CrossEntropyLoss):
@@ -566,4 +559,4 @@ def fit(
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__, RECIPES)
+    run_script(main, CONFIG)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import psutil
@@ -131,12 +131,6 @@ class PaddedSlices(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         slices = x.shape[-1]
         return self.network(functional.pad(x, (0, -slices % self.multiple)))[..., :slices]
-
-
-NetworkName = Literal[
-    "unet3d", "unet", "attention_unet", "segresnet", "vnet", "unetr", "dynunet", "swin_unetr",
-    "resnet34_unet",
-]  # fmt: skip
 
 
 def build_network(
@@ -323,11 +317,6 @@ def _convolves(device: str) -> bool:
         print(f"{device}: no 3D convolutions on this system ({reason}); the CPU is used instead")
         return False
     return True
-
-
-def resampling_device(device: torch.device) -> torch.device:
-    """Where volumes are resampled: there, but for Apple's GPUs, which lack float64, on the CPU."""
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

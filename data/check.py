@@ -37,10 +37,21 @@ from data.judges import (
     read_coarse,
     read_outline,
 )
-from data.labels import IMAGE, LABEL, LARGEST_VALUE, Labels, find_label, find_values, list_values
+from data.labels import (
+    FOREGROUND,
+    IGNORED,
+    IMAGE,
+    LABEL,
+    LARGEST_VALUE,
+    Labels,
+    find_label,
+    find_values,
+    index_classes,
+    list_values,
+)
 from data.layouts import describe_data_set, find_pairs
-from data.masks import Masks
-from data.pictures import PLANES, choose_hu_window, class_colour, draw_plane, save_figure
+from data.masks import Masks, describe_label
+from data.pictures import LABEL_COLOURS, PLANES, choose_hu_window, save_figure, show_patient
 from data.settings import command_line
 from data.volumes import Volume
 
@@ -49,8 +60,6 @@ __all__ = [
     "judge_hu", "list_errors", "print_table", "read_data_set", "write_table",
 ]  # fmt: skip
 
-UNDRAWN = 255  # value of the slices that --label-every declares not to be drawn
-FOREGROUND = ("liver", "tumour")  # what must not be lost where nothing else is asked for
 COARSE = 128  # voxels in-plane that are enough for the statistics
 
 
@@ -100,12 +109,12 @@ def read_data_set(config: Settings) -> tuple[list[Case], Terms]:
         print(line)
     ignore = data.ignore
     if config.label_every > 1:
-        if UNDRAWN in list_values(data.declared):
+        if IGNORED in list_values(data.declared):
             raise InputError(
-                f"--label-every: marks slices that were not drawn with {UNDRAWN}, which is a label "
+                f"--label-every: marks slices that were not drawn with {IGNORED}, which is a label "
                 "of these data; give that label another value"
             )
-        ignore = (*ignore, UNDRAWN)
+        ignore = (*ignore, IGNORED)
     return data.cases, Terms(
         data.declared,
         choose_foreground(config.foreground, data.declared),
@@ -239,18 +248,6 @@ def read_terms_label(path: Path | Masks, scan: Volume, terms: Terms) -> Volume:
     )
 
 
-def describe_label(label: Path | Masks | None) -> str | list[list[str]]:
-    """A case's label map for JSON: its path, or [name, path] of each mask."""
-    return [[name, str(path)] for name, path in label] if isinstance(label, tuple) else str(label)
-
-
-def restore_label(content: str | list[list[str]]) -> Path | Masks:
-    """What `describe_label` described."""
-    if isinstance(content, str):
-        return Path(content)
-    return tuple((name, Path(path)) for name, path in content)
-
-
 def judge_drawn(
     record: dict[str, Any], counts: dict[int, np.ndarray], terms: Terms
 ) -> list[Finding]:
@@ -289,19 +286,20 @@ def draw_overlay(name: str, overlay: Overlay, labels: Labels, path: Path) -> Non
     figure = Figure(figsize=(13, 4.6))  # no layout engine: it would draw everything twice
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.87, wspace=0.02)
     window = choose_hu_window(overlay.planes["axial"])
-    values = [v for v in labels.values() if v != (0,)]
-    colours = [(class_colour(index), v) for index, v in enumerate(values, start=1)]
+    classes: Labels = {"0": (0,)}
+    for index, values in enumerate(v for v in labels.values() if v != (0,)):
+        colour = str(index % len(LABEL_COLOURS) + 1)  # after five labels the colours come again
+        classes[colour] = (*classes.get(colour, ()), *values)
     for axes, (plane, picture) in zip(figure.subplots(1, 3), overlay.planes.items(), strict=True):
         cut, _ = PLANES[plane]
         at, steps = overlay.middle[cut], [-(-n // 512) for n in picture.shape]  # all that is seen
         coarser = [slice(None, None, step) for step in steps]
         flat = overlay.outline[(*coarser[:cut], slice(at, at + 1), *coarser[cut + 1 :])]
-        outlines = {}
-        for colour, some in colours:  # after five labels the colours come again
-            outlines[colour] = outlines.get(colour, False) | mask_values(flat, some)
-        spacing = tuple(s * step for s, step in zip(overlay.spacing_mm, steps, strict=True))
-        draw_plane(axes, picture[tuple(coarser)], plane, 0, spacing, outlines, window)
-        axes.set_title(f"{plane}, slice {at + 1} of {overlay.outline.shape[cut]}", fontsize=10)
+        spacing = [s * step for s, step in zip(overlay.spacing_mm, steps, strict=True)]
+        image = Volume(picture[tuple(coarser)], np.diag([*spacing, 1]))
+        drawn = {IMAGE: image, LABEL: index_classes(flat, classes)}
+        title = f"{plane}, slice {at + 1} of {overlay.outline.shape[cut]}"
+        show_patient(drawn, 0, axes=axes, plane=plane, hu_window=window, title=title)
     figure.suptitle(name, fontsize=11)
     save_figure(figure, path)
 

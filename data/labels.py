@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from data.files import InputError
+
+if TYPE_CHECKING:  # names of labels need no arrays, and `--help` no numpy
+    import numpy as np
 
 Labels = dict[str, tuple[int, ...]]
 
@@ -23,6 +25,8 @@ LARGEST_VALUE = 65535  # of a label map
 USUAL_LABELS: Labels = {BACKGROUND: (0,), "liver": (1,), "tumour": (2,)}
 # What is learnt by default: a tumour is liver too. The data give the values of these names.
 LIVER_WITH_TUMOURS = {"liver": ("liver", "tumour")}
+
+FOREGROUND = ("liver", "tumour")  # what must not be lost where nothing else is asked for
 
 # Words that mean the same; a name is compared word by word.
 SYNONYMS = {
@@ -156,6 +160,8 @@ def index_classes(
 
     Values of `ignore` become IGNORED: not known, neither class nor background.
     """
+    import numpy as np
+
     table = np.zeros(max(int(array.max(initial=0)) + 1, 256), np.uint8)
     table[[value for value in ignore if value < len(table)]] = IGNORED
     for index, values in enumerate(classes.values()):
@@ -163,6 +169,16 @@ def index_classes(
             if value < len(table):
                 table[value] = index
     return np.take(table, array)
+
+
+def mark_undrawn(slab: np.ndarray, first: int, drawn: int, every: int) -> np.ndarray:
+    """A label map (X, Y, Z), whose slices begin at RAS index `first`, with IGNORED in all of them
+    but `drawn` ± n times `every`: what `--label-every` says nobody drew."""
+    if every == 1:
+        return slab
+    slab = np.array(slab, order="F")
+    slab[:, :, (np.arange(first, first + slab.shape[2]) - drawn) % every != 0] = IGNORED
+    return slab
 
 
 def translate_classes(classes: Labels, own: Labels, declared: Labels) -> Labels:

@@ -18,6 +18,25 @@ Masks = tuple[tuple[str, Path], ...]  # name of a structure, its file, series or
 GREY_VALUES = {"liver": 63, "right kidney": 126, "left kidney": 189, "spleen": 252}
 
 
+def describe_label(label: Path | Masks | None) -> str | list[list[str]]:
+    """A case's label map for JSON: its path, or [name, path] of each mask."""
+    return [[name, str(path)] for name, path in label] if isinstance(label, tuple) else str(label)
+
+
+def restore_label(content: str | list[list[str]]) -> Path | Masks:
+    """What `describe_label` described."""
+    if isinstance(content, str):
+        return Path(content)
+    return tuple((str(name), Path(path)) for name, path in content)
+
+
+def resolve_label(label: Path | Masks) -> Path | Masks:
+    """A case's label map with absolute paths."""
+    if isinstance(label, tuple):
+        return tuple((name, path.resolve()) for name, path in label)
+    return label.resolve()
+
+
 def list_pngs(folder: Path) -> list[Path]:
     """The PNGs in a folder, slice_2 before slice_10."""
     found = [f for f in folder.iterdir() if f.suffix.lower() == ".png" and f.name[0] != "."]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data.files import atomic_write
-from data.labels import IMAGE, LABEL, PRED
+from data.labels import IGNORED, IMAGE, LABEL, PRED
 
 HU_WINDOW = (-200.0, 250.0)  # HU window of every picture for people (training has its own setting)
 
@@ -94,9 +94,11 @@ def outlines_of(
     truth: np.ndarray | None, prediction: np.ndarray, num_classes: int
 ) -> dict[str, np.ndarray]:
     """Class indices → colour and mask for `draw_plane`: truth in blue, each class in its colour."""
-    known = {} if truth is None else {TRUTH_COLOUR: truth}
-    classes = range(1, num_classes)
-    return known | {class_colour(value): prediction == value for value in classes}
+    outlines = {} if truth is None else {TRUTH_COLOUR: truth}
+    for value in range(1, num_classes):  # after five classes the colours come again
+        colour, mask = class_colour(value), prediction == value
+        outlines[colour] = outlines[colour] | mask if colour in outlines else mask
+    return outlines
 
 
 def class_colour(value: int) -> str:
@@ -116,38 +118,36 @@ def add_legend(figure: Any, class_names: Sequence[str], truth: bool) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def planes_figure(
-    title: str,
-    image: np.ndarray,
-    spacing: tuple[float, float, float],
-    outlines: dict[str, np.ndarray],
-    window: tuple[float, float] | None = None,
-    axial_slices: int = 0,
+def draw_planes(
+    data: Mapping[str, Any], names: Sequence[str], title: str, axial_slices: int = 6
 ) -> Any:
-    """Figure of the axial, coronal and sagittal slice with most foreground, RAS array in HU.
+    """Figure for `save_figure`: three planes of a patient where most label is, and axial slices.
 
-    `outlines`: see `draw_plane`; the first one chooses the slices. `window`: as `grey_window`. With
-    `axial_slices` a second row shows so many, from the lowest to the highest with an outline.
-    Returns a matplotlib Figure for `save_figure`.
+    Args:
+        data: as `show_patient` takes it, with a label, a prediction or both; the label, where there
+            is one, chooses the planes.
+        names: of the foreground classes, for the legend.
+        axial_slices: as many in a second row, from the lowest to the highest with an outline.
     """
     from matplotlib.figure import Figure
 
-    window = window or choose_hu_window(image)
-    figure = Figure(figsize=(13, 4.6 + 2.6 * bool(axial_slices)), layout="constrained")
-    rows = figure.subfigures(2, 1, height_ratios=(4.6, 2.6)) if axial_slices else [figure]
-    guide = next(iter(outlines.values()))
-    for axes, (plane, (cut, _)) in zip(rows[0].subplots(1, 3), PLANES.items(), strict=True):
-        index = find_busiest_slice(guide, cut)
-        draw_plane(axes, image, plane, index, spacing, outlines, window)
-        axes.set_title(f"{plane}, slice {index + 1} of {image.shape[cut]}", fontsize=10)
-    if axial_slices:
-        used = [np.flatnonzero(mask.any(axis=(0, 1))) for mask in outlines.values()]
-        used = np.concatenate(used) if sum(map(len, used)) else np.array([0, image.shape[2] - 1])
-        chosen = np.linspace(used.min(), used.max(), axial_slices).round().astype(int)
-        for axes, index in zip(rows[1].subplots(1, axial_slices), chosen, strict=True):
-            draw_plane(axes, image, "axial", int(index), spacing, outlines, window)
-            axes.set_title(f"slice {index + 1}", fontsize=9)
+    image, maps = as_array(data[IMAGE]), [as_array(data[k]) for k in (LABEL, PRED) if k in data]
+    masks = [(array != 0) & (array != IGNORED) for array in maps]
+    window = choose_hu_window(image)
+    figure = Figure(figsize=(13, 7.2))  # no layout engine: it would draw everything twice
+    top = figure.add_gridspec(1, 3, left=0.01, right=0.99, bottom=0.41, top=0.9, wspace=0.02)
+    row = figure.add_gridspec(1, axial_slices, left=0.01, right=0.99, bottom=0.06, top=0.35)
+    for place, (plane, (cut, _)) in zip(top, PLANES.items(), strict=True):
+        index, axes = find_busiest_slice(masks[0], cut), figure.add_subplot(place)
+        told = f"{plane}, slice {index + 1} of {image.shape[cut]}"
+        show_patient(data, index, axes=axes, plane=plane, hu_window=window, title=told)
+    used = np.flatnonzero(np.any([mask.any(axis=(0, 1)) for mask in masks], axis=0))
+    ends = (used[0], used[-1]) if used.size else (0, image.shape[2] - 1)
+    for place, index in zip(row, np.linspace(*ends, axial_slices).round().astype(int), strict=True):
+        axes, told = figure.add_subplot(place), f"slice {index + 1}"
+        show_patient(data, int(index), axes=axes, hu_window=window, title=told)
     figure.suptitle(title, fontsize=11)
+    add_legend(figure, names, truth=len(maps) == 2)
     return figure
 
 
@@ -174,8 +174,9 @@ def show_patient(
     colour; with one of them, each of its classes has.
 
     Args:
-        data: "image" and, when known, "label" and "pred" (class indices): a Volume, or (1, X, Y, Z)
-            or (X, Y, Z) RAS arrays or tensors; an image in 0..1 or in HU.
+        data: "image" and, when known, "label" and "pred" (class indices; what is IGNORED is not
+            drawn): a Volume, or (1, X, Y, Z) or (X, Y, Z) RAS arrays or tensors; an image in 0..1
+            or in HU.
         slice_index: along the plane's axis; the slice with most label when left out.
         path: write a PNG there; without it, draw into the notebook or open a window.
         axes: matplotlib Axes to draw into; then no figure is made.
@@ -195,6 +196,7 @@ def show_patient(
     part = [slice(None)] * 3
     part[cut] = slice(slice_index, slice_index + 1)
     maps = {key: array[tuple(part)].astype(np.uint8) for key, array in arrays.items()}
+    maps = {key: np.where(flat == IGNORED, 0, flat) for key, flat in maps.items()}
     truth, found = maps.get(LABEL) if len(maps) == 2 else None, maps.get(PRED, maps.get(LABEL))
     outlines = {} if found is None else outlines_of(truth, found, int(found.max()) + 1)
     figure = make_figure(path is None) if axes is None else axes.figure

@@ -21,6 +21,7 @@ from skimage.measure import find_contours
 from data.cases import find_scans, lay_on_grid, name_case, read_label_map, read_scan
 from data.files import InputError, read_json
 from data.labels import BACKGROUND, USUAL_LABELS, group_tumours, is_tumour
+from data.masks import Masks, restore_label
 from data.pictures import HU_WINDOW, TRUTH_COLOUR, choose_hu_window, class_colour
 from data.volumes import AIR_HU, Volume, find_bounding_box
 
@@ -53,7 +54,7 @@ class CaseFiles:
     scan: Path | None = None  # HU everywhere
     masked: Path | None = None  # HU in the organ, one value elsewhere
     label: Path | None = None
-    truth: Path | None = None
+    truth: Path | Masks | None = None
     names: dict[str, int] = field(default_factory=lambda: name_usual_values())
     trust_grid: bool = False
 
@@ -77,7 +78,7 @@ class CaseFiles:
         """The reference label map, uint8 in RAS, on the case's grid."""
         return self.read_labels(self.truth)
 
-    def read_labels(self, path: Path) -> Volume:
+    def read_labels(self, path: Path | Masks) -> Volume:
         """A label map on the case's grid; of values without a name, only their number is asked."""
         named = {value: name for name, value in self.names.items()}
         declared = {named.get(value, f"label_{value}"): (value,) for value in range(1, 256)}
@@ -87,10 +88,10 @@ class CaseFiles:
                 path, grid, {BACKGROUND: (0,)} | declared, trust_grid=self.trust_grid
             ).ras
         except InputError as error:
-            if error.kind != "values":
+            if error.kind != "values" or isinstance(path, tuple):
                 raise
             raise refuse_scan(path, open_volume(path).ras.data) from error
-        if not is_label_map(labels.data):
+        if isinstance(path, Path) and not is_label_map(labels.data):
             raise refuse_scan(path, labels.data)
         return labels.like(labels.data.astype(np.uint8, copy=False))
 
@@ -206,8 +207,8 @@ def find_result(folder: Path) -> CaseFiles | None:
     name = labels[0].name.removesuffix("_label.nii.gz")
     masked, record = folder / f"{name}_masked.nii.gz", folder / f"{name}.json"
     known = read_record(record) if record.exists() else {}
-    files = {key: Path(known[key]) for key in ("image", "truth") if known.get(key)}
-    for key in [key for key, path in files.items() if not os.path.exists(path)]:  # noqa: PTH110
+    files = {key: restore_label(known[key]) for key in ("image", "truth") if known.get(key)}
+    for key in [key for key, path in files.items() if not is_there(path)]:
         print(f"{record}: its {key} {files.pop(key)} is not there any more; drawn without it")
     case = CaseFiles(name, files.get("image"), masked if masked.exists() else None, labels[0])
     case.truth, case.trust_grid = files.get("truth"), known.get("trust_image_grid") is True
@@ -225,10 +226,12 @@ def read_record(path: Path) -> dict[str, Any]:
         print(f"{error}; drawn without it")
         return {}
     classes = record.get("classes") or {}
+    truth = record.get("truth") or ""
     values = list(classes.values()) if isinstance(classes, dict) else [None]
     sound = {
         "image": isinstance(record.get("image") or "", str),
-        "truth": isinstance(record.get("truth") or "", str),
+        "truth": isinstance(truth, str)
+        or (isinstance(truth, list) and all(is_mask(part) for part in truth)),
         "classes": all(type(value) is int and 0 <= value <= 255 for value in values)
         and len(set(values)) == len(values),
     }
@@ -237,6 +240,17 @@ def read_record(path: Path) -> dict[str, Any]:
     if record.get("classes"):
         record["classes"] = {name: value for name, value in classes.items() if value}
     return record
+
+
+def is_there(path: Path | Masks) -> bool:
+    """Whether a file of a record, or each of its masks, still exists."""
+    parts = [part for _, part in path] if isinstance(path, tuple) else [path]
+    return all(os.path.exists(part) for part in parts)  # noqa: PTH110
+
+
+def is_mask(part: Any) -> bool:
+    """Whether a part of a truth in a record is the name and the path of a mask."""
+    return isinstance(part, list) and [type(text) for text in part] == [str, str]
 
 
 def crop_to_foreground(labels: Volume, path: Path) -> Volume:

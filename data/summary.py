@@ -31,6 +31,7 @@ WORST_SHOWN = 3  # cases named, and previews in worst.png
 PRINTED = ("dice", "nsd_2mm", "hd95_mm", "volume_error_percent")
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a text that begins so
 
+UNLISTED = ("files", "classes", "trust_image_grid")  # of a record: for programs, in no table
 RESULTS = ("label.nii.gz", "masked.nii.gz", "probability.nii.gz", "label.dcm", "preview.png")
 
 T = TypeVar("T")
@@ -282,7 +283,7 @@ def report_all(destination: Path, names: Sequence[str], weights: str) -> list[di
     that were evaluated with these networks; returns the table."""
     records = [folder / f"{folder.name}.json" for folder in sorted(destination.iterdir())]
     read = [read_record(path) for path in records if path.is_file()]
-    rows = [{k: v for k, v in row.items() if k != "files"} for row in read if row]
+    rows = [{k: v for k, v in row.items() if k not in UNLISTED} for row in read if row]
     write_table(rows, destination / "results.csv")
     write_json(rows, destination / "results.json")
     same = [row for row in rows if row.get("truth") and row.get("weights") == weights[:12]]

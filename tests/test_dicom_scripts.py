@@ -6,8 +6,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import SHARED_DATA, run_script
-from helpers import SECRETS, ras_arrays, run, write_phantom_seg, write_phantom_series
+from conftest import SHARED_DATA
+from helpers import (
+    SECRETS,
+    build_field_case,
+    ras_arrays,
+    run,
+    write_phantom_seg,
+    write_phantom_series,
+)
 
 import apply_model
 from data.cases import read_label_map
@@ -197,18 +204,12 @@ def test_the_real_series_equals_its_nifti(tmp_path, real_ct):
     assert "0697" not in text.replace(str(real_dicom), "")
 
 
-FIELD_CASES = SHARED_DATA / "field_cases"
-
-
 @pytest.mark.parametrize(
     "name",
     ["dicom_batch_one_bad", "dicom_rescale_empty", "dicomdir_beside_series", "seg_no_reference"],
 )
 def test_situations_that_people_reported(name, tmp_path):
-    if not FIELD_CASES.is_dir():
-        pytest.skip("the reported situations are not here (shared/data beside the project)")
-    made = run_script(FIELD_CASES / name / "make.py", tmp_path)
-    assert made.returncode == 0, made.stderr
+    build_field_case(name, tmp_path)
     items = find_dicom(tmp_path.rglob("*"))
     series = {item.path.name: item.path for item in items if not item.is_seg and not item.fault}
     if name == "dicom_batch_one_bad":

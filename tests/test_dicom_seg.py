@@ -1,6 +1,5 @@
 """DICOM SEG in and out: the same voxels, names and slices; of another scan, or torn: refused."""
 
-import io
 import re
 from pathlib import Path
 
@@ -11,13 +10,13 @@ from conftest import SHARED_DATA, random_affine
 from helpers import (
     SECRETS,
     build_phantom_seg,
-    put_raw,
     ras_arrays,
     save,
     write_phantom_seg,
     write_phantom_series,
 )
 from pydicom.sr.codedict import codes
+from sweeps import sweep_seg
 
 import data.seg
 from data.dicom import find_dicom, read_seg, read_series, write_seg, write_series
@@ -256,64 +255,10 @@ def test_a_seg_without_reference_or_labels_is_read(lacking, tmp_path):
     assert item.is_seg and not item.fault and bool(item.uid) == (lacking == "SegmentLabel")
 
 
-TAGS = (
-    "Modality", "SOPClassUID", "FrameOfReferenceUID", "SegmentationType", "SegmentSequence",
-    "SegmentNumber", "SegmentLabel", "SegmentDescription", "SegmentedPropertyTypeCodeSequence",
-    "CodeValue", "ReferencedSeriesSequence", "PerFrameFunctionalGroupsSequence",
-    "SharedFunctionalGroupsSequence", "PlanePositionSequence", "ImagePositionPatient",
-    "PlaneOrientationSequence", "ImageOrientationPatient", "PixelMeasuresSequence", "PixelSpacing",
-    "SegmentIdentificationSequence", "ReferencedSegmentNumber", "Rows", "Columns",
-    "NumberOfFrames", "BitsAllocated", "BitsStored", "SamplesPerPixel", "PixelRepresentation",
-    "PhotometricInterpretation", "PixelData",
-)  # fmt: skip
-WRONG = {
-    "missing": lambda h, t: h.pop(t),
-    "empty": lambda h, t: put_raw(h, t, h[t].VR, b""),
-    "text": lambda h, t: put_raw(h, t, "LO", b"some words"),
-    "wrong count": lambda h, t: put_raw(h, t, "DS", b"1\\2\\3\\4"),
-    "NaN": lambda h, t: put_raw(h, t, "DS", b"nan"),
-    "as SQ": lambda h, t: h.add_new(t, "SQ", [pydicom.Dataset()]),
-}
-
-
-def list_holders(header: pydicom.Dataset, tag: str) -> list[pydicom.Dataset]:
-    """The datasets, at any depth, that hold a tag."""
-    below = [item for e in header if e.VR == "SQ" for item in e.value]
-    return [header] * (tag in header) + [found for b in below for found in list_holders(b, tag)]
-
-
 @pytest.mark.filterwarnings("ignore")
-def test_sweep_of_tags_gives_the_right_label_map_or_one_input_error(tmp_path):
-    scan, label = (array[24:36, 16:32, 16:20] for array in ras_arrays(0))
-    slices = write_phantom_series(tmp_path / "ct", scan)
-    image, path = read_series(tmp_path / "ct"), tmp_path / "seg.dcm"
-    sound = write_phantom_seg(path, slices, label).read_bytes()
-    counts = {"right": 0, "refused": 0}
-    for tag in TAGS:
-        for name, spoil in WRONG.items():
-            for which in (slice(None), slice(0, 1)):
-                header = pydicom.dcmread(io.BytesIO(sound))
-                for holder in list_holders(header, tag)[which]:
-                    spoil(holder, tag)
-                try:
-                    header.save_as(path)
-                except Exception:  # pydicom cannot write it
-                    continue
-                try:
-                    found = read_seg(path, image, USUAL_LABELS)
-                except InputError as error:
-                    assert str(path) in str(error), (tag, name)
-                    counts["refused"] += 1
-                else:
-                    known = tag in ("SegmentLabel", "SegmentDescription")
-                    same = np.array_equal(found.ras.data > 0, label > 0) and (
-                        known or np.array_equal(found.ras.data, label)
-                    )
-                    assert same, (tag, name, which, found.classes)
-                    counts["right"] += 1
-                find_dicom([path])
-    print(f"\nsweep of a SEG: {sum(counts.values())} tried, {counts}")
-    assert sum(counts.values()) > 250
+def test_a_tag_of_nonsense_gives_the_right_label_map_or_one_input_error(tmp_path):
+    counts = sweep_seg(tmp_path, number=40)
+    assert counts["right"] > 5 and counts["refused"] > 5, counts
 
 
 def test_real_series_with_a_stray_picture(tmp_path):

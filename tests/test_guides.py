@@ -1,7 +1,7 @@
 """The guides in docs/ are followed to the letter: recipes, another organ, MR, own labels, DICOM.
 
 Each command is read from its page, and made small by options that are added to it. It runs in
-this process, through the same `command_line` as the script, because starting Python twenty times
+this process, through the same functions as the script, because starting Python twenty times
 would take longer than the work.
 """
 
@@ -26,7 +26,7 @@ from test_prepare_dicom import write_seg, write_series
 import apply_model
 import train
 from data.files import InputError
-from data.settings import command_line
+from data.settings import read_settings, run_script
 from utilities import grey_window, like, load_checkpoint, read_volume, to_ras, voxels
 
 SUBVOLUMES = "--input-size 32 32 --spacing 8 8"
@@ -49,7 +49,7 @@ def follow(line: str, small: str = "") -> None:
             module.main(tyro.cli(module.Config))
         else:
             recipes = getattr(module, "RECIPES", None)
-            command_line(module.main, module.Config, module.__doc__, recipes)
+            run_script(module.main, read_settings(module.Config, module.__doc__, recipes))
     except SystemExit as stop:
         pytest.fail(f"{' '.join(sys.argv)}: {stop}")
     finally:

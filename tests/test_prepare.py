@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import ROOT, run_script
-from helpers import ras_arrays, run, same_tree, save, write_patients
+from helpers import call_script, ras_arrays, run, same_tree, save, write_patients
 from monai.data import load_decathlon_datalist
 
 import prepare
@@ -261,7 +261,7 @@ def test_one_folder_per_patient_with_other_formats(tmp_path):
 
 def test_an_empty_folder_names_what_is_expected(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
-        result = run_script("prepare.py", folder, "--destination", tmp_path / "prepared")
+        result = call_script("prepare.py", folder, "--destination", tmp_path / "prepared")
         assert result.returncode == 1
         assert "Traceback" not in result.stderr
         assert str(folder) in result.stderr
@@ -275,7 +275,7 @@ def test_an_empty_folder_names_what_is_expected(tmp_path):
 
 def test_processes_and_killing_do_not_change_a_byte(tmp_path):
     raw = write_patients(tmp_path / "raw", affines=(None,) * 6)
-    run(raw, destination=tmp_path / "whole")
+    run(raw, destination=tmp_path / "whole", pictures=True)
     killed = tmp_path / "killed"
     command = [sys.executable, "prepare.py", raw, "--destination", killed, "--workers", "2"]
     stopped = 0
@@ -334,7 +334,7 @@ def test_a_full_disk_stops_with_a_message_and_keeps_finished_cases(raw, monkeypa
 
 def test_a_destination_that_cannot_be_written_is_named(raw, tmp_path):
     (tmp_path / "file").write_text("")
-    result = run_script("prepare.py", raw, "--destination", tmp_path / "file", "--workers", 1)
+    result = call_script("prepare.py", raw, "--destination", tmp_path / "file", "--workers", 1)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert str(tmp_path / "file") in result.stderr

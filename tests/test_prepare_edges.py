@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import ROOT
-from helpers import ras_arrays, run, save, write_patients
+from helpers import call_script, ras_arrays, run, save, write_patients
 
 import prepare
 from data import check, copies, destination
@@ -193,9 +193,9 @@ def test_a_full_disk_is_no_verdict_on_a_scan(what, raw, monkeypatch):
     if what == "picture":
         monkeypatch.setattr(prepare, "draw_overlay", full)
     else:
-        monkeypatch.setattr(prepare.utilities, "atomic_write", full)
+        monkeypatch.setattr(prepare, "atomic_write", full)
     with pytest.raises(InputError, match="No space left on device"):
-        run(raw)
+        run(raw, pictures=True)
     assert not list((raw.parent / "prepared").rglob("case_*.json"))
     monkeypatch.undo()
     assert len(run(raw)["cases"]) == 3
@@ -360,7 +360,7 @@ def test_leaving_out_is_told_and_never_everything(raw, capsys):
     with pytest.raises(InputError, match="names all 3 cases"):
         run(raw, leave_out=("case_0", "case_1", "case_2"))
     two = {"training": 0.5, "validation": 0.5, "test": 0.0}
-    run(raw, leave_out=("case_1", "case_7"), **two)
+    run(raw, leave_out=("case_1", "case_7"), pictures=True, **two)
     told = capsys.readouterr().out
     assert "--leave-out case_7: there is no such case" in told
     assert "next: python preprocess.py --data" in told and "look at" in told
@@ -451,6 +451,7 @@ def test_the_check_works_alone(raw, tmp_path, capsys):
 
 
 def test_the_check_has_a_help_of_its_own():
-    command = [sys.executable, "-m", "data.check", "--help"]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    done = call_script("-m", "data.check", "--help")
+    told = done.stdout
+    assert done.returncode == 0
     assert "--trust-image-grid" in told and "python -m data.check" in told

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import vedo
 from conftest import ROOT, random_affine, run_script
+from helpers import call_script
 from matplotlib.colors import to_rgb
 from nibabel.affines import apply_affine
 from PIL import Image
@@ -645,7 +646,7 @@ def test_a_label_map_of_another_scan_is_refused(results, tmp_path):
     ],
 )
 def test_faults_end_in_one_line(options, words, results):
-    done = run_script("visualize_3d.py", results, *options)
+    done = call_script("visualize_3d.py", results, *options)
     assert done.returncode != 0
     assert words in done.stderr
     assert "Traceback" not in done.stderr
@@ -658,7 +659,7 @@ def test_compare_needs_a_reference(results, tmp_path):
 
 
 def test_nothing_to_draw_is_an_error_before_anything_is_read(tmp_path):
-    done = run_script("visualize_3d.py", "--screenshot", tmp_path / "x.png")
+    done = call_script("visualize_3d.py", "--screenshot", tmp_path / "x.png")
     assert done.returncode == 1
     assert "nothing to draw: give results/<case>" in done.stderr
 
