@@ -79,12 +79,10 @@ from data.check import (
     Overlay,
     Terms,
     compare_cases,
-    describe_label,
     draw_overlay,
     inspect_case,
     read_data_set,
     read_terms_label,
-    restore_label,
 )
 from data.descriptions import SPLITS
 from data.destination import (
