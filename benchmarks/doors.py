@@ -22,7 +22,7 @@ from machine import ROOT
 
 sys.path += [str(ROOT / "data"), str(ROOT / "tests")]
 
-import sweeps  # noqa: E402
+import sweeps
 
 
 def list_sweeps() -> dict[str, Callable[[Path], Counter]]:

@@ -30,6 +30,7 @@ from monai.data import CacheDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from data.descriptions import read_prepared
 from data.files import write_json
 from data.labels import IMAGE, LABEL, as_labels, resolve_classes
 from data.settings import pick
@@ -40,7 +41,6 @@ from preprocess import (
     Subvolumes,
     augmentation,
     deterministic_chain,
-    read_prepared,
     subvolume_items,
 )
 from utilities import Run, autocast, build_network, pick_device, pick_precision, train_one_epoch
