@@ -176,7 +176,7 @@ def there_and_back(slab: Volume, size: int) -> tuple[np.ndarray, np.ndarray]:
     steps = [*preprocess.in_plane_chain(chain, "cpu"), *preprocess.slice_chain(chain)]
     hard = Compose(steps)({key: raw for key in (IMAGE, LABEL)})[LABEL]
     soft_back, hard_back = (
-        apply_model.classes_on_grid(2 * mask.float() - 1, to_network, slab.shape) > 0
+        preprocess.classes_on_grid(2 * mask.float() - 1, to_network, slab.shape) > 0
         for mask in (soft, hard)
     )
     return hard_back, soft_back

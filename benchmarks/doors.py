@@ -18,10 +18,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tests")]
+from machine import ROOT
 
-import sweeps  # noqa: E402
+sys.path += [str(ROOT / "data"), str(ROOT / "tests")]
+
+import sweeps
 
 
 def list_sweeps() -> dict[str, Callable[[Path], Counter]]:
