@@ -22,7 +22,10 @@ import train
 from data.cases import read_volume
 from data.evaluate import evaluate
 from data.files import InputError
-from utilities import load_checkpoint, read_volume
+from data.pictures import choose_hu_window
+from data.settings import read_settings, run_script
+from data.volumes import Volume
+from utilities import load_checkpoint
 
 SUBVOLUMES = "--input-size 16 16 --spacing 16 16"
 PATCHES = "--input-size 32 32 16 --spacing 8 8 5 --patches-per-case 1"
@@ -185,7 +188,7 @@ def test_a_recipe_of_ones_own(tmp_path, monkeypatch, few):
     monkeypatch.chdir(tmp_path)
     small = f"{name} --data {few} {SUBVOLUMES} {NETWORK} --max-epochs 1"
     monkeypatch.setattr(sys, "argv", ["train.py", *small.split()])
-    command_line(train.main, train.Config, train.__doc__, train.RECIPES)
+    run_script(train.main, read_settings(train.Config, train.__doc__, train.RECIPES))
     assert set(labels_of("checkpoints/spleen/best.pt")) == {"background", "spleen"}
 
 
