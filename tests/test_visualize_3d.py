@@ -802,7 +802,9 @@ def test_movie_shows_reference_and_prediction_slice_by_slice(
 ):
     if suffix == ".mp4" and not shutil.which("ffmpeg"):
         pytest.skip("ffmpeg is not installed")
-    middle = sum(exports.find_range([nib.load(results / "case_label.nii.gz").dataobj], 99, 0)) // 2
+    label = nib.load(results / "case_label.nii.gz")
+    upright = np.asarray(nib.as_closest_canonical(label).dataobj)
+    middle = sum(exports.find_range([upright], upright.shape[2], 0)) // 2
     monkeypatch.setattr(exports, "find_range", lambda *_: (middle - 2, middle + 3))
     path = tmp_path / f"slices{suffix}"
     v.main(config(results, movie=path))
