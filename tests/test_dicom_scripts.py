@@ -1,6 +1,7 @@
 """DICOM through the scripts: prepared, segmented, compared and shown as NIfTI is; no names leak."""
 
 import json
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -82,6 +83,7 @@ def test_prepare_reads_the_written_seg_as_it_reads_the_nifti(tmp_path, classes):
         assert of_seg["labels"][name] == value[0]
     (raw / "ct_label.dcm").unlink()
     label.write(raw / "ct_label.nii.gz")
+    use["values"] = tuple(f"{name}={value[0]}" for name, value in classes.items())
     of_nifti = run(raw, destination=tmp_path / "nifti", test=0, **use)
     assert of_seg["subvolumes"] and len(of_seg["subvolumes"]) == len(of_nifti["subvolumes"])
     for one, other in zip(of_seg["subvolumes"], of_nifti["subvolumes"], strict=True):
@@ -157,13 +159,15 @@ def test_a_corrected_label_map_is_found_beside_its_series(tmp_path):
         assert case["covered_foreground_voxels"] == np.count_nonzero(label)
 
 
-def test_two_segs_of_one_series_are_not_chosen_from(tmp_path):
+def test_two_segs_of_one_series_are_not_chosen_from(tmp_path, capsys):
     scan, label = part_arrays(0, 20)
     slices = write_phantom_series(tmp_path / "raw" / "ct", scan)
     for name in ("mine", "yours"):
         write_phantom_seg(tmp_path / "raw" / f"{name}.dcm", slices, label)
-    with pytest.raises(InputError, match=r"mine\.dcm and .*yours\.dcm: DICOM SEGs of one series"):
+    with pytest.raises(InputError, match="1 of 1 cases have errors"):
         run(tmp_path / "raw")
+    told = capsys.readouterr().out
+    assert re.search(r"2 label maps for one scan: \S*mine\.dcm and \S*yours\.dcm; keep one", told)
 
 
 def test_the_3d_view_compares_with_a_dicom_seg(tmp_path):
