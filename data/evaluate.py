@@ -319,7 +319,9 @@ def find_pairs(config: Config) -> list[tuple[str, Path, Path]]:
     """(case, prediction, truth) of two files, or of two folders by names."""
     if not config.predictions.is_dir() and not config.truths.is_dir():
         return [(name_case(config.predictions), config.predictions, config.truths)]
-    predictions, truths = find_scans(config.predictions), find_scans(config.truths)
+    # of a folder of results the label maps alone, else every volume
+    results = sorted(config.predictions.glob("*/*_label.nii.gz"))
+    predictions, truths = results or find_scans(config.predictions), find_scans(config.truths)
     pairs = pair_by_name(predictions, truths)
     names = name_scans(predictions, config.predictions)
     for path, truth in zip(predictions, pairs, strict=True):

@@ -310,6 +310,20 @@ def test_folders_are_evaluated_by_name(folders, capsys):
     assert f"look at {out / 'summary.png'}" in told
 
 
+def test_of_a_folder_of_results_the_label_maps_are_taken(folders, tmp_path):
+    plain = run_evaluation(*folders)
+    for path in folders[0].iterdir():
+        case = path.name.removesuffix(".nii.gz")
+        (tmp_path / "results" / case).mkdir(parents=True)
+        for kind in ("label", "masked"):
+            copy = tmp_path / "results" / case / f"{case}_{kind}.nii.gz"
+            copy.write_bytes(path.read_bytes())
+    rows = run_evaluation(tmp_path / "results", folders[1], destination=tmp_path / "out2")
+    assert [row["liver_dice"] for row in rows.values()] == [
+        row["liver_dice"] for row in plain.values()
+    ]
+
+
 def test_two_files_are_a_pair_whatever_their_names(folders):
     pair = [folder / f"liver_{n}.nii.gz" for n, folder in enumerate(folders)]
     assert list(run_evaluation(*pair, destination=folders[0].parent / "out")) == ["liver_0"]
