@@ -476,6 +476,50 @@ def attack_kills(work: Path, config: Config) -> Iterator[Attempt]:
                 left.unlink()
 
 
+def attack_trainings(work: Path, config: Config) -> Iterator[Attempt]:
+    """SIGKILL anywhere in a training, and --resume: the unbroken run's bits at last."""
+    import prepare
+    import train
+    from data import make_phantoms
+
+    make_phantoms.main(make_phantoms.Config(work / "raw", cases=4, size=48, slices=(20, 24)))
+    prepare.main(prepare.Config(work / "raw", work / "data", workers=1))
+
+    def train_for(run: Path, seconds: float) -> bool:
+        """Begin, or go on, and die after some seconds; whether it came to the end."""
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                small = {"input_size": (16, 16), "spacing": (16.0, 16.0), "base_channels": 4}
+                small |= {"data": work / "data", "run_folder": run, "max_epochs": 3}
+                resumed = {"resume": run} if (run / "last.pt").exists() else small
+                train.main(train.Config(**resumed, device="cpu"))
+                os._exit(0)
+            os._exit(1)
+        end = time.perf_counter() + seconds
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            if time.perf_counter() > end:
+                os.kill(child, signal.SIGKILL)
+                return os.waitpid(child, 0)[1] == 0
+            time.sleep(0.01)
+        return ended[1] == 0
+
+    def read_weights(run: Path) -> dict[str, bytes]:
+        state = utilities.load_checkpoint(run / "last.pt")["network_state"]
+        return {key: value.numpy().tobytes() for key, value in state.items()}
+
+    rng, start = random.Random(config.seed), time.perf_counter()
+    train_for(work / "unbroken", 3600)
+    duration, expected = time.perf_counter() - start, read_weights(work / "unbroken")
+    for number in range(5 if config.quick else 20):
+        run, kills = work / f"broken_{number}", 0
+        while not train_for(run, rng.random() * duration if kills < 20 else 3600):
+            kills += 1
+        same = read_weights(run) == expected
+        told = f"number {number}, {kills} kills"
+        yield Attempt("kill: training", SOUND if same else "wrong voxels", told)
+
+
 def is_loaded(path: Path) -> bool:
     with contextlib.suppress(InputError):
         return bool(utilities.load_checkpoint(path))
@@ -574,6 +618,7 @@ ATTACKS: dict[str, Callable[[Path, Config], Iterator[Attempt]]] = {
     "bytes": attack_bytes,
     "full-disk": attack_full_disk,
     "kills": attack_kills,
+    "trainings": attack_trainings,
     "pairs": attack_pairs,
     "identifiers": attack_identifiers,
     "sockets": attack_sockets,

@@ -88,8 +88,8 @@ def choose_small(small: str, words: list[str]) -> str:
         return ""
     if {"--turntable", "--html", "--mesh"} & set(words):  # they open no window
         return ""
-    if "--input-size" in words:  # a larger picture: one epoch is enough to see it run
-        return small.replace("--max-epochs 3", "--max-epochs 1 --batch-size 8")
+    if "laptop" in words:  # one epoch is enough to see it run
+        return small.replace("--max-epochs 3", "--max-epochs 1")
     return small
 
 
