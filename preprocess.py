@@ -68,11 +68,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.cases import hash_files
 from data.files import InputError, atomic_write
-from data.labels import IMAGE, LABEL, Labels
+from data.labels import IGNORED, IMAGE, LABEL, Labels
 from data.pictures import as_array, class_colour, save_figure, show_patient
 from data.settings import human_bytes, show_progress
 from data.volumes import Volume, list_slabs, read_file
-from utilities import rank_and_size
+from utilities import hide_ignored, rank_and_size
 
 SLAB = 32  # slices that are resampled at a time, so that memory does not grow with the scan
 SLICE_MM = "slice_mm"  # meta data: distance of slices
@@ -94,6 +94,7 @@ class Chain:
     hu_window: tuple[float, float] | None  # HU that become 0 and 1; None: `divide_by_maximum`
     input_size: tuple[int, ...]  # voxels of the network's input along x and y (and z, of patches)
     labels: Labels  # class name → raw label values, background first; the order is the class index
+    ignore: tuple[int, ...] = ()  # raw values of voxels that nobody judged, as the data have them
 
 
 @dataclass(frozen=True)
@@ -184,18 +185,19 @@ class SliceSpacingd(EachKeyd):
 class ValuesToClassesd(EachKeyd):
     """Raw label values → class indices 0, 1, 2, … in the order of `labels` (name → raw values).
 
-    A value that no class names becomes background: an organ that is not asked for.
+    A value that no class names becomes background: an organ that is not asked for. What nobody
+    judged becomes IGNORED, which no loss and no metric counts.
     """
 
-    def __init__(self, keys: Sequence[str], labels: Mapping[str, Sequence[int]], **kwargs: Any):
+    def __init__(self, keys: Sequence[str], chain: Chain, **kwargs: Any):
         super().__init__(keys, **kwargs)
-        self.labels = labels
+        self.index = {value: i for i, vs in enumerate(chain.labels.values()) for value in vs}
+        self.index |= dict.fromkeys(chain.ignore, IGNORED)
 
     def one(self, key: Hashable, raw: torch.Tensor) -> torch.Tensor:
         classes = torch.zeros_like(raw)
-        for index, values in enumerate(self.labels.values()):
-            for value in values:
-                classes[raw == value] = index
+        for value, index in self.index.items():
+            classes[raw == value] = index
         return classes
 
 
@@ -245,7 +247,7 @@ def in_plane_chain(chain: Chain, device: torch.device | str) -> list[Any]:
         ),
         intensity,
         *resize,
-        ValuesToClassesd([LABEL], labels=chain.labels, **both),
+        ValuesToClassesd([LABEL], chain, **both),
     ]
 
 
@@ -516,7 +518,7 @@ class Tiles(Dataset):
         """Of some cases the tile around their last class, the tumour where there is one."""
         found = []
         for place in spread(len(self.cached), count):
-            label = self.cached[place][LABEL][0]
+            label = hide_ignored(self.cached[place][LABEL][0])
             middle = torch.nonzero(label == max(int(label.max()), 1)).float().mean(dim=0)
             middle = middle.nan_to_num().int().tolist()
             corner = [

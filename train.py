@@ -196,7 +196,7 @@ from monai import losses
 
 from data.descriptions import read_prepared
 from data.files import InputError, lock_folder, write_json
-from data.labels import IMAGE, LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
+from data.labels import IGNORED, IMAGE, LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
 from data.settings import check_settings, pick
 from preprocess import (
     Augment,
@@ -212,6 +212,7 @@ from utilities import (
     Run,
     build_network,
     find_checkpoint,
+    hide_ignored,
     load_checkpoint,
     on_device,
     pick_device,
@@ -228,6 +229,23 @@ class CrossEntropy(torch.nn.CrossEntropyLoss):
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         return super().forward(logits, label[:, 0].long())
+
+
+class JudgedLoss(torch.nn.Module):
+    """A loss of the voxels that somebody judged (label not IGNORED).
+
+    The others are taken for background of which the network is sure: they add neither loss nor
+    gradient, whatever the loss.
+    """
+
+    def __init__(self, loss: torch.nn.Module):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        sure = torch.zeros(1, logits.shape[1], 1, 1, 1, device=logits.device)
+        sure[:, 0] = 50.0
+        return self.loss(torch.where(label == IGNORED, sure, logits), hide_ignored(label))
 
 
 # Dice is of the foreground alone. batch=True pools the voxels of a batch: a sub-volume with a
@@ -281,11 +299,6 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
         raise InputError(
             "the network's input must be a multiple of 8 along each axis (three poolings), got "
             f"{window} voxels; change --input-size, or prepare.py's --subvolume-depth"
-        )
-    if prepared.get("ignore"):
-        raise InputError(
-            f"{config.data}: labels are to be ignored where they are {prepared['ignore']}, which "
-            "training cannot do; prepare the data again without values to ignore"
         )
     if config.optimizer == "sgd" and config.amsgrad:
         raise InputError("--amsgrad is of adam and adamw, got --optimizer sgd; leave it out")
@@ -437,7 +450,7 @@ def main(config: Config) -> None:
     check(config, prepared)
     config = choose_hu_window(config, prepared["settings"].get("modality", "CT"))
     labels = resolve_classes(config.labels, as_labels(prepared["labels"]))
-    chain = pick(Chain, config, labels=labels)
+    chain = pick(Chain, config, labels=labels, ignore=tuple(prepared.get("ignore", ())))
     if config.show:
         # training leaves some sub-volumes alone; a picture should not
         augment = pick(Augment, config, classes=len(labels), augment_probability=1.0)
@@ -535,6 +548,7 @@ def fit(
     train_loader, val_loader = load_data(config, prepared, chain, device)
     run = build_run(config, prepared, chain, device, saved)
     loss_function = LOSSES[config.loss](class_weights(prepared, chain.labels)).to(device)
+    loss_function = JudgedLoss(loss_function) if chain.ignore else loss_function
     if rank == 0:
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
         used = str(run.precision).removeprefix("torch.")
