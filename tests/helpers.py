@@ -122,12 +122,11 @@ def call_script(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess([name, *rest], code, out.getvalue(), err.getvalue())
 
 
-def same_tree(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same files, byte for byte."""
-    files = [sorted(p.relative_to(r) for p in r.rglob("*") if p.is_file()) for r in (one, other)]
-    return files[0] == files[1] and all(
-        filecmp.cmp(one / file, other / file, shallow=False) for file in files[0]
-    )
+def list_differences(one: Path, other: Path) -> list[str]:
+    """Files that two folders do not share, byte for byte."""
+    files = [{str(p.relative_to(r)) for p in r.rglob("*") if p.is_file()} for r in (one, other)]
+    changed = (f for f in files[0] & files[1] if not filecmp.cmp(one / f, other / f, shallow=False))
+    return sorted({*(files[0] ^ files[1]), *changed})
 
 
 # ---------------------------------------------------------------------------------------
