@@ -18,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 import apply_model
+import data.summary
 import train
 import utilities
 
@@ -27,6 +28,7 @@ HANGS = 300  # seconds after which a process counts as hanging
 def run_child(target: Callable[..., None], *given: object) -> int:
     """Run a function of this module in a process of its own; its exit code."""
     context = multiprocessing.get_context("forkserver")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server finds it nowhere else
     context.set_forkserver_preload(["children"])
     child = context.Process(target=target, args=given)
     child.start()
@@ -43,6 +45,13 @@ def write_blank(figure: Figure, path: Path | str, **how: object) -> None:
     Image.fromarray(noise).save(path, format=how.get("format"))
 
 
+def draw_nothing(set_attribute: Callable[[object, str, object], None] = setattr) -> None:
+    """Blank pictures from now on, for whoever looks at none."""
+    set_attribute(Figure, "savefig", write_blank)
+    set_attribute(apply_model, "draw_planes", lambda *_: Figure())
+    set_attribute(data.summary, "draw_summary", lambda *_: Figure())
+
+
 def die(path: Path | None = None) -> None:
     """SIGKILL; a file that was being written is half there."""
     if path is not None:
@@ -54,7 +63,7 @@ def begin(dies: tuple[str, int] | None) -> None:
     """One thread, no output, and death at the n-th "write" of a file or "step" of training."""
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
-    Figure.savefig = write_blank
+    draw_nothing()
     kind, moment = dies or ("never", 0)
     writes, steps = itertools.count(1), itertools.count(1)
     replace, step = Path.replace, utilities.train_step

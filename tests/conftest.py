@@ -14,8 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from children import write_blank
-from matplotlib.figure import Figure
+from children import draw_nothing
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -150,7 +149,7 @@ def few(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that look at no picture: drawing one takes longer than all else that they do."""
-    monkeypatch.setattr(Figure, "savefig", write_blank)
+    draw_nothing(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")
@@ -164,6 +163,6 @@ def checkpoint(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         learning_rate=5e-3, max_epochs=3, val_interval=3, device="cpu", precision="fp32",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", write_blank)
+        draw_nothing(patch.setattr)
         train.main(config)
     return run / "best.pt"

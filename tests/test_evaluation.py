@@ -28,6 +28,7 @@ from data.summary import describe_values, print_summary, summarise, write_table
 from data.volumes import find_bounding_box
 
 NAMES = ["liver", "tumour"]
+BLANK = pytest.mark.usefixtures("blank_pictures")
 SPACING = (0.8, 1.5, 2.5)
 AFFINE = np.diag([*SPACING, 1.0])
 
@@ -310,6 +311,7 @@ def test_folders_are_evaluated_by_name(folders, capsys):
     assert f"look at {out / 'summary.png'}" in told
 
 
+<<<<<<< HEAD
 def test_of_a_folder_of_results_the_label_maps_are_taken(folders, tmp_path):
     plain = run_evaluation(*folders)
     for path in folders[0].iterdir():
@@ -324,11 +326,15 @@ def test_of_a_folder_of_results_the_label_maps_are_taken(folders, tmp_path):
     ]
 
 
+=======
+@BLANK
+>>>>>>> a2
 def test_two_files_are_a_pair_whatever_their_names(folders):
     pair = [folder / f"liver_{n}.nii.gz" for n, folder in enumerate(folders)]
     assert list(run_evaluation(*pair, destination=folders[0].parent / "out")) == ["liver_0"]
 
 
+@BLANK
 def test_predictions_may_be_stored_and_named_otherwise(folders, tmp_path):
     """Other axes, half a hundredth of a mm off, floats, nnU-Net's channel and suffixes."""
     expected = run_evaluation(*folders)
@@ -357,6 +363,7 @@ def test_predictions_may_be_stored_and_named_otherwise(folders, tmp_path):
     ],
 )
 @pytest.mark.parametrize("which", [0, 1], ids=["prediction", "truth"])
+@BLANK
 def test_a_case_that_fails_is_named_and_the_others_go_on(folders, spoil, told, which):
     spoil(folders[which] / "liver_1.nii.gz")
     with pytest.raises(InputError, match=rf"1 of 3 cases failed:\n.*liver_1\.nii\.gz.*({told})"):
@@ -365,6 +372,7 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(folders, spoil, told, w
     assert [row["case"] for row in rows] == ["liver_0", "liver_2"]
 
 
+@BLANK
 def test_classes_may_overlap_and_be_numbered_otherwise(folders, tmp_path):
     """A liver with its tumours, and the tumours: as LiTS counts; predictions of another program."""
     whole = run_evaluation(*folders, labels=("liver=1,2",))["liver_0"]
@@ -382,6 +390,7 @@ def test_classes_may_overlap_and_be_numbered_otherwise(folders, tmp_path):
     assert run_evaluation(*folders)["liver_0"]["liver_dice"] == whole["liver_dice"]
 
 
+@BLANK
 def test_values_beside_the_classes_must_be_declared(folders, tmp_path):
     truths = write_maps(tmp_path / "more", {f"liver_{n}": blobs(n) for n in range(3)}, (0, 1, 9))
     with pytest.raises(InputError, match=r"holds \[9\]"):
@@ -393,6 +402,7 @@ def test_values_beside_the_classes_must_be_declared(folders, tmp_path):
 @pytest.mark.parametrize(
     "words", [("liver=0",), ("liver=spleen",), ("liver=1,x",), ("=1",), ("7",)]
 )
+@BLANK
 def test_classes_that_cannot_be_are_refused(folders, words):
     with pytest.raises(InputError, match="--labels"):
         run_evaluation(*folders, labels=words)
@@ -410,6 +420,7 @@ def test_what_nobody_judged_counts_nowhere():
     assert row["accuracy"] == pytest.approx(right)
 
 
+@BLANK
 def test_no_equal_name_is_an_error(folders):
     for path in folders[0].iterdir():
         path.rename(path.with_name(f"x{path.name}"))
@@ -417,6 +428,7 @@ def test_no_equal_name_is_an_error(folders):
         run_evaluation(*folders)
 
 
+@BLANK
 def test_the_evaluation_works_alone(folders, capsys):
     assert run_here("-m", "data.evaluate", "--help") == 0
     assert "PREDICTIONS" in capsys.readouterr().out.upper()

@@ -60,7 +60,7 @@ def test_counts_of_a_step_leave_the_ignored_out(monkeypatch, batch):
     """A network that finds everything everywhere is wrong only where somebody judged."""
     import utilities
 
-    logits, label, unknown = batch
+    _, label, unknown = batch
     certain = torch.stack([torch.zeros(2, 8, 8, 8), torch.ones(2, 8, 8, 8)], dim=1)
     found = predicted_classes(certain).masked_fill(unknown[:, 0], 0)
     hidden = label.masked_fill(unknown, IGNORED)[:, 0]

@@ -65,7 +65,7 @@ def test_one_flipped_bit_is_refused_by_name(run, tmp_path):
     rng = np.random.default_rng(0)
     weights = load_checkpoint(run / "best.pt")["network_state"]
     refused = 0
-    for place in rng.integers(0, len(whole), 40):
+    for place in rng.integers(0, len(whole), 24):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
@@ -76,7 +76,7 @@ def test_one_flipped_bit_is_refused_by_name(run, tmp_path):
             refused += 1
         else:  # the bit lay in the padding between tensors
             assert all(torch.equal(loaded[name], weights[name]) for name in weights)
-    assert refused > 20
+    assert refused > 12
 
 
 @pytest.mark.parametrize(
