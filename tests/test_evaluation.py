@@ -311,7 +311,7 @@ def test_folders_are_evaluated_by_name(folders, capsys):
     assert f"look at {out / 'summary.png'}" in told
 
 
-<<<<<<< HEAD
+@BLANK
 def test_of_a_folder_of_results_the_label_maps_are_taken(folders, tmp_path):
     plain = run_evaluation(*folders)
     for path in folders[0].iterdir():
@@ -326,9 +326,7 @@ def test_of_a_folder_of_results_the_label_maps_are_taken(folders, tmp_path):
     ]
 
 
-=======
 @BLANK
->>>>>>> a2
 def test_two_files_are_a_pair_whatever_their_names(folders):
     pair = [folder / f"liver_{n}.nii.gz" for n, folder in enumerate(folders)]
     assert list(run_evaluation(*pair, destination=folders[0].parent / "out")) == ["liver_0"]
