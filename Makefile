@@ -1,10 +1,11 @@
 # make demo   install, make phantoms, train a small network, segment unseen ones, draw one in 3D
 # make test   install and run all tests
+# make reliability   attack everything: bad files, kills, full disks, two at once (hours); --quick: minutes
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := data/demo
 
-.PHONY: demo test lint pictures system-packages
+.PHONY: demo test lint pictures reliability system-packages
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -40,3 +41,7 @@ system-packages:
 # The README's pictures, from what the demo left.
 pictures:
 	$(BIN)/python benchmarks/pictures.py
+
+# What is promised, attacked in every way that we know; one table, benchmarks/results/reliability.json.
+reliability: .venv/installed
+	$(BIN)/python benchmarks/reliability.py

@@ -13,59 +13,13 @@ torchrun each process takes its share.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import math
-import os
-import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import cc3d
-import nibabel as nib
-import numpy as np
-import torch
 import tyro
-from monai.inferers import sliding_window_inference
-from tqdm import tqdm
 
-from data.cases import find_scans, hash_files, hash_inputs, read_label_map, read_scan
-from data.descriptions import Description
-from data.dicom import write_seg
-from data.evaluate import describe_truths, evaluate, measure, pair_truths
-from data.files import InputError, lock_folder
-from data.judges import judge_hu
-from data.labels import (
-    IMAGE,
-    LABEL,
-    PRED,
-    USUAL_LABELS,
-    Labels,
-    as_labels,
-    group_tumours,
-    mark_undrawn,
-    translate_classes,
-)
-from data.masks import Masks, describe_label, resolve_label, restore_label
-from data.names import make_safe, name_case, name_scans
-from data.pictures import draw_planes, save_figure
-from data.settings import check_settings, command_line, show_progress
-from data.summary import do_each, is_finished, refuse_failures, report_all, write_record
-from data.volumes import AIR_HU, Volume, find_bounding_box, list_slabs, write_slabs
-from preprocess import SLAB, Chain, network_slices, preprocess_volume, read_prepared, to_source_grid
-from utilities import (
-    autocast,
-    build_network,
-    find_checkpoint,
-    load_checkpoint,
-    on_device,
-    pick_device,
-    pick_precision,
-)
+from data.settings import read_settings, run_script
 
 
 @dataclass
@@ -100,9 +54,62 @@ class Config(Options):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: what is fast here
 
 
+if __name__ == "__main__":  # help and mistakes are told before anything heavy is loaded
+    CONFIG = read_settings(Config, __doc__)
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from tqdm import tqdm
+
+from data.anatomy import clean, find_doubts
+from data.cases import find_scans, hash_files, hash_inputs, read_label_map, read_scan
+from data.descriptions import Description, read_prepared
+from data.dicom import write_seg
+from data.evaluate import describe_truths, evaluate, measure, pair_truths
+from data.files import InputError, lock_folder
+from data.judges import judge_hu
+from data.labels import (
+    IMAGE,
+    LABEL,
+    PRED,
+    USUAL_LABELS,
+    Labels,
+    as_labels,
+    mark_undrawn,
+    translate_classes,
+)  # fmt: skip
+from data.masks import Masks, describe_label, resolve_label, restore_label
+from data.names import make_safe, name_case, name_scans
+from data.pictures import draw_planes, save_figure
+from data.settings import check_settings, show_progress
+from data.summary import do_each, is_finished, refuse_failures, report_all, write_record
+from data.volumes import AIR_HU, Volume, find_bounding_box, list_slabs, write_slabs
+from preprocess import SLAB, Chain, classes_on_grid, preprocess_volume, probability_on_grid
+from utilities import (
+    autocast,
+    build_network,
+    find_checkpoint,
+    load_checkpoint,
+    on_device,
+    pick_device,
+    pick_precision,
+)
+
 OUTSIDE = -20.0  # score of what the network is not asked about: surely background
-PLAUSIBLE_ML = {"liver": (500, 4000)}  # volumes of adults
-RIGHT_SIDED = ("liver",)  # organs on the patient's right
 CHANGING = (  # settings that change a result
     "background", "largest_component", "fill_holes", "tumour_inside", "mirror", "probability",
     "precision", "dicom_seg", "overlap",
@@ -125,6 +132,7 @@ class Model:
     precision: torch.dtype
     declared: Labels = field(default_factory=USUAL_LABELS.copy)  # all that a truth may hold
     modality: str = "CT"  # or MR, which has no HU
+    windows: int = 0  # seen by its networks since `segment` asked, mirrored ones too
 
     @property
     def labels(self) -> Labels:
@@ -238,9 +246,7 @@ def segment(
     tensor, to_network = preprocess_volume(scan, model.chain, model.device)
     trace.lap("preprocess")
     scores = predict(model, tensor, options.windows, options.mirror)
-    asked = find_bounding_box((scores[0] != OUTSIDE).numpy())
-    trace.windows = window_count([axis.stop - axis.start for axis in asked], **model.inference)
-    trace.windows *= (1 + options.mirror) * len(getattr(model.network, "networks", [0]))
+    trace.windows, model.windows = model.windows, 0
     trace.lap("network")
     classes = classes_on_grid(scores, to_network, scan.ras_shape)
     if options.probability:
@@ -313,6 +319,7 @@ def slide(model: Model, volume: torch.Tensor, windows: int, mirror: bool) -> tor
 
     def above_background(batch: torch.Tensor) -> torch.Tensor:
         logits = model.network(batch.to(memory_format=torch.channels_last_3d)).float()
+        model.windows += len(batch) * len(getattr(model.network, "networks", [0]))
         return logits[:, 1:] - logits[:, :1]
 
     def network(batch: torch.Tensor) -> torch.Tensor:
@@ -353,120 +360,6 @@ def slide(model: Model, volume: torch.Tensor, windows: int, mirror: bool) -> tor
                 model.device = torch.device("cpu")
                 model.precision = pick_precision("auto", model.device)
                 model.network.to(model.device)
-
-
-def classes_on_grid(
-    scores: torch.Tensor, source_to_network: np.ndarray, ras_shape: Sequence[int]
-) -> np.ndarray:
-    """Class indices (X, Y, Z) uint8 on the scan's RAS grid, of scores on the network's."""
-    classes = np.zeros(ras_shape, np.uint8, order="F")
-    for first, last in list_slabs(ras_shape[2], SLAB):
-        # where no score is above 0, no interpolated one is either
-        if not (network_slices(scores, source_to_network, first, last)[0] > 0).any():
-            continue
-        fine = to_source_grid(scores, source_to_network, ras_shape[:2], first, last)
-        best, index = fine.max(dim=0)
-        found = (index.to(torch.uint8) + 1) * (best > 0)
-        classes[..., first:last] = found.numpy()
-    return classes
-
-
-def probability_on_grid(
-    scores: torch.Tensor, source_to_network: np.ndarray, ras_shape: Sequence[int]
-) -> np.ndarray:
-    """Probability that a voxel is not background, as uint8 in steps of 1/255, RAS (X, Y, Z)."""
-    probability = np.empty(ras_shape, np.uint8, order="F")
-    for first, last in list_slabs(ras_shape[2], SLAB):
-        fine = to_source_grid(scores, source_to_network, ras_shape[:2], first, last)
-        # softmax: 1 − p(background) = sigmoid(log Σ exp(logit − background's logit))
-        some = torch.logsumexp(fine, dim=0).sigmoid()
-        probability[..., first:last] = (some * 255).round().to(torch.uint8).numpy()
-    return probability
-
-
-# ---------------------------------------------------------------------------------------
-# Post-processing and plausibility: class indices (X, Y, Z) in RAS order
-# ---------------------------------------------------------------------------------------
-
-
-def clean(
-    classes: np.ndarray,
-    names: Sequence[str],
-    *,
-    largest_component: bool = True,
-    fill_holes: bool = True,
-    tumour_inside: bool = True,
-) -> np.ndarray:
-    """Remove what anatomy excludes. An organ and the tumours in it are one body.
-
-    Args:
-        classes: class indices (X, Y, Z); `names` are those of the classes 1, 2, …
-        largest_component: of an organ's voxels only those in its largest body stay.
-        fill_holes: background that an organ encloses on all sides becomes organ.
-        tumour_inside: tumours that touch no kept organ are dropped; of those that do all stay.
-    """
-    result, box = classes.copy(order="K"), find_bounding_box(classes > 0)
-    part = result[box]  # a view
-    for organ, tumours in group_tumours(names).items():
-        in_organ, in_tumour = part == organ, np.isin(part, tumours) if tumours else None
-        body = in_organ if in_tumour is None else in_organ | in_tumour
-        if not body.any():
-            continue
-        if largest_component or tumours:
-            pieces = cc3d.connected_components(body, connectivity=26)
-            sizes = cc3d.statistics(pieces, no_slice_conversion=True)["voxel_counts"].astype(int)
-            sizes[0] = 0
-            if tumours:  # a piece without organ is no candidate
-                sizes[np.bincount(pieces[in_organ], minlength=len(sizes)) == 0] = 0
-            good = sizes > 0
-            if largest_component and good.any():
-                good = np.arange(len(sizes)) == sizes.argmax()
-            outside = ~good[pieces]
-            part[in_organ & outside] = 0
-            if tumours and tumour_inside:
-                part[in_tumour & outside] = 0
-        if fill_holes:
-            _fill(part, organ, [organ, *tumours])
-    return result
-
-
-def _fill(part: np.ndarray, organ: int, body: Sequence[int]) -> None:
-    """Give to `organ` the background that the classes of `body` enclose; in place."""
-    box = find_bounding_box(np.isin(part, body))
-    closed = np.pad(np.isin(part[box], body), 1)
-    spaces = cc3d.connected_components(~closed, connectivity=6)
-    holes = (~closed & (spaces != spaces[0, 0, 0]))[1:-1, 1:-1, 1:-1]
-    part[box][holes & (part[box] == 0)] = organ
-
-
-def doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str]:
-    """What is implausible about a segmentation: class indices and HU on one grid."""
-    found, indices, hu = [], classes.ras.data, scan.ras.data
-    for organ, tumours in group_tumours(names).items():
-        name, body = names[organ - 1], indices == organ
-        for tumour in tumours:
-            body |= indices == tumour
-        box = find_bounding_box(body)
-        if box[0].stop == 0:
-            found.append(f"no {name} found")
-            continue
-        low, high = PLAUSIBLE_ML.get(name, (0, math.inf))
-        if not low <= (ml := np.count_nonzero(body[box]) * scan.voxel_ml) <= high:
-            found.append(f"{name} of {ml:.0f} ml, expected {low} to {high}")
-        sides = (("left", "right"), ("back", "front"), ("lower", "upper"))
-        for part, size, (first, last) in zip(box, body.shape, sides, strict=True):
-            touched = [first] * (part.start == 0) + [last] * (part.stop == size)
-            found += [f"{name} reaches the {end} end of the scan: cut off?" for end in touched]
-        if name in RIGHT_SIDED:
-            patient = hu[:, ::4, box[2]][:, :, ::4] > -300
-            columns = np.arange(body.shape[0])
-            centre, own = (
-                float(columns @ count) / max(int(count.sum()), 1)
-                for count in (patient.sum(axis=(1, 2)), body.sum(axis=(1, 2)))
-            )
-            if own < centre:
-                found.append(f"{name} on the patient's left: are the scan's sides right?")
-    return found
 
 
 # ---------------------------------------------------------------------------------------
@@ -539,7 +432,7 @@ def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
     trace.lap("read")
     label = segment(model, scan, config, trace)
     row: dict[str, Any] = {"case": case.name, **measure(trace.classes, scan, model.names)}
-    told += doubts(trace.classes, scan, model.names)
+    told += find_doubts(trace.classes, scan, model.names)
     trace.lap("measure")
     if truth is not None:
         row |= evaluate(trace.classes, truth, model.names)
@@ -687,4 +580,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__)
+    run_script(main, CONFIG)

@@ -13,58 +13,14 @@ The next step is preprocess.py.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-import shlex
-import sys
-import warnings
-from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import nibabel as nib
-import numpy as np
-import torch
 import tyro
-from isal import isal_zlib
 
-from data.cases import Case, hash_inputs, read_scan
-from data.check import (
-    FOREGROUND,
-    Overlay,
-    Terms,
-    compare_cases,
-    draw_overlay,
-    inspect_case,
-    read_data_set,
-    read_terms_label,
-)
-from data.descriptions import SPLITS, read_patients, read_split
-from data.destination import (
-    DestinationError,
-    claim_destination,
-    read_record,
-    remove_leftovers,
-    remove_orphans,
-    whole_folder,
-    writing,
-)
-from data.files import InputError, atomic_write, lock_folder, write_json
-from data.findings import count_words, describe_fault, list_errors, print_table, write_table
-from data.judges import Finding, count_per_slice, undo_flips
-from data.labels import IMAGE, LABEL, as_plain, mark_undrawn
-from data.masks import describe_label, restore_label
-from data.processes import open_pool, run_cases
-from data.settings import check_settings, command_line
-from data.volumes import AIR_HU, Volume, find_bounding_box, list_slabs
-
-SCHEMA = 1  # of dataset.json
-CUT = 2  # of the sub-volumes: what an earlier version of this file cut is cut again
-BODY_HU = -500  # between lung and fat
+from data.labels import FOREGROUND
+from data.settings import read_settings, run_script
 
 
 @dataclass
@@ -95,6 +51,62 @@ class Config:
     overwrite: bool = False  # remove what was prepared here from another source
     compress: bool = False  # gzip the images too: half the disk, twice the time
     workers: int = 0  # processes; 0 means one per core
+
+
+if __name__ == "__main__":  # help and mistakes are told before anything heavy is loaded
+    CONFIG = read_settings(Config, __doc__)
+
+import hashlib
+import json
+import re
+import shlex
+import sys
+import warnings
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from isal import isal_zlib
+
+from data.cases import Case, hash_inputs, read_scan
+from data.check import (
+    FOREGROUND,
+    Overlay,
+    Terms,
+    compare_cases,
+    draw_overlay,
+    inspect_case,
+    read_data_set,
+    read_terms_label,
+)
+from data.descriptions import SPLITS
+from data.destination import (
+    DestinationError,
+    claim_destination,
+    read_record,
+    remove_leftovers,
+    remove_orphans,
+    whole_folder,
+    writing,
+)
+from data.files import InputError, atomic_write, lock_folder, write_json
+from data.findings import count_words, describe_fault, list_errors, print_table, write_table
+from data.judges import Finding, count_per_slice, undo_flips
+from data.labels import IMAGE, LABEL, as_plain, mark_undrawn
+from data.masks import describe_label, restore_label
+from data.processes import open_pool, run_cases
+from data.settings import check_settings
+from data.splits import name_patients, refuse_no_validation, seeded, split_patients
+from data.volumes import AIR_HU, Volume, find_bounding_box, list_slabs
+
+SCHEMA = 1  # of dataset.json
+CUT = 2  # of the sub-volumes: what an earlier version of this file cut is cut again
+BODY_HU = -500  # between lung and fat
 
 
 def main(config: Config) -> None:
@@ -220,100 +232,6 @@ def fingerprint(case: Case, config: Config, terms: Terms) -> str:
     except (OSError, InputError):
         return ""
     return hashlib.sha256(json.dumps([settings, content]).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------
-# Splitting by patient
-# ---------------------------------------------------------------------------------------
-
-
-def split_patients(records: Sequence[dict[str, Any]], config: Config) -> dict[str, str]:
-    """Patient → "training", "validation" or "test"; drawn from seed and names alone.
-
-    Rounding: largest remainder, in a tie the earlier split; a split with a fraction above 0 gets at
-    least one patient. So 130 patients at 70/15/15 give 91 / 20 / 19.
-    """
-    if config.split:
-        return given_split(records, config.split)
-    names = {record["patient"] for record in records}
-    patients = sorted(names, key=lambda name: seeded(config.seed, name))
-    if config.folds:
-        if not (2 <= config.folds <= len(patients) and 0 <= config.fold < config.folds):
-            raise InputError(
-                f"--folds {config.folds} --fold {config.fold}: must be 2 to {len(patients)} folds "
-                "(one patient each at least), and a fold from 0"
-            )
-        held_out = set(patients[config.fold :: config.folds])
-        return {name: SPLITS[name in held_out] for name in patients}
-    fractions = np.array([config.training, config.validation, config.test])
-    if (fractions < 0).any() or not np.isclose(fractions.sum(), 1) or fractions[0] == 0:
-        raise InputError(
-            f"--training, --validation and --test must be ≥ 0 and add up to 1, got {fractions}"
-        )
-    wanted = np.count_nonzero(fractions)
-    if len(patients) < wanted:
-        raise InputError(
-            f"{len(patients)} patients cannot fill {wanted} splits; add patients or set a fraction "
-            "to 0 (two patients: --training 0.5 --validation 0.5 --test 0)"
-        )
-    exact = fractions * len(patients)
-    sizes = np.floor(exact + 1e-9).astype(int)
-    for index in np.argsort(sizes - exact, kind="stable")[: len(patients) - sizes.sum()]:
-        sizes[index] += 1
-    while (short := (sizes == 0) & (fractions > 0)).any():
-        sizes[sizes.argmax()] -= 1
-        sizes[short.argmax()] += 1
-    return dict(zip(patients, np.repeat(SPLITS, sizes).tolist(), strict=True))
-
-
-def given_split(records: Sequence[dict[str, Any]], path: Path) -> dict[str, str]:
-    """Patient → split from JSON: see `read_split`."""
-    where = read_split(path, [r[key] for r in records for key in ("case", "patient")])
-    split: dict[str, str] = {}
-    for record in records:
-        name = where.get(record["case"], where.get(record["patient"]))
-        if name is None:
-            raise InputError(f"{path}: does not name {record['case']}; add it, or --leave-out it")
-        if split.setdefault(record["patient"], name) != name:
-            raise InputError(
-                f"{path}: puts scans of patient {record['patient']} into two splits, which leaks; "
-                "keep them together"
-            )
-    return split
-
-
-def refuse_no_validation(split: dict[str, str], config: Config) -> None:
-    """Training needs patients that choose its checkpoint, unless the user wants none."""
-    if config.validation > 0 and "validation" not in split.values():
-        raise InputError(
-            f"{config.split or 'the split'}: puts no patient into validation, which chooses the "
-            "checkpoint; name some, or give --training 1 --validation 0 --test 0"
-        )
-
-
-def name_patients(cases: list[Case], config: Config) -> None:
-    """Set the patient of each case from --patients or --patient-pattern."""
-    if config.patients:
-        table = read_patients(config.patients)
-        if missing := [case.name for case in cases if case.name not in table]:
-            raise InputError(f"{config.patients}: has no row for {', '.join(missing)}; add them")
-        for case in cases:
-            case.patient = table[case.name]
-    elif config.patient_pattern:
-        for case in cases:
-            match = re.search(config.patient_pattern, case.name)
-            if not match or not match.groups() or match[1] is None:
-                raise InputError(
-                    f"--patient-pattern {config.patient_pattern}: finds no group in {case.name}; "
-                    r"give a pattern like (patient_\d+) that fits every case"
-                )
-            case.patient = match[1]
-
-
-def seeded(seed: int, name: str) -> float:
-    """Number in [0, 1) that depends on seed and name alone: the same on every machine."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 # ---------------------------------------------------------------------------------------
@@ -559,4 +477,4 @@ def describe_settings(config: Config, terms: Terms) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__)
+    run_script(main, CONFIG)

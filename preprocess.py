@@ -16,6 +16,15 @@ label's outline, and histograms; and prints counts and memory.
 
 from __future__ import annotations
 
+import runpy
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the values of Chain and Augment have one home, and it is not here
+    sys.argv.append("--show")
+    runpy.run_path(str(Path(__file__).with_name("train.py")), run_name="__main__")
+    sys.exit()
+
 import contextlib
 import functools
 import hashlib
@@ -29,7 +38,7 @@ import zipfile
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,12 +67,12 @@ from monai.transforms import (
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.cases import hash_files
-from data.files import InputError, atomic_write, read_json
-from data.labels import IMAGE, LABEL, Labels
+from data.files import InputError, atomic_write
+from data.labels import IGNORED, IMAGE, LABEL, Labels
 from data.pictures import as_array, class_colour, save_figure, show_patient
-from data.settings import check_types, human_bytes, show_progress
+from data.settings import human_bytes, show_progress
 from data.volumes import Volume, list_slabs, read_file
-from utilities import rank_and_size, resampling_device
+from utilities import hide_ignored, rank_and_size
 
 SLAB = 32  # slices that are resampled at a time, so that memory does not grow with the scan
 SLICE_MM = "slice_mm"  # meta data: distance of slices
@@ -85,6 +94,7 @@ class Chain:
     hu_window: tuple[float, float] | None  # HU that become 0 and 1; None: `divide_by_maximum`
     input_size: tuple[int, ...]  # voxels of the network's input along x and y (and z, of patches)
     labels: Labels  # class name → raw label values, background first; the order is the class index
+    ignore: tuple[int, ...] = ()  # raw values of voxels that nobody judged, as the data have them
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,7 @@ class ReadVolumed(EachKeyd):
 
     def one(self, key: Hashable, path: str) -> torch.Tensor:
         volume = read_file(Path(path)).ras
-        return to_tensor(volume.data, volume.affine)
+        return to_tensor(volume.data, volume)
 
 
 class SlicesToChannelsd(EachKeyd):
@@ -175,26 +185,32 @@ class SliceSpacingd(EachKeyd):
 class ValuesToClassesd(EachKeyd):
     """Raw label values → class indices 0, 1, 2, … in the order of `labels` (name → raw values).
 
-    A value that no class names becomes background: an organ that is not asked for.
+    A value that no class names becomes background: an organ that is not asked for. What nobody
+    judged becomes IGNORED, which no loss and no metric counts.
     """
 
-    def __init__(self, keys: Sequence[str], labels: Mapping[str, Sequence[int]], **kwargs: Any):
+    def __init__(self, keys: Sequence[str], chain: Chain, **kwargs: Any):
         super().__init__(keys, **kwargs)
-        self.labels = labels
+        self.index = {value: i for i, vs in enumerate(chain.labels.values()) for value in vs}
+        self.index |= dict.fromkeys(chain.ignore, IGNORED)
 
     def one(self, key: Hashable, raw: torch.Tensor) -> torch.Tensor:
         classes = torch.zeros_like(raw)
-        for index, values in enumerate(self.labels.values()):
-            for value in values:
-                classes[raw == value] = index
+        for value, index in self.index.items():
+            classes[raw == value] = index
         return classes
 
 
-def to_tensor(array: np.ndarray, affine: np.ndarray) -> MetaTensor:
-    """RAS array (X, Y, Z) → (1, X, Y, Z) with its affine."""
+def to_tensor(array: np.ndarray, volume: Volume) -> MetaTensor:
+    """RAS array (X, Y, Z) of a volume → (1, X, Y, Z) with the volume's RAS affine."""
     if array.dtype.kind == "u":  # torch hardly knows unsigned integers wider than a byte
         array = array.astype(np.float32)
-    return MetaTensor(torch.as_tensor(np.array(array, order="F"))[None], affine=affine)
+    return MetaTensor(torch.as_tensor(np.array(array, order="F"))[None], affine=volume.ras_affine)
+
+
+def resampling_device(device: torch.device) -> torch.device:
+    """Where volumes are resampled: there, but for Apple's GPUs, which lack float64, on the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def divide_by_maximum(slices: torch.Tensor) -> torch.Tensor:
@@ -231,7 +247,7 @@ def in_plane_chain(chain: Chain, device: torch.device | str) -> list[Any]:
         ),
         intensity,
         *resize,
-        ValuesToClassesd([LABEL], labels=chain.labels, **both),
+        ValuesToClassesd([LABEL], chain, **both),
     ]
 
 
@@ -276,7 +292,7 @@ def preprocess_volume(
     """
     steps, slabs = Compose(in_plane_chain(chain, resampling_device(torch.device(device)))), {}
     for first, slab in volume.slabs(list_slabs(volume.ras_shape[2], SLAB)):
-        slabs[first] = steps({IMAGE: to_tensor(slab, volume.ras_affine)})[IMAGE]
+        slabs[first] = steps({IMAGE: to_tensor(slab, volume)})[IMAGE]
     in_plane = slabs[0].affine.cpu().numpy()  # network pixel → mm
     slices = torch.cat([slabs.pop(first) for first in sorted(slabs)])
     x, y, z = np.linalg.norm(volume.ras_affine[:3, :3], axis=0)
@@ -332,6 +348,35 @@ def to_source_grid(
     along_y = interpolation_matrix(y, part.shape[2]).to(part)
     # Two small matrix products per slice: linear interpolation is separable.
     return torch.einsum("xu,cuvz,yv->cxyz", along_x, part, along_y)
+
+
+def classes_on_grid(
+    scores: torch.Tensor, source_to_network: np.ndarray, ras_shape: Sequence[int]
+) -> np.ndarray:
+    """Class indices (X, Y, Z) uint8 on the scan's RAS grid, of scores on the network's."""
+    classes = np.zeros(ras_shape, np.uint8, order="F")
+    for first, last in list_slabs(ras_shape[2], SLAB):
+        # where no score is above 0, no interpolated one is either
+        if not (network_slices(scores, source_to_network, first, last)[0] > 0).any():
+            continue
+        fine = to_source_grid(scores, source_to_network, ras_shape[:2], first, last)
+        best, index = fine.max(dim=0)
+        found = (index.to(torch.uint8) + 1) * (best > 0)
+        classes[..., first:last] = found.numpy()
+    return classes
+
+
+def probability_on_grid(
+    scores: torch.Tensor, source_to_network: np.ndarray, ras_shape: Sequence[int]
+) -> np.ndarray:
+    """Probability that a voxel is not background, as uint8 in steps of 1/255, RAS (X, Y, Z)."""
+    probability = np.empty(ras_shape, np.uint8, order="F")
+    for first, last in list_slabs(ras_shape[2], SLAB):
+        fine = to_source_grid(scores, source_to_network, ras_shape[:2], first, last)
+        # softmax: 1 − p(background) = sigmoid(log Σ exp(logit − background's logit))
+        some = torch.logsumexp(fine, dim=0).sigmoid()
+        probability[..., first:last] = (some * 255).round().to(torch.uint8).numpy()
+    return probability
 
 
 # ---------------------------------------------------------------------------------------
@@ -473,7 +518,7 @@ class Tiles(Dataset):
         """Of some cases the tile around their last class, the tumour where there is one."""
         found = []
         for place in spread(len(self.cached), count):
-            label = self.cached[place][LABEL][0]
+            label = hide_ignored(self.cached[place][LABEL][0])
             middle = torch.nonzero(label == max(int(label.max()), 1)).float().mean(dim=0)
             middle = middle.nan_to_num().int().tolist()
             corner = [
@@ -527,43 +572,6 @@ class SubvolumeLoader(DataLoader):
             while (batch := coming.result()) is not None:
                 coming = thread.submit(next, batches, None)
                 yield batch
-
-
-# Of dataset.json: what training reads, and its types; of each sub-volume likewise.
-PREPARED_SCHEMA = 1
-PREPARED = {"labels": dict, "settings": dict, "subvolume_depth": int, "subvolumes": list}
-SUBVOLUME = {
-    "case": str, "split": str, IMAGE: str, LABEL: str, "first_slice": int, "shape": list,
-    "spacing_mm": list, "voxels_per_label": dict,
-}  # fmt: skip
-
-
-def read_prepared(folder: Path) -> dict[str, Any]:
-    """`dataset.json` of a folder that prepare.py has completed, verified; else one InputError."""
-    path = folder / "dataset.json"
-    if not path.is_file():
-        raise InputError(
-            f"{path}: not found; it is written last by prepare.py, so {folder} is not (completely) "
-            "prepared; run `python prepare.py SOURCE` with this folder as --destination"
-        )
-    prepared = read_json(path, "what prepare.py wrote")
-    remedy = "prepare the data again"
-    check_types(prepared, {"schema": int}, str(path), remedy)
-    if (found := prepared["schema"]) != PREPARED_SCHEMA:
-        newer = found > PREPARED_SCHEMA
-        raise InputError(
-            f"{path}: schema must be {PREPARED_SCHEMA}, got {found}; "
-            + ("it comes from a later version, update this program" if newer else remedy)
-        )
-    check_types(prepared, PREPARED, str(path), remedy)
-    for record in prepared["subvolumes"]:
-        check_types(record, SUBVOLUME, f"{path}: a sub-volume", remedy)
-        for key in (IMAGE, LABEL):
-            parts = PurePosixPath(record[key].replace("\\", "/")).parts
-            rooted = record[key].startswith("/") or PureWindowsPath(record[key]).drive
-            if rooted or ".." in parts:
-                raise InputError(f"{path}: {record[key]} lies outside of {folder}; {remedy}")
-    return prepared
 
 
 def subvolume_items(prepared: dict[str, Any], folder: Path, split: str) -> list[dict[str, Any]]:
@@ -754,8 +762,3 @@ def show_inputs(
             names = list(chain.labels)[1:]
             save_figure(montage(Subvolumes(cached), augmented, names), picture)
     return picture
-
-
-if __name__ == "__main__":  # the values of Chain and Augment have one home, and it is not here
-    sys.argv.append("--show")
-    runpy.run_path(str(Path(__file__).with_name("train.py")), run_name="__main__")

@@ -13,73 +13,23 @@ Edit the settings in place or give them as options; the checkpoint carries them 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
-import tyro
-from monai import losses
+from data.labels import LIVER_WITH_TUMOURS
+from data.settings import Classes, read_settings, run_script
 
-from data.files import InputError, lock_folder, write_json
-from data.labels import IMAGE, LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
-from data.settings import check_settings, command_line, pick
-from preprocess import (
-    Augment,
-    Chain,
-    SubvolumeLoader,
-    Subvolumes,
-    Tiles,
-    augmentation,
-    cache_split,
-    read_prepared,
-    show_inputs,
-)
-from utilities import (
-    NetworkName,
-    Run,
-    build_network,
-    find_checkpoint,
-    load_checkpoint,
-    on_device,
-    pick_device,
-    pick_precision,
-    process_group,
-    rank_and_size,
-    train,
-    validations_since_best,
-)
-
+NetworkName = Literal[
+    "unet3d", "unet", "attention_unet", "segresnet", "vnet", "unetr", "dynunet", "swin_unetr",
+    "resnet34_unet",
+]  # fmt: skip
 LossName = Literal[
     "dice", "ce", "weighted_ce", "dice_ce", "weighted_dice_ce", "dice_focal", "tversky"
 ]
 OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["constant", "cosine", "poly"]
-
-
-def parse_classes(words: list[str]) -> dict[str, tuple[str, ...]]:
-    """`["liver=liver,tumour"]` → {"liver": ("liver", "tumour")}."""
-    pairs = (word.partition("=") for word in words)
-    return {name: tuple((values or name).split(",")) for name, _, values in pairs}
-
-
-Classes = Annotated[  # on the command line: --labels liver=liver,tumour or liver=1 tumour=2
-    dict[str, tuple[str, ...]],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="NAME=LABEL,…",
-        instance_from_str=parse_classes,
-        is_instance=lambda classes: isinstance(classes, dict),
-        str_from_instance=lambda classes: [
-            f"{n}={','.join(map(str, classes[n]))}" for n in classes
-        ],
-    ),
-]
 
 
 @dataclass
@@ -230,11 +180,72 @@ RECIPES: dict[str, tuple[str, Config]] = {
 }
 
 
+if __name__ == "__main__":  # help and mistakes are told before anything heavy is loaded
+    CONFIG = read_settings(Config, __doc__, RECIPES)
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from monai import losses
+
+from data.descriptions import read_prepared
+from data.files import InputError, lock_folder, write_json
+from data.labels import IGNORED, IMAGE, LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
+from data.settings import check_settings, pick
+from preprocess import (
+    Augment,
+    Chain,
+    SubvolumeLoader,
+    Subvolumes,
+    Tiles,
+    augmentation,
+    cache_split,
+    show_inputs,
+)
+from utilities import (
+    Run,
+    build_network,
+    find_checkpoint,
+    hide_ignored,
+    load_checkpoint,
+    on_device,
+    pick_device,
+    pick_precision,
+    process_group,
+    rank_and_size,
+    train,
+    validations_since_best,
+)
+
+
 class CrossEntropy(torch.nn.CrossEntropyLoss):
     """Cross-entropy of logits (B, C, X, Y, Z) and class indices (B, 1, X, Y, Z)."""
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         return super().forward(logits, label[:, 0].long())
+
+
+class JudgedLoss(torch.nn.Module):
+    """A loss of the voxels that somebody judged (label not IGNORED).
+
+    The others are taken for background of which the network is sure: they add neither loss nor
+    gradient, whatever the loss.
+    """
+
+    def __init__(self, loss: torch.nn.Module):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        sure = torch.zeros(1, logits.shape[1], 1, 1, 1, device=logits.device)
+        sure[:, 0] = 50.0
+        return self.loss(torch.where(label == IGNORED, sure, logits), hide_ignored(label))
 
 
 # Dice is of the foreground alone. batch=True pools the voxels of a batch: a sub-volume with a
@@ -288,11 +299,6 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
         raise InputError(
             "the network's input must be a multiple of 8 along each axis (three poolings), got "
             f"{window} voxels; change --input-size, or prepare.py's --subvolume-depth"
-        )
-    if prepared.get("ignore"):
-        raise InputError(
-            f"{config.data}: labels are to be ignored where they are {prepared['ignore']}, which "
-            "training cannot do; prepare the data again without values to ignore"
         )
     if config.optimizer == "sgd" and config.amsgrad:
         raise InputError("--amsgrad is of adam and adamw, got --optimizer sgd; leave it out")
@@ -444,7 +450,7 @@ def main(config: Config) -> None:
     check(config, prepared)
     config = choose_hu_window(config, prepared["settings"].get("modality", "CT"))
     labels = resolve_classes(config.labels, as_labels(prepared["labels"]))
-    chain = pick(Chain, config, labels=labels)
+    chain = pick(Chain, config, labels=labels, ignore=tuple(prepared.get("ignore", ())))
     if config.show:
         # training leaves some sub-volumes alone; a picture should not
         augment = pick(Augment, config, classes=len(labels), augment_probability=1.0)
@@ -542,6 +548,7 @@ def fit(
     train_loader, val_loader = load_data(config, prepared, chain, device)
     run = build_run(config, prepared, chain, device, saved)
     loss_function = LOSSES[config.loss](class_weights(prepared, chain.labels)).to(device)
+    loss_function = JudgedLoss(loss_function) if chain.ignore else loss_function
     if rank == 0:
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
         used = str(run.precision).removeprefix("torch.")
@@ -566,4 +573,4 @@ def fit(
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__, RECIPES)
+    run_script(main, CONFIG)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import psutil
@@ -35,7 +35,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data.files import InputError, atomic_write, write_csv
-from data.labels import IMAGE, LABEL, PRED
+from data.labels import IGNORED, IMAGE, LABEL, PRED
 from data.metrics import dice_metric, list_overlaps, mean_dice, nan_mean, overlap_counts
 from data.pictures import (
     add_legend,
@@ -131,12 +131,6 @@ class PaddedSlices(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         slices = x.shape[-1]
         return self.network(functional.pad(x, (0, -slices % self.multiple)))[..., :slices]
-
-
-NetworkName = Literal[
-    "unet3d", "unet", "attention_unet", "segresnet", "vnet", "unetr", "dynunet", "swin_unetr",
-    "resnet34_unet",
-]  # fmt: skip
 
 
 def build_network(
@@ -323,11 +317,6 @@ def _convolves(device: str) -> bool:
         print(f"{device}: no 3D convolutions on this system ({reason}); the CPU is used instead")
         return False
     return True
-
-
-def resampling_device(device: torch.device) -> torch.device:
-    """Where volumes are resampled: there, but for Apple's GPUs, which lack float64, on the CPU."""
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -654,7 +643,7 @@ def train_step(
     run.scaler.update()
     if run.average:
         run.average.update_parameters(run.model)
-    found = predicted_classes(logits.detach())
+    found = predicted_classes(logits.detach()).masked_fill(label[:, 0] == IGNORED, 0)
     counts = list_overlaps(found, label[:, 0], logits.shape[1])
     return loss.detach(), torch.stack([torch.stack(numbers) for numbers in counts], dim=1)
 
@@ -707,9 +696,8 @@ def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float
             logits = run.kept(image)
         if label.any():  # the Dice of nothing is nearly always 0, and would drown the others
             losses.append(loss_function(logits.float(), label).item())
-        for case, predicted, true in zip(
-            batch["case"], predicted_classes(logits), label[:, 0], strict=True
-        ):
+        found = predicted_classes(logits).masked_fill(label[:, 0] == IGNORED, 0)
+        for case, predicted, true in zip(batch["case"], found, label[:, 0], strict=True):
             counts[case] += overlap_counts(predicted, true, len(names) + 1)
     merged: dict[str, Any] = defaultdict(int)  # a patient's sub-volumes may be in other processes
     for part in gathered(dict(counts)):
@@ -720,6 +708,11 @@ def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float
     loss = nan_mean([value for part in gathered(losses) for value in part])
     row = {"val_loss": loss, "val_dice": nan_mean(dice)}
     return row | {f"val_dice_{name}": float(d) for name, d in zip(names, dice, strict=True)}
+
+
+def hide_ignored(label: torch.Tensor) -> torch.Tensor:
+    """Class indices with background where nobody judged."""
+    return label.masked_fill(label == IGNORED, 0)
 
 
 def predicted_classes(logits: torch.Tensor) -> torch.Tensor:
@@ -823,9 +816,9 @@ def preview_figure(run: Run, loader: Any) -> Any:
     for axes, item in zip(grid, examples, strict=False):
         with autocast(run.device, run.precision):
             logits = run.kept(item[IMAGE][None].to(run.device))
-        truth = item[LABEL][0]
+        truth = hide_ignored(item[LABEL][0])
         middle = find_busiest_slice(as_array(truth == max(int(truth.max()), 1)))
-        drawn = {**item, PRED: predicted_classes(logits)[0]}
+        drawn = {**item, LABEL: truth, PRED: predicted_classes(logits)[0]}
         title = f"{item['case']}, slice {item['first_slice'] + middle + 1}"
         show_patient(drawn, middle, axes=axes, names=run.class_names, title=title)
     add_legend(figure, run.class_names, truth=True)

@@ -11,6 +11,40 @@ turntables, movies, meshes and the HTML page need no display.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from data.settings import read_settings, run_script
+
+Mode = Literal["surface", "rays", "organs", "slices", "compare"]
+View = Literal["anterior", "posterior", "right", "left", "superior"]
+
+
+@dataclass
+class Config:
+    paths: tyro.conf.Positional[tuple[Path, ...]] = ()  # results, results/<case>, label map or scan
+    mode: Mode = "surface"  # the (first) picture
+    projection: Literal["composite", "maximum"] = "composite"  # how rays add the voxels up
+    view: View = "anterior"  # side of the patient that the viewer faces
+    label: Path | None = None  # label map of the scan in `paths`
+    truth: Path | None = None  # reference label map to compare with
+    trust_image_grid: bool = False  # lay label maps on the scan voxel by voxel
+    screenshot: Path | None = None  # .png to write
+    turntable: Path | None = None  # one turn around the patient: .gif, or .mp4 (needs ffmpeg)
+    movie: Path | None = None  # axial slices one after the other, outlined: .gif or .mp4
+    mesh: Path | None = None  # surface of the organ in mm: .stl .ply .obj .vtp .glb
+    mesh_space: Literal["LPS", "RAS"] = "LPS"  # axes of `mesh`; 3D Slicer takes files as LPS
+    html: Path | None = None  # one self-contained page that turns in any browser, offline
+    smoothing: int = 80  # iterations of the windowed sinc filter; 0 = bare marching cubes
+    size: tuple[int, int] = (1200, 900)  # pixels of the window and of every picture
+
+
+if __name__ == "__main__":  # help and mistakes are told before anything heavy is loaded
+    CONFIG = read_settings(Config, __doc__)
+
 import functools
 import os
 import shutil
@@ -19,11 +53,9 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 import vedo
 from nibabel.affines import from_matvec
 from PIL import Image
@@ -54,31 +86,8 @@ from data.results import (
     name_direction,
     open_volume,
 )
-from data.settings import command_line, show_progress
+from data.settings import show_progress
 from data.volumes import Volume
-
-Mode = Literal["surface", "rays", "organs", "slices", "compare"]
-View = Literal["anterior", "posterior", "right", "left", "superior"]
-
-
-@dataclass
-class Config:
-    paths: tyro.conf.Positional[tuple[Path, ...]] = ()  # results, results/<case>, label map or scan
-    mode: Mode = "surface"  # the (first) picture
-    projection: Literal["composite", "maximum"] = "composite"  # how rays add the voxels up
-    view: View = "anterior"  # side of the patient that the viewer faces
-    label: Path | None = None  # label map of the scan in `paths`
-    truth: Path | None = None  # reference label map to compare with
-    trust_image_grid: bool = False  # lay label maps on the scan voxel by voxel
-    screenshot: Path | None = None  # .png to write
-    turntable: Path | None = None  # one turn around the patient: .gif, or .mp4 (needs ffmpeg)
-    movie: Path | None = None  # axial slices one after the other, outlined: .gif or .mp4
-    mesh: Path | None = None  # surface of the organ in mm: .stl .ply .obj .vtp .glb
-    mesh_space: Literal["LPS", "RAS"] = "LPS"  # axes of `mesh`; 3D Slicer takes files as LPS
-    html: Path | None = None  # one self-contained page that turns in any browser, offline
-    smoothing: int = 80  # iterations of the windowed sinc filter; 0 = bare marching cubes
-    size: tuple[int, int] = (1200, 900)  # pixels of the window and of every picture
-
 
 BACKGROUND_COLOUR, INK, BONE = "#14181d", "#f2f2f2", "#e9dcc3"
 DARK_TISSUE = "#b7d7c9"  # what is darker than the organ and nobody named: no class has this colour
@@ -908,4 +917,4 @@ OUTPUTS = {  # option → how, and which endings it can write
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__)
+    run_script(main, CONFIG)

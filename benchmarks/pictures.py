@@ -8,32 +8,33 @@ import subprocess
 import sys
 from pathlib import Path
 
+from machine import ROOT
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from data.cases import read_label_map, read_scan
+from data.labels import IMAGE, LABEL, PRED, USUAL_LABELS
+from data.pictures import find_busiest_slice, save_figure, show_patient
 
-from data.pictures import PREDICTION_COLOUR, TRUTH_COLOUR, draw_plane, save_figure  # noqa: E402
-from utilities import read_volume, spacing_mm, to_ras, voxels  # noqa: E402
-
-DEMO, PICTURES = ROOT / "data" / "demo", ROOT / "benchmarks" / "pictures"
+DEMO, PICTURES = ROOT / "data" / "demo", ROOT / "docs" / "pictures"
+ONE_CLASS = {"background": (0,), "liver": (1, 2)}
 
 
 def overview(case: str, render: Path) -> Figure:
     """Scan, label maps and 3D view side by side."""
-    scan, truth = (
-        to_ras(read_volume(DEMO / "raw" / folder / f"{case}.nii.gz"))
-        for folder in ("imagesTr", "labelsTr")
+    scan = read_scan(DEMO / "raw" / "imagesTr" / f"{case}.nii.gz")
+    truth, predicted = (
+        read_label_map(path, scan, USUAL_LABELS, classes=ONE_CLASS)
+        for path in (
+            DEMO / "raw" / "labelsTr" / f"{case}.nii.gz",
+            DEMO / "results" / case / f"{case}_label.nii.gz",
+        )
     )
-    predicted = voxels(to_ras(read_volume(DEMO / "results" / case / f"{case}_label.nii.gz"))) > 0
-    true, spacing = voxels(truth) > 0, spacing_mm(scan.affine)
-    middle = int(true.sum(axis=(0, 1)).argmax())
+    middle = find_busiest_slice(truth.ras.data)
     figure = Figure(figsize=(14, 4.6), layout="constrained")
     left, centre, right = figure.subplots(1, 3, width_ratios=(1, 1, 4 / 3))
-    draw_plane(left, voxels(scan), "axial", middle, spacing)
-    outlines = {TRUTH_COLOUR: true, PREDICTION_COLOUR: predicted}
-    draw_plane(centre, voxels(scan), "axial", middle, spacing, outlines)
+    show_patient({IMAGE: scan}, middle, axes=left)
+    show_patient({IMAGE: scan, LABEL: truth, PRED: predicted}, middle, axes=centre)
     right.imshow(imread(render))
     right.axis("off")
     left.set_title("in: a CT scan")

@@ -13,38 +13,38 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import multiprocessing
 import os
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "benchmarks")]
+import nibabel as nib
+import numpy as np
+import tyro
+from isal import igzip
+from machine import DATA, RESULTS, machine, name_command
+from prepare_lits import prepare_one
 
-import make_phantoms  # noqa: E402
-import nibabel as nib  # noqa: E402
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
-from isal import igzip  # noqa: E402
-from prepare_lits import machine, prepare_one  # noqa: E402
-
-import prepare  # noqa: E402
-import utilities  # noqa: E402
-from data.files import atomic_write  # noqa: E402
+import prepare
+from data import make_phantoms
+from data.check import Terms, read_data_set
+from data.files import read_json, write_json
+from data.processes import one_core, open_pool, run_cases
+from data.volumes import Volume, list_slabs, read_file
 
 
 @dataclass
 class Config:
     source: Path | None = None  # folder with .nii.gz cases; default: painted LiTS grids
-    livers: Path = ROOT.parent / "shared/data/lits_labels"  # liver masks to paint around
+    livers: Path = DATA / "lits_labels"  # liver masks to paint around
     work: Path = Path("/tmp/prepare_benchmark")  # folder that is made and removed
-    results: Path = ROOT / "benchmarks/results/prepare.json"  # JSON to write
+    results: Path = RESULTS / "prepare.json"  # JSON to write
     repeats: int = 3  # runs of each way; the median counts
     memory: bool = True  # also measure the memory on 512 × 512 × 987
     first: int = 118  # of the LiTS masks to paint around, without --source
@@ -67,7 +67,7 @@ def plain_way(records: list[dict], destination: Path) -> None:
             nib.as_closest_canonical(nib.load(record[key])) for key in ("image", "label")
         )
         _, outline = image.get_fdata(), label.get_fdata()
-        for first, last in utilities.ranges(outline.shape[2], 16):
+        for first, last in list_slabs(outline.shape[2], 16, reach_back=True):
             if outline[:, :, first:last].any():
                 nib.save(image.slicer[:, :, first:last], folder / f"image_{first:04d}.nii")
                 nib.save(label.slicer[:, :, first:last], folder / f"label_{first:04d}.nii.gz")
@@ -88,67 +88,81 @@ def floor(records: list[dict], pieces: dict[Path, bytes], destination: Path) -> 
 
 
 def cut_all(
-    records: list[dict], config: prepare.Config, labels: dict[str, int], pool: object = None
+    records: list[dict], config: prepare.Config, terms: Terms, pool: ProcessPoolExecutor | None
 ) -> None:
-    one_core = contextlib.nullcontext() if pool else prepare.one_core()
-    with contextlib.redirect_stderr(io.StringIO()), one_core:
-        prepare.run_cases(pool, prepare.cut_case, records, config, labels, title="cutting")
+    """(a) What prepare.py does once the check is done."""
+    alone = contextlib.nullcontext() if pool else one_core()
+    with contextlib.redirect_stderr(io.StringIO()), alone:
+        run_cases(pool, prepare.cut_case, records, config, terms, title="cutting")
 
 
-def measure(source: Path, config: Config) -> dict:
-    """Seconds of all ways on the cases of `source`."""
-    out = config.work / "a"
-    settings = prepare.Config(source=source, destination=out, workers=1)
-    cases, labels = prepare.find_cases(settings)
-    prepare.check_case(cases[0], settings, labels)  # libraries are loaded once, not per case
-    shutil.rmtree(out)
-    records = []
-    with prepare.one_core():
-        check = [
-            seconds(lambda case=case: records.append(prepare.check_case(case, settings, labels)))
+def check_all(config: prepare.Config) -> tuple[list[dict], Terms, list[tuple[float, float]]]:
+    """Records of all cases, what they were checked against, and the seconds of each."""
+    cases, terms = read_data_set(config)
+    prepare.check_case(cases[0], config, terms)  # libraries are loaded once, not per case
+    shutil.rmtree(config.destination)
+    records: list[dict] = []
+    with one_core():
+        times = [
+            seconds(lambda case=case: records.append(prepare.check_case(case, config, terms)))
             for case in cases
         ]
-    times = {"a": [], "b": [], "c": [], "two": []}
-    two_workers = prepare.Config(source=source, destination=out, workers=2)
-    with prepare.open_pool(two_workers, 2) as pool:
-        for index in range(config.repeats + 1):  # the ways take turns; the first turn warms up
-            shutil.rmtree(out / "subvolumes", ignore_errors=True)
-            two = seconds(lambda: cut_all(records, settings, labels, pool))
-            shutil.rmtree(out / "subvolumes")
-            one = seconds(lambda: cut_all(records, settings, labels))
-            pieces = {path: path.read_bytes() for path in (out / "subvolumes").rglob("*.nii*")}
+    return records, terms, times
+
+
+def in_turns(
+    records: list[dict], terms: Terms, settings: prepare.Config, config: Config
+) -> tuple[dict[str, list], int]:
+    """Seconds of the ways, which take turns; the first turn warms up. And the sub-volumes."""
+    times: dict[str, list] = {"a": [], "b": [], "c": [], "two": []}
+    cut, pieces = settings.destination / "subvolumes", {}
+    with open_pool(2, 2) as pool:
+        for index in range(config.repeats + 1):
+            shutil.rmtree(cut, ignore_errors=True)
+            two = seconds(lambda: cut_all(records, settings, terms, pool))
+            shutil.rmtree(cut)
+            one = seconds(lambda: cut_all(records, settings, terms, None))
+            pieces = {path: path.read_bytes() for path in cut.rglob("*.nii*")}
             least = seconds(lambda: floor(records, pieces, config.work / "c"))  # noqa: B023
             plain = seconds(lambda: plain_way(records, config.work / "b"))
             shutil.rmtree(config.work / "b")
             shutil.rmtree(config.work / "c")
             for way, run in zip(times, (one, plain, least, two), strict=True):
                 times[way] += [run] * (index > 0)
+    return times, len(pieces) // 2
+
+
+def measure(source: Path, config: Config) -> dict[str, Any]:
+    """Seconds of all ways on the cases of `source`."""
+    settings = prepare.Config(source=source, destination=config.work / "a", workers=1)
+    records, terms, check = check_all(settings)
+    times, subvolumes = in_turns(records, terms, settings, config)
     wall, cpu = (
         {way: statistics.median(run[clock] for run in runs) for way, runs in times.items()}
         for clock in (0, 1)
     )
-    slices = sum(record["slices"] for record in records)
+    clocks, slices = {"wall": wall, "cpu": cpu}, sum(record["slices"] for record in records)
+
+    def each(of: Callable[[dict], float], digits: int) -> dict[str, float]:
+        return {clock: round(of(medians), digits) for clock, medians in clocks.items()}
+
     return {
         "n": len(records),
         "shapes": [" x ".join(map(str, record["shape"])) for record in records],
         "slices": slices,
-        "subvolumes": len(pieces) // 2,
+        "subvolumes": subvolumes,
         "repeats": config.repeats,
-        "a_prepare_s": {"wall": round(wall["a"], 3), "cpu": round(cpu["a"], 3)},
-        "b_plain_nibabel_s": {"wall": round(wall["b"], 3), "cpu": round(cpu["b"], 3)},
-        "c_floor_s": {"wall": round(wall["c"], 3), "cpu": round(cpu["c"], 3)},
-        "faster_than_plain": {
-            k: round(t["b"] / t["a"], 2) for k, t in (("wall", wall), ("cpu", cpu))
-        },
-        "times_the_floor": {
-            k: round(t["a"] / t["c"], 2) for k, t in (("wall", wall), ("cpu", cpu))
-        },
+        "a_prepare_s": each(lambda t: t["a"], 3),
+        "b_plain_nibabel_s": each(lambda t: t["b"], 3),
+        "c_floor_s": each(lambda t: t["c"], 3),
+        "faster_than_plain": each(lambda t: t["b"] / t["a"], 2),
+        "times_the_floor": each(lambda t: t["a"] / t["c"], 2),
         "two_workers_s": {"wall": round(wall["two"], 3)},
         "speedup_of_two_workers": round(wall["a"] / wall["two"], 2),
         "cut_ms_per_slice": round(1000 * wall["a"] / slices, 2),
         "check_s_mean": {
             clock: round(statistics.mean(run[index] for run in check), 2)
-            for index, clock in enumerate(("wall", "cpu"))
+            for index, clock in enumerate(clocks)
         },
         "check_s_per_case": [round(run[0], 2) for run in check],
         "load_average": round(os.getloadavg()[0], 1),
@@ -161,15 +175,20 @@ def measure_memory(config: Config) -> dict:
     for name in ("axial", "sagittal"):
         work = config.work / name
         paint(config, work / "raw", 127, 1)
-        if name == "sagittal":  # slices of one file lie along the patient's x
+        if name == "sagittal":
             for path in (work / "raw").rglob("*.nii.gz"):
-                image = nib.load(path)
-                axes = np.array([[1, 1], [2, 1], [0, 1]])
-                utilities.write_volume(image.as_reoriented(axes), path)
+                turn(path)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             result[name] = pool.apply(prepare_one, (work,))
         shutil.rmtree(work)
     return result
+
+
+def turn(path: Path) -> None:
+    """Store a volume anew, so that the slices of its file lie along the patient's x."""
+    axes = np.array([[1, 1], [2, 1], [0, 1]])
+    image = read_file(path).to_nibabel().as_reoriented(axes)
+    Volume(np.asfortranarray(image.dataobj), image.affine, header=image.header).write(path)
 
 
 def paint(config: Config, folder: Path, first: int, cases: int) -> None:
@@ -187,16 +206,16 @@ def main(config: Config) -> None:
         last = config.first + config.cases - 1
         painted = f"CT painted around LiTS masks {config.first}-{last}, full size"
         name = f"{source.parent.name}/{source.name}" if config.source else painted
-        known = json.loads(config.results.read_text()) if config.results.exists() else {}
-        known |= {"machine": machine()}
-        known[name] = {"command": " ".join(["python benchmarks/prepare.py", *sys.argv[1:]])}
-        known[name] |= measure(source, config)
+        known = read_json(config.results) if config.results.exists() else {}
+        known |= {
+            "machine": machine(),
+            name: {"command": name_command(), **measure(source, config)},
+        }
         if config.memory:
             known["memory on 512 x 512 x 987"] = measure_memory(config)
     finally:
         shutil.rmtree(config.work)
-    with atomic_write(config.results) as temporary:
-        temporary.write_text(json.dumps(known, indent=1))
+    write_json(known, config.results)
 
 
 if __name__ == "__main__":

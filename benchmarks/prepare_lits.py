@@ -13,31 +13,27 @@ import contextlib
 import io
 import json
 import multiprocessing
-import os
-import platform
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+import numpy as np
+import tyro
+from machine import DATA, RESULTS, machine
+from tqdm import tqdm
 
-import make_phantoms  # noqa: E402
-import nibabel as nib  # noqa: E402
-import tyro  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import prepare  # noqa: E402
-from data.files import atomic_write  # noqa: E402
+import prepare
+from data import make_phantoms
+from data.files import atomic_write, read_json
+from data.volumes import read_file
 
 
 @dataclass
 class Config:
-    livers: Path = ROOT.parent / "shared/data/lits_labels"  # folder of the liver masks
+    livers: Path = DATA / "lits_labels"  # folder of the liver masks
     work: Path = Path("/tmp/prepare_lits")  # folder for one case; removed afterwards
-    results: Path = ROOT / "benchmarks/results/prepare_lits.json"  # JSON to write
+    results: Path = RESULTS / "prepare_lits.json"  # JSON to write
     first: int = 0  # index of the first mask
     cases: int = 131  # number of masks
 
@@ -65,10 +61,10 @@ def prepare_one(work: Path) -> dict:
     """Check, then cut (the check is remembered, only the source's bytes are hashed again)."""
     check_s, check_mb = measured(work, check_only=True)
     cut_s, cut_mb = measured(work, check_only=False)
-    dataset = json.loads((work / "prepared/dataset.json").read_text())
+    dataset = read_json(work / "prepared/dataset.json")
     case = dataset["cases"][0]
     kept = [
-        int((nib.load(work / "prepared" / entry["label"]).get_fdata() > 0).sum())
+        int(np.count_nonzero(read_file(work / "prepared" / entry["label"]).read()))
         for entry in dataset["subvolumes"]
     ]
     keys = ("case", "shape", "orientation", "slices", "foreground_voxels", "warnings")
@@ -83,18 +79,8 @@ def prepare_one(work: Path) -> dict:
     }
 
 
-def machine() -> dict:
-    """What the figures were measured on; no names."""
-    cpu = next(
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    )
-    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()}
-
-
 def main(config: Config) -> None:
-    known = json.loads(config.results.read_text())["cases"] if config.results.exists() else []
+    known = read_json(config.results)["cases"] if config.results.exists() else []
     names = {case["case"] for case in known}
     last = min(config.first + config.cases, len(make_phantoms.mask_files(config.livers)))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -104,8 +90,6 @@ def main(config: Config) -> None:
             paint = make_phantoms.Config(
                 destination=config.work / "raw", livers=config.livers, first=index, cases=1
             )
-            for folder in ("imagesTr", "labelsTr"):
-                (paint.destination / folder).mkdir(parents=True, exist_ok=True)
             make_phantoms.write_case(index, paint)
             known.append(pool.apply(prepare_one, (config.work,)))
             shutil.rmtree(config.work)

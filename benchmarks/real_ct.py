@@ -24,22 +24,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import numpy as np
+import tyro
+from machine import RESULTS, ROOT, machine
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import tyro  # noqa: E402
-from nibabel.orientations import apply_orientation, io_orientation  # noqa: E402
-from prepare_lits import machine  # noqa: E402
-
-import apply_model  # noqa: E402
-import train  # noqa: E402
-import utilities  # noqa: E402
-from data.files import atomic_write  # noqa: E402
+import train
+from data.cases import read_label_map, read_volume
+from data.files import read_json, write_json
+from data.labels import Labels
+from utilities import load_checkpoint
 
 VARIANTS = {  # post-processing → options of apply_model.py
     "with": "",
@@ -104,23 +102,19 @@ def steps_taken(saved: dict, prepared: dict) -> int:
     return saved["epoch"] * each
 
 
-def figures(
-    folder: Path, case: str, truth: Path, labels: dict[str, tuple[int, ...]]
-) -> dict[str, dict]:
+def figures(folder: Path, case: str, truth: Path, saved: dict[str, Any]) -> dict[str, dict]:
     """Of each foreground class Dice, and ml of false positives: all, and in empty slices."""
-    row = json.loads((folder / case / f"{case}.json").read_text())
+    labels: Labels = saved["preprocessing"]["labels"]
+    row, grid = read_json(folder / case / f"{case}.json"), read_volume(truth)
     predicted, known = (
-        apply_orientation(
-            apply_model.class_indices(utilities.voxels(image), labels), io_orientation(image.affine)
-        )
-        for image in map(utilities.read_volume, (folder / case / f"{case}_label.nii.gz", truth))
+        read_label_map(path, grid, saved["declared"], classes=labels).ras.data
+        for path in (folder / case / f"{case}_label.nii.gz", truth)
     )
     empty, result = ~known.any(axis=(0, 1)), {}
-    millilitres = apply_model.voxel_ml(utilities.read_volume(truth).affine)
     for index, name in enumerate(labels):
         if index:
             false = ((predicted == index) & (known != index)).sum(axis=(0, 1))
-            in_ml = (part.sum() * millilitres for part in (false, false[empty]))
+            in_ml = (part.sum() * grid.voxel_ml for part in (false, false[empty]))
             result[name] = {
                 key: None if value is None else round(float(value), 4 if key == "dice" else 2)
                 for key, value in zip(FIGURES, (row[f"{name}_dice"], *in_ml), strict=True)
@@ -130,7 +124,7 @@ def figures(
 
 def whole_scan(folder: Path, case: str) -> dict[str, float]:
     """Mean IoU over the classes and pixel accuracy, background counted in both."""
-    row = json.loads((folder / case / f"{case}.json").read_text())
+    row = read_json(folder / case / f"{case}.json")
     return {key: round(row[key], 4) for key in ("mean_iou", "accuracy")}
 
 
@@ -140,7 +134,7 @@ def one_round(config: Config, held_out: list[str], others: list[str], work: Path
     split.write_text(json.dumps({"training": others, "validation": held_out, "test": []}))
     run("prepare.py", config.source, "--destination", data, "--split", split, "--keep-empty",
         config.keep_empty, *shlex.split(config.prepare_options))  # fmt: skip
-    prepared = json.loads((data / "dataset.json").read_text())
+    prepared = read_json(data / "dataset.json")
     epochs = equal_steps(config, prepared)
     batch = ["--batch-size", config.batch_size] if config.batch_size else []
     seconds = run("train.py", *filter(None, [config.recipe]), "--data", data, "--run-folder",
@@ -149,46 +143,51 @@ def one_round(config: Config, held_out: list[str], others: list[str], work: Path
     for variant, options in VARIANTS.items():
         run("apply_model.py", "--split", "validation", "--data", data, "--checkpoint", checkpoint,
             "--destination", work / variant, *shlex.split(options))  # fmt: skip
-    saved = torch.load(checkpoint, weights_only=True)
+    saved = load_checkpoint(checkpoint)
     return [
         {"patient": patient, "epochs": epochs, "steps": steps_taken(saved, prepared),
          "training_minutes": round(seconds / 60, 1),
          **whole_scan(work / "with", patient),
          **{variant: figures(work / variant, patient,
-                             config.source / "labelsTr" / f"{patient}.nii.gz", saved["labels"])
+                             config.source / "labelsTr" / f"{patient}.nii.gz", saved)
             for variant in VARIANTS}}
         for patient in held_out
     ]  # fmt: skip
 
 
+def describe(values: Iterable[float | None], figure: str) -> dict[str, float | None]:
+    """Mean, median and worst of the values that are known."""
+    known, worst = [v for v in values if v is not None], min if figure == "dice" else max
+    return {
+        key: round(float(of(known)), 4) if known else None
+        for key, of in (("mean", np.mean), ("median", np.median), ("worst", worst))
+    }
+
+
 def summary(table: list[dict]) -> dict:
     """Per post-processing and class mean, median and worst of each figure over the patients."""
-    result: dict = {}
-    for variant in VARIANTS:
-        for name in table[0][variant]:
-            part = result.setdefault(variant, {}).setdefault(name, {})
-            for figure in FIGURES:
-                values = [row[variant][name][figure] for row in table]
-                values = [value for value in values if value is not None]
-                worst = min if figure == "dice" else max
-                part[figure] = {
-                    key: round(float(of(values)), 4) if values else None
-                    for key, of in (("mean", np.mean), ("median", np.median), ("worst", worst))
-                }
-    return result
+    return {
+        variant: {
+            name: {
+                fig: describe((row[variant][name][fig] for row in table), fig) for fig in FIGURES
+            }
+            for name in table[0][variant]
+        }
+        for variant in VARIANTS
+    }
 
 
 def write(result: dict, config: Config) -> None:
     """The file, or its entry beside the others."""
-    path = ROOT / "benchmarks" / "results" / f"{config.name}.json"
+    path = RESULTS / f"{config.name}.json"
     if config.entry:
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = read_json(path) if path.exists() else {}
         result = dict(sorted({**known, config.entry: result}.items()))
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, path)
 
 
-def main(config: Config) -> None:
+def rotate(config: Config) -> list[dict]:
+    """A row per patient, each held out in one round."""
     patients = sorted(
         path.name.removesuffix(".nii.gz") for path in (config.source / "imagesTr").glob("*.nii.gz")
     )
@@ -201,25 +200,28 @@ def main(config: Config) -> None:
             work.mkdir(parents=True, exist_ok=True)
             table += one_round(config, held_out, others, work)
         print(json.dumps(table, indent=1), flush=True)
+    return table
+
+
+def main(config: Config) -> None:
+    table = rotate(config)
     minutes = {row["patient"]: row["training_minutes"] for row in table}
     given = shlex.join(sys.argv).replace(f" --work {config.work}", "")
-    write(
-        {
-            "command": f"python {given}",
-            "keep_empty": config.keep_empty,
-            "train_options": f"{config.recipe} {config.train_options}".strip(),
-            "prepare_options": config.prepare_options,
-            "epochs_over_all_subvolumes": config.epochs,
-            "n": f"{len(table)} patients, each unseen by its network",
-            "machine": {**machine(), "torch_threads": torch.get_num_threads()},
-            "median_training_minutes": statistics.median(minutes.values()),
-            "mean_iou": round(float(np.mean([row["mean_iou"] for row in table])), 4),
-            "accuracy": round(float(np.mean([row["accuracy"] for row in table])), 4),
-            "summary": summary(table),
-            "patients": table,
-        },
-        config,
-    )
+    result = {
+        "command": f"python {given}",
+        "keep_empty": config.keep_empty,
+        "train_options": f"{config.recipe} {config.train_options}".strip(),
+        "prepare_options": config.prepare_options,
+        "epochs_over_all_subvolumes": config.epochs,
+        "n": f"{len(table)} patients, each unseen by its network",
+        "machine": machine(torch_too=True),
+        "median_training_minutes": statistics.median(minutes.values()),
+        "mean_iou": round(float(np.mean([row["mean_iou"] for row in table])), 4),
+        "accuracy": round(float(np.mean([row["accuracy"] for row in table])), 4),
+        "summary": summary(table),
+        "patients": table,
+    }
+    write(result, config)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ Writes benchmarks/results/train_<device>.json.
 
 from __future__ import annotations
 
+import functools
 import json
-import platform
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -25,24 +24,26 @@ from typing import Any
 
 import torch
 import tyro
+from machine import RESULTS, machine, name_command
 from monai import transforms
 from monai.data import CacheDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import train  # noqa: E402
-from data.labels import IMAGE, LABEL  # noqa: E402
-from preprocess import (  # noqa: E402
+import train
+from data.descriptions import read_prepared
+from data.files import write_json
+from data.labels import IMAGE, LABEL, as_labels, resolve_classes
+from data.settings import pick
+from preprocess import (
+    Augment,
+    Chain,
     SubvolumeLoader,
     Subvolumes,
     augmentation,
     deterministic_chain,
-    read_prepared,
     subvolume_items,
 )
-from utilities import autocast, build_network, pick_device, pick_precision, train_one_epoch  # noqa: E402
+from utilities import Run, autocast, build_network, pick_device, pick_precision, train_one_epoch
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Config:
     rounds: int = 3  # the loops take turns, so that a busy moment of the machine hits all of them
     device: str = "auto"  # auto, cpu, cuda
     workers: int = 2  # of the two caches
+    results: Path | None = None  # JSON to write; none: benchmarks/results/train_<device>.json
 
 
 KEYS = (IMAGE, LABEL)
@@ -115,7 +117,7 @@ def measure_plain(config: Config, items: list, settings: train.Config, device: A
     chain = transforms.Compose([*usual_chain(settings), *usual_augmentation()])
     model = new_network(config, device)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
-    loss_function = train.LOSSES["dice"](torch.ones(2))
+    loss_function = train.LOSSES["dice"](torch.ones(2)).to(device)
     turn = iter(range(10**6))
 
     def step() -> float:
@@ -153,27 +155,26 @@ def measure_bare(config: Config, device: torch.device, precision: torch.dtype, *
     return {"seconds_per_step": seconds, "tflop_per_step": tflop, "tflop_per_s": tflop / seconds}
 
 
-def measure_ours(config: Config, cached: Any, settings: train.Config, device: Any) -> dict:
+def measure_ours(
+    config: Config, cached: Any, settings: train.Config, chain: Chain, device: torch.device
+) -> dict:
     """This project's loop: cache, augmentation, precision, layout."""
-    augmented = Subvolumes(cached, augmentation(**settings.augmentation(), device=device), seed=0)
-    precision = pick_precision("auto", device)
+    augment = augmentation(pick(Augment, settings, classes=len(chain.labels)), device)
+    augmented = Subvolumes(cached, augment, seed=0)
     model = new_network(config, device).to(memory_format=torch.channels_last_3d)
     optimizer = train.OPTIMIZERS["adam"](model.parameters(), 1e-4)
-    context = {
-        "loss_function": train.LOSSES["dice"](torch.ones(2)), "device": device,
-        "precision": precision, "clip": settings.gradient_clip, "title": "ours",
-    }  # fmt: skip
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    rows = []
-    for steps in (1, config.steps):
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
+    precision = pick_precision("auto", device)
+    run = Run(model, optimizer, scheduler, Path(), device, precision, carried={}, told=True)
+    loss_function = train.LOSSES["dice"](torch.ones(2)).to(device)
+    row: dict[str, float] = {}
+    for steps in (1, config.steps):  # the first one warms up
+        run.losses, run.counts = [], 0
         indices = [index % len(cached) for index in range(steps * config.batch_size)]
         part = torch.utils.data.Subset(augmented, indices)
         loader = SubvolumeLoader(part, config.batch_size, shuffle=True, seed=0)
-        row = train_one_epoch(
-            model, loader, optimizer, scaler, [], lambda: False, lambda: None, **context
-        )
-        rows.append(row)
-    row = rows[-1]
+        how = (loss_function, settings.gradient_clip, (1, 1), lambda: False)
+        row = train_one_epoch(run, model, loader, *how)
     return {
         "seconds_per_step": config.batch_size / row["samples_per_s"],
         "data_wait_percent": row["data_wait_percent"],
@@ -188,19 +189,21 @@ def measure_matmul(device: torch.device, precision: torch.dtype) -> float:
     return 2 * n**3 / seconds_per_step(lambda: a @ b, 10, device) / 1e12
 
 
-def measure_caches(config: Config, items: list, settings: train.Config, device: Any) -> dict:
-    """The cache's build against the usual chain, the same files and workers; seconds."""
+def measure_caches(
+    config: Config, items: list, settings: train.Config, chain: Chain, device: torch.device
+) -> tuple[dict, CacheDataset]:
+    """The cache's build against the usual chain, the same files and workers; and our cache."""
     chains = {
         "usual_chain": transforms.Compose([*usual_chain(settings), transforms.ToTensord(KEYS)]),
-        "ours": deterministic_chain(**settings.preprocessing(), device=device),
+        "ours": deterministic_chain(chain, device),
     }
     result: dict[str, Any] = {"items": len(items), "workers": config.workers}
-    for name, chain in chains.items():
+    for name, steps in chains.items():
         start = time.perf_counter()
-        built = CacheDataset(items, chain, num_workers=config.workers, copy_cache=False)
+        built = CacheDataset(items, steps, num_workers=config.workers, copy_cache=False)
         result[f"{name}_s"] = time.perf_counter() - start
     result["speedup"] = result["usual_chain_s"] / result["ours_s"]
-    return {"measured": result, "cached": built}
+    return result, built
 
 
 def in_turns(rounds: int, **loops: Callable[[], dict]) -> dict[str, dict]:
@@ -212,13 +215,18 @@ def in_turns(rounds: int, **loops: Callable[[], dict]) -> dict[str, dict]:
     }
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"cpu": name, "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__}
+def measure_sweep(config: Config, device: torch.device, precision: torch.dtype) -> list[dict]:
+    """The bare loop on a GPU: batch sizes, eager and compiled."""
+    return [
+        {
+            "batch_size": size,
+            "compiled": compiled,
+            **measure_bare(config, device, precision, batch_size=size, compiled=compiled),
+            "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6,
+        }
+        for compiled in (False, True)
+        for size in (1, 2, 4, 8, 16, 32)
+    ]
 
 
 def main(config: Config) -> None:
@@ -226,37 +234,33 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     precision = pick_precision("auto", device)
     settings = train.Config(data=config.data, input_size=config.input_size)
-    items = subvolume_items(read_prepared(config.data), config.data, "training")
-    caches = measure_caches(config, items, settings, device)
+    prepared = read_prepared(config.data)
+    labels = resolve_classes(settings.labels, as_labels(prepared["labels"]))
+    chain = pick(Chain, settings, labels=labels)
+    items = subvolume_items(prepared, config.data, "training")
+    cache, cached = measure_caches(config, items, settings, chain, device)
+    loops: dict[str, Callable[[], dict]] = {
+        "plain": functools.partial(measure_plain, config, items, settings, device),
+        "bare": functools.partial(measure_bare, config, device, precision),
+        "ours": functools.partial(measure_ours, config, cached, settings, chain, device),
+    }
     result: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": name_command(),
         "n": f"median of {config.rounds} rounds in turns, each of {config.steps} steps of "
         f"{config.batch_size} sub-volumes after one to warm up",
-        "machine": machine(device),
+        "machine": machine(torch_too=True),
         "precision": str(precision),
-        "cache": caches["measured"],
-        **in_turns(
-            config.rounds,
-            plain=lambda: measure_plain(config, items, settings, device),
-            bare=lambda: measure_bare(config, device, precision),
-            ours=lambda: measure_ours(config, caches["cached"], settings, device),
-        ),
+        "cache": cache,
+        **in_turns(config.rounds, **loops),
         "matmul_tflop_per_s": measure_matmul(device, precision),
     }
     ours = result["ours"]["seconds_per_step"]
     result["ours_over_plain"] = result["plain"]["seconds_per_step"] / ours
     result["ours_of_bare"] = result["bare"]["seconds_per_step"] / ours
     if device.type == "cuda":
-        result["sweep"] = [
-            {"batch_size": b, "compiled": c,
-             **measure_bare(config, device, precision, batch_size=b, compiled=c),
-             "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6}
-            for c in (False, True)
-            for b in (1, 2, 4, 8, 16, 32)
-        ]  # fmt: skip
-    path = ROOT / "benchmarks" / "results" / f"train_{device.type}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+        result["sweep"] = measure_sweep(config, device, precision)
+    write_json(result, config.results or RESULTS / f"train_{device.type}.json")
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

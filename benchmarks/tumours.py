@@ -10,7 +10,6 @@ Writes benchmarks/results/tumours.json and the README's picture of tumours.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import resource
@@ -23,9 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from prepare_lits import machine
+from machine import RESULTS, ROOT, machine, name_command
 
-ROOT = Path(__file__).resolve().parent.parent
+from data.files import read_csv, write_json
+
 COMMON = "--network unet --learning-rate 1e-3 --val-interval 20"
 SETTINGS = {  # name → (options for prepare.py, options for train.py)
     "patches, Dice + cross-entropy": (
@@ -44,7 +44,7 @@ class Config:
     cases: int = 30  # phantoms: 60 % train, 10 % watch, 30 % are never seen
     epochs: tuple[int, int] = (150, 150)  # of the two settings; chosen to fill the minutes
     seed: int = 0  # of the weights and the order
-    results: Path = ROOT / "benchmarks/results/tumours.json"  # JSON to write
+    results: Path = RESULTS / "tumours.json"  # JSON to write
 
 
 def run(*command: object) -> float:
@@ -57,9 +57,8 @@ def run(*command: object) -> float:
 
 
 def patients(results: Path) -> list[dict]:
-    with (results / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
     keys = ("liver_dice", "tumour_dice", "tumour_lesion_recall", "tumour_lesion_precision")
+    rows = read_csv(results / "results.csv", ("case", *keys))
     return [
         {"case": row["case"]} | {key: round(float(row[key]), 4) for key in keys if row[key]}
         for row in rows
@@ -87,7 +86,7 @@ def one(options: tuple[str, str], epochs: int, config: Config, raw: Path, work: 
 
 
 def main(config: Config) -> None:
-    found = {"command": " ".join(["python", *sys.argv]), "machine": {**machine(), "threads": 1}}
+    found = {"command": name_command(), "machine": {**machine(), "threads": 1}}
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw"
         run("data/make_phantoms.py", "--destination", raw, "--cases", config.cases,
@@ -96,9 +95,9 @@ def main(config: Config) -> None:
             work = Path(folder) / name.split(",")[0]
             found[name] = one(options, epochs, config, raw, work)
             if "patches" in name:
-                shutil.copy(work / "run/preview.png", ROOT / "benchmarks/pictures/tumours.png")
+                shutil.copy(work / "run/preview.png", ROOT / "docs/pictures/tumours.png")
             print(json.dumps(found, indent=2))
-    config.results.write_text(json.dumps(found, indent=2) + "\n")
+    write_json(found, config.results)
 
 
 if __name__ == "__main__":

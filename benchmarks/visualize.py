@@ -6,8 +6,6 @@ Each mode is a fresh process: `python visualize_3d.py <case> --mode <mode> --scr
 the command to the written picture, off screen, imports included. Median of `repeats`.
 """
 
-import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -16,12 +14,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import tyro
+from machine import RESULTS, ROOT, machine
 from scipy.ndimage import gaussian_filter, zoom
 
-ROOT = Path(__file__).resolve().parent.parent
+from data.files import write_json
+from data.volumes import Volume, read_file
+
 MODES = ("surface", "rays", "organs", "slices", "compare")
 MEASURED = (  # runs the command and reports the peak memory of that process alone
     "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, "
@@ -33,7 +33,7 @@ MEASURED = (  # runs the command and reports the peak memory of that process alo
 class Config:
     repeats: int = 3  # runs per mode
     shape: tuple[int, int, int] = (512, 512, 300)  # voxels, 0.75 × 0.75 × 1 mm
-    destination: Path = ROOT / "benchmarks" / "results" / "visualize.json"  # file to write
+    destination: Path = RESULTS / "visualize.json"  # file to write
 
 
 def make_case(folder: Path, shape: tuple[int, int, int]) -> Path:
@@ -65,9 +65,9 @@ def make_case(folder: Path, shape: tuple[int, int, int]) -> Path:
         "case_label": np.roll(label, 2, axis=0),
         "case_masked": np.where(np.roll(label, 2, axis=0) > 0, hu, -1024).astype(np.int16),
     }.items():
-        nib.save(nib.Nifti1Image(array, affine), folder / f"{name}.nii.gz")
+        Volume(array, affine).write(folder / f"{name}.nii.gz")
     sources = {"image": str(folder / "image.nii.gz"), "truth": str(folder / "truth.nii.gz")}
-    (folder / "case.json").write_text(json.dumps({"case": "case", **sources}))
+    write_json({"case": "case", **sources}, folder / "case.json")
     return folder
 
 
@@ -85,7 +85,7 @@ def first_picture(case: Path, mode: str) -> tuple[float, float]:
 def main(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
         case = make_case(Path(folder) / "case", config.shape)
-        label = np.asarray(nib.load(case / "case_label.nii.gz").dataobj)
+        label = read_file(case / "case_label.nii.gz").read()
         modes = {}
         for mode in MODES:
             runs = [first_picture(case, mode) for _ in range(config.repeats)]
@@ -98,10 +98,9 @@ def main(config: Config) -> None:
         "data": f"synthetic case {config.shape}, {np.count_nonzero(label)} organ voxels",
         "n": config.repeats,
         "modes": modes,
-        "machine": f"{platform.machine()}, 2 cores, no GPU, Python {platform.python_version()}",
+        "machine": machine(),
     }
-    config.destination.parent.mkdir(exist_ok=True)
-    config.destination.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(result, config.destination)
 
 
 if __name__ == "__main__":

@@ -76,23 +76,26 @@ class Case:
 
 def read_volume(path: Path) -> Volume:
     """Any volume file or DICOM series. Raises InputError, and nothing else, when it cannot be."""
-    shown = show_path(path)
     try:
-        if path.is_symlink() and not path.exists():
-            raise InputError(f"{shown}: is a link to a file that is not there; correct the link")
         if not path.exists():
-            raise InputError(f"{shown}: no such file; check the path")
-        if path.is_dir() and not is_dicom_input(path):
-            raise InputError(f"{shown}: holds no DICOM series; give a file, or the series' folder")
-        return read_series(path) if is_dicom_input(path) else read_file(path)
+            is_link = "is a link to a file that is not there; correct the link"
+            what = is_link if path.is_symlink() else "no such file; check the path"
+            raise InputError(f"{show_path(path)}: {what}")
+        if is_dicom_input(path):
+            return read_series(path)
+        if path.is_dir():
+            what = "holds no DICOM series; give a file, or the series' folder"
+            raise InputError(f"{show_path(path)}: {what}")
+        return read_file(path)
     except InputError:
         raise
     except PermissionError as error:
-        raise InputError(f"{shown}: may not be read ({error.strerror}); ask its owner") from error
+        what = f"may not be read ({error.strerror}); ask its owner"
+        raise InputError(f"{show_path(path)}: {what}") from error
     except Exception as error:  # a reader met what it was not made for
         raise InputError(
-            f"{shown}: cannot be read ({type(error).__name__}: {error}); the file is damaged or of "
-            "an unusual kind, convert it to .nii.gz"
+            f"{show_path(path)}: cannot be read ({type(error).__name__}: {error}); the file is "
+            "damaged or of an unusual kind, convert it to .nii.gz"
         ) from error
 
 

@@ -38,6 +38,7 @@ from data.judges import (
     read_outline,
 )
 from data.labels import (
+    FOREGROUND,
     IGNORED,
     IMAGE,
     LABEL,
@@ -59,7 +60,6 @@ __all__ = [
     "judge_hu", "list_errors", "print_table", "read_data_set", "write_table",
 ]  # fmt: skip
 
-FOREGROUND = ("liver", "tumour")  # what must not be lost where nothing else is asked for
 COARSE = 128  # voxels in-plane that are enough for the statistics
 
 

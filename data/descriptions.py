@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from data.files import InputError, read_csv, read_json
-from data.labels import BACKGROUND, LARGEST_VALUE, USUAL_LABELS, Labels, describe_labels
+from data.labels import (
+    BACKGROUND,
+    IMAGE,
+    LABEL,
+    LARGEST_VALUE,
+    USUAL_LABELS,
+    Labels,
+    describe_labels,
+)
 from data.names import name_files, show_path
+from data.settings import check_types
 
 SPLITS = ("training", "validation", "test")
 SPLIT_WORDS = {
@@ -206,3 +215,44 @@ def read_patients(path: Path) -> dict[str, str]:
         if table.setdefault(case, patient) != patient:
             raise InputError(f"{show_path(path)}: gives {case} two patients; keep one row")
     return table
+
+
+# ---------------------------------------------------------------------------------------
+# What prepare.py wrote
+# ---------------------------------------------------------------------------------------
+
+# Of dataset.json: what training reads, and its types; of each sub-volume likewise.
+PREPARED_SCHEMA = 1
+PREPARED = {"labels": dict, "settings": dict, "subvolume_depth": int, "subvolumes": list}
+SUBVOLUME = {
+    "case": str, "split": str, IMAGE: str, LABEL: str, "first_slice": int, "shape": list,
+    "spacing_mm": list, "voxels_per_label": dict,
+}  # fmt: skip
+
+
+def read_prepared(folder: Path) -> dict[str, Any]:
+    """`dataset.json` of a folder that prepare.py has completed, verified; else one InputError."""
+    path = folder / "dataset.json"
+    if not path.is_file():
+        raise InputError(
+            f"{path}: not found; it is written last by prepare.py, so {folder} is not (completely) "
+            "prepared; run `python prepare.py SOURCE` with this folder as --destination"
+        )
+    prepared = read_json(path, "what prepare.py wrote")
+    remedy = "prepare the data again"
+    check_types(prepared, {"schema": int}, str(path), remedy)
+    if (found := prepared["schema"]) != PREPARED_SCHEMA:
+        newer = found > PREPARED_SCHEMA
+        raise InputError(
+            f"{path}: schema must be {PREPARED_SCHEMA}, got {found}; "
+            + ("it comes from a later version, update this program" if newer else remedy)
+        )
+    check_types(prepared, PREPARED, str(path), remedy)
+    for record in prepared["subvolumes"]:
+        check_types(record, SUBVOLUME, f"{path}: a sub-volume", remedy)
+        for key in (IMAGE, LABEL):
+            parts = PurePosixPath(record[key].replace("\\", "/")).parts
+            rooted = record[key].startswith("/") or PureWindowsPath(record[key]).drive
+            if rooted or ".." in parts:
+                raise InputError(f"{path}: {record[key]} lies outside of {folder}; {remedy}")
+    return prepared

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from data.files import InputError, write_json
+from data.files import InputError, read_json, write_json
 
 OURS = re.compile(r"case\.json|(image|label)_\d{4,}\.nii(\.gz)?")  # files of a case's folder
 PARTIAL = re.compile(r"\.(\d+)\.partial\..+")  # unfinished, of the process of this number
@@ -41,8 +40,8 @@ def writing(path: Path) -> Iterator[None]:
 def read_record(path: Path) -> dict[str, Any]:
     """A record that an earlier run kept; empty where there is none that can be used."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = read_json(path)
+    except InputError:
         return {}
     return content if isinstance(content, dict) and "fingerprint" in content else {}
 
@@ -122,6 +121,6 @@ def claim_destination(destination: Path, source: Path, overwrite: bool) -> None:
 def read_mark(path: Path) -> str:
     """The source that a destination was prepared from; empty where that is not known."""
     try:
-        return str(json.loads(path.read_bytes())["source"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(read_json(path)["source"])
+    except (InputError, KeyError, TypeError):
         return ""

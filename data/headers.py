@@ -48,12 +48,20 @@ def read_header(file: Path) -> Any:
             f"{file}: its DICOM header cannot be read ({error}); the file is cut off or damaged, "
             "copy it again"
         ) from error
-    if not name_object(header) and "Rows" not in header:
+    torn = any(is_torn(element) for element in header.values())
+    if torn or (not name_object(header) and "Rows" not in header):
+        where = "inside a tag" if torn else "before Rows"
         raise InputError(
-            f"{file}: its DICOM header ends before Rows, expected an image; the file is cut off or "
+            f"{file}: its DICOM header ends {where}, expected an image; the file is cut off or "
             "damaged, copy it again or leave it out"
         )
     return header
+
+
+def is_torn(element: Any) -> bool:
+    """Whether an element as pydicom found it has fewer bytes than it says: the file ends there."""
+    length, value = getattr(element, "length", None), getattr(element, "value", None)
+    return isinstance(length, int) and isinstance(value, bytes) and len(value) < length < 2**32 - 1
 
 
 def read_text(header: Any, tag: str) -> str:

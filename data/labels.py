@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from data.files import InputError
+
+if TYPE_CHECKING:  # names of labels need no arrays, and `--help` no numpy
+    import numpy as np
 
 Labels = dict[str, tuple[int, ...]]
 
@@ -23,6 +25,8 @@ LARGEST_VALUE = 65535  # of a label map
 USUAL_LABELS: Labels = {BACKGROUND: (0,), "liver": (1,), "tumour": (2,)}
 # What is learnt by default: a tumour is liver too. The data give the values of these names.
 LIVER_WITH_TUMOURS = {"liver": ("liver", "tumour")}
+
+FOREGROUND = ("liver", "tumour")  # what must not be lost where nothing else is asked for
 
 # Words that mean the same; a name is compared word by word.
 SYNONYMS = {
@@ -156,6 +160,8 @@ def index_classes(
 
     Values of `ignore` become IGNORED: not known, neither class nor background.
     """
+    import numpy as np
+
     table = np.zeros(max(int(array.max(initial=0)) + 1, 256), np.uint8)
     table[[value for value in ignore if value < len(table)]] = IGNORED
     for index, values in enumerate(classes.values()):

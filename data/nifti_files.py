@@ -6,17 +6,19 @@ to the caller; here a field that matters and cannot be right is refused, one tha
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-from isal import igzip
+from isal import igzip, isal_zlib
 
 from data.files import InputError
-from data.voxel_files import AGAIN, DAMAGE, StoredVoxels
+from data.voxel_files import AGAIN, DAMAGE, StoredVoxels, SummedFile
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz")
 UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units & 7: unknown, metre, mm, micron
@@ -249,3 +251,53 @@ def _read_analyze(path: Path, head: Path, data: Path) -> NiftiFile:
         str(path), data, shape, dtype, _codec(data), 0, None, offset, slope, inter
     )
     return NiftiFile(voxels, affine, None, False, (note,))
+
+
+# ---------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------
+
+DATA_OFFSET = 352  # bytes before the voxels of a NIfTI-1 file
+
+
+def make_header(grid: Any, dtype: np.dtype, slope: float) -> nib.Nifti1Header:
+    """Header of a NIfTI-1 file on the grid of a Volume: geometry, type, slope, nothing else."""
+    header = nib.Nifti1Image(np.empty((1, 1, 1), np.uint8), grid.affine).header
+    header.set_xyzt_units("mm")
+    if grid.header is not None:
+        for key in GEOMETRY_FIELDS:
+            header[key] = grid.header[key]
+    try:
+        header.set_data_shape(grid.shape)
+        header.set_data_dtype(dtype)
+    except nib.spatialimages.HeaderDataError as error:
+        raise InputError(f"{grid.name}: cannot be written as NIfTI ({error})") from error
+    if grid.header is not None:
+        header["pixdim"][:4] = grid.header["pixdim"][:4]
+    header["vox_offset"], header["magic"] = DATA_OFFSET, header.single_magic
+    header.set_slope_inter(slope, 0)
+    return header
+
+
+def write_stream(
+    path: Path, header: nib.Nifti1Header, slabs: Iterable[np.ndarray], verify: bool = True
+) -> tuple[int, int, int]:
+    """Header and slabs to a file, by isal at level 1 if it ends in .gz.
+
+    Returns the number of slices, the CRC-32 of their voxels (to `verify` them) and of the file.
+    """
+    dtype, depth, checksum = header.get_data_dtype(), 0, 0
+    with contextlib.ExitStack() as stack:
+        file = stream = stack.enter_context(SummedFile(path))
+        if path.suffix == ".gz":  # no name and no time in the file
+            stream = stack.enter_context(igzip.IGzipFile("", "wb", 1, stream, mtime=0))
+        stream.write(header.binaryblock.ljust(DATA_OFFSET, b"\0"))
+        for slab in slabs:
+            if slab.shape[:2] != header.get_data_shape()[:2] or slab.dtype != dtype:
+                raise ValueError(f"slab must be {header.get_data_shape()[:2]} of {dtype}")
+            for plane in np.moveaxis(slab, 2, 0):
+                content = plane.tobytes(order="F")
+                checksum = isal_zlib.crc32(content, checksum) if verify else 0
+                stream.write(content)
+            depth += slab.shape[2]
+    return depth, checksum, file.crc32

@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from tqdm import tqdm
@@ -78,20 +78,22 @@ def check_settings(settings: Any, where: str = "") -> None:
             raise InputError(f"{option} must be low, then high, got {value}")
 
 
-def command_line(
-    main: Callable[[Any], None],
+def command_line(main: Callable[[Any], None], config_class: type, description: str | None) -> None:
+    """Run `main(config)`, config from the command line."""
+    run_script(main, read_settings(config_class, description))
+
+
+def read_settings(
     config_class: type,
     description: str | None,
     recipes: dict[str, tuple[str, Any]] | None = None,
-) -> None:
-    """Run `main(config)`, config from the command line; a user's fault ends in one line, exit 1.
+) -> Any:
+    """The config that a command line asks for; `--help` and mistakes end the program here.
 
+    Scripts call it before they load what is heavy, so that nobody waits for a typing error.
     `recipes` maps a name, which may be the first word of the command line, to an explanation and
     the config whose values the options then override. The first recipe is the default.
-    Ctrl-C and SIGTERM end in exit code 130 and a line that says how to go on. With `--debug`, or
-    LIVER_DEBUG=1, every error shows its traceback.
     """
-    debug = "--debug" in sys.argv or bool(os.environ.get("LIVER_DEBUG"))
     words, chosen = [word for word in sys.argv[1:] if word != "--debug"], {}
     if recipes:
         named = bool(words) and not words[0].startswith("-")
@@ -106,8 +108,21 @@ def command_line(
     if hasattr(config_class, "given"):
         config.given = list_given(words, config, chosen.get("default"))
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         check_settings(config)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    return config
+
+
+def run_script(main: Callable[[Any], None], config: Any) -> None:
+    """Run `main(config)`; a user's fault ends in one line and exit code 1.
+
+    Ctrl-C and SIGTERM end in exit code 130 and a line that says how to go on. With `--debug`, or
+    LIVER_DEBUG=1, every error shows its traceback.
+    """
+    debug = "--debug" in sys.argv or bool(os.environ.get("LIVER_DEBUG"))
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         main(config)
     except KeyboardInterrupt as stop:
         print(f"interrupted; {str(stop) or 'run the same command again to go on'}", file=sys.stderr)
@@ -180,3 +195,23 @@ def human_bytes(count: float) -> str:
             return f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TB"
+
+
+def parse_classes(words: list[str]) -> dict[str, tuple[str, ...]]:
+    """`["liver=liver,tumour"]` → {"liver": ("liver", "tumour")}."""
+    pairs = (word.partition("=") for word in words)
+    return {name: tuple((values or name).split(",")) for name, _, values in pairs}
+
+
+Classes = Annotated[  # on the command line: --labels liver=liver,tumour or liver=1 tumour=2
+    dict[str, tuple[str, ...]],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME=LABEL,…",
+        instance_from_str=parse_classes,
+        is_instance=lambda classes: isinstance(classes, dict),
+        str_from_instance=lambda classes: [
+            f"{n}={','.join(map(str, classes[n]))}" for n in classes
+        ],
+    ),
+]

@@ -15,13 +15,13 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from isal import igzip, isal_zlib
+from isal import isal_zlib
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
 from data.files import InputError, atomic_write
 from data.itk_files import read_itk
-from data.nifti_files import GEOMETRY_FIELDS, NIFTI_SUFFIXES, find_pair, read_nifti
-from data.voxel_files import StoredVoxels, SummedFile, allocate
+from data.nifti_files import NIFTI_SUFFIXES, find_pair, make_header, read_nifti, write_stream
+from data.voxel_files import StoredVoxels, allocate, make_native
 
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
@@ -31,7 +31,6 @@ FARTHEST_MM = 1e5  # of the first voxel from the origin; beyond, float32 loses t
 TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS mm ↔ LPS mm, as ITK and DICOM have them
 RAS = np.array([[0, 1], [1, 1], [2, 1]])  # orientation whose axes run to R, A, S
 SLAB = 16  # slices that are read at a time
-DATA_OFFSET = 352  # bytes before the voxels of a NIfTI-1 file
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +129,8 @@ class Volume:
     def read(self) -> np.ndarray:
         """All voxels (X, Y, Z) as stored; float32 where the header rescales them."""
         if not isinstance(self.data, StoredVoxels):
-            return self._finished(self.data, 0)
+            array = make_native(self.data, self.name)
+            return self.convert(array) if self.convert else array
         array = None
         for first, part in self.stored_slabs():
             if array is None:
@@ -175,34 +175,13 @@ class Volume:
     @contextlib.contextmanager
     def _reader(self) -> Iterator[Callable[[int, int], np.ndarray]]:
         """Yield `read(first, last)` → voxels (X, Y, first:last) along the last stored axis."""
+        convert = self.convert
         if not isinstance(self.data, StoredVoxels):
-            yield lambda first, last: self._finished(self.data[:, :, first:last], first)
+            array = make_native(self.data, self.name)
+            yield lambda a, b: convert(array[:, :, a:b]) if convert else array[:, :, a:b]
             return
-        with np.errstate(over="ignore"):
-            slope, inter = np.float32(self.data.slope), np.float32(self.data.inter)
-        with self.data.open() as read_numbers:
-
-            def read(first: int, last: int) -> np.ndarray:
-                array = read_numbers(first, last)
-                if (slope, inter) != (1, 0):
-                    with np.errstate(over="ignore", invalid="ignore"):  # `_finished` tells
-                        array = array.astype(np.float32) * slope
-                        array += inter
-                return self._finished(array, first)
-
-            yield read
-
-    def _finished(self, array: np.ndarray, first: int) -> np.ndarray:
-        """Voxels as callers get them: native byte order, finite, converted."""
-        array = array.astype(array.dtype.newbyteorder("="), copy=False)
-        if array.dtype.kind == "f" and not (finite := np.isfinite(array)).all():
-            raise InputError(
-                f"{self.name}: {np.count_nonzero(~finite)} voxels are NaN or infinite in the "
-                f"stored slices {first + 1} to {first + array.shape[2]}; every voxel needs a "
-                "number, convert it again",
-                kind="nan",
-            )
-        return self.convert(array) if self.convert else array
+        with self.data.open() as read:
+            yield (lambda a, b: convert(read(a, b))) if convert else read
 
     # -- other volumes on this grid
 
@@ -227,28 +206,10 @@ class Volume:
     def to_nibabel(self, slope: float = 1.0) -> nib.Nifti1Image:
         """NIfTI-1 image on this grid; `slope`: what readers multiply the stored numbers with."""
         array = self.read()
-        header = self._make_header(array.dtype, slope)
+        header = make_header(self, array.dtype, slope)
         image = nib.Nifti1Image(array, header.get_best_affine(), header, dtype=array.dtype)
         image.header.set_slope_inter(slope, 0)
         return image
-
-    def _make_header(self, dtype: np.dtype, slope: float) -> nib.Nifti1Header:
-        """Header of a NIfTI-1 file on this grid: geometry, type and slope, nothing else."""
-        header = nib.Nifti1Image(np.empty((1, 1, 1), np.uint8), self.affine).header
-        header.set_xyzt_units("mm")
-        if self.header is not None:
-            for key in GEOMETRY_FIELDS:
-                header[key] = self.header[key]
-        try:
-            header.set_data_shape(self.shape)
-            header.set_data_dtype(dtype)
-        except nib.spatialimages.HeaderDataError as error:
-            raise InputError(f"{self.name}: cannot be written as NIfTI ({error})") from error
-        if self.header is not None:
-            header["pixdim"][:4] = self.header["pixdim"][:4]
-        header["vox_offset"], header["magic"] = DATA_OFFSET, header.single_magic
-        header.set_slope_inter(slope, 0)
-        return header
 
     def write(self, path: Path, slope: float = 1.0) -> int:
         """Write `.nii` or `.nii.gz` whole or not at all; same voxels give same bytes.
@@ -257,8 +218,8 @@ class Volume:
         """
         array = self.read()
         with atomic_write(path) as temporary:
-            header = self._make_header(array.dtype, slope)
-            return _write_stream(temporary, header, [array], verify=False)[2]
+            header = make_header(self, array.dtype, slope)
+            return write_stream(temporary, header, [array], verify=False)[2]
 
     def write_checked(self, path: Path, slope: float = 1.0) -> None:
         """`write`, and read back: the file lies on exactly this grid and holds these voxels."""
@@ -276,12 +237,12 @@ def write_slabs(
     """
     dtype = np.dtype(dtype).newbyteorder("=")
     with atomic_write(path) as temporary:
-        header = grid._make_header(dtype, slope)
-        depth, checksum, _ = _write_stream(temporary, header, slabs)
+        header = make_header(grid, dtype, slope)
+        depth, checksum, _ = write_stream(temporary, header, slabs)
         if depth != grid.shape[2]:
             raise ValueError(f"slabs must hold the grid's {grid.shape[2]} slices, got {depth}")
         written, found = read_file(temporary), 0
-        with written.data.open() as read:
+        with written.data.open(scaled=False) as read:
             for first, last in list_slabs(written.shape[2], SLAB):
                 found = isal_zlib.crc32(read(first, last).ravel(order="F").view(np.uint8), found)
         stored_slope = written.data.slope, written.data.inter
@@ -295,30 +256,6 @@ def write_slabs(
         wrong = [name for name, equal in same.items() if not equal]
         if wrong:
             raise InputError(f"{path}: {', '.join(wrong)} changed in writing; nothing was kept")
-
-
-def _write_stream(
-    path: Path, header: nib.Nifti1Header, slabs: Iterable[np.ndarray], verify: bool = True
-) -> tuple[int, int, int]:
-    """Header and slabs to a file, by isal at level 1 if it ends in .gz.
-
-    Returns the number of slices, the CRC-32 of their voxels (to `verify` them) and of the file.
-    """
-    dtype, depth, checksum = header.get_data_dtype(), 0, 0
-    with contextlib.ExitStack() as stack:
-        file = stream = stack.enter_context(SummedFile(path))
-        if path.suffix == ".gz":  # no name and no time in the file
-            stream = stack.enter_context(igzip.IGzipFile("", "wb", 1, stream, mtime=0))
-        stream.write(header.binaryblock.ljust(DATA_OFFSET, b"\0"))
-        for slab in slabs:
-            if slab.shape[:2] != header.get_data_shape()[:2] or slab.dtype != dtype:
-                raise ValueError(f"slab must be {header.get_data_shape()[:2]} of {dtype}")
-            for plane in np.moveaxis(slab, 2, 0):
-                content = plane.tobytes(order="F")
-                checksum = isal_zlib.crc32(content, checksum) if verify else 0
-                stream.write(content)
-            depth += slab.shape[2]
-    return depth, checksum, file.crc32
 
 
 def form_codes(volume: Volume) -> tuple[int, int]:

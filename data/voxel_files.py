@@ -75,18 +75,23 @@ class StoredVoxels:
         return self.plane_bytes * self.shape[2]
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[Callable[[int, int], np.ndarray]]:
-        """Yield `read(first, last)` → stored numbers (X, Y, first:last), each file read once as
-        long as `first` ascends.
+    def open(self, scaled: bool = True) -> Iterator[Callable[[int, int], np.ndarray]]:
+        """Yield `read(first, last)` → values (X, Y, first:last), the file read once as long as
+        `first` ascends: float32 where the header rescales them, unless not `scaled`.
 
         Raises InputError where the file is gone, was changed since its header was read, is cut off,
-        fails its checksum, or goes on behind the last voxel.
+        fails its checksum, goes on behind the last voxel, or holds what is no number.
         """
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, np.errstate(over="ignore", invalid="ignore"):
             stream = self._guard(lambda: self._open_stream(stack))
+            slope, inter = np.float32(self.slope), np.float32(self.inter)
 
             def read(first: int, last: int) -> np.ndarray:
-                return self._guard(lambda: self._read(stream, first, last))
+                array = self._guard(lambda: self._read(stream, first, last))
+                if scaled and (slope, inter) != (1, 0):
+                    array = array.astype(np.float32) * slope
+                    array += inter
+                return make_native(array, self.name, first) if scaled else array
 
             yield read
 
@@ -136,6 +141,22 @@ class StoredVoxels:
                 raise ValueError(
                     f"the file goes on behind the {self.nbytes} bytes that its header announces"
                 )
+
+
+def make_native(array: np.ndarray, name: str, first: int = 0) -> np.ndarray:
+    """Voxels in this machine's byte order; `first`: the slice at which they begin.
+
+    Raises InputError of kind "nan" for what is no number: nobody is ever given one.
+    """
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if array.dtype.kind == "f" and not (finite := np.isfinite(array)).all():
+        raise InputError(
+            f"{name}: {np.count_nonzero(~finite)} voxels are NaN or infinite in the stored slices "
+            f"{first + 1} to {first + array.shape[2]}; every voxel needs a number, convert "
+            "it again",
+            kind="nan",
+        )
+    return array
 
 
 def allocate(shape: tuple[int, ...], dtype: Any, name: str) -> np.ndarray:

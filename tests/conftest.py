@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
@@ -30,6 +31,16 @@ def run_script(
         command, cwd=cwd or ROOT, env=environment, text=True, capture_output=True, check=False,
         timeout=timeout,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def without_pictures() -> Iterator[None]:
+    """prepare.py draws no picture of a case, which takes five sixths of its time on phantoms."""
+    import prepare
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "draw_case", lambda *_: None)
+        yield
 
 
 def run_here(*arguments: object) -> int | str:
@@ -101,7 +112,8 @@ def prepared(raw_phantoms: Path) -> Path:
     import prepare
 
     folder = raw_phantoms.parent / "prepared"
-    prepare.main(prepare.Config(source=raw_phantoms, destination=folder, workers=1))
+    with without_pictures():
+        prepare.main(prepare.Config(source=raw_phantoms, destination=folder, workers=1))
     return folder
 
 
@@ -111,9 +123,9 @@ def whole_cases(raw_phantoms: Path) -> Path:
     import prepare
 
     folder = raw_phantoms.parent / "whole"
-    prepare.main(
-        prepare.Config(source=raw_phantoms, destination=folder, subvolume_depth=0, workers=1)
-    )
+    config = prepare.Config(source=raw_phantoms, destination=folder, subvolume_depth=0, workers=1)
+    with without_pictures():
+        prepare.main(config)
     return folder
 
 

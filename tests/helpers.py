@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import filecmp
+import io
 import json
+import runpy
+import signal
+import subprocess
+import sys
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +20,9 @@ import make_phantoms
 import nibabel as nib
 import numpy as np
 import pydicom
+import pytest
 import torch
+from conftest import ROOT, SHARED_DATA, without_pictures
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 import prepare
@@ -48,6 +57,15 @@ def ras_arrays(index: int) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.asanyarray(nib.as_closest_canonical(i).dataobj) for i in phantom(index))
 
 
+@cache
+def part_arrays(index: int, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """`ras_arrays`, of it `depth` slices around its tumours, or its liver where it has none."""
+    scan, label = ras_arrays(index)
+    held = np.flatnonzero((label == label.max()).any(axis=(0, 1)))
+    first = min(max(int(held.mean()) - depth // 2, 0), label.shape[2] - depth)
+    return scan[:, :, first : first + depth], label[:, :, first : first + depth]
+
+
 def save(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
     """Write a RAS array in the axes of `affine`."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,20 +85,48 @@ def write_patients(root: Path, slices: slice = slice(None), affines=(None,) * 3)
     return root
 
 
-def run(source: Path, **settings) -> dict:
+def run(source: Path, pictures: bool = False, **settings) -> dict:
     """Prepare `source` beside itself; returns dataset.json."""
     destination = settings.pop("destination", source.parent / "prepared")
     settings = {"workers": 1} | settings
-    prepare.main(prepare.Config(source=source, destination=destination, **settings))
+    with contextlib.nullcontext() if pictures else without_pictures():
+        prepare.main(prepare.Config(source=source, destination=destination, **settings))
     return json.loads((destination / "dataset.json").read_text())
 
 
-def same_tree(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same files, byte for byte."""
-    files = [sorted(p.relative_to(r) for p in r.rglob("*") if p.is_file()) for r in (one, other)]
-    return files[0] == files[1] and all(
-        filecmp.cmp(one / file, other / file, shallow=False) for file in files[0]
-    )
+def call_script(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS`, as `run_script`, but in this process: no start, no second import.
+
+    A script of the project's folder, or -m and a module, then its arguments.
+    """
+    module = arguments[0] == "-m"
+    name, *rest = map(str, arguments[1:] if module else arguments)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    handler = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"),
+        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+    ):  # fmt: skip
+        patch.setattr(sys, "argv", [name, *rest])
+        patch.delenv("DISPLAY", raising=False)
+        try:
+            if module:
+                runpy.run_module(name, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            err.write(f"{stop.code}\n" if isinstance(stop.code, str) else "")
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+    return subprocess.CompletedProcess([name, *rest], code, out.getvalue(), err.getvalue())
+
+
+def list_differences(one: Path, other: Path) -> list[str]:
+    """Files that two folders do not share, byte for byte."""
+    files = [{str(p.relative_to(r)) for p in r.rglob("*") if p.is_file()} for r in (one, other)]
+    changed = (f for f in files[0] & files[1] if not filecmp.cmp(one / f, other / f, shallow=False))
+    return sorted({*(files[0] ^ files[1]), *changed})
 
 
 # ---------------------------------------------------------------------------------------
@@ -177,6 +223,30 @@ def put_raw(header: pydicom.Dataset, tag: str, vr: str, value: bytes) -> None:
     number = Tag(tag)
     value += b" " * (len(value) % 2)
     header._dict[number] = RawDataElement(number, vr, len(value), value, 0, False, True)
+
+
+# ---------------------------------------------------------------------------------------
+# Inputs that reproduce trouble reported in public
+# ---------------------------------------------------------------------------------------
+
+FIELD_CASES = SHARED_DATA / "field_cases"
+
+
+def build_field_case(name: str, out: Path) -> Path:
+    """The inputs of a field case in `out`, as `python make.py OUT` makes them."""
+    if not (FIELD_CASES / name).is_dir():
+        pytest.skip("the field cases are not here (beside the project)")
+    assert (FIELD_CASES / name / "expect.txt").read_text()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(sys, "argv", ["make.py", str(out)])
+        patch.setattr(sys, "path", [*sys.path])
+        runpy.run_path(str(FIELD_CASES / name / "make.py"), run_name="__main__")
+    return out
+
+
+def field_patient(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """HU and label map (64, 64, 24) in RAS of a patient of the field cases."""
+    return runpy.run_path(str(FIELD_CASES / "base.py"))["abdomen"](seed=seed)
 
 
 # ---------------------------------------------------------------------------------------

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED_DATA, random_affine
+from conftest import random_affine
+from helpers import build_field_case
 
 from data.cases import hash_inputs, lay_on_grid, list_files, read_label_map, read_scan, read_volume
 from data.dicom import write_seg, write_series
@@ -434,14 +432,6 @@ def test_masks_are_hashed_one_and_all(tmp_path):
 # ---------------------------------------------------------------------------------------
 
 
-def build(case: str, folder: Path) -> Path:
-    script = SHARED_DATA / "field_cases" / case / "make.py"
-    if not script.is_file():
-        pytest.skip("the field cases are not here (field_cases beside the project)")
-    subprocess.run([sys.executable, script, folder], check=True, cwd=ROOT, env={**os.environ})
-    return folder
-
-
 @pytest.mark.parametrize(
     ("case", "liver"),
     [("json_bom", 1), ("nnunet_regions", 1), ("values_of_dataset_json", 6), ("units_metres", 1)],
@@ -449,7 +439,7 @@ def build(case: str, folder: Path) -> Path:
 def test_reported_data_sets_are_understood(case, liver, tmp_path):
     from data.layouts import find_pairs
 
-    data = find_pairs(build(case, tmp_path))
+    data = find_pairs(build_field_case(case, tmp_path))
     assert len(data.cases) == 3 and not any(c.faults for c in data.cases)
     assert data.declared["liver"] == (liver,)
     for one in data.cases:
@@ -461,9 +451,9 @@ def test_reported_data_sets_are_understood(case, liver, tmp_path):
 def test_reported_pairs_of_other_axes_or_origin(tmp_path):
     from data.layouts import find_pairs
 
-    (case, *_) = find_pairs(build("label_other_axes", tmp_path / "axes")).cases
+    (case, *_) = find_pairs(build_field_case("label_other_axes", tmp_path / "axes")).cases
     assert read_label_map(case.label, read_scan(case.image), USUAL_LABELS).notes == ()
-    (case, *_) = find_pairs(build("label_other_origin", tmp_path / "origin")).cases
+    (case, *_) = find_pairs(build_field_case("label_other_origin", tmp_path / "origin")).cases
     scan = read_scan(case.image)
     with pytest.raises(InputError, match="--trust-image-grid"):
         read_label_map(case.label, scan, USUAL_LABELS)
@@ -471,7 +461,7 @@ def test_reported_pairs_of_other_axes_or_origin(tmp_path):
 
 
 def test_reported_truths(tmp_path):
-    folder = build("truth_values", tmp_path)
+    folder = build_field_case("truth_values", tmp_path)
     scan = read_scan(folder / "scan.nii.gz")
     for name, value in (("255", "255"), ("6", "6")):
         with pytest.raises(InputError, match=rf"holds \[{value}\]"):
@@ -486,10 +476,10 @@ def test_reported_truths(tmp_path):
 def test_reported_splits_and_changed_voxels(tmp_path):
     from data.layouts import read_split
 
-    folder = build("split_nnunet", tmp_path / "split")
+    folder = build_field_case("split_nnunet", tmp_path / "split")
     split = read_split(folder / "splits_final.json", [f"liver_{i}" for i in range(3)])
     assert split == {"liver_0": "training", "liver_1": "training", "liver_2": "validation"}
-    folder = build("mhd_raw_changed", tmp_path / "mhd")
+    folder = build_field_case("mhd_raw_changed", tmp_path / "mhd")
     before = hash_inputs([folder / "scan.mhd"])
     (folder / "other.raw").replace(folder / "scan.raw")
     assert hash_inputs([folder / "scan.mhd"]) != before

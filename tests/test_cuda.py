@@ -9,10 +9,11 @@ from helpers import augment_of, chain_of, tiny
 
 import apply_model
 import train
+from data.descriptions import read_prepared
 from data.labels import IMAGE, LABEL
 from data.metrics import dice_metric
 from data.volumes import read_file
-from preprocess import Subvolumes, augmentation, cache_split, read_prepared
+from preprocess import Subvolumes, augmentation, cache_split
 from utilities import load_checkpoint
 
 GPU = "cuda"

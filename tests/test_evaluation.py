@@ -18,8 +18,8 @@ from monai.metrics import (
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 from scipy import ndimage
 
-from apply_model import clean, doubts
 from data import evaluate as evaluation
+from data.anatomy import clean, find_doubts
 from data.check import judge_hu
 from data.evaluate import evaluate, measure, score_lesions
 from data.files import InputError
@@ -213,7 +213,7 @@ def test_what_is_implausible_is_told():
     right = ball(shape, (52, 30, 20), 16).astype(np.uint8)
 
     def doubt(classes, scan, names):
-        return doubts(as_volume(classes, affine), as_volume(scan, affine), names)
+        return find_doubts(as_volume(classes, affine), as_volume(scan, affine), names)
 
     assert doubt(right, scan, ["liver"]) == []
     assert "left" in doubt(right[::-1], scan, ["liver"])[0]

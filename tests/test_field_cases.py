@@ -1,31 +1,51 @@
 """Small inputs that reproduce trouble reported in public; each ends as its `expect.txt` says."""
 
-import subprocess
-import sys
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED_DATA
-from helpers import run
+from helpers import build_field_case, field_patient, run
 
+import apply_model
+import data.summary
+from data.cases import read_scan
 from data.files import InputError
 from data.volumes import read_file
-
-CASES = SHARED_DATA / "field_cases"
 
 
 @pytest.fixture
 def built(request, tmp_path) -> Path:
     """The inputs of the field case that the test is named after."""
     name = request.node.name.partition("[")[0].removeprefix("test_")
-    if not (CASES / name).is_dir():
-        pytest.skip("the field cases are not here (beside the project)")
-    assert (CASES / name / "expect.txt").read_text()
-    out = tmp_path / "raw"
-    make = [sys.executable, "make.py", str(out)]
-    subprocess.run(make, cwd=CASES / name, check=True, capture_output=True)
-    return out
+    return build_field_case(name, tmp_path / "raw")
+
+
+@pytest.fixture
+def segment(checkpoint, tmp_path, monkeypatch) -> Callable[..., dict[str, dict]]:
+    """apply_model.py on some paths, without its pictures: case → row of results.json."""
+    for module, drawing in ((apply_model, "draw_preview"), (data.summary, "draw_summary")):
+        monkeypatch.setattr(module, drawing, lambda *_: None)
+        monkeypatch.setattr(module, "save_figure", lambda *_: None)
+
+    def apply(*paths: Path, out: str = "results", **settings) -> dict[str, dict]:
+        settings = {
+            "checkpoint": checkpoint,
+            "device": "cpu",
+            "destination": tmp_path / out,
+        } | settings
+        apply_model.main(apply_model.Config(paths=paths, **settings))
+        rows = json.loads((tmp_path / out / "results.json").read_text())
+        return {row["case"]: row for row in rows}
+
+    return apply
+
+
+def label_of(folder: Path, case: str) -> np.ndarray:
+    """The label map that apply_model.py wrote for a case, axes R, A, S."""
+    return read_file(folder / case / f"{case}_label.nii.gz").ras.data
 
 
 # ---------------------------------------------------------------------------------------
@@ -73,41 +93,117 @@ def test_values_of_dataset_json(built):
         assert case["foreground_voxels"] == case["voxels_per_label"]["6"] > 0
 
 
-def test_label_other_axes(built):
+# ---------------------------------------------------------------------------------------
+# prepare.py, then apply_model.py
+# ---------------------------------------------------------------------------------------
+
+
+def test_label_other_axes(built, segment, tmp_path):
     dataset = run(built)
     assert len(dataset["cases"]) == 3 and not dataset["left_out"]
-    # apply_model.py --split test and --truth on the same pair: see below
+    (case,) = (case for case in dataset["cases"] if case["split"] == "test")
+    scan, label = read_scan(Path(case["image"])), read_scan(Path(case["label"]))
+    assert (scan.axcodes, label.axcodes) == ("LPS", "RAS")
+    scan.from_ras(label.ras.data).write(tmp_path / "lps.nii.gz")
+    (of_split,) = segment(split="test", data=tmp_path / "prepared", out="split").values()
+    image, truth = Path(case["image"]), Path(case["label"])
+    (of_truth,) = segment(image, truth=(truth,), out="truth").values()
+    (of_lps,) = segment(image, truth=(tmp_path / "lps.nii.gz",), out="lps").values()
+    assert of_split["liver_dice"] == of_truth["liver_dice"] == of_lps["liver_dice"] > 0
 
 
-def test_label_other_origin(built):
+def test_label_other_origin(built, segment, tmp_path):
     with pytest.raises(InputError, match="cases have errors"):
         run(built)
     dataset = run(built, trust_image_grid=True)
     assert len(dataset["cases"]) == 3 and dataset["settings"]["trust_image_grid"]
-    # apply_model.py --split test with the same trust: see below
+    (case,) = (case for case in dataset["cases"] if case["split"] == "test")
+    image, truth = Path(case["image"]), Path(case["label"])
+    scan, label = read_scan(image), read_scan(truth)
+    scan.like(label.read()).write(tmp_path / "placed.nii.gz")
+    (of_split,) = segment(split="test", data=tmp_path / "prepared", out="split").values()
+    (placed,) = segment(image, truth=(tmp_path / "placed.nii.gz",), out="placed").values()
+    assert of_split["liver_dice"] == placed["liver_dice"] > 0
+    with pytest.raises(InputError, match="voxels apart"):
+        segment(image, truth=(truth,), out="untrusted")
 
 
-def test_mhd_raw_changed(built):
-    """The same for prepare.py: a scan whose data file changed is checked and cut again."""
-    for folder in ("imagesTr", "labelsTr"):
-        (built / folder).mkdir()
-    for name in ("scan.mhd", "scan.raw"):
-        (built / name).rename(built / "imagesTr" / name)
-    scan = read_file(built / "imagesTr/scan.mhd")
-    array = scan.read()
-    body = ((array > 0) & (array < 250)).astype(np.uint8)
-    scan.like(body).write(built / "labelsTr/scan.nii.gz")
-    settings = {"training": 1.0, "validation": 0.0, "test": 0.0, "accept": ("mirrored", "outside")}
-    first = run(built, **settings)
-    (built / "imagesTr/scan.raw").write_bytes((built / "other.raw").read_bytes())
-    second = run(built, **settings)
-    assert first["cases"][0]["fingerprint"] != second["cases"][0]["fingerprint"]
-    sums = [[entry["image_crc32"] for entry in d["subvolumes"]] for d in (first, second)]
+def test_mhd_raw_changed(built, segment, tmp_path):
+    """The second run notices it and does the case again; so does prepare.py."""
+    first = segment(built / "scan.mhd")
+    before = label_of(tmp_path / "results", "scan")
+    one = run(as_decathlon(built), **ALONE)
+    (built / "scan.raw").write_bytes((built / "other.raw").read_bytes())
+    (built / "decathlon/imagesTr/scan.raw").write_bytes((built / "other.raw").read_bytes())
+    assert np.array_equal(read_scan(built / "scan.mhd").ras.data, field_patient(0)[0])
+    second = segment(built / "scan.mhd")
+    assert first["scan"]["fingerprint"] != second["scan"]["fingerprint"]
+    segment(built / "scan.mhd", out="fresh")
+    after = label_of(tmp_path / "results", "scan")
+    assert np.array_equal(after, label_of(tmp_path / "fresh", "scan"))
+    assert not np.array_equal(after, before)
+    two = run(built / "decathlon", **ALONE)
+    assert one["cases"][0]["fingerprint"] != two["cases"][0]["fingerprint"]
+    sums = [[entry["image_crc32"] for entry in d["subvolumes"]] for d in (one, two)]
     assert sums[0] != sums[1]
 
 
+ALONE = {"training": 1.0, "validation": 0.0, "test": 0.0, "accept": ("mirrored", "outside")}
+
+
+def as_decathlon(built: Path) -> Path:
+    """scan.mhd with its data file and a label map of its soft tissue."""
+    raw = built / "decathlon"
+    for folder in ("imagesTr", "labelsTr"):
+        (raw / folder).mkdir(parents=True)
+    for name in ("scan.mhd", "scan.raw"):
+        shutil.copy(built / name, raw / "imagesTr" / name)
+    scan = read_file(built / "scan.mhd")
+    array = scan.read()
+    scan.like(((array > 0) & (array < 250)).astype(np.uint8)).write(raw / "labelsTr/scan.nii.gz")
+    return raw
+
+
 # ---------------------------------------------------------------------------------------
-# apply_model.py: TO BE COMPLETED once it reads through the door
+# apply_model.py
 # ---------------------------------------------------------------------------------------
-# dicom_batch_one_bad, dicom_rescale_empty, dicomdir_beside_series, nan_voxels, truth_values, and
-# the second halves of label_other_axes, label_other_origin and mhd_raw_changed need a checkpoint.
+
+
+def test_dicom_batch_one_bad(built, segment, tmp_path, capsys):
+    with pytest.raises(InputError, match="1 of 2 scans failed") as error:
+        segment(built)
+    assert "a_bad" in str(error.value) and "ImageOrientationPatient" in str(error.value)
+    assert "a_bad: failed, the others go on" in capsys.readouterr().out
+    assert label_of(tmp_path / "results", "b_good").shape == (64, 64, 24)
+    assert not (tmp_path / "results/a_bad/a_bad_label.nii.gz").exists()
+
+
+def test_dicom_rescale_empty(built, segment, tmp_path):
+    scan = read_scan(built / "ct")
+    assert np.array_equal(scan.ras.data, field_patient(2)[0])  # as of the plain series
+    assert list(segment(built / "ct")) == ["ct"]
+    assert label_of(tmp_path / "results", "ct").shape == scan.ras_shape
+
+
+def test_dicomdir_beside_series(built, segment, tmp_path):
+    assert list(segment(built / "export")) == ["SER0", "SER1"]
+    labels = [label_of(tmp_path / "results", name) for name in ("SER0", "SER1")]
+    assert not np.array_equal(*labels)
+
+
+def test_nan_voxels(built, segment, tmp_path):
+    with pytest.raises(InputError, match=r"scan\.nii\.gz: .*8 .*NaN"):
+        segment(built / "scan.nii.gz", truth=(built / "truth.nii.gz",))
+    assert not (tmp_path / "results").exists()
+
+
+def test_truth_values(built, segment, capsys):
+    scan = built / "scan.nii.gz"
+    reference = segment(scan, truth=(built / "truth_ok.nii.gz",), out="ok")["scan"]
+    assert reference["liver_dice"] > 0
+    for value in (255, 6):
+        with pytest.raises(InputError, match=rf"truth_{value}\.nii\.gz: .*holds \[{value}\]"):
+            segment(scan, truth=(built / f"truth_{value}.nii.gz",), out=f"of_{value}")
+    rounded = segment(scan, truth=(built / "truth_float.nii.gz",), out="float")["scan"]
+    assert rounded["liver_dice"] == reference["liver_dice"]
+    assert "rounded" in rounded["warnings"]

@@ -13,14 +13,22 @@ from monai import transforms
 from monai.data import MetaTensor
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
-from apply_model import Model, classes_on_grid, mask_scan, open_scan, segment
+import data.volumes
+from apply_model import Model, mask_scan, open_scan, segment
 from data.cases import read_volume
 from data.files import InputError
 from data.labels import IMAGE, LABEL
 from data.metrics import dice_metric
 from data.names import name_case
 from data.volumes import Volume
-from preprocess import Chain, deterministic_chain, in_plane_chain, preprocess_volume, slice_chain
+from preprocess import (
+    Chain,
+    classes_on_grid,
+    deterministic_chain,
+    in_plane_chain,
+    preprocess_volume,
+    slice_chain,
+)
 
 SETTINGS = Chain(
     sampling="subvolumes",
@@ -213,8 +221,8 @@ def test_any_number_type_is_read(dtype):
 def test_a_write_that_would_change_the_grid_is_refused(tmp_path, monkeypatch):
     image = open_scan(ct_image(blob((20, 20, 16)), random_affine(0)))
     moved = Volume(image.read(), image.affine + np.eye(4, k=3) * 0.01)
-    make_header = Volume._make_header
-    monkeypatch.setattr(Volume, "_make_header", lambda _, *how: make_header(moved, *how))
+    make_header = data.volumes.make_header
+    monkeypatch.setattr(data.volumes, "make_header", lambda _, *how: make_header(moved, *how))
     with pytest.raises(InputError, match="affine"):
         image.write_checked(tmp_path / "out.nii.gz")
     assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,7 @@ from data.cases import read_volume
 from data.evaluate import evaluate
 from data.files import InputError
 from data.pictures import choose_hu_window
-from data.settings import command_line
+from data.settings import read_settings, run_script
 from data.volumes import Volume
 from utilities import load_checkpoint
 
@@ -186,7 +186,7 @@ def test_a_recipe_of_ones_own(tmp_path, monkeypatch, few):
     file.write_text(json.dumps(content | {"labels": {"background": 0, "spleen": [1, 2]}}))
     small = f"{name} {SUBVOLUMES} {NETWORK} --max-epochs 1"
     monkeypatch.setattr(sys, "argv", ["train.py", *small.split()])
-    command_line(train.main, train.Config, train.__doc__, train.RECIPES)
+    run_script(train.main, read_settings(train.Config, train.__doc__, train.RECIPES))
     assert set(labels_of("checkpoints/spleen/best.pt")) == {"background", "spleen"}
 
 

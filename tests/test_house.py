@@ -17,10 +17,10 @@ FLOORS = (  # imports run down only; within the store-room in the order of its o
     ("data.voxel_files", "data.pictures"),
     ("data.itk_files", "data.nifti_files", "data.summary"),
     ("data.volumes",),
-    ("data.judges", "data.names", "data.seg", "data.series", "data.make_phantoms"),
+    ("data.anatomy", "data.judges", "data.names", "data.seg", "data.series", "data.make_phantoms"),
     ("data.descriptions", "data.dicom", "data.findings", "data.masks"),
     ("data.cases", "data.pairing"),
-    ("data.evaluate", "data.layouts", "data.results"),
+    ("data.evaluate", "data.layouts", "data.results", "data.splits"),
     ("data.check", "data.exports"),
     ("utilities",),
     ("prepare", "preprocess", "visualize_3d"),
@@ -143,7 +143,10 @@ def test_functions_take_few_parameters():
 # ---------------------------------------------------------------------------------------
 
 HOMES = {  # what → (pattern of its definition or use, the only files that may hold it)
-    "asking whether something is DICOM": (r"\bis_dicom\b|b\"DICM\"", {"dicom.py", "cases.py"}),
+    "asking whether something is DICOM": (
+        r"\bis_dicom\b|b\"DICM\"",
+        {"headers.py", "series.py", "seg.py", "dicom.py", "cases.py"},
+    ),
     "grids compared": (r"def lay_on_grid\b", {"cases.py"}),
     "finding scans": (r"def find_scans\b", {"cases.py", "layouts.py"}),
     "hashing inputs": (r"def hash_inputs\b", {"cases.py"}),
@@ -156,8 +159,8 @@ HOMES = {  # what → (pattern of its definition or use, the only files that may
     "class colour": (r"def class_colour\b", {"pictures.py"}),
     "slice with most foreground": (r"def find_busiest_slice\b", {"pictures.py"}),
     "outlines drawn": (r"\.contour\(", {"pictures.py"}),
-    "HU judged": (r"8 bits cannot hold HU", {"check.py"}),
-    "nibabel reads": (r"\bnib\.load\(", {"volumes.py"}),
+    "HU judged": (r"8 bits cannot hold HU", {"judges.py"}),
+    "nibabel reads": (r"\bnib\.load\(", {"nifti_files.py"}),
 }
 
 

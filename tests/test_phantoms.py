@@ -1,8 +1,6 @@
 """What a user relies on in the synthetic CTs that everything else is tried on."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import make_phantoms
 import nibabel as nib
 import numpy as np
 import pytest
+from helpers import call_script
 from make_phantoms import ORIENTATIONS, Config, main, make_phantom
 
 ROOT = Path(__file__).parents[1]
@@ -213,8 +212,7 @@ def test_real_liver_at_reduced_size_keeps_every_voxel(tmp_path: Path) -> None:
 
 
 def refused(*words: object) -> str:
-    command = [sys.executable, ROOT / "data" / "make_phantoms.py", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = call_script("data/make_phantoms.py", *words)
     assert done.returncode not in (0, None)
     assert "Traceback" not in done.stderr
     return done.stderr

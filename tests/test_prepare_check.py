@@ -6,8 +6,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import SHARED_DATA, run_script
-from helpers import ras_arrays, run, save, write_patients
+from conftest import SHARED_DATA, without_pictures
+from helpers import call_script, ras_arrays, run, save, write_patients
 
 import prepare
 from data.check import RULES, compare_cases, list_errors
@@ -15,6 +15,13 @@ from data.files import InputError
 from prepare import Config
 
 AFFINE = np.diag([-5.0, -5, 5, 1])
+
+
+@pytest.fixture(autouse=True)
+def plain():
+    """No pictures, but where the script itself is called."""
+    with without_pictures():
+        yield
 
 
 def findings(case: Path, **settings) -> dict[str, str]:
@@ -158,7 +165,7 @@ def test_orphans_and_broken_files_stop_their_case_only(tmp_path):
     (raw / "labelsTr/case_2.nii.gz").unlink()
     whole = (raw / "imagesTr/case_3.nii.gz").read_bytes()
     (raw / "imagesTr/case_3.nii.gz").write_bytes(whole[: len(whole) // 2])
-    result = run_script("prepare.py", raw, "--destination", tmp_path / "out", "--workers", 1)
+    result = call_script("prepare.py", raw, "--destination", tmp_path / "out", "--workers", 1)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "3 of 6 cases" in result.stderr
@@ -174,7 +181,7 @@ def test_orphans_and_broken_files_stop_their_case_only(tmp_path):
 
 def test_nothing_is_cut_by_check_only(tmp_path):
     raw = write_patients(tmp_path / "raw")
-    result = run_script(
+    result = call_script(
         "prepare.py", raw, "--destination", tmp_path / "out", "--workers", 1, "--check-only"
     )
     assert result.returncode == 0, result.stderr

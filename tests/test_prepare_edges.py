@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import ROOT
-from helpers import ras_arrays, run, save, write_patients
+from helpers import call_script, ras_arrays, run, save, write_patients
 
 import prepare
 from data import check, copies, destination
@@ -193,9 +193,9 @@ def test_a_full_disk_is_no_verdict_on_a_scan(what, raw, monkeypatch):
     if what == "picture":
         monkeypatch.setattr(prepare, "draw_overlay", full)
     else:
-        monkeypatch.setattr(prepare.utilities, "atomic_write", full)
+        monkeypatch.setattr(prepare, "atomic_write", full)
     with pytest.raises(InputError, match="No space left on device"):
-        run(raw)
+        run(raw, pictures=True)
     assert not list((raw.parent / "prepared").rglob("case_*.json"))
     monkeypatch.undo()
     assert len(run(raw)["cases"]) == 3
@@ -360,7 +360,7 @@ def test_leaving_out_is_told_and_never_everything(raw, capsys):
     with pytest.raises(InputError, match="names all 3 cases"):
         run(raw, leave_out=("case_0", "case_1", "case_2"))
     two = {"training": 0.5, "validation": 0.5, "test": 0.0}
-    run(raw, leave_out=("case_1", "case_7"), **two)
+    run(raw, leave_out=("case_1", "case_7"), pictures=True, **two)
     told = capsys.readouterr().out
     assert "--leave-out case_7: there is no such case" in told
     assert "next: python preprocess.py --data" in told and "look at" in told
@@ -440,17 +440,23 @@ def test_slices_between_the_drawn_ones_are_not_judged(raw, capsys):
 # ---------------------------------------------------------------------------------------
 
 
-def test_the_check_works_alone(raw, tmp_path, capsys):
-    check.main(check.Config(source=raw, destination=tmp_path / "out"))
-    assert "next: python prepare.py" in capsys.readouterr().out
+def test_the_check_works_alone(raw, tmp_path):
+    command = ("-m", "data.check", raw, "--destination", tmp_path / "out")
+    done = call_script(*command)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert f"next: python prepare.py {raw}" in done.stdout
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"check.csv", "case_0.png", "case_1.png", "case_2.png"}
     (raw / "labelsTr/case_1.nii.gz").unlink()
-    with pytest.raises(InputError, match="1 of 3 cases"):
-        check.main(check.Config(source=raw, destination=tmp_path / "out"))
+    done = call_script(*command)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "1 of 3 cases with errors" in done.stderr
+    done = call_script("-m", "data.check", tmp_path / "missing")
+    assert done.returncode == 1 and str(tmp_path / "missing") in done.stderr
 
 
 def test_the_check_has_a_help_of_its_own():
-    command = [sys.executable, "-m", "data.check", "--help"]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    done = call_script("-m", "data.check", "--help")
+    told = done.stdout
+    assert done.returncode == 0
     assert "--trust-image-grid" in told and "python -m data.check" in told

@@ -15,9 +15,10 @@ from helpers import chain_of, comparable, small_config
 import preprocess
 import train
 import utilities
+from data.descriptions import read_prepared
 from data.files import InputError
 from data.settings import list_given, pick
-from preprocess import Augment, Chain, read_prepared
+from preprocess import Augment, Chain
 from utilities import describe_epoch, find_checkpoint, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")

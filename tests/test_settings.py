@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, run_here, run_script
 from helpers import small_config
 
+import preprocess
 import train
 import utilities
 from data.files import InputError, atomic_write, lock_folder
@@ -99,7 +100,7 @@ def test_auto_takes_apples_gpu_and_falls_back_once_where_it_cannot_convolve(monk
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(utilities, "_convolves", lambda device: True)
     assert pick_device("auto").type == "mps"
-    assert utilities.resampling_device(torch.device("mps")).type == "cpu"
+    assert preprocess.resampling_device(torch.device("mps")).type == "cpu"
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import vedo
 from conftest import ROOT, random_affine, run_script
+from helpers import call_script
 from matplotlib.colors import to_rgb
 from nibabel.affines import apply_affine
 from PIL import Image
 
 import visualize_3d as v
+from data import exports
 from data.files import InputError
 from data.pictures import LABEL_COLOURS, TRUTH_COLOUR
 from data.volumes import Volume
@@ -242,9 +244,14 @@ def test_no_tumour_is_shown_where_there_is_none(projection, tmp_path, no_display
     assert centre.max() < 0.8  # translucent
 
 
-@pytest.mark.parametrize("codes", ["RAS", "LPS", "LAS", "PIR"])
 @pytest.mark.parametrize(
-    ("mode", "view", "side"), [("organs", "anterior", 0), ("rays", "posterior", 1)]
+    ("codes", "mode", "view", "side"),
+    [
+        ("RAS", "organs", "anterior", 0),
+        ("PIR", "organs", "anterior", 0),
+        ("LPS", "rays", "posterior", 1),
+        ("LAS", "rays", "posterior", 1),
+    ],
 )
 def test_the_patients_right_is_on_the_right_side(codes, mode, view, side, tmp_path, no_display):
     """A liver with a long tail to the patient's left, stored in any orientation."""
@@ -645,7 +652,7 @@ def test_a_label_map_of_another_scan_is_refused(results, tmp_path):
     ],
 )
 def test_faults_end_in_one_line(options, words, results):
-    done = run_script("visualize_3d.py", results, *options)
+    done = call_script("visualize_3d.py", results, *options)
     assert done.returncode != 0
     assert words in done.stderr
     assert "Traceback" not in done.stderr
@@ -658,7 +665,7 @@ def test_compare_needs_a_reference(results, tmp_path):
 
 
 def test_nothing_to_draw_is_an_error_before_anything_is_read(tmp_path):
-    done = run_script("visualize_3d.py", "--screenshot", tmp_path / "x.png")
+    done = call_script("visualize_3d.py", "--screenshot", tmp_path / "x.png")
     assert done.returncode == 1
     assert "nothing to draw: give results/<case>" in done.stderr
 
@@ -757,9 +764,11 @@ def test_a_full_disk_leaves_nothing_behind(results, tmp_path):
 import resource, signal, sys
 from pathlib import Path
 import visualize_3d as v
+from data import exports
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 v.HTML_TRIANGLES = 2000
+exports.find_range = lambda *_: (20, 23)
 suffixes = {name: some for name, (_, some) in v.OUTPUTS.items() if name != "turntable"}
 for option, suffix in [(option, suffix) for option, some in suffixes.items() for suffix in some]:
     if suffix == ".mp4":
@@ -779,10 +788,24 @@ for option, suffix in [(option, suffix) for option, some in suffixes.items() for
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_movie_goes_over_the_foreground_and_a_margin():
+    masks = np.zeros((2, 4, 4, 30), bool)
+    masks[0, 1, 1, 8:12] = masks[1, 2, 2, 10:20] = True
+    assert exports.find_range(masks, 30, 3.0) == (5, 23)
+    assert exports.find_range(masks, 30, 15.0) == (0, 30)
+    assert exports.find_range(masks[:, :0], 30, 3.0) == (0, 30)
+
+
 @pytest.mark.parametrize("suffix", [".gif", ".mp4"])
-def test_movie_shows_reference_and_prediction_slice_by_slice(suffix, results, tmp_path, no_display):
+def test_movie_shows_reference_and_prediction_slice_by_slice(
+    suffix, results, tmp_path, no_display, monkeypatch
+):
     if suffix == ".mp4" and not shutil.which("ffmpeg"):
         pytest.skip("ffmpeg is not installed")
+    label = nib.load(results / "case_label.nii.gz")
+    upright = np.asarray(nib.as_closest_canonical(label).dataobj)
+    middle = sum(exports.find_range([upright], upright.shape[2], 0)) // 2
+    monkeypatch.setattr(exports, "find_range", lambda *_: (middle - 2, middle + 3))
     path = tmp_path / f"slices{suffix}"
     v.main(config(results, movie=path))
     if suffix == ".mp4":

@@ -8,7 +8,6 @@ from walk import Walk, measure_walk
 
 import apply_model
 import prepare
-import preprocess
 import train
 import visualize_3d
 
@@ -27,7 +26,7 @@ def test_the_five_steps_are_a_bounded_walk(raw_phantoms, tmp_path):
     small = {"input_size": (32, 32), "spacing": (8.0, 8.0)}
     with Walk(ROOT) as walk, contextlib.redirect_stdout(io.StringIO()):
         prepare.main(prepare.Config(source=raw_phantoms, destination=data, workers=1))
-        preprocess.main(preprocess.Config(data=data, **small, device="cpu"))
+        train.main(train.Config(data=data, show=True, **small, device="cpu"))
         train.main(train.Config(
             data=data, run_folder=run, **small, base_channels=4, max_epochs=4,
             learning_rate=5e-3, device="cpu", precision="fp32",

@@ -1,0 +1,107 @@
+"""Which patient goes into which split: drawn, in folds, or as given; never one in two of them.
+
+`config` has the settings of `prepare.Config` that are named here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.cases import Case
+from data.descriptions import SPLITS, read_patients, read_split
+from data.files import InputError
+
+
+def split_patients(records: Sequence[dict[str, Any]], config: Any) -> dict[str, str]:
+    """Patient → "training", "validation" or "test"; drawn from seed and names alone.
+
+    Rounding: largest remainder, in a tie the earlier split; a split with a fraction above 0 gets at
+    least one patient. So 130 patients at 70/15/15 give 91 / 20 / 19.
+    """
+    if config.split:
+        return given_split(records, config.split)
+    names = {record["patient"] for record in records}
+    patients = sorted(names, key=lambda name: seeded(config.seed, name))
+    if config.folds:
+        if not (2 <= config.folds <= len(patients) and 0 <= config.fold < config.folds):
+            raise InputError(
+                f"--folds {config.folds} --fold {config.fold}: must be 2 to {len(patients)} folds "
+                "(one patient each at least), and a fold from 0"
+            )
+        held_out = set(patients[config.fold :: config.folds])
+        return {name: SPLITS[name in held_out] for name in patients}
+    fractions = np.array([config.training, config.validation, config.test])
+    if (fractions < 0).any() or not np.isclose(fractions.sum(), 1) or fractions[0] == 0:
+        raise InputError(
+            f"--training, --validation and --test must be ≥ 0 and add up to 1, got {fractions}"
+        )
+    wanted = np.count_nonzero(fractions)
+    if len(patients) < wanted:
+        raise InputError(
+            f"{len(patients)} patients cannot fill {wanted} splits; add patients or set a fraction "
+            "to 0 (two patients: --training 0.5 --validation 0.5 --test 0)"
+        )
+    exact = fractions * len(patients)
+    sizes = np.floor(exact + 1e-9).astype(int)
+    for index in np.argsort(sizes - exact, kind="stable")[: len(patients) - sizes.sum()]:
+        sizes[index] += 1
+    while (short := (sizes == 0) & (fractions > 0)).any():
+        sizes[sizes.argmax()] -= 1
+        sizes[short.argmax()] += 1
+    return dict(zip(patients, np.repeat(SPLITS, sizes).tolist(), strict=True))
+
+
+def given_split(records: Sequence[dict[str, Any]], path: Path) -> dict[str, str]:
+    """Patient → split from JSON: see `read_split`."""
+    where = read_split(path, [r[key] for r in records for key in ("case", "patient")])
+    split: dict[str, str] = {}
+    for record in records:
+        name = where.get(record["case"], where.get(record["patient"]))
+        if name is None:
+            raise InputError(f"{path}: does not name {record['case']}; add it, or --leave-out it")
+        if split.setdefault(record["patient"], name) != name:
+            raise InputError(
+                f"{path}: puts scans of patient {record['patient']} into two splits, which leaks; "
+                "keep them together"
+            )
+    return split
+
+
+def refuse_no_validation(split: dict[str, str], config: Any) -> None:
+    """Training needs patients that choose its checkpoint, unless the user wants none."""
+    if config.validation > 0 and "validation" not in split.values():
+        raise InputError(
+            f"{config.split or 'the split'}: puts no patient into validation, which chooses the "
+            "checkpoint; name some, or give --training 1 --validation 0 --test 0"
+        )
+
+
+def name_patients(cases: list[Case], config: Any) -> None:
+    """Set the patient of each case from --patients or --patient-pattern."""
+    if config.patients:
+        table = read_patients(config.patients)
+        if missing := [case.name for case in cases if case.name not in table]:
+            raise InputError(f"{config.patients}: has no row for {', '.join(missing)}; add them")
+        for case in cases:
+            case.patient = table[case.name]
+    elif config.patient_pattern:
+        for case in cases:
+            match = re.search(config.patient_pattern, case.name)
+            if not match or not match.groups() or match[1] is None:
+                raise InputError(
+                    f"--patient-pattern {config.patient_pattern}: finds no group in {case.name}; "
+                    r"give a pattern like (patient_\d+) that fits every case"
+                )
+            case.patient = match[1]
+
+
+def seeded(seed: int, name: str) -> float:
+    """Number in [0, 1) that depends on seed and name alone: the same on every machine."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
