@@ -5,10 +5,9 @@
     python benchmarks/starter.py --work data/starter --score-only  # of weights that are there
 
 The scripts are run as a user runs them: `data/make_bodies.py`, `prepare.py`, `train.py`, and
-`apply_model.py` on the real CTs. Between the last two, the statistics of batch normalisation are
-measured afresh (`measure_statistics`). What is there already in `--work` is not made again. Not one
-real voxel is trained on; the settings were chosen on the two scans in `CHOSEN_ON`, so the mean over
-the others, which stands apart in the result, is the one to believe.
+`apply_model.py` on the real CTs. What is there already in `--work` is not made again. Not one real
+voxel is trained on; the settings were chosen on the two scans in `CHOSEN_ON`, so the mean over the
+others, which stands apart in the result, is the one to believe.
 Writes `WORK/seed_N/starter.pt` and an entry of benchmarks/results/starter.json.
 """
 
@@ -30,8 +29,6 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 from prepare_lits import machine  # noqa: E402
 
-import preprocess  # noqa: E402
-import train  # noqa: E402
 import utilities  # noqa: E402
 
 CHOSEN_ON = ("ircad_19", "tace_1720")  # real scans that settings were chosen on
@@ -45,7 +42,6 @@ TRAIN = (
     "--loss dice_ce --learning-rate 2e-3 --batch-size 2 --patches-per-case 2 --max-epochs 6 "
     "--val-interval 6"
 )
-STATISTICS = 80  # bodies, a patch of each
 
 
 @dataclass
@@ -65,43 +61,17 @@ def run(*command: object) -> float:
     return time.perf_counter() - start
 
 
-def measure_statistics(source: Path, destination: Path, data: Path) -> None:
-    """Write a checkpoint whose batch normalisation has the mean statistics of `STATISTICS` patches.
-
-    In training they are a moving average over the last few batches. Bodies differ so much in HU,
-    noise and size that a dozen patches do not represent them: with it, a network of training loss
-    0.2 found a tenth of the liver.
-    """
+def publish(source: Path, destination: Path, seed: int) -> None:
+    """The run's checkpoint, without the folders of the machine that it was made on."""
     saved = utilities.load_checkpoint(source)
-    config = train.Config(**saved["config"])
-    network = utilities.build_network(**saved["network_args"])
-    network.load_state_dict(saved["network_state"])
-    network.train()
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm3d):
-            module.momentum = None  # the plain mean over all batches
-            module.reset_running_stats()
-    prepared = preprocess.read_prepared(data)
-    records = [r for r in prepared["subvolumes"] if r["split"] == "training"]
-    chosen = np.random.default_rng(config.seed).permutation(len(records))[:STATISTICS]
-    prepared["subvolumes"] = [records[index] for index in sorted(chosen)]
-    cpu = torch.device("cpu")
-    cached = preprocess.cache_split(
-        prepared, data, "training", device=cpu, **config.preprocessing()
-    )
-    augment = preprocess.augmentation(**config.augmentation(), device=cpu)
-    patches = preprocess.Subvolumes(cached, augment, config.seed + 1)
-    loader = preprocess.SubvolumeLoader(patches, config.batch_size, False, config.seed)
-    with torch.no_grad():
-        for batch in loader:
-            network(batch[utilities.IMAGE])
-    saved["network_state"] = network.state_dict()
+    folder = Config().work / f"seed_{seed}"
+    saved["config"] |= {"data": str(folder / "prepared"), "run_folder": str(folder / "run")}
     with utilities.atomic_write(destination) as temporary:
         torch.save(saved, temporary)
 
 
 def make_weights(config: Config, folder: Path) -> dict[str, float]:
-    """Bodies, training and statistics, as far as they are not there; minutes of each."""
+    """Bodies, sub-volumes and training, as far as they are not there; minutes of each."""
     raw, data, seconds = folder / "raw", folder / "prepared", {}
     if not (raw / "dataset.json").exists():
         seconds["bodies"] = run("data/make_bodies.py", "--destination", raw, "--seed", config.seed,
@@ -113,7 +83,7 @@ def make_weights(config: Config, folder: Path) -> dict[str, float]:
     if not checkpoint.exists():
         seconds["training"] = run("train.py", "--data", data, "--run-folder", checkpoint.parent,
                                   "--seed", config.seed, *shlex.split(TRAIN))  # fmt: skip
-    measure_statistics(checkpoint, folder / "starter.pt", data)
+    publish(checkpoint, folder / "starter.pt", config.seed)
     return {name: round(value / 60, 1) for name, value in seconds.items()}
 
 

@@ -154,7 +154,7 @@ def draw_tumours(rng: np.random.Generator, inside: np.ndarray, liver_hu: float) 
         layers.append(("tumour", shape, value))
         if rng.random() < 0.3:
             core = shape.grown(-0.35 * radius)
-            layers.append(("tumour", core, float(rng.uniform(0, liver_hu))))
+            layers.append(("tumour", core, float(rng.uniform(0, max(liver_hu, 0)))))
     return layers
 
 

@@ -1,5 +1,6 @@
 """Bodies for training without a real scan: repeatable, plausible, and different from each other."""
 
+import anatomy
 import make_bodies
 import numpy as np
 import pytest
@@ -60,3 +61,11 @@ def test_the_command_writes_a_decathlon_folder(tmp_path):
     for folder in ("imagesTr", "labelsTr"):
         assert sorted(path.name for path in (tmp_path / folder).iterdir()) == names
     assert (tmp_path / "dataset.json").is_file()
+
+
+@pytest.mark.parametrize("liver_hu", [-25.0, 0.0, 60.0, 140.0])
+def test_tumours_in_livers_of_any_hu(liver_hu):
+    inside = np.zeros((10, 3))
+    for seed in range(40):
+        layers = anatomy.draw_tumours(np.random.default_rng(seed), inside, liver_hu)
+        assert all(name == "tumour" and np.isfinite(hu) for name, _, hu in layers)
