@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import nibabel as nib  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import tyro  # noqa: E402
@@ -48,7 +50,7 @@ TRAIN = (
 class Config:
     """Where to work, and what to score on."""
 
-    work: Path = Path("data/starter")  # folder for bodies, run and results
+    work: Path = Path("data/starter")  # for bodies, run and results; relative: below the project
     seed: int = 0  # of bodies, weights, order and augmentation
     source: Path = Path("../shared/data/ct")  # real CTs with labels, to score on; nothing else
     score_only: bool = False  # weights are there, only score them
@@ -61,29 +63,20 @@ def run(*command: object) -> float:
     return time.perf_counter() - start
 
 
-def publish(source: Path, destination: Path, seed: int) -> None:
-    """The run's checkpoint, without the folders of the machine that it was made on."""
-    saved = utilities.load_checkpoint(source)
-    folder = Config().work / f"seed_{seed}"
-    saved["config"] |= {"data": str(folder / "prepared"), "run_folder": str(folder / "run")}
-    with utilities.atomic_write(destination) as temporary:
-        torch.save(saved, temporary)
-
-
 def make_weights(config: Config, folder: Path) -> dict[str, float]:
     """Bodies, sub-volumes and training, as far as they are not there; minutes of each."""
     raw, data, seconds = folder / "raw", folder / "prepared", {}
-    if not (raw / "dataset.json").exists():
+    if not (ROOT / raw / "dataset.json").exists():
         seconds["bodies"] = run("data/make_bodies.py", "--destination", raw, "--seed", config.seed,
                                 *shlex.split(BODIES))  # fmt: skip
-    if not (data / "dataset.json").exists():
+    if not (ROOT / data / "dataset.json").exists():
         seconds["prepare"] = run("prepare.py", raw, "--destination", data, "--seed", config.seed,
                                  *shlex.split(PREPARE))  # fmt: skip
     checkpoint = folder / "run" / "best.pt"
-    if not checkpoint.exists():
+    if not (ROOT / checkpoint).exists():
         seconds["training"] = run("train.py", "--data", data, "--run-folder", checkpoint.parent,
                                   "--seed", config.seed, *shlex.split(TRAIN))  # fmt: skip
-    publish(checkpoint, folder / "starter.pt", config.seed)
+    shutil.copyfile(ROOT / checkpoint, ROOT / folder / "starter.pt")
     return {name: round(value / 60, 1) for name, value in seconds.items()}
 
 
@@ -95,9 +88,9 @@ def score(config: Config, folder: Path) -> dict[str, dict[str, float]]:
         "--destination", folder / "results", "--overwrite")  # fmt: skip
     table = {}
     for name in (path.name.removesuffix(".nii.gz") for path in images):
-        row = json.loads((folder / "results" / name / f"{name}.json").read_text())
-        truth = utilities.read_volume(config.source / "labelsTr" / f"{name}.nii.gz")
-        found = utilities.read_volume(folder / "results" / name / f"{name}_label.nii.gz")
+        row = json.loads((ROOT / folder / "results" / name / f"{name}.json").read_text())
+        truth = nib.load(config.source / "labelsTr" / f"{name}.nii.gz")
+        found = nib.load(ROOT / folder / "results" / name / f"{name}_label.nii.gz")
         false = (np.asanyarray(found.dataobj) > 0) & ~(np.asanyarray(truth.dataobj) > 0)
         ml = float(np.prod(truth.header.get_zooms()[:3])) / 1000
         table[name] = {
@@ -107,9 +100,12 @@ def score(config: Config, folder: Path) -> dict[str, dict[str, float]]:
 
 
 def main(config: Config) -> None:
-    folder = (config.work / f"seed_{config.seed}").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = config.work / f"seed_{config.seed}"
+    (ROOT / folder).mkdir(parents=True, exist_ok=True)
     minutes = {} if config.score_only else make_weights(config, folder)
+    if not (config.source / "imagesTr").is_dir():
+        print(f"{folder / 'starter.pt'} is made; not scored, {config.source} holds no imagesTr")
+        return
     table = score(config, folder)
     dice = {name: row["dice"] for name, row in table.items()}
     others = [value for name, value in dice.items() if name not in CHOSEN_ON]
