@@ -21,7 +21,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import tyro
-from anatomy import (
+from organs import (
     draw_bowel,
     draw_chest,
     draw_dome,
