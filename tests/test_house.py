@@ -28,7 +28,8 @@ FLOORS = (  # imports run down only; within the store-room in the order of its o
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 SIX = [ROOT / f"{name}.py" for name in SCRIPTS]
-STORE = [path for path in (ROOT / "data").glob("*.py") if path.stem != "make_phantoms"]
+MAKERS = ("make_phantoms", "make_bodies", "organs")  # of phantoms, which no script needs
+STORE = [path for path in (ROOT / "data").glob("*.py") if path.stem not in MAKERS]
 SOURCES = [*SIX, *STORE]
 
 
