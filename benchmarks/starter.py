@@ -22,21 +22,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import numpy as np
+import torch
+import tyro
+from machine import ROOT, machine
 
-import nibabel as nib  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import tyro  # noqa: E402
-from prepare_lits import machine  # noqa: E402
-
-import utilities  # noqa: E402
+from data.cases import lay_on_grid, read_volume
+from data.files import read_json, write_json
 
 CHOSEN_ON = ("ircad_19", "tace_1720")  # real scans that settings were chosen on
 BODIES = "--cases 160 --spacing 4 4 4"
 PREPARE = (
-    "--subvolume-depth 0 --foreground 1 --accept mirrored outside hu "
+    "--subvolume-depth 0 --foreground liver --accept mirrored outside hu "
     "--training 0.95 --validation 0.05 --test 0"
 )
 TRAIN = (
@@ -88,14 +85,13 @@ def score(config: Config, folder: Path) -> dict[str, dict[str, float]]:
         "--destination", folder / "results", "--overwrite")  # fmt: skip
     table = {}
     for name in (path.name.removesuffix(".nii.gz") for path in images):
-        row = json.loads((ROOT / folder / "results" / name / f"{name}.json").read_text())
-        truth = nib.load(config.source / "labelsTr" / f"{name}.nii.gz")
-        found = nib.load(ROOT / folder / "results" / name / f"{name}_label.nii.gz")
-        false = (np.asanyarray(found.dataobj) > 0) & ~(np.asanyarray(truth.dataobj) > 0)
-        ml = float(np.prod(truth.header.get_zooms()[:3])) / 1000
+        row = read_json(ROOT / folder / "results" / name / f"{name}.json")
+        found = read_volume(ROOT / folder / "results" / name / f"{name}_label.nii.gz")
+        truth = lay_on_grid(read_volume(config.source / "labelsTr" / f"{name}.nii.gz"), found)
+        false = (found.ras.data > 0) & (truth.ras.data == 0)
         table[name] = {
             key: round(row[f"liver_{key}"], 4) for key in ("dice", "precision", "recall", "hd95_mm")
-        } | {"false_positive_ml": round(float(false.sum() * ml), 1)}
+        } | {"false_positive_ml": round(float(false.sum()) * found.voxel_ml, 1)}
     return table
 
 
@@ -110,7 +106,7 @@ def main(config: Config) -> None:
     dice = {name: row["dice"] for name, row in table.items()}
     others = [value for name, value in dice.items() if name not in CHOSEN_ON]
     path = ROOT / "benchmarks" / "results" / "starter.json"
-    result = json.loads(path.read_text()) if path.exists() else {}
+    result = read_json(path) if path.exists() else {}
     result[f"seed_{config.seed}"] = {
         "command": f"python benchmarks/starter.py --seed {config.seed}",
         "bodies": BODIES,
@@ -124,8 +120,7 @@ def main(config: Config) -> None:
         "dice_mean_of_the_others": round(float(np.mean(others)), 4) if others else None,
         "scans": table,
     }
-    with utilities.atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, path)
     print(json.dumps(result[f"seed_{config.seed}"], indent=1))
 
 
