@@ -319,11 +319,10 @@ def find_pairs(config: Config) -> list[tuple[str, Path, Path]]:
     """(case, prediction, truth) of two files, or of two folders by names."""
     if not config.predictions.is_dir() and not config.truths.is_dir():
         return [(name_case(config.predictions), config.predictions, config.truths)]
-    # of a folder of results the label maps alone, else every volume
-    results = sorted(config.predictions.glob("*/*_label.nii.gz"))
+    results = sorted(config.predictions.glob("*/*_label.nii.gz"))  # as apply_model.py writes them
     predictions, truths = results or find_scans(config.predictions), find_scans(config.truths)
     pairs = pair_by_name(predictions, truths)
-    names = name_scans(predictions, config.predictions)
+    names = [p.parent.name for p in results] or name_scans(predictions, config.predictions)
     for path, truth in zip(predictions, pairs, strict=True):
         if truth is None:
             print(f"{path}: no truth of this name; not evaluated")

@@ -99,10 +99,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep a folder for this process, so that no second one writes into it.
 
-    A lock whose owner has died on this machine is taken over. Raises InputError that names process
-    and machine of the owner.
+    A lock whose owner has died on this machine is taken over. A folder that was made for it goes
+    again where nothing came to stand in it. Raises InputError that names process and machine of the
+    owner.
     """
-    process, path = psutil.Process(), folder / ".lock"
+    process, path, new = psutil.Process(), folder / ".lock", not folder.exists()
     mine = {"pid": process.pid, "started": process.create_time(), "host": socket.gethostname()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,6 +135,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
     finally:
         if _read_lock(path) == mine:
             path.unlink(missing_ok=True)
+        if new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _read_lock(path: Path) -> dict[str, Any]:

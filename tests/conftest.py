@@ -147,9 +147,11 @@ def few(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def blank_pictures() -> Iterator[None]:
     """For tests that look at no picture: drawing one takes longer than all else that they do."""
-    draw_nothing(monkeypatch.setattr)
+    with pytest.MonkeyPatch.context() as patch:  # of its own, which no test undoes
+        draw_nothing(patch.setattr)
+        yield
 
 
 @pytest.fixture(scope="session")

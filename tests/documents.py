@@ -25,7 +25,8 @@ def follow(line: str, small: str = "") -> None:
     assert program == "python", line
     added = [f"--{group}".split() for group in small.split("--")[1:]]
     more = [word for group in added if group[0] not in words for word in group]
-    assert run_here(*words, *more) == 0, f"{line} {' '.join(more)}"
+    ended = run_here(*words, *more)
+    assert ended == 0, f"{line} {' '.join(more)}: {ended}"
 
 
 def first_block(page: str, language: str) -> str:

@@ -277,6 +277,8 @@ def small_config(prepared, run, **changes) -> train.Config:
 def tiny(name: str, prepared, whole_cases, run, **changes) -> train.Config:
     """A recipe made small, on sub-volumes or whole cases as it needs them."""
     recipe = train.RECIPES[name][1]
+    if recipe.network == "resnet34_unet":  # five halvings must leave a pixel
+        changes = {"input_size": (32, 32), "spacing": (8.0, 8.0), **changes}
     data = whole_cases if recipe.sampling == "patches" else prepared
     small = {**TINY, **TINY_IN[recipe.sampling], "data": data, "run_folder": run, **changes}
     return dataclasses.replace(recipe, **small)

@@ -312,18 +312,19 @@ def test_folders_are_evaluated_by_name(folders, capsys):
 
 
 @BLANK
-def test_of_a_folder_of_results_the_label_maps_are_taken(folders, tmp_path):
-    plain = run_evaluation(*folders)
+def test_results_of_apply_model_are_evaluated_by_case(folders, tmp_path, capsys):
     for path in folders[0].iterdir():
         case = path.name.removesuffix(".nii.gz")
-        (tmp_path / "results" / case).mkdir(parents=True)
-        for kind in ("label", "masked"):
-            copy = tmp_path / "results" / case / f"{case}_{kind}.nii.gz"
-            copy.write_bytes(path.read_bytes())
-    rows = run_evaluation(tmp_path / "results", folders[1], destination=tmp_path / "out2")
-    assert [row["liver_dice"] for row in rows.values()] == [
-        row["liver_dice"] for row in plain.values()
-    ]
+        for kind in ("label", "masked"):  # the masked volume is no label map
+            target = tmp_path / "results" / case / f"{case}_{kind}.nii.gz"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    (folders[1] / "liver_2.nii.gz").unlink()
+    rows = run_evaluation(tmp_path / "results", folders[1])
+    assert sorted(rows) == ["liver_0", "liver_1"]
+    expected = evaluate(*(as_volume(blobs(shift), AFFINE) for shift in (0, 10)), NAMES)
+    assert rows["liver_0"]["liver_dice"] == pytest.approx(expected["liver_dice"])
+    assert "no truth of this name" in capsys.readouterr().out
 
 
 @BLANK
