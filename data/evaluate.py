@@ -213,6 +213,8 @@ def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | Non
             if missing:
                 print(f"{truth[0]}: no label map for {', '.join(missing)}; not evaluated")
             return pairs
+    if gone := [path for path in truth if not path.exists()]:
+        raise InputError(f"--truth {gone[0]}: no such file or folder; check the path")
     if truth and len(truth) != len(scans):
         raise InputError(
             f"--truth must give one label map per volume, got {len(truth)} for {len(scans)}"

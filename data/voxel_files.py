@@ -122,17 +122,26 @@ class StoredVoxels:
     def _read(self, stream: io.RawIOBase, first: int, last: int) -> np.ndarray:
         begin = self.offset + (self.start if self.codec == "raw" else 0)
         stream.seek(begin + first * self.plane_bytes)
-        raw = allocate(((last - first) * self.plane_bytes,), np.uint8, self.name)
-        view, done = memoryview(raw), 0
-        while done < len(view):
-            count = stream.readinto(view[done : done + 4 * CHUNK])
-            if not count:
-                missing = len(view) - done + (self.shape[2] - last) * self.plane_bytes
-                raise EOFError(f"{missing} of {self.nbytes} bytes are missing")
-            done += count
+        raw = self._read_bytes(stream, (last - first) * self.plane_bytes)
+        if (found := len(raw)) < (last - first) * self.plane_bytes:
+            missing = (self.shape[2] - first) * self.plane_bytes - found
+            raise EOFError(f"{missing} of {self.nbytes} bytes are missing")
         if last == self.shape[2]:
             self._refuse_rest(stream)
         return raw.view(self.dtype).reshape((*self.shape[:2], last - first), order="F")
+
+    def _read_bytes(self, stream: io.RawIOBase, count: int) -> np.ndarray:
+        """The next `count` bytes, or as many as there are."""
+        if self.codec == "gzip":  # reads at once into what it returns; `readinto` would copy that
+            try:
+                return np.frombuffer(stream.read(count), np.uint8)
+            except MemoryError:
+                pass  # `allocate` tells
+        raw, done = allocate((count,), np.uint8, self.name), 0
+        view = memoryview(raw)
+        while done < count and (more := stream.readinto(view[done : done + 4 * CHUNK])):
+            done += more
+        return raw[:done]
 
     def _refuse_rest(self, stream: io.RawIOBase) -> None:
         """Read on behind the last voxel: only zeros may follow, and then the checksum."""
