@@ -207,8 +207,8 @@ def to_tensor(array: np.ndarray, volume: Volume) -> MetaTensor:
     """RAS array (X, Y, Z) of a volume → (1, X, Y, Z) with the volume's RAS affine."""
     if array.dtype.kind == "u":  # torch hardly knows unsigned integers wider than a byte
         array = array.astype(np.float32)
-    tensor, affine = torch.as_tensor(np.array(array, order="F")), torch.as_tensor(volume.ras_affine)
-    return MetaTensor(tensor[None], affine=affine)
+    tensor = torch.as_tensor(np.array(array, order="F"))[None]
+    return MetaTensor(tensor, affine=torch.as_tensor(volume.ras_affine))
 
 
 def resampling_device(device: torch.device) -> torch.device:
@@ -227,8 +227,7 @@ def in_plane_chain(chain: Chain, device: torch.device | str) -> list[Any]:
 
     `device` is where the resampling runs and the result stays.
     """
-    keys, resize = (IMAGE, LABEL), []
-    both: dict[str, Any] = {"allow_missing_keys": True}
+    keys, resize, both = (IMAGE, LABEL), [], dict[str, Any](allow_missing_keys=True)
     intensity: MapTransform = Lambdad(IMAGE, divide_by_maximum)
     if chain.hu_window:
         low, high = chain.hu_window
@@ -246,7 +245,7 @@ def in_plane_chain(chain: Chain, device: torch.device | str) -> list[Any]:
             pixdim=chain.spacing[:2],
             mode=("bilinear", "nearest"),
             padding_mode="border",
-            dtype=torch.float32,  # type: ignore[arg-type]  # may be; float64 is 3.5 times slower
+            dtype=torch.float32,  # type: ignore[arg-type]  # MONAI's float64 is 3.5 times slower
             **both,
         ),
         intensity,
@@ -559,22 +558,17 @@ class SubvolumeLoader(DataLoader):
     """
 
     def __init__(
-        self,
-        dataset: Subvolumes | Tiles,
-        batch_size: int,
-        shuffle: bool,
-        seed: int,
-        pin: bool = False,
+        self, data: Subvolumes | Tiles, batch_size: int, shuffle: bool, seed: int, pin: bool = False
     ):
-        self.order = EpochOrder(len(dataset), batch_size, shuffle, seed)
-        super().__init__(dataset, batch_size=batch_size, sampler=self.order, pin_memory=pin)
+        self.order = EpochOrder(len(data), batch_size, shuffle, seed)
+        super().__init__(data, batch_size=batch_size, sampler=self.order, pin_memory=pin)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose the order and the augmentation of an epoch, and the batch to begin with."""
         self.order.epoch, self.order.first_batch = epoch, first_batch
-        cast(Any, self.dataset).epoch = epoch  # DataLoader forgets the type
+        cast(Any, self.dataset).epoch = epoch  # its type is lost in DataLoader
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # as a generator
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # torch wants its own class
         with ThreadPoolExecutor(max_workers=1) as thread:
             batches = super().__iter__()
             coming = thread.submit(next, batches, None)

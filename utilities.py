@@ -176,7 +176,7 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
     """Move a network; channels last in its weights is the fastest layout in half precision."""
     flat = isinstance(network, SliceBySlice)
     layout = torch.channels_last if flat else torch.channels_last_3d
-    return network.to(device, memory_format=layout)  # type: ignore[call-overload]  # torch lacks it
+    return network.to(device, memory_format=layout)  # type: ignore[call-overload]  # torch's types lack it
 
 
 # ---------------------------------------------------------------------------------------

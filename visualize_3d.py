@@ -501,7 +501,7 @@ def make_slices_scene(case: Case, config: Config) -> Scene:
             Slider(
                 f"{plane} slice, {scan.spacing_mm[axis]:.3g} mm", 1, scan.shape[axis], index + 1,
                 ((left + 0.04, height), (left + 0.16, height)),
-                lambda value, plane=plane: show(plane, round(value) - 1),  # type: ignore[misc]  # a default
+                lambda value, plane=plane: show(plane, round(value) - 1),  # type: ignore[misc]  # mypy types no lambda with a default
             )
         )  # fmt: skip
     legend = {outline.name: outline.colour for outline in outlines}
@@ -536,9 +536,8 @@ def make_compare_scene(case: Case, config: Config) -> Scene:
     mask = np.isin(truth.data, case.members[name]) if several else truth.data > 0
     truth = truth.like(mask.astype(np.uint8))
     if not mask.any():
-        raise InputError(
-            f"{name_label(case.truth)}: holds no {name} to compare with; give its label map"
-        )
+        told = name_label(case.truth)
+        raise InputError(f"{told}: holds no {name} to compare with; give its label map")
     reference = smooth_surface(make_surface(truth), config.smoothing).color(TRUTH_COLOUR)
     distance = measure_distance(mesh.vertices, truth, reference.vertices)
     far = np.abs(distance)

@@ -160,9 +160,8 @@ def write_series(volume: Volume, folder: Path) -> list[Path]:
     try:
         partial.mkdir(parents=True)
         names = [f"{z + 1:04d}.dcm" for z in range(stored.shape[2])]
-        content = hashlib.sha256(np.ascontiguousarray(affine).data).hexdigest() + _hash_array(
-            stored
-        )
+        content = hashlib.sha256(np.ascontiguousarray(affine).data).hexdigest()
+        content += _hash_array(stored)
         for z, name in enumerate(names):
             header = _build_slice(stored[:, :, z], affine, z, content)
             header.save_as(partial / name, enforce_file_format=True)

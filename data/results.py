@@ -268,8 +268,8 @@ def crop_to_foreground(labels: Volume, path: Path | Masks | None) -> Volume:
     """`labels` around its foreground; InputError when there is none."""
     if not labels.data.any():
         raise InputError(
-            f"{name_label(path)}: the label map is empty (no voxel above 0), so there is no organ to "
-            "draw; look at the scan with --mode slices"
+            f"{name_label(path)}: the label map is empty (no voxel above 0), so there is no organ "
+            "to draw; look at the scan with --mode slices"
         )
     return labels.crop(find_bounding_box(labels.data > 0))
 
