@@ -37,6 +37,7 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # What the tests with real windows and a real browser need; without it they skip and say so.
 system-packages:
