@@ -196,7 +196,7 @@ def say_next(records: list[dict[str, Any]], config: Config) -> None:
 
 def check_case(case: Case, config: Config, terms: Terms) -> dict[str, Any]:
     """Record of a case for `dataset.json` with its findings; draws `check/<case>.png`."""
-    about = {"case": case.name, "patient": case.patient}
+    about: dict[str, Any] = {"case": case.name, "patient": case.patient}
     about |= {IMAGE: str(case.image), LABEL: describe_label(case.label)}
     memory = config.destination / "check" / f"{case.name}.json"
     known = read_record(memory)
@@ -382,7 +382,7 @@ def choose_outlines(
 
 def find_body(image: np.ndarray, label: np.ndarray) -> tuple[slice, ...]:
     """In-plane box around what is denser than lung, in HU, and around all foreground."""
-    body = (image > BODY_HU).any(axis=2) | (label > 0).any(axis=2)
+    body = np.asarray((image > BODY_HU).any(axis=2) | (label > 0).any(axis=2))
     return find_bounding_box(body) if body.any() else (slice(None), slice(None))
 
 

@@ -250,7 +250,7 @@ class JudgedLoss(torch.nn.Module):
 
 # Dice is of the foreground alone. batch=True pools the voxels of a batch: a sub-volume with a
 # sliver of liver then does not swing the gradient as much as one that is full of it.
-DICE = {"softmax": True, "to_onehot_y": True, "include_background": False, "batch": True}
+DICE: dict[str, Any] = dict(softmax=True, to_onehot_y=True, include_background=False, batch=True)
 
 LOSSES: dict[str, Callable[[torch.Tensor], torch.nn.Module]] = {  # class weights → loss
     "dice": lambda weights: losses.DiceLoss(**DICE),
@@ -353,7 +353,7 @@ def resume_settings(config: Config, folder: Path, saved: dict[str, Any]) -> Conf
             f"{folder}: a run with settings that are unknown here ({', '.join(unknown)}); update "
             "this program, or train again"
         )
-    free = {"run_folder": folder, "resume": folder, "device": config.device}
+    free: dict[str, Any] = {"run_folder": folder, "resume": folder, "device": config.device}
     free |= {"data": Path(saved["config"]["data"])}
     if "max_epochs" in given:
         free["max_epochs"] = config.max_epochs
@@ -474,7 +474,7 @@ def load_data(
     patches, window = config.sampling == "patches", config.window(prepared["subvolume_depth"])
     repeats = config.patches_per_case if patches else 1
     augmented = Subvolumes(training, augment, config.seed, repeats)
-    loading = {
+    loading: dict[str, Any] = {
         "batch_size": config.batch_size,
         "seed": config.seed,
         "pin": device.type == "cuda" and not training[0][IMAGE].is_cuda,
@@ -496,7 +496,7 @@ def build_run(
 ) -> Run:
     """Network, optimizer and schedule, as they begin or as `saved` has them."""
     window = config.window(prepared["subvolume_depth"])
-    network_args = {
+    network_args: dict[str, Any] = {
         "name": config.network,
         "in_channels": 1,
         "out_channels": len(chain.labels),

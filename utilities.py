@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -176,7 +176,7 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
     """Move a network; channels last in its weights is the fastest layout in half precision."""
     flat = isinstance(network, SliceBySlice)
     layout = torch.channels_last if flat else torch.channels_last_3d
-    return network.to(device, memory_format=layout)
+    return network.to(device, memory_format=layout)  # type: ignore[call-overload]  # torch's types lack it
 
 
 # ---------------------------------------------------------------------------------------
@@ -326,7 +326,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         modern = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if modern else torch.float16
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    ask: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    capabilities = ask() if device.type == "cpu" else {}
     has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if has_bf16 else torch.float32
 
@@ -460,11 +461,11 @@ class Run:
         """The model as it is trained: over all processes, compiled."""
         parallel = nn.parallel.DistributedDataParallel
         network = parallel(self.model) if dist.is_initialized() else self.model
-        return torch.compile(network) if self.compile_network else network
+        return cast(nn.Module, torch.compile(network)) if self.compile_network else network
 
     def save(self, name: str) -> None:
         """Write best.pt (what applying needs) or last.pt (also all that resuming needs)."""
-        state = {
+        state: dict[str, Any] = {
             "network_state": self.kept.state_dict(),
             "epoch": len(self.history),
             "val_dice": self.history[-1].get("val_dice", math.nan) if self.history else math.nan,
@@ -558,7 +559,7 @@ def train(
     with delayed_interrupt() as interrupted:
         for epoch in range(len(run.history) + 1, max_epochs + 1):
             begun = time.perf_counter()
-            row = {"epoch": epoch, "learning_rate": run.scheduler.get_last_lr()[0]}
+            row = {"epoch": epoch, "learning_rate": float(run.scheduler.get_last_lr()[0])}
             train_loader.set_epoch(epoch, len(run.losses))
             how = (loss_function, gradient_clip, (epoch, max_epochs), interrupted)
             row |= train_one_epoch(run, network, train_loader, *how)

@@ -213,6 +213,8 @@ def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | Non
             if missing:
                 print(f"{truth[0]}: no label map for {', '.join(missing)}; not evaluated")
             return pairs
+    if gone := [path for path in truth if not path.exists()]:
+        raise InputError(f"--truth {gone[0]}: no such file or folder; check the path")
     if truth and len(truth) != len(scans):
         raise InputError(
             f"--truth must give one label map per volume, got {len(truth)} for {len(scans)}"
@@ -274,7 +276,8 @@ def part_classes(classes: Labels) -> list[Labels]:
         fits = (g for g in groups if not set(list_values(g)) & set(values))
         group = next(fits, None)
         if group is None:
-            groups.append(group := {BACKGROUND: (0,)})
+            group = {BACKGROUND: (0,)}
+            groups.append(group)
         group[name] = values
     return groups
 
@@ -300,7 +303,8 @@ def evaluate_files(prediction: Path, truth: Path, config: Config) -> dict[str, A
     if missing := set(asked) - set(theirs):
         raise InputError(f"--predicted: lacks {', '.join(sorted(missing))}; name them too")
     others = {"others": tuple(config.others)} if config.others else {}
-    grid, row = open_pair(prediction, truth), {}
+    grid = open_pair(prediction, truth)
+    row: dict[str, Any] = {}
     for group in part_classes(asked):
         maps = [
             read_label_map(
@@ -310,7 +314,7 @@ def evaluate_files(prediction: Path, truth: Path, config: Config) -> dict[str, A
             )
             for path, classes in ((prediction, theirs | {BACKGROUND: (0,)}), (truth, asked))
         ]  # fmt: skip
-        row = evaluate(*maps, list(group)[1:]) | row
+        row = evaluate(maps[0], maps[1], list(group)[1:]) | row
         notes = [note for label in maps for note in label.notes]
     return row | {"warnings": "; ".join(notes)}
 

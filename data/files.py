@@ -152,11 +152,23 @@ def _read_lock(path: Path) -> dict[str, Any]:
         return {}
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine lives; one that ended and that nobody has asked yet how
+    (a zombie) does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:  # of another user: it is there
+        return True
+
+
 def _is_alive(owner: dict[str, Any], host: str) -> bool:
     """Whether the owner of a lock runs; on another machine nobody knows, so it does."""
     if owner.get("host") != host:
         return bool(owner)
     try:
-        return abs(psutil.Process(int(owner["pid"])).create_time() - owner["started"]) < 1
+        pid = int(owner["pid"])
+        return is_running(pid) and abs(psutil.Process(pid).create_time() - owner["started"]) < 1
     except (psutil.Error, KeyError, TypeError, ValueError):
         return False

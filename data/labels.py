@@ -24,7 +24,7 @@ LARGEST_VALUE = 65535  # of a label map
 # What is assumed of label maps that nothing describes: the values of LiTS and Decathlon Task03.
 USUAL_LABELS: Labels = {BACKGROUND: (0,), "liver": (1,), "tumour": (2,)}
 # What is learnt by default: a tumour is liver too. The data give the values of these names.
-LIVER_WITH_TUMOURS = {"liver": ("liver", "tumour")}
+LIVER_WITH_TUMOURS: dict[str, tuple[str, ...]] = {"liver": ("liver", "tumour")}
 
 FOREGROUND = ("liver", "tumour")  # what must not be lost where nothing else is asked for
 

@@ -23,6 +23,11 @@ def describe_label(label: Path | Masks | None) -> str | list[list[str]]:
     return [[name, str(path)] for name, path in label] if isinstance(label, tuple) else str(label)
 
 
+def name_label(label: Path | Masks | None) -> str:
+    """A case's label map for messages: its path, or those of its masks."""
+    return ", ".join(str(p) for _, p in label) if isinstance(label, tuple) else str(label)
+
+
 def restore_label(content: str | list[list[str]]) -> Path | Masks:
     """What `describe_label` described."""
     if isinstance(content, str):

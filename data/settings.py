@@ -12,14 +12,17 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 from tqdm import tqdm
 
 from data.files import InputError
 
-Kind = TypeVar("Kind")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Kind = TypeVar("Kind", bound="DataclassInstance")
 
 
 # The range of every setting of every script; of several numbers each must lie in it.
@@ -51,6 +54,7 @@ DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 ASCENDING = ("hu_window",)  # low, high
+SEVERAL = ("hu_window", "input_size", "size", "spacing", "window")  # one number per axis or end
 
 
 def check_settings(settings: Any, where: str = "") -> None:
@@ -66,7 +70,8 @@ def check_settings(settings: Any, where: str = "") -> None:
         if name not in LIMITS or value is None:
             continue
         low, above, _, below, high = LIMITS[name].split()
-        for number in value if isinstance(value, tuple | list) else [value]:
+        several = name in SEVERAL and isinstance(value, tuple | list)
+        for number in value if several else [value]:
             if (
                 not isinstance(number, int | float)
                 or not COMPARISONS[above](float(low), number)
@@ -74,7 +79,7 @@ def check_settings(settings: Any, where: str = "") -> None:
             ):
                 expected = LIMITS[name].removesuffix(" < inf").removeprefix("-inf < ")
                 raise InputError(f"{option} must be a number {expected}, got {value}")
-        if name in ASCENDING and not value[0] < value[-1]:
+        if name in ASCENDING and not (several and len(value) == 2 and value[0] < value[1]):
             raise InputError(f"{option} must be low, then high, got {value}")
 
 
