@@ -28,6 +28,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 import prepare
 import preprocess
 import train
+from data.descriptions import read_prepared
 from data.labels import as_labels, resolve_classes
 from data.settings import pick
 from data.volumes import Volume
@@ -286,7 +287,7 @@ def tiny(name: str, prepared, whole_cases, run, **changes) -> train.Config:
 
 def chain_of(config: train.Config) -> Chain:
     """The deterministic chain of a training, its classes resolved with the data's labels."""
-    declared = as_labels(preprocess.read_prepared(config.data)["labels"])
+    declared = as_labels(read_prepared(config.data)["labels"])
     return pick(Chain, config, labels=resolve_classes(config.labels, declared))
 
 
@@ -297,7 +298,7 @@ def augment_of(config: train.Config, **changes) -> Augment:
 
 def cached(config: train.Config, split: str = "training", device: str = "cpu"):
     """The cached sub-volumes of a training."""
-    content = preprocess.read_prepared(config.data)
+    content = read_prepared(config.data)
     return preprocess.cache_split(content, config.data, split, chain_of(config), device)
 
 

@@ -16,8 +16,9 @@ from helpers import assert_same_run, comparable, small_config
 import apply_model
 import preprocess
 import train
+from data.descriptions import read_prepared
 from data.files import InputError
-from utilities import NetworkName, load_checkpoint
+from utilities import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
@@ -81,7 +82,7 @@ def one_step_and_reload(prepared: Path, run: Path, **settings) -> None:
     assert set(np.unique(label.read())) <= {0, 1}
 
 
-@pytest.mark.parametrize("network", get_args(NetworkName))
+@pytest.mark.parametrize("network", get_args(train.NetworkName))
 def test_every_network_trains_and_reloads(network, few, tmp_path):
     size = (64, 64) if network == "swin_unetr" else (32, 32)  # five halvings must leave a voxel
     one_step_and_reload(few, tmp_path / "run", network=network, input_size=size)
@@ -108,7 +109,7 @@ def test_names_and_dictionaries_agree():
 
 
 def test_class_weights_come_from_the_counted_voxels(prepared):
-    content = preprocess.read_prepared(prepared)
+    content = read_prepared(prepared)
     labels = {"background": (0,), "liver": (1,), "tumour": (2,)}
     weights = train.class_weights(content, labels)
     assert weights.mean() == pytest.approx(1.0)

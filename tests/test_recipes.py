@@ -12,6 +12,7 @@ from helpers import augment_of, cached, chain_of, tiny
 
 import apply_model
 import train
+from data.descriptions import read_prepared
 from data.files import InputError
 from data.labels import IMAGE, LABEL
 from data.volumes import read_file
@@ -21,7 +22,6 @@ from preprocess import (
     augmentation,
     deterministic_chain,
     preprocess_volume,
-    read_prepared,
 )
 from utilities import build_network, load_checkpoint
 
