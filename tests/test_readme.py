@@ -15,9 +15,9 @@ SMALL = {
     "prepare.py": "--workers 1",
     "preprocess.py": "--input-size 32 32 --spacing 8 8",
     "train.py": "--input-size 32 32 --spacing 8 8 --base-channels 4 --max-epochs 3 "
-    "--learning-rate 5e-3",
+    "--val-interval 3 --learning-rate 5e-3",
     "apply_model.py": "",
-    "visualize_3d.py": "--screenshot view.png",
+    "visualize_3d.py": "--screenshot view.png --size 160 120",
     "data.check": "",
     "data.evaluate": "",
     "data.dicom": "",
@@ -87,7 +87,7 @@ def choose_small(small: str, words: list[str]) -> str:
     if "--resume" in words:  # keeps the settings of its run
         return ""
     if {"--turntable", "--html", "--mesh"} & set(words):  # they open no window
-        return ""
+        return "--size 160 120"
     if "laptop" in words:  # one epoch is enough to see it run
         return small.replace("--max-epochs 3", "--max-epochs 1")
     return small
