@@ -113,7 +113,7 @@ MISTAKES = {
         {raw}/imagesTr --checkpoint {run} --overlap 1 | overlap
         {raw}/imagesTr --checkpoint {run} --background 1e9 | background
         {raw}/imagesTr --checkpoint {run} --destination {run}/config.json | config.json
-        {raw}/imagesTr/phantom_000.nii.gz --checkpoint {run} --dicom-seg --destination {work}/r | dicom-seg
+        {raw}/imagesTr/phantom_000.nii.gz --checkpoint {run} --dicom-seg | dicom-seg
         --split test --data {work}/no --checkpoint {run} | no
         --split test --data {raw} --checkpoint {run} | dataset.json
         --split all --checkpoint {run} | split

@@ -10,7 +10,6 @@ import pytest
 from helpers import build_field_case, field_patient, run
 
 import apply_model
-import data.summary
 from data.cases import read_scan
 from data.files import InputError
 from data.volumes import read_file
@@ -24,11 +23,8 @@ def built(request, tmp_path) -> Path:
 
 
 @pytest.fixture
-def segment(checkpoint, tmp_path, monkeypatch) -> Callable[..., dict[str, dict]]:
+def segment(checkpoint, tmp_path, blank_pictures) -> Callable[..., dict[str, dict]]:
     """apply_model.py on some paths, without its pictures: case → row of results.json."""
-    for module, drawing in ((apply_model, "draw_preview"), (data.summary, "draw_summary")):
-        monkeypatch.setattr(module, drawing, lambda *_: None)
-        monkeypatch.setattr(module, "save_figure", lambda *_: None)
 
     def apply(*paths: Path, out: str = "results", **settings) -> dict[str, dict]:
         settings = {
