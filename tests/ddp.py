@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from children import draw_nothing
+from matplotlib.figure import Figure
 
 from train import CrossEntropy
 from utilities import build_network, process_group, rank_and_size
@@ -47,7 +47,7 @@ def compare_gradients() -> None:
 def main() -> None:
     data, run = sys.argv[1:]
     compare_gradients()
-    draw_nothing()
+    Figure.savefig = lambda _, path, **how: Path(path).write_bytes(b"a picture")
     sys.argv = ["train.py", "--data", data, "--run-folder", run, *SMALL.split()]
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     with process_group(torch.device("cpu")):
