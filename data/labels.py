@@ -176,6 +176,8 @@ def mark_undrawn(slab: np.ndarray, first: int, drawn: int, every: int) -> np.nda
     but `drawn` ± n times `every`: what `--label-every` says nobody drew."""
     if every == 1:
         return slab
+    import numpy as np
+
     slab = np.array(slab, order="F")
     slab[:, :, (np.arange(first, first + slab.shape[2]) - drawn) % every != 0] = IGNORED
     return slab
