@@ -1,4 +1,4 @@
-"""Run by torchrun in test_engine.py, in two processes: `ddp.py DATA RUN_FOLDER`.
+"""What each of two processes does in test_engine.py, as torchrun begins them.
 
 Gradients of two processes equal those of the joined batch; train.py trains and one of them writes;
 then one dies.
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 
 import train
 from utilities import build_network, process_group, rank_and_size
@@ -43,9 +42,7 @@ def compare_gradients(rank: int) -> None:
     print(f"process {rank}: equal", flush=True)
 
 
-def main() -> None:
-    data, run = map(Path, sys.argv[1:])
-    Figure.savefig = lambda _, path, **how: Path(path).write_bytes(b"a picture")
+def work(data: Path, run: Path) -> None:
     with process_group(torch.device("cpu")):
         rank, processes = rank_and_size()
         assert processes == 2
@@ -53,10 +50,8 @@ def main() -> None:
         # in this group: a second one would meet what the first left in torchrun's store
         train.process_group = lambda _: contextlib.nullcontext()
         train.main(train.Config(data=data, run_folder=run, **SMALL))
+        sys.stdout.flush()
+        dist.barrier()  # both have said and written everything
         if rank == 1:
             sys.exit("process 1 dies on purpose")
-        dist.barrier()
-
-
-if __name__ == "__main__":
-    main()
+        dist.barrier()  # waits for nobody
