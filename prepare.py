@@ -97,8 +97,8 @@ from data.destination import (
 from data.files import InputError, atomic_write, lock_folder, write_json
 from data.findings import count_words, describe_fault, list_errors, print_table, write_table
 from data.judges import Finding, count_per_slice, undo_flips
-from data.labels import IMAGE, LABEL, as_plain, mark_undrawn
-from data.masks import describe_label, restore_label
+from data.labels import IMAGE, LABEL, as_plain
+from data.masks import describe_label, mark_undrawn, restore_label
 from data.processes import open_pool, run_cases
 from data.settings import check_settings
 from data.splits import name_patients, refuse_no_validation, seeded, split_patients

@@ -171,16 +171,6 @@ def index_classes(
     return np.take(table, array)
 
 
-def mark_undrawn(slab: np.ndarray, first: int, drawn: int, every: int) -> np.ndarray:
-    """A label map (X, Y, Z), whose slices begin at RAS index `first`, with IGNORED in all of them
-    but `drawn` ± n times `every`: what `--label-every` says nobody drew."""
-    if every == 1:
-        return slab
-    slab = np.array(slab, order="F")
-    slab[:, :, (np.arange(first, first + slab.shape[2]) - drawn) % every != 0] = IGNORED
-    return slab
-
-
 def translate_classes(classes: Labels, own: Labels, declared: Labels) -> Labels:
     """Classes that have the values of one data set (`own`) in the values of another one.
 
