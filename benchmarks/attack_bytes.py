@@ -188,17 +188,21 @@ def _own_targets(work: Path) -> Iterator[Target]:
 
 
 def write_checkpoint(path: Path) -> None:
-    """A small sound checkpoint; what the signature asks for beyond it is empty."""
-    import inspect
-
-    names = inspect.signature(utilities.save_checkpoint).parameters
+    """A small sound checkpoint."""
     state = {"weight": torch.arange(600.0), "bias": torch.zeros(8)}
-    given = {
-        "network_state": state, "epoch": 1, "val_dice": 0.5, "history": [{"epoch": 1.0}],
-        "modality": "CT", "declared": USUAL_LABELS,
-    }  # fmt: skip
-    needed = [n for n, p in names.items() if p.default is p.empty and n != "path"]
-    utilities.save_checkpoint(path, **{name: given.get(name, {}) for name in needed})
+    utilities.save_checkpoint(
+        path,
+        network_args={"name": "unet3d"},
+        network_state=state,
+        preprocessing={"labels": USUAL_LABELS},
+        inference={"window": (8, 8, 8), "overlap": 0.5},
+        declared=USUAL_LABELS,
+        modality="CT",
+        config={},
+        epoch=1,
+        val_dice=0.5,
+        history=[{"epoch": 1.0}],
+    )
 
 
 def write_series(folder: Path, array: np.ndarray) -> None:
