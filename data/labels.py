@@ -168,7 +168,11 @@ def index_classes(
         for value in values if index else ():
             if value < len(table):
                 table[value] = index
-    return np.take(table, array)
+    if array.dtype != np.uint8:
+        return np.take(table, array)
+    order = "F" if array.flags.f_contiguous else "C"  # 8 times as fast as np.take:
+    content = bytearray(array.tobytes(order)).translate(table[:256].tobytes())
+    return np.frombuffer(content, np.uint8).reshape(array.shape, order=order)
 
 
 def translate_classes(classes: Labels, own: Labels, declared: Labels) -> Labels:
