@@ -13,9 +13,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import ddp
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import apply_model
 import data.summary
@@ -88,6 +90,24 @@ def train_or_resume(settings: dict, dies: tuple[str, int] | None = None) -> None
         train.main(train.Config(resume=settings["run_folder"], device="cpu"))
     else:
         train.main(train.Config(**settings))
+
+
+def launch(log: Path, data: Path, run: Path) -> None:
+    """`ddp.work` in two processes, by what torchrun calls, but forked instead of begun anew.
+
+    All that they say goes to `log`.
+    """
+    torch.set_num_threads(1)
+    draw_nothing()
+    stream = log.open("w")  # for the rest of this process
+    for descriptor in (1, 2):
+        os.dup2(stream.fileno(), descriptor)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, start_method="fork", max_restarts=0,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+    )  # fmt: skip
+    elastic_launch(config, ddp.work)(data, run)
 
 
 def apply(settings: dict, dies: tuple[str, int] | None = None) -> None:

@@ -287,8 +287,9 @@ def tiny(name: str, prepared, whole_cases, run, **changes) -> train.Config:
 
 def chain_of(config: train.Config) -> Chain:
     """The deterministic chain of a training, its classes resolved with the data's labels."""
-    declared = as_labels(read_prepared(config.data)["labels"])
-    return pick(Chain, config, labels=resolve_classes(config.labels, declared), ignore=())
+    prepared = read_prepared(config.data)
+    labels = resolve_classes(config.labels, as_labels(prepared["labels"]))
+    return pick(Chain, config, labels=labels, ignore=tuple(prepared.get("ignore", ())))
 
 
 def augment_of(config: train.Config, **changes) -> Augment:

@@ -333,9 +333,9 @@ def test_killed_at_any_moment_the_same_command_finishes_the_rest(scans, checkpoi
     assert run_child(children.apply, unbroken) == 0
     expected = _outputs(unbroken["destination"])
     assert len(expected) == 2 * 4 + 4
-    # Writes of a case: label map and masked volume 1 to 4 (two each: the file, then its check),
-    # preview 5, record 6; the tables follow. From the fourth kill on the first case is finished.
-    for write in (1, 4, 6, 9, 6, 8):
+    # Writes: the dead one's lock 1, of a case label map, masked volume, preview and record 2 to 5;
+    # the tables follow. At the fifth death the first case is finished.
+    for write in (1, 3, 4, 5, 7, 3, 7):
         assert run_child(children.apply, broken, ("write", write)) == -signal.SIGKILL
         for name, content in _outputs(broken["destination"]).items():
             if "/" in name:  # of a case; the tables grow with the cases

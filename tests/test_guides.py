@@ -85,10 +85,10 @@ def small_run(prepared: Path, folder: Path, **changes) -> dict:
 
 
 @pytest.fixture(scope="module")
-def first(prepared, tmp_path_factory) -> Path:
+def first(few, tmp_path_factory) -> Path:
     """The folder of a short training of the liver."""
     folder = tmp_path_factory.mktemp("first") / "liver"
-    small_run(prepared, folder, max_epochs=4, val_interval=4, learning_rate=1e-2)
+    small_run(few, folder, max_epochs=5, val_interval=5, batch_size=1, learning_rate=1e-2)
     return folder
 
 
@@ -130,8 +130,8 @@ def test_weights_of_another_network_are_refused(few, first, tmp_path, change):
 SPLEEN = {
     "data/make_phantoms.py": "--cases 6 --size 48 --slices 24 32",
     "prepare.py": "--workers 1",
-    "train.py": f"--input-size 32 32 --spacing 8 8 {NETWORK} --max-epochs 12 --learning-rate 1e-2 "
-    "--val-interval 12",
+    "train.py": f"--input-size 32 32 --spacing 8 8 {NETWORK} --max-epochs 18 --learning-rate 1e-2 "
+    "--val-interval 18",
     "apply_model.py": "--device cpu",
     "visualize_3d.py": "--screenshot spleen.png",
 }
@@ -159,7 +159,7 @@ def test_another_organ_or_mr(tmp_path, monkeypatch, capsys):
                 scan = scan.like(as_mr(scan.read(), rng))
                 scan.write(path)
         if "--hu-window" in line:  # the same network, so that a single epoch shows it runs
-            small = small.replace("--max-epochs 12", "--max-epochs 1")
+            small = small.replace("--max-epochs 18", "--max-epochs 1")
         if "results/spleen/phantom_000" in line:
             first = min(path for path in Path("results/spleen").iterdir() if path.is_dir())
             line = line.replace("results/spleen/phantom_000", str(first))
@@ -169,7 +169,7 @@ def test_another_organ_or_mr(tmp_path, monkeypatch, capsys):
     (spleen,), (mr,) = rows(Path("results/spleen")), rows(Path("results/mr"))
     assert float(spleen["spleen_dice"]) > 0.6
     assert "liver" not in spleen["warnings"] + told
-    assert "left" not in spleen["warnings"] + told.replace("left out", "")
+    assert "patient's left" not in spleen["warnings"] + told
     assert "spleen_volume_ml" in mr
     assert Path("spleen.png").stat().st_size > 1000
 
