@@ -89,10 +89,9 @@ from data.labels import (
     USUAL_LABELS,
     Labels,
     as_labels,
-    mark_undrawn,
     translate_classes,
 )  # fmt: skip
-from data.masks import Masks, describe_label, resolve_label, restore_label
+from data.masks import Masks, describe_label, mark_undrawn, resolve_label, restore_label
 from data.names import make_safe, name_case, name_scans
 from data.pictures import draw_planes, save_figure
 from data.settings import check_settings, show_progress

@@ -94,11 +94,11 @@ from data.destination import (
     whole_folder,
     writing,
 )
-from data.files import InputError, atomic_write, lock_folder, write_json
+from data.files import InputError, lock_folder, write_json, write_signed
 from data.findings import count_words, describe_fault, list_errors, print_table, write_table
 from data.judges import Finding, count_per_slice, undo_flips
-from data.labels import IMAGE, LABEL, as_plain, mark_undrawn
-from data.masks import describe_label, restore_label
+from data.labels import IMAGE, LABEL, as_plain
+from data.masks import describe_label, mark_undrawn, restore_label
 from data.processes import open_pool, run_cases
 from data.settings import check_settings
 from data.splits import name_patients, refuse_no_validation, seeded, split_patients
@@ -210,8 +210,8 @@ def check_case(case: Case, config: Config, terms: Terms) -> dict[str, Any]:
         draw_case(case.name, overlay, config, terms)
     sure = record.pop("sure")
     if sure and record["fingerprint"]:  # only what came from reading the scan is remembered
-        with writing(memory), atomic_write(memory) as temporary:
-            temporary.write_text(json.dumps(record))
+        with writing(memory):
+            write_signed(record, memory)
     return record | about
 
 
@@ -275,7 +275,7 @@ def cut_case(record: dict[str, Any], config: Config, terms: Terms) -> dict[str, 
         with whole_folder(config.destination / "subvolumes" / record["case"]) as folder:
             result = write_subvolumes(record, folder, config, terms)
             with writing(folder):
-                (folder / "case.json").write_text(json.dumps(result))
+                write_signed(result, folder / "case.json")
         return result
     except DestinationError:
         raise

@@ -94,7 +94,7 @@ class Chain:
     hu_window: tuple[float, float] | None  # HU that become 0 and 1; None: `divide_by_maximum`
     input_size: tuple[int, ...]  # voxels of the network's input along x and y (and z, of patches)
     labels: Labels  # class name → raw label values, background first; the order is the class index
-    ignore: tuple[int, ...] = ()  # raw values of voxels that nobody judged, as the data have them
+    ignore: tuple[int, ...]  # raw values of voxels that nobody judged, as the data have them
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from attempts import REFUSED, SECRET, SOUND, Attempt, Config, Outcome, in_child,
 
 import utilities
 from data import cases, dicom, volumes
-from data.descriptions import read_prepared
-from data.destination import read_record
 from data.files import InputError
 from data.labels import USUAL_LABELS
 from data.volumes import TO_LPS
@@ -185,31 +182,27 @@ def _dicom_targets(work: Path, array: np.ndarray) -> Iterator[Target]:
 
 
 def _own_targets(work: Path) -> Iterator[Target]:
-    prepared = {"schema": 1, "labels": {"liver": 1}, "foreground": [1], "settings": {}, "cases": [],
-                "subvolumes": [], "training": [], "validation": [], "test": []}  # fmt: skip
-    path = work / "dataset.json"
-    path.write_text(json.dumps(prepared))
-    yield Target(path.name, path, path, lambda p: Found(read_prepared(p.parent)), judged=False)
-    path = work / "case.json"
-    path.write_text(json.dumps({"fingerprint": "0", "slices": 3, "subvolumes": []}))
-    yield Target(path.name, path, path, lambda p: Found(read_record(p)), judged=False)
     path = work / "best.pt"
     write_checkpoint(path)
     yield Target("checkpoint", path, path, lambda p: Found(utilities.load_checkpoint(p)))
 
 
 def write_checkpoint(path: Path) -> None:
-    """A small sound checkpoint; what the signature asks for beyond it is empty."""
-    import inspect
-
-    names = inspect.signature(utilities.save_checkpoint).parameters
+    """A small sound checkpoint."""
     state = {"weight": torch.arange(600.0), "bias": torch.zeros(8)}
-    given = {
-        "network_state": state, "epoch": 1, "val_dice": 0.5, "history": [{"epoch": 1.0}],
-        "modality": "CT", "declared": USUAL_LABELS,
-    }  # fmt: skip
-    needed = [n for n, p in names.items() if p.default is p.empty and n != "path"]
-    utilities.save_checkpoint(path, **{name: given.get(name, {}) for name in needed})
+    utilities.save_checkpoint(
+        path,
+        network_args={"name": "unet3d"},
+        network_state=state,
+        preprocessing={"labels": USUAL_LABELS},
+        inference={"window": (8, 8, 8), "overlap": 0.5},
+        declared=USUAL_LABELS,
+        modality="CT",
+        config={},
+        epoch=1,
+        val_dice=0.5,
+        history=[{"epoch": 1.0}],
+    )
 
 
 def write_series(folder: Path, array: np.ndarray) -> None:

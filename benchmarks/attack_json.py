@@ -38,6 +38,7 @@ class Target:
     name: str
     path: Path
     read: Callable[[], Any]
+    count: int = 30  # attempts of the quick form
 
 
 def change_entry(content: Any, rng: random.Random) -> str:
@@ -123,12 +124,12 @@ def list_targets(demo: Demo) -> Iterator[Target]:
     yield Target("dataset.json, training", dataset, lambda: read_for_training(data))
     yield Target("dataset.json, applying", dataset, lambda: read_for_applying(data))
     of_case = data / "subvolumes" / case / "case.json"
-    yield Target("case.json", of_case, lambda: prepare_again(demo))
-    yield Target("check's record", data / "check" / f"{case}.json", lambda: prepare_again(demo))
+    yield Target("case.json", of_case, lambda: prepare_again(demo), 10)
+    yield Target("check's record", data / "check" / f"{case}.json", lambda: prepare_again(demo), 10)
     mark = data / "check" / ".source.json"
     yield Target("source's record", mark, lambda: claim_destination(data, raw, False))
     record = demo.results / case / f"{case}.json"
-    yield Target("result's record", record, lambda: report_again(demo.results, case))
+    yield Target("result's record", record, lambda: report_again(demo.results, case), 15)
     lock = data / ".lock"
     lock.write_text(json.dumps({"pid": 1, "started": 0.0, "host": "another"}))
     yield Target("lock", lock, lambda: hold_lock(data))
@@ -161,7 +162,9 @@ def attack_json(work: Path, config: Config) -> Iterator[Attempt]:
             outcome, detail = judge_refusal(target.read)
             return outcome, f"number {index} ({told}) {detail}"
 
-        yield from try_forked(f"JSON: {target.name}", 40 if config.quick else 1000, attempt)
+        yield from try_forked(
+            f"JSON: {target.name}", target.count if config.quick else 30 * target.count, attempt
+        )
         target.path.write_bytes(content)
     yield from attack_checkpoint(demo, config)
 
@@ -183,7 +186,7 @@ def attack_checkpoint(demo: Demo, config: Config) -> Iterator[Attempt]:
         outcome, detail = judge_refusal(lambda: use_checkpoint(path))
         return outcome, f"number {index} ({told}) {detail}"
 
-    yield from try_forked("checkpoint's settings", 40 if config.quick else 1000, attempt)
+    yield from try_forked("checkpoint's settings", 20 if config.quick else 1000, attempt)
     torch.save(saved, path)
 
 

@@ -103,7 +103,7 @@ MISTAKES = {
         {raw}/imagesTr --checkpoint {work}/no.pt | no.pt
         {raw}/imagesTr --checkpoint {run}/config.json | config.json
         {raw}/imagesTr --checkpoint {prepared} | prepared
-        {raw}/imagesTr --checkpoint {run} --folds {work}/no.pt | no.pt
+        {raw}/imagesTr --checkpoint {run} --folds {work}/no.pt | no such checkpoint
         {raw}/imagesTr --checkpoint {run} --truth {work}/no | no
         {raw}/imagesTr --checkpoint {run} --truth {raw}/labelsTr {raw}/labelsTr | truth
         {raw}/imagesTr {raw}/imagesTr --checkpoint {run} | twice
@@ -113,7 +113,7 @@ MISTAKES = {
         {raw}/imagesTr --checkpoint {run} --overlap 1 | overlap
         {raw}/imagesTr --checkpoint {run} --background 1e9 | background
         {raw}/imagesTr --checkpoint {run} --destination {run}/config.json | config.json
-        {raw}/imagesTr/phantom_000.nii.gz --checkpoint {run} --dicom-seg | dicom-seg
+        {scan} --checkpoint {run} --dicom-seg --destination {work}/r | dicom-seg
         --split test --data {work}/no --checkpoint {run} | no
         --split test --data {raw} --checkpoint {run} | dataset.json
         --split all --checkpoint {run} | split
@@ -132,8 +132,8 @@ MISTAKES = {
         {results} --size 0 0 --screenshot {work}/a.png | size
         {results} --smoothing -1 --screenshot {work}/a.png | smoothing
         {results} --mesh-space XYZ --mesh {work}/a.stl | mesh-space
-        {raw}/imagesTr/phantom_000.nii.gz --label {work}/no.nii.gz --screenshot {work}/a.png | no
-        {raw}/imagesTr/phantom_000.nii.gz --mode organs --screenshot {work}/a.png | label
+        {scan} --label {work}/no.nii.gz --screenshot {work}/a.png | no
+        {scan} --mode organs --screenshot {work}/a.png | label
         {run} --screenshot {work}/a.png | run
     """,
 }
@@ -141,7 +141,14 @@ MISTAKES = {
 
 def list_mistakes(demo: Demo, work: Path) -> Iterator[tuple[str, list[str], str]]:
     """Script, words of a command line that cannot work, and what the refusal must hold."""
-    places = {"raw": demo.raw, "prepared": demo.prepared, "run": demo.run, "work": work}
+    scan = min((demo.raw / "imagesTr").iterdir())
+    places = {
+        "scan": scan,
+        "raw": demo.raw,
+        "prepared": demo.prepared,
+        "run": demo.run,
+        "work": work,
+    }
     for script, lines in MISTAKES.items():
         for line in lines.strip().splitlines():
             words, _, expected = line.strip().rpartition("|")

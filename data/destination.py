@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.files import InputError, is_running, read_json, write_json
+from data.files import InputError, is_running, read_json, read_signed, write_json
 
 OURS = re.compile(r"case\.json|(image|label)_\d{4,}\.nii(\.gz)?")  # files of a case's folder
 PARTIAL = re.compile(r"\.(\d+)\.partial\..+")  # unfinished, of the process of this number
@@ -38,10 +38,10 @@ def writing(path: Path) -> Iterator[None]:
 def read_record(path: Path) -> dict[str, Any]:
     """A record that an earlier run kept; empty where there is none that can be used."""
     try:
-        content = read_json(path)
+        content = read_signed(path)
     except InputError:
         return {}
-    return content if isinstance(content, dict) and "fingerprint" in content else {}
+    return content if "fingerprint" in content else {}
 
 
 @contextlib.contextmanager

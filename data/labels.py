@@ -168,19 +168,11 @@ def index_classes(
         for value in values if index else ():
             if value < len(table):
                 table[value] = index
-    return np.take(table, array)
-
-
-def mark_undrawn(slab: np.ndarray, first: int, drawn: int, every: int) -> np.ndarray:
-    """A label map (X, Y, Z), whose slices begin at RAS index `first`, with IGNORED in all of them
-    but `drawn` ± n times `every`: what `--label-every` says nobody drew."""
-    if every == 1:
-        return slab
-    import numpy as np
-
-    slab = np.array(slab, order="F")
-    slab[:, :, (np.arange(first, first + slab.shape[2]) - drawn) % every != 0] = IGNORED
-    return slab
+    if array.dtype != np.uint8:
+        return np.take(table, array)
+    order = "F" if array.flags.f_contiguous else "C"  # 8 times as fast as np.take:
+    content = bytearray(array.tobytes(order)).translate(table[:256].tobytes())
+    return np.frombuffer(content, np.uint8).reshape(array.shape, order=order)
 
 
 def translate_classes(classes: Labels, own: Labels, declared: Labels) -> Labels:

@@ -28,8 +28,8 @@ Kind = TypeVar("Kind", bound="DataclassInstance")
 
 # The range of every setting of every script; of several numbers each must lie in it.
 RANGES = {
-    "0 <= x < inf": "subvolume_depth folds fold workers noise_sd intensity_scaling intensity_shift "
-    "weight_decay gradient_clip patience windows smoothing",
+    "0 <= x < inf": "subvolume_depth folds fold workers noise_sd intensity_scaling "
+    "intensity_shift weight_decay gradient_clip patience windows smoothing",
     "1 <= x < inf": "label_every input_size patches_per_case base_channels batch_size max_epochs "
     "val_interval "
     "window size",

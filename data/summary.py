@@ -16,7 +16,7 @@ import numpy as np
 from isal import isal_zlib
 from tqdm import tqdm
 
-from data.files import InputError, read_json, write_csv, write_json
+from data.files import InputError, read_signed, write_csv, write_json, write_signed
 from data.labels import is_tumour
 from data.pictures import class_colour, save_figure
 from data.settings import show_progress
@@ -250,7 +250,7 @@ def sign_file(path: Path) -> str:
 def read_record(path: Path) -> dict[str, Any] | None:
     """A case's record; None, and told, where the file is no record of this program."""
     try:
-        record = read_json(path)
+        record = read_signed(path)
         if record["case"] != path.stem or not isinstance(record["files"], dict):
             raise InputError(f"{path}: is of another program or version; left out")
     except (InputError, KeyError, TypeError) as error:
@@ -276,7 +276,7 @@ def write_record(row: dict[str, Any], path: Path) -> None:
     """Write a case's record, with a signature of each file beside it."""
     names = (f"{path.stem}_{ending}" for ending in RESULTS)
     files = {n: sign_file(path.parent / n) for n in names if (path.parent / n).is_file()}
-    write_json(row | {"files": files}, path)
+    write_signed(row | {"files": files}, path)
 
 
 def report_all(destination: Path, names: Sequence[str], weights: str) -> list[dict[str, Any]]:

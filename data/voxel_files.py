@@ -134,15 +134,13 @@ class StoredVoxels:
         return raw.view(self.dtype).reshape((*self.shape[:2], last - first), order="F")
 
     def _read_bytes(self, stream: Stream, count: int) -> np.ndarray:
-        """The next `count` bytes, or as many as there are."""
-        if self.codec == "gzip":  # reads at once into what it returns; `readinto` would copy that
-            try:
+        """The next `count` bytes, or as many as there are; a part may be read-only."""
+        if self.codec == "gzip" and count < self.nbytes:
+            with contextlib.suppress(MemoryError):  # `allocate` tells
                 return np.frombuffer(stream.read(count), np.uint8)
-            except MemoryError:
-                pass  # `allocate` tells
         raw, done = allocate((count,), np.uint8, self.name), 0
         view = memoryview(raw)
-        while done < count and (more := stream.readinto(view[done : done + 4 * CHUNK])):
+        while done < count and (more := stream.readinto(view[done : done + CHUNK])):
             done += more
         return raw[:done]
 

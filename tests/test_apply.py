@@ -313,7 +313,8 @@ def _outputs(folder: Path) -> dict[str, object]:
         elif path.suffix == ".json":
             content = json.loads(path.read_text())
             rows = content if isinstance(content, list) else [content]
-            timeless = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+            timed = {"crc32", *(k for row in rows for k in row if "seconds" in k)}
+            timeless = [{k: v for k, v in row.items() if k not in timed} for row in rows]
             found[name] = json.dumps(timeless)
         elif path.suffix == ".gz":
             found[name] = path.read_bytes()

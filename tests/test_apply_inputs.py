@@ -27,7 +27,12 @@ pytestmark = pytest.mark.usefixtures("blank_pictures")
 SHAPE = (40, 36, 24)
 AFFINE = np.array([[-3.0, 0, 0, 60], [0, -3.0, 0, 50], [0, 0, 5.0, -40], [0, 0, 0, 1]])  # LPS
 CHAIN = Chain(
-    "subvolumes", (3.0, 3.0), (-200.0, 250.0), (48, 48), {"background": (0,), "liver": (1, 2)}
+    "subvolumes",
+    (3.0, 3.0),
+    (-200.0, 250.0),
+    (48, 48),
+    {"background": (0,), "liver": (1, 2)},
+    ignore=(),
 )
 INFERENCE = {"window": (48, 48, 16), "overlap": 0.5}
 

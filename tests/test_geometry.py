@@ -36,6 +36,7 @@ SETTINGS = Chain(
     hu_window=(-200.0, 250.0),
     input_size=(96, 96),
     labels={"background": (0,), "liver": (1, 2)},
+    ignore=(),
 )
 PATCHES = replace(SETTINGS, sampling="patches", spacing=(1.1, 1.1, 1.3), input_size=(32, 24, 16))
 WINDOWS = {"subvolumes": (96, 96, 16), "patches": PATCHES.input_size}

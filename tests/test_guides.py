@@ -130,8 +130,8 @@ def test_weights_of_another_network_are_refused(few, first, tmp_path, change):
 SPLEEN = {
     "data/make_phantoms.py": "--cases 6 --size 48 --slices 24 32",
     "prepare.py": "--workers 1",
-    "train.py": f"--input-size 32 32 --spacing 8 8 {NETWORK} --max-epochs 18 --learning-rate 1e-2 "
-    "--val-interval 18",
+    "train.py": f"--input-size 32 32 --spacing 8 8 {NETWORK} --max-epochs 30 --learning-rate 1e-2 "
+    "--val-interval 10",
     "apply_model.py": "--device cpu",
     "visualize_3d.py": "--screenshot spleen.png",
 }
@@ -159,7 +159,7 @@ def test_another_organ_or_mr(tmp_path, monkeypatch, capsys):
                 scan = scan.like(as_mr(scan.read(), rng))
                 scan.write(path)
         if "--hu-window" in line:  # the same network, so that a single epoch shows it runs
-            small = small.replace("--max-epochs 18", "--max-epochs 1")
+            small = small.replace("--max-epochs 30", "--max-epochs 1")
         if "results/spleen/phantom_000" in line:
             first = min(path for path in Path("results/spleen").iterdir() if path.is_dir())
             line = line.replace("results/spleen/phantom_000", str(first))

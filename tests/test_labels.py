@@ -126,3 +126,19 @@ def test_words_that_run_together_are_parted():
     assert common_name("livertumors") == "tumour"
     assert common_name("liver vessel") != "liver"
     assert common_name("LiverMass") == "tumour"
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32])
+def test_classes_are_the_same_of_every_type_and_order(dtype, order):
+    rng = np.random.default_rng(0)
+    raw = np.asarray(rng.integers(0, 6, (5, 4, 3)), dtype, order=order)
+    classes = {"background": (0,), "liver": (1, 3), "tumour": (2,)}
+    found = index_classes(raw, classes, ignore=(5,))
+    table = np.array([0, 1, 2, 1, 0, 255], np.uint8)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, table[raw])
+    found[0, 0, 0] = 7  # the caller's own
+    np.testing.assert_array_equal(
+        index_classes(raw[::-1, ::2], classes, (5,)), table[raw[::-1, ::2]]
+    )

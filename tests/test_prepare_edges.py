@@ -195,7 +195,7 @@ def test_a_full_disk_is_no_verdict_on_a_scan(what, raw, monkeypatch):
     if what == "picture":
         monkeypatch.setattr(prepare, "draw_overlay", full)
     else:
-        monkeypatch.setattr(prepare, "atomic_write", full)
+        monkeypatch.setattr(prepare, "write_signed", full)
     with pytest.raises(InputError, match="No space left on device"):
         run(raw, pictures=True)
     assert not list((raw.parent / "prepared").rglob("case_*.json"))

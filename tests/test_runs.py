@@ -363,11 +363,10 @@ def test_the_line_of_an_epoch_has_the_time_left():
 def test_settings_of_preprocessing_have_no_values_of_their_own():
     for kind in (Chain, Augment):
         fields = dataclasses.fields(kind)
-        assert all(field.default in (dataclasses.MISSING, ()) for field in fields)
+        assert all(field.default is dataclasses.MISSING for field in fields)
         assert {f.name for f in fields} <= {f.name for f in dataclasses.fields(train.Config)} | {
-            "classes",  # what these two hold, the data say
-            "ignore",
-        }
+            "classes", "ignore"  # of the data
+        }  # fmt: skip
     with pytest.raises(AttributeError):
         pick(Augment, train.Config())  # the number of classes is not a setting
 

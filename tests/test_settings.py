@@ -22,8 +22,8 @@ import apply_model
 import preprocess
 import train
 import utilities
-from data.files import InputError, atomic_write, lock_folder
-from data.settings import LIMITS, check_settings, format_seconds
+from data.files import InputError, atomic_write, lock_folder, read_signed, write_signed
+from data.settings import LIMITS, SEVERAL, check_settings, format_seconds
 from utilities import pick_device
 
 
@@ -179,6 +179,33 @@ def test_a_folder_is_kept_for_one_and_taken_over_from_the_dead(tmp_path):
 def test_a_second_training_into_a_run_folder_is_refused(prepared, tmp_path):
     with lock_folder(tmp_path / "run"), pytest.raises(InputError, match="writes here"):
         train.main(small_config(prepared, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", sorted(LIMITS))
+def test_only_settings_of_several_numbers_take_a_list(name):
+    """A list in the place of a number would fail hours later."""
+    low, _, _, _, high = LIMITS[name].split()
+    middle = 1 if float(low) < 1 <= float(high) else float(low)
+    middle = 0.5 if name in ("scaling", "ema_decay", "overlap") else middle
+    check_settings({name: (0.0, 1.0) if name == "hu_window" else middle})
+    if name not in SEVERAL:
+        with pytest.raises(InputError, match=f"--{name.replace('_', '-')}"):
+            check_settings({name: [middle]})
+
+
+def test_apply_model_takes_the_checkpoints_of_folds():
+    check_settings(apply_model.Config(folds=(Path("a.pt"), Path("b.pt"))))
+
+
+def test_a_record_that_was_changed_is_none(tmp_path):
+    path, record = tmp_path / "a.json", {"case": "ä", "n": 1.5, "of": {"1": [None, True]}}
+    write_signed(record | {"place": tmp_path, 2: 3}, path)
+    assert read_signed(path) == record | {"place": str(tmp_path), "2": 3}
+    content = path.read_text()
+    for old, new in (("1.5", "1.6"), ("true", "false"), ("crc32", "crc"), ("{", "[")):
+        path.write_text(content.replace(old, new, 1))
+        with pytest.raises(InputError, match=r"a\.json"):
+            read_signed(path)
 
 
 def test_times_are_readable():

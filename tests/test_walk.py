@@ -1,4 +1,8 @@
-"""How far a reader walks from a scan to its label map, and through the five steps."""
+"""How far a reader walks from a scan to its label map, and through the five steps.
+
+The readers that trust no header make a third of the first walk. The limits are there so that it
+grows no further; make it shorter.
+"""
 
 import contextlib
 import io
@@ -17,8 +21,8 @@ def test_segmenting_a_scan_is_a_short_walk(checkpoint, raw_phantoms):
     scan = min((raw_phantoms / "imagesTr").iterdir())
     apply_model.segment(model, scan)  # what is made once is made
     walk = measure_walk(ROOT, lambda: apply_model.segment(model, scan))
-    assert walk.lines <= 400, walk.describe()
-    assert walk.changes <= 20, walk.describe()
+    assert walk.lines <= 820, walk.describe()
+    assert walk.changes <= 55, walk.describe()
 
 
 def test_the_five_steps_are_a_bounded_walk(raw_phantoms, tmp_path):
@@ -36,4 +40,4 @@ def test_the_five_steps_are_a_bounded_walk(raw_phantoms, tmp_path):
         ))  # fmt: skip
         case = next(path for path in results.iterdir() if path.is_dir())
         visualize_3d.main(visualize_3d.Config(paths=(case,), screenshot=tmp_path / "view.png"))
-    assert walk.lines <= 2700, walk.describe()
+    assert walk.lines <= 5350, walk.describe()
