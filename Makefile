@@ -1,10 +1,12 @@
 # make demo   install, make phantoms, train a small network, segment unseen ones, draw one in 3D
 # make test   install and run all tests
+# make reliability   attack everything: bad files, kills, full disks, two at once (hours); --quick: minutes
+# make starter   the starter weights from seeds, and their Dice on real CTs (docs/starter.md)
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := data/demo
 
-.PHONY: demo test lint pictures system-packages
+.PHONY: demo starter test lint pictures reliability system-packages
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +26,10 @@ demo: .venv/installed
 	$(BIN)/python visualize_3d.py $$(ls -d $(DEMO)/results/*/ | head -n 1) --mode organs \
 		--screenshot $(DEMO)/liver_3d.png
 
+# Weights from synthetic bodies alone: 160 of them, 912 steps; scored on ../shared/data/ct.
+starter: .venv/installed
+	$(BIN)/python benchmarks/starter.py
+
 # One torch thread per test process: two processes fill two cores without fighting.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -31,6 +37,7 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # What the tests with real windows and a real browser need; without it they skip and say so.
 system-packages:
@@ -40,3 +47,7 @@ system-packages:
 # The README's pictures, from what the demo left.
 pictures:
 	$(BIN)/python benchmarks/pictures.py
+
+# What is promised, attacked in every way that we know; one table, benchmarks/results/reliability.json.
+reliability: .venv/installed
+	$(BIN)/python benchmarks/reliability.py

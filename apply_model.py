@@ -89,10 +89,9 @@ from data.labels import (
     USUAL_LABELS,
     Labels,
     as_labels,
-    mark_undrawn,
     translate_classes,
 )  # fmt: skip
-from data.masks import Masks, describe_label, resolve_label, restore_label
+from data.masks import Masks, describe_label, mark_undrawn, resolve_label, restore_label
 from data.names import make_safe, name_case, name_scans
 from data.pictures import draw_planes, save_figure
 from data.settings import check_settings, show_progress
@@ -196,7 +195,7 @@ def load_model(
                     f"{path}: {key} must be that of {paths[0]} to be averaged with it, got "
                     f"{saved[key]} and {first[key]}; train both with the same settings"
                 )
-    networks = [restore_network(*pair, where) for pair in zip(paths, loaded, strict=True)]
+    networks = [restore_network(Path(p), s, where) for p, s in zip(paths, loaded, strict=True)]
     network = networks[0] if len(networks) == 1 else Average(networks).eval()
     inference = dict(first["inference"])
     if overlap is not None:
@@ -431,6 +430,7 @@ def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
     scan, truth, told = read_case(model, case, config)
     trace.lap("read")
     label = segment(model, scan, config, trace)
+    assert trace.classes is not None  # `segment` leaves them
     row: dict[str, Any] = {"case": case.name, **measure(trace.classes, scan, model.names)}
     told += find_doubts(trace.classes, scan, model.names)
     trace.lap("measure")

@@ -97,8 +97,8 @@ from data.destination import (
 from data.files import InputError, lock_folder, write_json, write_signed
 from data.findings import count_words, describe_fault, list_errors, print_table, write_table
 from data.judges import Finding, count_per_slice, undo_flips
-from data.labels import IMAGE, LABEL, as_plain, mark_undrawn
-from data.masks import describe_label, restore_label
+from data.labels import IMAGE, LABEL, as_plain
+from data.masks import describe_label, mark_undrawn, restore_label
 from data.processes import open_pool, run_cases
 from data.settings import check_settings
 from data.splits import name_patients, refuse_no_validation, seeded, split_patients
@@ -196,7 +196,7 @@ def say_next(records: list[dict[str, Any]], config: Config) -> None:
 
 def check_case(case: Case, config: Config, terms: Terms) -> dict[str, Any]:
     """Record of a case for `dataset.json` with its findings; draws `check/<case>.png`."""
-    about = {"case": case.name, "patient": case.patient}
+    about: dict[str, Any] = {"case": case.name, "patient": case.patient}
     about |= {IMAGE: str(case.image), LABEL: describe_label(case.label)}
     memory = config.destination / "check" / f"{case.name}.json"
     known = read_record(memory)
@@ -382,7 +382,7 @@ def choose_outlines(
 
 def find_body(image: np.ndarray, label: np.ndarray) -> tuple[slice, ...]:
     """In-plane box around what is denser than lung, in HU, and around all foreground."""
-    body = (image > BODY_HU).any(axis=2) | (label > 0).any(axis=2)
+    body = np.asarray((image > BODY_HU).any(axis=2) | (label > 0).any(axis=2))
     return find_bounding_box(body) if body.any() else (slice(None), slice(None))
 
 

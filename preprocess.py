@@ -39,7 +39,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -68,11 +68,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.cases import hash_files
 from data.files import InputError, atomic_write
-from data.labels import IMAGE, LABEL, Labels
+from data.labels import IGNORED, IMAGE, LABEL, Labels
 from data.pictures import as_array, class_colour, save_figure, show_patient
 from data.settings import human_bytes, show_progress
 from data.volumes import Volume, list_slabs, read_file
-from utilities import rank_and_size
+from utilities import hide_ignored, rank_and_size
 
 SLAB = 32  # slices that are resampled at a time, so that memory does not grow with the scan
 SLICE_MM = "slice_mm"  # meta data: distance of slices
@@ -94,6 +94,7 @@ class Chain:
     hu_window: tuple[float, float] | None  # HU that become 0 and 1; None: `divide_by_maximum`
     input_size: tuple[int, ...]  # voxels of the network's input along x and y (and z, of patches)
     labels: Labels  # class name → raw label values, background first; the order is the class index
+    ignore: tuple[int, ...]  # raw values of voxels that nobody judged, as the data have them
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ class Augment:
 
 class EachKeyd(MapTransform):
     """A dictionary transform that does `one(key, value)` for each of its keys."""
+
+    one: Callable[[Any, Any], torch.Tensor]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         return {**data, **{key: self.one(key, data[key]) for key in self.key_iterator(data)}}
@@ -184,18 +187,19 @@ class SliceSpacingd(EachKeyd):
 class ValuesToClassesd(EachKeyd):
     """Raw label values → class indices 0, 1, 2, … in the order of `labels` (name → raw values).
 
-    A value that no class names becomes background: an organ that is not asked for.
+    A value that no class names becomes background: an organ that is not asked for. What nobody
+    judged becomes IGNORED, which no loss and no metric counts.
     """
 
-    def __init__(self, keys: Sequence[str], labels: Mapping[str, Sequence[int]], **kwargs: Any):
+    def __init__(self, keys: Sequence[str], chain: Chain, **kwargs: Any):
         super().__init__(keys, **kwargs)
-        self.labels = labels
+        self.index = {value: i for i, vs in enumerate(chain.labels.values()) for value in vs}
+        self.index |= dict.fromkeys(chain.ignore, IGNORED)
 
     def one(self, key: Hashable, raw: torch.Tensor) -> torch.Tensor:
         classes = torch.zeros_like(raw)
-        for index, values in enumerate(self.labels.values()):
-            for value in values:
-                classes[raw == value] = index
+        for value, index in self.index.items():
+            classes[raw == value] = index
         return classes
 
 
@@ -203,7 +207,8 @@ def to_tensor(array: np.ndarray, volume: Volume) -> MetaTensor:
     """RAS array (X, Y, Z) of a volume → (1, X, Y, Z) with the volume's RAS affine."""
     if array.dtype.kind == "u":  # torch hardly knows unsigned integers wider than a byte
         array = array.astype(np.float32)
-    return MetaTensor(torch.as_tensor(np.array(array, order="F"))[None], affine=volume.ras_affine)
+    tensor = torch.as_tensor(np.array(array, order="F"))[None]
+    return MetaTensor(tensor, affine=torch.as_tensor(volume.ras_affine))
 
 
 def resampling_device(device: torch.device) -> torch.device:
@@ -222,8 +227,8 @@ def in_plane_chain(chain: Chain, device: torch.device | str) -> list[Any]:
 
     `device` is where the resampling runs and the result stays.
     """
-    keys, both = (IMAGE, LABEL), {"allow_missing_keys": True}
-    intensity, resize = Lambdad(IMAGE, divide_by_maximum), []
+    keys, resize, both = (IMAGE, LABEL), [], dict[str, Any](allow_missing_keys=True)
+    intensity: MapTransform = Lambdad(IMAGE, divide_by_maximum)
     if chain.hu_window:
         low, high = chain.hu_window
         intensity = ScaleIntensityRanged(IMAGE, low, high, b_min=0.0, b_max=1.0, clip=True)
@@ -240,19 +245,19 @@ def in_plane_chain(chain: Chain, device: torch.device | str) -> list[Any]:
             pixdim=chain.spacing[:2],
             mode=("bilinear", "nearest"),
             padding_mode="border",
-            dtype=torch.float32,  # MONAI's default float64 is 3.5 times slower
+            dtype=torch.float32,  # type: ignore[arg-type]  # MONAI's float64 is 3.5 times slower
             **both,
         ),
         intensity,
         *resize,
-        ValuesToClassesd([LABEL], labels=chain.labels, **both),
+        ValuesToClassesd([LABEL], chain, **both),
     ]
 
 
 def slice_chain(chain: Chain) -> list[Any]:
     """Steps from all slices of a volume (Z, X', Y') to the network's (1, X', Y', Z')."""
     keys, both = (IMAGE, LABEL), {"allow_missing_keys": True}
-    steps = [ChannelsToSlicesd(keys, **both)]
+    steps: list[Any] = [ChannelsToSlicesd(keys, **both)]
     if chain.sampling == "patches":
         steps.insert(0, SliceSpacingd(keys, chain.spacing[2], **both))
     return steps
@@ -446,7 +451,7 @@ class Subvolumes(Dataset):
     """
 
     def __init__(
-        self, cached: Dataset, augment: Compose | None = None, seed: int = 0, repeats: int = 1
+        self, cached: CachedVolumes, augment: Compose | None = None, seed: int = 0, repeats: int = 1
     ):
         self.cached, self.augment, self.seed, self.epoch = cached, augment, seed, 0
         self.repeats = repeats
@@ -485,11 +490,11 @@ class Tiles(Dataset):
     air. Items as those of `Subvolumes`.
     """
 
-    def __init__(self, cached: Dataset, window: Sequence[int]):
+    def __init__(self, cached: CachedVolumes, window: Sequence[int]):
         self.cached, self.window = cached, tuple(window)
         self.places = [
             (index, corner)
-            for index, item in enumerate(cached)
+            for index, item in enumerate(cached[i] for i in range(len(cached)))
             for corner in itertools.product(
                 *(range(0, n, step) for n, step in zip(item[IMAGE].shape[1:], window, strict=True))
             )
@@ -516,9 +521,9 @@ class Tiles(Dataset):
         """Of some cases the tile around their last class, the tumour where there is one."""
         found = []
         for place in spread(len(self.cached), count):
-            label = self.cached[place][LABEL][0]
-            middle = torch.nonzero(label == max(int(label.max()), 1)).float().mean(dim=0)
-            middle = middle.nan_to_num().int().tolist()
+            label = hide_ignored(self.cached[place][LABEL][0])
+            centre = torch.nonzero(label == max(int(label.max()), 1)).float().mean(dim=0)
+            middle = centre.nan_to_num().int().tolist()
             corner = [
                 max(0, min(at - width // 2, size - width))
                 for at, width, size in zip(middle, self.window, label.shape, strict=True)
@@ -553,17 +558,17 @@ class SubvolumeLoader(DataLoader):
     """
 
     def __init__(
-        self, dataset: Subvolumes, batch_size: int, shuffle: bool, seed: int, pin: bool = False
+        self, data: Subvolumes | Tiles, batch_size: int, shuffle: bool, seed: int, pin: bool = False
     ):
-        order = EpochOrder(len(dataset), batch_size, shuffle, seed)
-        super().__init__(dataset, batch_size=batch_size, sampler=order, pin_memory=pin)
+        self.order = EpochOrder(len(data), batch_size, shuffle, seed)
+        super().__init__(data, batch_size=batch_size, sampler=self.order, pin_memory=pin)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose the order and the augmentation of an epoch, and the batch to begin with."""
-        self.sampler.epoch, self.sampler.first_batch = epoch, first_batch
-        self.dataset.epoch = epoch
+        self.order.epoch, self.order.first_batch = epoch, first_batch
+        cast(Any, self.dataset).epoch = epoch  # its type is lost in DataLoader
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # torch wants its own class
         with ThreadPoolExecutor(max_workers=1) as thread:
             batches = super().__iter__()
             coming = thread.submit(next, batches, None)
@@ -669,7 +674,7 @@ def cache_split(
     steps = deterministic_chain(chain, place)
     if patches:
         steps = Compose([*steps.transforms, balanced_indices(len(chain.labels))])
-    prepare = steps
+    prepare: Callable[..., Any] = steps
     if disk_cache:
         prepare = functools.partial(read_or_make, steps, chain, folder / "cache", place)
     return CachedVolumes(items, prepare, rate, f"{split}, reading")

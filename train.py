@@ -196,7 +196,7 @@ from monai import losses
 
 from data.descriptions import read_prepared
 from data.files import InputError, lock_folder, write_json
-from data.labels import IMAGE, LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
+from data.labels import IGNORED, IMAGE, LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
 from data.settings import check_settings, pick
 from preprocess import (
     Augment,
@@ -212,6 +212,7 @@ from utilities import (
     Run,
     build_network,
     find_checkpoint,
+    hide_ignored,
     load_checkpoint,
     on_device,
     pick_device,
@@ -230,9 +231,26 @@ class CrossEntropy(torch.nn.CrossEntropyLoss):
         return super().forward(logits, label[:, 0].long())
 
 
+class JudgedLoss(torch.nn.Module):
+    """A loss of the voxels that somebody judged (label not IGNORED).
+
+    The others are taken for background of which the network is sure: they add neither loss nor
+    gradient, whatever the loss.
+    """
+
+    def __init__(self, loss: torch.nn.Module):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        sure = torch.zeros(1, logits.shape[1], 1, 1, 1, device=logits.device)
+        sure[:, 0] = 50.0
+        return self.loss(torch.where(label == IGNORED, sure, logits), hide_ignored(label))
+
+
 # Dice is of the foreground alone. batch=True pools the voxels of a batch: a sub-volume with a
 # sliver of liver then does not swing the gradient as much as one that is full of it.
-DICE = {"softmax": True, "to_onehot_y": True, "include_background": False, "batch": True}
+DICE: dict[str, Any] = dict(softmax=True, to_onehot_y=True, include_background=False, batch=True)
 
 LOSSES: dict[str, Callable[[torch.Tensor], torch.nn.Module]] = {  # class weights → loss
     "dice": lambda weights: losses.DiceLoss(**DICE),
@@ -281,11 +299,6 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
         raise InputError(
             "the network's input must be a multiple of 8 along each axis (three poolings), got "
             f"{window} voxels; change --input-size, or prepare.py's --subvolume-depth"
-        )
-    if prepared.get("ignore"):
-        raise InputError(
-            f"{config.data}: labels are to be ignored where they are {prepared['ignore']}, which "
-            "training cannot do; prepare the data again without values to ignore"
         )
     if config.optimizer == "sgd" and config.amsgrad:
         raise InputError("--amsgrad is of adam and adamw, got --optimizer sgd; leave it out")
@@ -340,7 +353,7 @@ def resume_settings(config: Config, folder: Path, saved: dict[str, Any]) -> Conf
             f"{folder}: a run with settings that are unknown here ({', '.join(unknown)}); update "
             "this program, or train again"
         )
-    free = {"run_folder": folder, "resume": folder, "device": config.device}
+    free: dict[str, Any] = {"run_folder": folder, "resume": folder, "device": config.device}
     free |= {"data": Path(saved["config"]["data"])}
     if "max_epochs" in given:
         free["max_epochs"] = config.max_epochs
@@ -437,7 +450,7 @@ def main(config: Config) -> None:
     check(config, prepared)
     config = choose_hu_window(config, prepared["settings"].get("modality", "CT"))
     labels = resolve_classes(config.labels, as_labels(prepared["labels"]))
-    chain = pick(Chain, config, labels=labels)
+    chain = pick(Chain, config, labels=labels, ignore=tuple(prepared.get("ignore", ())))
     if config.show:
         # training leaves some sub-volumes alone; a picture should not
         augment = pick(Augment, config, classes=len(labels), augment_probability=1.0)
@@ -461,7 +474,7 @@ def load_data(
     patches, window = config.sampling == "patches", config.window(prepared["subvolume_depth"])
     repeats = config.patches_per_case if patches else 1
     augmented = Subvolumes(training, augment, config.seed, repeats)
-    loading = {
+    loading: dict[str, Any] = {
         "batch_size": config.batch_size,
         "seed": config.seed,
         "pin": device.type == "cuda" and not training[0][IMAGE].is_cuda,
@@ -483,7 +496,7 @@ def build_run(
 ) -> Run:
     """Network, optimizer and schedule, as they begin or as `saved` has them."""
     window = config.window(prepared["subvolume_depth"])
-    network_args = {
+    network_args: dict[str, Any] = {
         "name": config.network,
         "in_channels": 1,
         "out_channels": len(chain.labels),
@@ -535,6 +548,7 @@ def fit(
     train_loader, val_loader = load_data(config, prepared, chain, device)
     run = build_run(config, prepared, chain, device, saved)
     loss_function = LOSSES[config.loss](class_weights(prepared, chain.labels)).to(device)
+    loss_function = JudgedLoss(loss_function) if chain.ignore else loss_function
     if rank == 0:
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
         used = str(run.precision).removeprefix("torch.")

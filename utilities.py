@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -35,7 +35,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data.files import InputError, atomic_write, write_csv
-from data.labels import IMAGE, LABEL, PRED
+from data.labels import IGNORED, IMAGE, LABEL, PRED
 from data.metrics import dice_metric, list_overlaps, mean_dice, nan_mean, overlap_counts
 from data.pictures import (
     add_legend,
@@ -176,7 +176,7 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
     """Move a network; channels last in its weights is the fastest layout in half precision."""
     flat = isinstance(network, SliceBySlice)
     layout = torch.channels_last if flat else torch.channels_last_3d
-    return network.to(device, memory_format=layout)
+    return network.to(device, memory_format=layout)  # type: ignore[call-overload]  # torch's types lack it
 
 
 # ---------------------------------------------------------------------------------------
@@ -326,7 +326,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         modern = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if modern else torch.float16
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    ask: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    capabilities = ask() if device.type == "cpu" else {}
     has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if has_bf16 else torch.float32
 
@@ -460,11 +461,11 @@ class Run:
         """The model as it is trained: over all processes, compiled."""
         parallel = nn.parallel.DistributedDataParallel
         network = parallel(self.model) if dist.is_initialized() else self.model
-        return torch.compile(network) if self.compile_network else network
+        return cast(nn.Module, torch.compile(network)) if self.compile_network else network
 
     def save(self, name: str) -> None:
         """Write best.pt (what applying needs) or last.pt (also all that resuming needs)."""
-        state = {
+        state: dict[str, Any] = {
             "network_state": self.kept.state_dict(),
             "epoch": len(self.history),
             "val_dice": self.history[-1].get("val_dice", math.nan) if self.history else math.nan,
@@ -558,7 +559,7 @@ def train(
     with delayed_interrupt() as interrupted:
         for epoch in range(len(run.history) + 1, max_epochs + 1):
             begun = time.perf_counter()
-            row = {"epoch": epoch, "learning_rate": run.scheduler.get_last_lr()[0]}
+            row = {"epoch": epoch, "learning_rate": float(run.scheduler.get_last_lr()[0])}
             train_loader.set_epoch(epoch, len(run.losses))
             how = (loss_function, gradient_clip, (epoch, max_epochs), interrupted)
             row |= train_one_epoch(run, network, train_loader, *how)
@@ -643,7 +644,7 @@ def train_step(
     run.scaler.update()
     if run.average:
         run.average.update_parameters(run.model)
-    found = predicted_classes(logits.detach())
+    found = predicted_classes(logits.detach()).masked_fill(label[:, 0] == IGNORED, 0)
     counts = list_overlaps(found, label[:, 0], logits.shape[1])
     return loss.detach(), torch.stack([torch.stack(numbers) for numbers in counts], dim=1)
 
@@ -696,9 +697,8 @@ def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float
             logits = run.kept(image)
         if label.any():  # the Dice of nothing is nearly always 0, and would drown the others
             losses.append(loss_function(logits.float(), label).item())
-        for case, predicted, true in zip(
-            batch["case"], predicted_classes(logits), label[:, 0], strict=True
-        ):
+        found = predicted_classes(logits).masked_fill(label[:, 0] == IGNORED, 0)
+        for case, predicted, true in zip(batch["case"], found, label[:, 0], strict=True):
             counts[case] += overlap_counts(predicted, true, len(names) + 1)
     merged: dict[str, Any] = defaultdict(int)  # a patient's sub-volumes may be in other processes
     for part in gathered(dict(counts)):
@@ -709,6 +709,11 @@ def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float
     loss = nan_mean([value for part in gathered(losses) for value in part])
     row = {"val_loss": loss, "val_dice": nan_mean(dice)}
     return row | {f"val_dice_{name}": float(d) for name, d in zip(names, dice, strict=True)}
+
+
+def hide_ignored(label: torch.Tensor) -> torch.Tensor:
+    """Class indices with background where nobody judged."""
+    return label.masked_fill(label == IGNORED, 0)
 
 
 def predicted_classes(logits: torch.Tensor) -> torch.Tensor:
@@ -812,9 +817,9 @@ def preview_figure(run: Run, loader: Any) -> Any:
     for axes, item in zip(grid, examples, strict=False):
         with autocast(run.device, run.precision):
             logits = run.kept(item[IMAGE][None].to(run.device))
-        truth = item[LABEL][0]
+        truth = hide_ignored(item[LABEL][0])
         middle = find_busiest_slice(as_array(truth == max(int(truth.max()), 1)))
-        drawn = {**item, PRED: predicted_classes(logits)[0]}
+        drawn = {**item, LABEL: truth, PRED: predicted_classes(logits)[0]}
         title = f"{item['case']}, slice {item['first_slice'] + middle + 1}"
         show_patient(drawn, middle, axes=axes, names=run.class_names, title=title)
     add_legend(figure, run.class_names, truth=True)

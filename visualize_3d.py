@@ -53,7 +53,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import vedo
@@ -67,6 +67,7 @@ from data.cases import name_case
 from data.exports import check_mesh, draw_frames, write_frames, write_page
 from data.files import InputError, atomic_write
 from data.labels import is_tumour
+from data.masks import name_label
 from data.pictures import PLANES, TRUTH_COLOUR, class_colour, find_busiest_slice
 from data.results import (
     STAND_IN_HU,
@@ -95,7 +96,7 @@ PASS_BANDS = (0.002, 0.01, 0.05)  # of the windowed sinc: waves under 100, 45, 2
 TURN_FRAMES, TURN_FPS, MOVIE_FPS = 60, 12, 8
 HTML_TRIANGLES = 60_000  # per surface: a few MB, and it turns smoothly on a laptop
 HELP_BAND = 0.09  # of the window's height, below the panels, while help is shown
-VIEWS = {  # where the viewer stands, and what is up: RAS vectors
+VIEWS: dict[str, tuple[Any, Any]] = {  # where the viewer stands, and what is up: RAS vectors
     "anterior": ((0, 1, 0), (0, 0, 1)),
     "posterior": ((0, -1, 0), (0, 0, 1)),
     "right": ((1, 0, 0), (0, 0, 1)),
@@ -123,8 +124,8 @@ def main(config: Config) -> None:
             failed.append(path)
             print(f"error: {path}: {str(error) or type(error).__name__}", file=sys.stderr)
     if failed:
-        names = ", ".join(map(str, failed))
-        raise InputError(f"{len(failed)} of {len(paths)} cases failed: {names}")
+        told = ", ".join(map(str, failed))
+        raise InputError(f"{len(failed)} of {len(paths)} cases failed: {told}")
 
 
 def write_outputs(
@@ -470,7 +471,7 @@ def draw_slice(scan: Volume, outlines: list[Outline], plane: str, index: int) ->
 
 def make_slices_scene(case: Case, config: Config) -> Scene:
     """Axial, coronal and sagittal CT slice in radiological view with sliders, and all in 3D."""
-    scan = case.read_grey(case.scan or case.masked or case.label)
+    scan = case.read_shown()
     outlines = list_outlines(case)
     foreground = np.zeros(scan.shape, bool)
     for labels in {id(outline.labels): outline.labels for outline in outlines}.values():
@@ -500,7 +501,7 @@ def make_slices_scene(case: Case, config: Config) -> Scene:
             Slider(
                 f"{plane} slice, {scan.spacing_mm[axis]:.3g} mm", 1, scan.shape[axis], index + 1,
                 ((left + 0.04, height), (left + 0.16, height)),
-                lambda value, plane=plane: show(plane, round(value) - 1),
+                lambda value, plane=plane: show(plane, round(value) - 1),  # type: ignore[misc]  # mypy types no lambda with a default
             )
         )  # fmt: skip
     legend = {outline.name: outline.colour for outline in outlines}
@@ -535,7 +536,8 @@ def make_compare_scene(case: Case, config: Config) -> Scene:
     mask = np.isin(truth.data, case.members[name]) if several else truth.data > 0
     truth = truth.like(mask.astype(np.uint8))
     if not mask.any():
-        raise InputError(f"{case.truth}: holds no {name} to compare with; give its label map")
+        told = name_label(case.truth)
+        raise InputError(f"{told}: holds no {name} to compare with; give its label map")
     reference = smooth_surface(make_surface(truth), config.smoothing).color(TRUTH_COLOUR)
     distance = measure_distance(mesh.vertices, truth, reference.vertices)
     far = np.abs(distance)
@@ -557,7 +559,7 @@ def make_compare_scene(case: Case, config: Config) -> Scene:
     return Scene(panels, legend, ((0, 0, 0.5, 1), (0.5, 0, 1, 1)))
 
 
-SCENES = {
+SCENES: dict[Mode, Callable[[Case, Config], Scene]] = {
     "surface": make_surface_scene,
     "rays": make_rays_scene,
     "organs": make_organs_scene,
@@ -689,16 +691,14 @@ class Stage:
             self.plotter.window.AddRenderer(panel)
         self.plotter.renderers = list(scene.panels)
         self.plotter.renderer = scene.panels[scene.space]
-        self.place_panels()
+        self.place_panels(scene)
         if not self.offscreen:
             self.widgets = [self.make_slider(slider) for slider in scene.sliders]
 
-    def place_panels(self) -> None:
+    def place_panels(self, scene: Scene) -> None:
         """Panels fill the window, above the band of help where that is shown."""
         floor = HELP_BAND if "help" in self.texts else 0
-        for panel, (left, bottom, right, top) in zip(
-            self.scene.panels, self.scene.boxes, strict=True
-        ):
+        for panel, (left, bottom, right, top) in zip(scene.panels, scene.boxes, strict=True):
             panel.SetViewport(left, floor + bottom * (1 - floor), right, floor + top * (1 - floor))
 
     def make_slider(self, slider: Slider) -> vedo.addons.Slider2D:
@@ -727,7 +727,7 @@ class Stage:
             self.texts[key] = make_text(self.config, text, place, INK, "center", size)
             self.overlay.AddViewProp(self.texts[key].actor)
         if self.scene:
-            self.place_panels()
+            self.place_panels(self.scene)
 
 
 def draw(case: Case, config: Config, offscreen: bool) -> vedo.Plotter:
@@ -737,8 +737,8 @@ def draw(case: Case, config: Config, offscreen: bool) -> vedo.Plotter:
     return stage.plotter
 
 
-MODE_KEYS = {str(number): mode for number, mode in enumerate(SCENES, start=1)}
-VIEW_KEYS = {view[0]: view for view in VIEWS}
+MODE_KEYS: dict[str, Mode] = {str(number): mode for number, mode in enumerate(SCENES, start=1)}
+VIEW_KEYS: dict[str, View] = {view[0]: view for view in get_args(View)}
 HELP = " · ".join(f"{key} {mode}" for key, mode in MODE_KEYS.items())
 HELP += " · m projection of rays · h hide or show this\n"
 HELP += " · ".join(f"{key} {view}" for key, view in VIEW_KEYS.items())
@@ -775,6 +775,7 @@ class Browser:
 
     def show(self, config: Config) -> None:
         """Show one mode of the case, made now where it was not before."""
+        assert self.case is not None  # open_case has chosen one
         key = config.mode, config.projection if config.mode == "rays" else ""
         if key not in self.scenes:
             self.stage.write("loading", f"loading {config.mode} …", (0.5, 0.5), 1.3)
@@ -795,12 +796,13 @@ class Browser:
         try:
             if key in MODE_KEYS:
                 self.show(replace(self.config, mode=MODE_KEYS[key]))
-            elif key in VIEW_KEYS:
+            elif key in VIEW_KEYS and self.stage.scene:
                 self.config = replace(self.config, view=VIEW_KEYS[key])
                 turn_view(self.stage.scene, self.config)
             elif key == "m":
-                other = "composite" if self.config.projection == "maximum" else "maximum"
-                self.show(replace(self.config, mode="rays", projection=other))
+                highest = self.config.projection == "maximum"
+                rays = replace(self.config, projection="composite" if highest else "maximum")
+                self.show(replace(rays, mode="rays"))
             elif key == "h":
                 self.stage.write("help", "" if "help" in self.stage.texts else HELP)
             elif key == "n" and len(self.paths) > 1:
@@ -815,7 +817,8 @@ class Browser:
         self.render()
 
     def render(self) -> None:
-        self.stage.scene.panels[self.stage.scene.space].ResetCameraClippingRange()
+        if scene := self.stage.scene:
+            scene.panels[scene.space].ResetCameraClippingRange()
         self.stage.plotter.render()
 
 

@@ -58,6 +58,7 @@ CHAIN = preprocess.Chain(
     hu_window=(-200.0, 250.0),
     input_size=(256, 256),
     labels={"background": (0,), "liver": (1, 2)},
+    ignore=(),
 )
 INFERENCE = {"window": (256, 256, 16), "overlap": 0.5}
 

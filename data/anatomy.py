@@ -49,7 +49,7 @@ def clean(
                 good = np.arange(len(sizes)) == sizes.argmax()
             outside = ~good[pieces]
             part[in_organ & outside] = 0
-            if tumours and tumour_inside:
+            if in_tumour is not None and tumour_inside:
                 part[in_tumour & outside] = 0
         if fill_holes:
             _fill(part, organ, [organ, *tumours])

@@ -20,7 +20,7 @@ def mark_scan(coarse: np.ndarray) -> dict[str, list[int]]:
     soft = torch.from_numpy(np.clip(whole[::2, ::2], -200, 250).astype(np.float32))
     picture = torch.nn.functional.adaptive_avg_pool3d(soft[None, None], 16).numpy()
     return {
-        "slices": [zlib.crc32(np.ascontiguousarray(whole[:, :, z])) for z in full],
+        "slices": [zlib.crc32(np.ascontiguousarray(whole[:, :, z]).data) for z in full],
         "picture": np.rint(picture.ravel()).astype(int).tolist(),
     }
 
@@ -31,7 +31,7 @@ def find_duplicates(marks: Sequence[dict[str, list[int]]]) -> list[tuple[int, in
     `marks`: see `mark_scan`. Work grows with the scans and with what is found, not with the pairs.
     """
     shared: Counter[tuple[int, int]] = Counter()
-    seen = defaultdict(list)
+    seen: defaultdict[int, list[int]] = defaultdict(list)
     for index, mark in enumerate(marks):
         for checksum in set(mark["slices"]):
             shared.update((other, index) for other in seen[checksum])

@@ -160,7 +160,8 @@ def read_split(path: Path, names: Sequence[str]) -> dict[str, str]:
     odd = [key for key in lists if key not in SPLIT_WORDS]
     if not set(lists) & set(SPLIT_WORDS) or (odd and not described):
         raise InputError(f"{expected}, got {', '.join(map(str, content)) or 'nothing'}")
-    known, split = _spell_names(names), {}
+    known = _spell_names(names)
+    split: dict[str, str] = {}
     for key in lists.keys() & SPLIT_WORDS.keys():
         for entry in lists[key]:
             where = SPLIT_WORDS[key]

@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from data.files import InputError, read_json, read_signed, write_json
+from data.files import InputError, is_running, read_json, read_signed, write_json
 
 OURS = re.compile(r"case\.json|(image|label)_\d{4,}\.nii(\.gz)?")  # files of a case's folder
 PARTIAL = re.compile(r"\.(\d+)\.partial\..+")  # unfinished, of the process of this number
@@ -78,7 +76,7 @@ def remove_leftovers(destination: Path) -> None:
     for folder in (destination, destination / "check", destination / "subvolumes"):
         for path in folder.glob(".*.partial.*"):
             name = PARTIAL.fullmatch(path.name)
-            if not name or psutil.pid_exists(int(name[1])):
+            if not name or is_running(int(name[1])):
                 continue
             if path.is_file():
                 path.unlink()

@@ -15,7 +15,7 @@ import shutil
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,9 @@ def is_dicom_input(path: Path) -> bool:
     return path.is_file() and is_dicom(path)
 
 
+Picture = tuple[Path, str, tuple[Path, str], bool]  # file, patient, series, no place by nature
+
+
 @dataclass(frozen=True)
 class DicomItem:
     """A series or a SEG that was found, and the path to read it by; or a file that is unusable."""
@@ -78,7 +81,9 @@ def find_dicom(files: Iterable[Path]) -> list[DicomItem]:
 
     Other objects (contours, reports, DICOMDIR) and pictures without a place are left out.
     """
-    series, items, unplaced = defaultdict(list), [], []
+    series: defaultdict[tuple[Path, str], list[Picture]] = defaultdict(list)
+    items: list[DicomItem] = []
+    unplaced: list[Picture] = []
     found = [path for path in sorted(set(files)) if path.is_file() and is_dicom(path)]
     for path in tqdm(found, desc="DICOM headers", disable=None):
         try:
@@ -155,7 +160,8 @@ def write_series(volume: Volume, folder: Path) -> list[Path]:
     try:
         partial.mkdir(parents=True)
         names = [f"{z + 1:04d}.dcm" for z in range(stored.shape[2])]
-        content = hashlib.sha256(np.ascontiguousarray(affine)).hexdigest() + _hash_array(stored)
+        content = hashlib.sha256(np.ascontiguousarray(affine).data).hexdigest()
+        content += _hash_array(stored)
         for z, name in enumerate(names):
             header = _build_slice(stored[:, :, z], affine, z, content)
             header.save_as(partial / name, enforce_file_format=True)
@@ -203,7 +209,7 @@ def _refuse_sheared(name: str, affine: np.ndarray, shape: tuple[int, ...]) -> No
 def _hash_array(array: np.ndarray) -> str:
     digest = hashlib.sha256(str(array.shape).encode())
     for z in range(array.shape[2]):
-        digest.update(np.ascontiguousarray(array[:, :, z]))
+        digest.update(np.ascontiguousarray(array[:, :, z]).data)
     return digest.hexdigest()
 
 
@@ -299,7 +305,7 @@ def convert_to_seg(
     """
     scan, label_map = read_series(series), read_file(label)
     turned = _turn_like(label_map, scan)
-    classes: Labels = {BACKGROUND: (0,)} | {name: (value,) for name, value in labels.items()}
+    classes: Labels = {BACKGROUND: (0,), **{name: (value,) for name, value in labels.items()}}
     if odd := sorted(set(np.unique(turned.read()).tolist()) - {0, *labels.values()}):
         raise InputError(f"{label}: holds {odd[:5]}, expected {labels}; name them by --labels")
     turned = turned.like(turned.read().astype(np.uint16))  # of a file that holds 1.0, too
@@ -325,7 +331,7 @@ def _turn_like(label: Volume, scan: Volume) -> Volume:
 
 def main() -> None:
     """Run the command that was asked for; a user's fault ends in one line, exit code 1."""
-    commands = {
+    commands: dict[str, Callable[..., None]] = {
         "to-nifti": convert_to_nifti,
         "to-series": convert_to_series,
         "to-seg": convert_to_seg,

@@ -276,7 +276,8 @@ def part_classes(classes: Labels) -> list[Labels]:
         fits = (g for g in groups if not set(list_values(g)) & set(values))
         group = next(fits, None)
         if group is None:
-            groups.append(group := {BACKGROUND: (0,)})
+            group = {BACKGROUND: (0,)}
+            groups.append(group)
         group[name] = values
     return groups
 
@@ -302,7 +303,8 @@ def evaluate_files(prediction: Path, truth: Path, config: Config) -> dict[str, A
     if missing := set(asked) - set(theirs):
         raise InputError(f"--predicted: lacks {', '.join(sorted(missing))}; name them too")
     others = {"others": tuple(config.others)} if config.others else {}
-    grid, row = open_pair(prediction, truth), {}
+    grid = open_pair(prediction, truth)
+    row: dict[str, Any] = {}
     for group in part_classes(asked):
         maps = [
             read_label_map(
@@ -312,7 +314,7 @@ def evaluate_files(prediction: Path, truth: Path, config: Config) -> dict[str, A
             )
             for path, classes in ((prediction, theirs | {BACKGROUND: (0,)}), (truth, asked))
         ]  # fmt: skip
-        row = evaluate(*maps, list(group)[1:]) | row
+        row = evaluate(maps[0], maps[1], list(group)[1:]) | row
         notes = [note for label in maps for note in label.notes]
     return row | {"warnings": "; ".join(notes)}
 
@@ -321,9 +323,10 @@ def find_pairs(config: Config) -> list[tuple[str, Path, Path]]:
     """(case, prediction, truth) of two files, or of two folders by names."""
     if not config.predictions.is_dir() and not config.truths.is_dir():
         return [(name_case(config.predictions), config.predictions, config.truths)]
-    predictions, truths = find_scans(config.predictions), find_scans(config.truths)
+    results = sorted(config.predictions.glob("*/*_label.nii.gz"))  # as apply_model.py writes them
+    predictions, truths = results or find_scans(config.predictions), find_scans(config.truths)
     pairs = pair_by_name(predictions, truths)
-    names = name_scans(predictions, config.predictions)
+    names = [p.parent.name for p in results] or name_scans(predictions, config.predictions)
     for path, truth in zip(predictions, pairs, strict=True):
         if truth is None:
             print(f"{path}: no truth of this name; not evaluated")

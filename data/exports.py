@@ -33,7 +33,7 @@ def draw_frames(case: CaseFiles, size: tuple[int, int]) -> Iterator[np.ndarray]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    scan = case.read_grey(case.scan or case.masked or case.label)
+    scan = case.read_shown()
     maps, names = list_maps(case)
     first, last = find_range(maps.values(), scan.shape[2], MOVIE_MARGIN_MM / scan.spacing_mm[2])
     hu_window = choose_hu_window(scan.data)
@@ -75,7 +75,7 @@ def list_maps(case: CaseFiles) -> tuple[dict[str, np.ndarray], list[str]]:
 
 def as_tuples(classes: Mapping[str, int]) -> Labels:
     """Class → value, as a data set declares its labels: background first, values in tuples."""
-    return {BACKGROUND: (0,)} | {name: (value,) for name, value in classes.items()}
+    return {BACKGROUND: (0,), **{name: (value,) for name, value in classes.items()}}
 
 
 def write_frames(frames: Iterable[np.ndarray], path: Path, fps: int) -> None:
@@ -84,8 +84,8 @@ def write_frames(frames: Iterable[np.ndarray], path: Path, fps: int) -> None:
         if path.suffix == ".gif":
             rare = Image.Quantize.MAXCOVERAGE  # keeps thin outlines' colours beside many greys
             images = (Image.fromarray(frame).quantize(256, rare) for frame in frames)
-            options = {"duration": round(1000 / fps), "loop": 0, "append_images": images}
-            next(images).save(temporary, save_all=True, **options)
+            timing: dict[str, Any] = {"duration": round(1000 / fps), "loop": 0}
+            next(images).save(temporary, save_all=True, append_images=images, **timing)
         else:
             encode_frames(iter(frames), temporary, fps)
 
@@ -99,6 +99,7 @@ def encode_frames(frames: Iterator[np.ndarray], path: Path, fps: int) -> None:
     with subprocess.Popen(
         [*command.split(), path], stdin=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
+        assert process.stdin is not None  # a pipe
         try:
             process.stdin.write(frame.tobytes())
             for frame in frames:

@@ -119,10 +119,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep a folder for this process, so that no second one writes into it.
 
-    A lock whose owner has died on this machine is taken over. Raises InputError that names process
-    and machine of the owner.
+    A lock whose owner has died on this machine is taken over. A folder that was made for it goes
+    again where nothing came to stand in it. Raises InputError that names process and machine of the
+    owner.
     """
-    process, path = psutil.Process(), folder / ".lock"
+    process, path, new = psutil.Process(), folder / ".lock", not folder.exists()
     mine = {"pid": process.pid, "started": process.create_time(), "host": socket.gethostname()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -154,6 +155,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
     finally:
         if _read_lock(path) == mine:
             path.unlink(missing_ok=True)
+        if new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _read_lock(path: Path) -> dict[str, Any]:
@@ -168,11 +172,23 @@ def _read_lock(path: Path) -> dict[str, Any]:
         return {}
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine lives; one that ended and that nobody has asked yet how
+    (a zombie) does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:  # of another user: it is there
+        return True
+
+
 def _is_alive(owner: dict[str, Any], host: str) -> bool:
     """Whether the owner of a lock runs; on another machine nobody knows, so it does."""
     if owner.get("host") != host:
         return bool(owner)
     try:
-        return abs(psutil.Process(int(owner["pid"])).create_time() - owner["started"]) < 1
+        pid = int(owner["pid"])
+        return is_running(pid) and abs(psutil.Process(pid).create_time() - owner["started"]) < 1
     except (psutil.Error, KeyError, TypeError, ValueError):
         return False

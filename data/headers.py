@@ -170,7 +170,7 @@ def list_images(path: Path) -> dict[Path, Any]:
         )
     headers = read_headers(folder.iterdir())
     others = sorted({name for h in headers.values() if (name := name_object(h))})
-    series = defaultdict(dict)
+    series: defaultdict[str, dict[Path, Any]] = defaultdict(dict)
     for file, header in headers.items():
         if not name_object(header):
             series[read_text(header, "SeriesInstanceUID")][file] = header

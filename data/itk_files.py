@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
+from typing import Literal
 
 import numpy as np
 
@@ -154,7 +155,8 @@ def _read_meta(path: Path, raw: bytes) -> ItkFile:
     if not 3 <= count <= 7:
         raise header.wrong("NDims", "3: one volume; convert it first")
     shape = header.sizes("DimSize", count)
-    if set(shape[3:]) - {1}:
+    x, y, z, *more = shape
+    if set(more) - {1}:
         raise header.wrong("DimSize", "one 3D volume; split or convert it first")
     if header.sizes("ElementNumberOfChannels", 1, "1") != [1]:
         raise header.wrong("ElementNumberOfChannels", "1: one number per voxel")
@@ -168,7 +170,8 @@ def _read_meta(path: Path, raw: bytes) -> ItkFile:
     local = header.values["ElementDataFile"].upper() == "LOCAL"
     file = path if local else header.data_file("ElementDataFile")
     (skip,) = header.sizes("HeaderSize", 1, "0", least=-1)
-    start, codec, stop = header.end if local else max(skip, 0), "raw", None
+    codec: Literal["raw", "zlib"] = "raw"
+    start, stop = header.end if local else max(skip, 0), None
     needed = math.prod(shape) * dtype.itemsize
     if header.choose("CompressedData", flags, "False"):
         codec = "zlib"
@@ -178,7 +181,7 @@ def _read_meta(path: Path, raw: bytes) -> ItkFile:
             raise header.wrong("CompressedDataSize", f"no more than {file.name} holds")
     elif skip == -1 and file.is_file():
         start = max(file.stat().st_size - needed, start)
-    voxels = StoredVoxels(str(path), file, tuple(shape[:3]), dtype, codec, start, stop)
+    voxels = StoredVoxels(str(path), file, (x, y, z), dtype, codec, start, stop)
     return ItkFile(voxels, *_meta_affine(header, count))
 
 

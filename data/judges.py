@@ -108,15 +108,15 @@ def judge_tumour(
     """Tumour voxels in parts that touch no liver. `counts`: see `count_per_slice`."""
     import cc3d
 
-    names = find_label("liver", labels), find_label("tumour", labels)
-    if None in names:
+    organ, lesion = find_label("liver", labels), find_label("tumour", labels)
+    if organ is None or lesion is None:
         return []
-    liver, tumour = (labels[name] for name in names)
+    liver, tumour = labels[organ], labels[lesion]
     rows = np.flatnonzero(sum(counts[value] for value in tumour))
     if not rows.size:
         return []
     box = outline[:, :, max(rows[0] - 1, 0) : rows[-1] + 2]
-    shadow = mask_values(box, tumour).any(axis=2)
+    shadow = np.asarray(mask_values(box, tumour).any(axis=2))
     sides = [np.flatnonzero(shadow.any(axis=axis)) for axis in (1, 0)]
     box = box[tuple(slice(max(side[0] - 1, 0), side[-1] + 2) for side in sides)]
     in_liver, in_tumour = mask_values(box, liver), mask_values(box, tumour)
@@ -150,7 +150,8 @@ def count_per_slice(label: np.ndarray, values: Sequence[int]) -> dict[int, np.nd
     """Value → voxels with it in each slice of (X, Y, Z); background is what remains."""
     planes = [undo_flips(label[:, :, z]) for z in range(label.shape[2])]
     counts = {v: np.array([np.count_nonzero(p == v) for p in planes]) for v in values if v}
-    return {0: planes[0].size - sum(counts.values())} | counts
+    filled = sum(counts.values(), start=np.zeros(len(planes), int))
+    return {0: planes[0].size - filled} | counts
 
 
 def find_busiest(mask: np.ndarray) -> tuple[int, int, int]:

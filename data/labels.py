@@ -24,7 +24,7 @@ LARGEST_VALUE = 65535  # of a label map
 # What is assumed of label maps that nothing describes: the values of LiTS and Decathlon Task03.
 USUAL_LABELS: Labels = {BACKGROUND: (0,), "liver": (1,), "tumour": (2,)}
 # What is learnt by default: a tumour is liver too. The data give the values of these names.
-LIVER_WITH_TUMOURS = {"liver": ("liver", "tumour")}
+LIVER_WITH_TUMOURS: dict[str, tuple[str, ...]] = {"liver": ("liver", "tumour")}
 
 FOREGROUND = ("liver", "tumour")  # what must not be lost where nothing else is asked for
 
@@ -173,16 +173,6 @@ def index_classes(
     order = "F" if array.flags.f_contiguous else "C"  # 8 times as fast as np.take:
     content = bytearray(array.tobytes(order)).translate(table[:256].tobytes())
     return np.frombuffer(content, np.uint8).reshape(array.shape, order=order)
-
-
-def mark_undrawn(slab: np.ndarray, first: int, drawn: int, every: int) -> np.ndarray:
-    """A label map (X, Y, Z), whose slices begin at RAS index `first`, with IGNORED in all of them
-    but `drawn` ± n times `every`: what `--label-every` says nobody drew."""
-    if every == 1:
-        return slab
-    slab = np.array(slab, order="F")
-    slab[:, :, (np.arange(first, first + slab.shape[2]) - drawn) % every != 0] = IGNORED
-    return slab
 
 
 def translate_classes(classes: Labels, own: Labels, declared: Labels) -> Labels:

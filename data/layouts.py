@@ -222,12 +222,12 @@ class Search:
             )
         patients: dict[str, str] = {}
         cases = []
-        for name, (named, image, label, fault) in sorted(
+        for name, (named, image, label, wrong) in sorted(
             zip(names, entries, strict=True), key=lambda pair: natural(pair[0])
         ):
             item = self.series.get(named.path)
             patient = patients.setdefault(item.patient, name) if item and item.patient else name
-            faults = [fault] * bool(fault) + _find_bad_names([image, *list_paths(label)])
+            faults = [wrong] * bool(wrong) + _find_bad_names([image, *list_paths(label)])
             cases.append(Case(name, patient, image, label, tuple(faults)))
         return cases
 
@@ -277,7 +277,7 @@ class Search:
         names = sorted({name for label in masks for name, _ in label}, key=natural)
         others = [name for name in names if find_label(name, data.declared) is None]
         if names and len(others) == len(names):
-            data.declared = {BACKGROUND: (0,)} | {n: (i,) for i, n in enumerate(names, start=1)}
+            data.declared = {BACKGROUND: (0,), **{n: (i,) for i, n in enumerate(names, 1)}}
         elif others:
             told = ", ".join(others[:6]) + " …" * (len(others) > 6)
             data.notes.append(

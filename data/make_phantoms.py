@@ -16,7 +16,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -217,7 +217,7 @@ def draw_waves(rng: np.random.Generator, n: int, lengths, mm: float, axes: int) 
     vector = rng.normal(size=(n, 3))
     vector *= 2 * np.pi / np.linalg.norm(vector, axis=1, keepdims=True)
     phase, amplitude = rng.uniform(0, 2 * np.pi, (n, 1)), rng.uniform(-mm, mm, (n, axes))
-    return np.hstack([vector / rng.uniform(*lengths, (n, 1)), phase, amplitude])
+    return np.hstack([vector / rng.uniform(lengths[0], lengths[1], (n, 1)), phase, amplitude])
 
 
 def draw_hu(rng: np.random.Generator) -> dict[str, float]:
@@ -263,7 +263,7 @@ def draw_chest(rng: np.random.Generator, part: dict[str, Shape], hu: dict, dome:
 
 def draw_belly(rng: np.random.Generator, part: dict[str, Shape], hu: dict) -> Layers:
     """Psoas muscles, hip bones, bowel with gas, stool or fluid in its loops, pancreas, spine."""
-    layers = []
+    layers: Layers = []
     for side, name in ((1, "right hip"), (-1, "left hip")):
         psoas = tube((side * 32, -58, -160), (side * 62, -14, -390), 13, 26)
         wing = part[name].without(part[name].grown(-7)).within(Shape(lambda x, y, z: y))
@@ -307,12 +307,12 @@ def draw_patient(rng: np.random.Generator) -> Patient:
     hu, fat = draw_hu(rng), float(rng.uniform(8, 30))
     domes = part["right dome"].joined(part["left dome"], 30)
     dome = Shape(lambda x, y, z: domes.level(x, y, np.maximum(z, -100)))  # upright walls below
-    behind = [("table", table, TABLE), ("skin", muscles.grown(fat), SOFT)]
+    behind: Layers = [("table", table, TABLE), ("skin", muscles.grown(fat), SOFT)]
     behind += [("fat", muscles.grown(fat - 2), FAT), ("muscle", muscles, MUSCLE)]
     behind += [("neck", ellipsoid((0, -30, 320), (58, 52, 130)), MUSCLE), ("fat", cavity, FAT)]
     behind += [("ribs", Shape(ribs.level, np.array([-np.inf, -np.inf, -185])), BONE)]
     behind += draw_chest(rng, part, hu, dome) + draw_belly(rng, part, hu)
-    liver = [("liver", draw_liver(rng, part, dome), hu["liver"])]
+    liver: Layers = [("liver", draw_liver(rng, part, dome), hu["liver"])]
     for start, end, *radii in HEPATIC_TUBES:
         liver.append(("vein", tube(start, end + rng.uniform(-4, 4, 3), *radii), hu["vein"]))
     bend = [draw_waves(rng, 4, (150, 320), 2.5, 3), draw_waves(rng, 4, (60, 140), 1.4, 3)]
@@ -334,7 +334,7 @@ def add_tumours(rng: np.random.Generator, patient: Patient, centres: np.ndarray,
 class Canvas:
     """A slab of slices: HU float32, labels uint8, and each voxel's place in the bent body (mm)."""
 
-    def __init__(self, shape: tuple[int, int, int], affine: np.ndarray, bend: np.ndarray):
+    def __init__(self, shape: tuple[int, ...], affine: np.ndarray, bend: np.ndarray):
         """`affine` takes voxel indices (X, Y, Z) of this slab to reference mm."""
         self.inverse = np.linalg.inv(affine)
         k, j, i = np.ix_(*(np.arange(n, dtype=np.float32) for n in shape))
@@ -410,8 +410,9 @@ def share(mask: np.ndarray, factor: int) -> np.ndarray:
     """(Z, Y, X) mask to the share of it in blocks of factor x factor voxels in-plane."""
     ny, nx = (-n % factor for n in mask.shape[1:])
     blocks = np.pad(mask > 0, ((0, 0), (0, ny), (0, nx))).astype(np.float32)
-    rows = sum(blocks[:, n::factor] for n in range(factor))
-    return sum(rows[:, :, n::factor] for n in range(factor)) * (1 / factor**2)
+    rows = reduce(np.add, [blocks[:, n::factor] for n in range(factor)])
+    whole = reduce(np.add, [rows[:, :, n::factor] for n in range(factor)])
+    return whole * (1 / factor**2)
 
 
 def scan(
@@ -563,7 +564,8 @@ def make_phantom(index: int, config: Config) -> tuple[Volume, Volume]:
         inside = p + np.cos(p @ patient.bend[:, :3].T + patient.bend[:, 3]) @ patient.bend[:, 4:]
     else:
         mask, header = None, nib.Nifti1Header()
-        p = rng.uniform(*(LIVER_BOX + [[-25], [25]]), (4000, 3))
+        low, high = LIVER_BOX + [[-25], [25]]
+        p = rng.uniform(low, high, (4000, 3))
         depth = patient.liver[0][1].level(*p.T)
         room = np.min([part.level(*p.T) for _, part, _ in patient.front], 0)
         inside = p[(depth < -7) & (room > 8)]
@@ -573,6 +575,7 @@ def make_phantom(index: int, config: Config) -> tuple[Volume, Volume]:
         header.set_sform(affine, 1)
     add_tumours(rng, patient, inside, config.tumours)
     volumes = scan(rng, patient, shape, to_reference, config.organ, mask)
+    assert header is not None  # a mask that was read has one
     affine = header.get_best_affine()  # as the file will hold it, and the codes stay the header's
     image, label = (Volume(v.T, affine, header=header) for v in volumes)
     return image, label

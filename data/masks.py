@@ -9,7 +9,7 @@ import numpy as np
 
 from data.files import InputError
 from data.headers import read_header, read_text
-from data.labels import Labels, find_label, is_tumour
+from data.labels import IGNORED, Labels, find_label, is_tumour
 from data.names import natural
 from data.volumes import Volume, find_bounding_box
 
@@ -21,6 +21,11 @@ GREY_VALUES = {"liver": 63, "right kidney": 126, "left kidney": 189, "spleen": 2
 def describe_label(label: Path | Masks | None) -> str | list[list[str]]:
     """A case's label map for JSON: its path, or [name, path] of each mask."""
     return [[name, str(path)] for name, path in label] if isinstance(label, tuple) else str(label)
+
+
+def name_label(label: Path | Masks | None) -> str:
+    """A case's label map for messages: its path, or those of its masks."""
+    return ", ".join(str(p) for _, p in label) if isinstance(label, tuple) else str(label)
 
 
 def restore_label(content: str | list[list[str]]) -> Path | Masks:
@@ -147,3 +152,13 @@ def _read_inside(mask: Volume) -> np.ndarray:
             kind="values",
         )
     return array > min(low, 0) if low < high else array > 0
+
+
+def mark_undrawn(slab: np.ndarray, first: int, drawn: int, every: int) -> np.ndarray:
+    """A label map (X, Y, Z), whose slices begin at RAS index `first`, with IGNORED in all of them
+    but `drawn` ± n times `every`: what `--label-every` says nobody drew."""
+    if every == 1:
+        return slab
+    slab = np.array(slab, order="F")
+    slab[:, :, (np.arange(first, first + slab.shape[2]) - drawn) % every != 0] = IGNORED
+    return slab

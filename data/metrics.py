@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ def mean_dice(per_patient: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray
         return np.nansum(table, axis=0) / counted, counted
 
 
-def nan_mean(values: Sequence[float]) -> float:
+def nan_mean(values: Iterable[float]) -> float:
     """Mean of what is a number; NaN of nothing, without a warning."""
     known = [value for value in values if math.isfinite(value)]
     return float(np.mean(known)) if known else math.nan

@@ -110,7 +110,7 @@ def name_files(paths: Sequence[Path], root: Path, kind: Kind = "") -> list[Named
     """
     split = [_components(path, root) for path in paths]
     kinds = [[kind_of(split_words(text)) for text in components] for components in split]
-    mixed = set()
+    mixed: set[tuple[str, ...]] = set()
     for components, found in zip(split, kinds, strict=True):
         if "label" in found:
             deepest = len(found) - 1 - found[::-1].index("label")

@@ -7,6 +7,7 @@ to the caller; here a field that matters and cannot be right is refused, one tha
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -233,7 +234,7 @@ def _compare_forms(raw: Any, header: Any, shape: tuple[int, ...], notes: list[st
 def _read_analyze(path: Path, head: Path, data: Path) -> NiftiFile:
     """An Analyze pair by nibabel; its axes are a guess, which the notes tell."""
     try:
-        image = nib.load(head)
+        image: Any = nib.load(head)
         proxy, affine = image.dataobj, np.array(image.affine, float)
         offset = int(proxy.offset)
         slope, inter = float(proxy.slope), float(proxy.inter)
@@ -288,7 +289,8 @@ def write_stream(
     """
     dtype, depth, checksum = header.get_data_dtype(), 0, 0
     with contextlib.ExitStack() as stack:
-        file = stream = stack.enter_context(SummedFile(path))
+        file = stack.enter_context(SummedFile(path))
+        stream: io.BufferedIOBase = file
         if path.suffix == ".gz":  # no name and no time in the file
             stream = stack.enter_context(igzip.IGzipFile("", "wb", 1, stream, mtime=0))
         stream.write(header.binaryblock.ljust(DATA_OFFSET, b"\0"))

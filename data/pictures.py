@@ -65,7 +65,8 @@ def draw_plane(
     `outlines` maps a colour to a mask (X, Y, Z), or to class indices, between which lines are drawn
     too; `spacing` is in mm per voxel.
     """
-    cut, (left, right, top, bottom) = PLANES[plane]
+    cut, letters = PLANES[plane]
+    left, right, top, bottom = list(letters)
     across, up = (step for axis, step in enumerate(spacing) if axis != cut)
 
     def picture(array: np.ndarray) -> np.ndarray:  # first axis runs leftwards, second one up
@@ -137,14 +138,15 @@ def draw_planes(
     figure = Figure(figsize=(13, 7.2))  # no layout engine: it would draw everything twice
     top = figure.add_gridspec(1, 3, left=0.01, right=0.99, bottom=0.41, top=0.9, wspace=0.02)
     row = figure.add_gridspec(1, axial_slices, left=0.01, right=0.99, bottom=0.06, top=0.35)
-    for place, (plane, (cut, _)) in zip(top, PLANES.items(), strict=True):
-        index, axes = find_busiest_slice(masks[0], cut), figure.add_subplot(place)
+    for place, (plane, (cut, _)) in enumerate(PLANES.items()):
+        index, axes = find_busiest_slice(masks[0], cut), figure.add_subplot(top[place])
         told = f"{plane}, slice {index + 1} of {image.shape[cut]}"
         show_patient(data, index, axes=axes, plane=plane, hu_window=window, title=told)
     used = np.flatnonzero(np.any([mask.any(axis=(0, 1)) for mask in masks], axis=0))
-    ends = (used[0], used[-1]) if used.size else (0, image.shape[2] - 1)
-    for place, index in zip(row, np.linspace(*ends, axial_slices).round().astype(int), strict=True):
-        axes, told = figure.add_subplot(place), f"slice {index + 1}"
+    lowest, highest = (used[0], used[-1]) if used.size else (0, image.shape[2] - 1)
+    chosen = np.linspace(lowest, highest, axial_slices).round().astype(int)
+    for place, index in enumerate(chosen):
+        axes, told = figure.add_subplot(row[place]), f"slice {index + 1}"
         show_patient(data, int(index), axes=axes, hu_window=window, title=told)
     figure.suptitle(title, fontsize=11)
     add_legend(figure, names, truth=len(maps) == 2)
@@ -219,10 +221,12 @@ def show_patient(
 def make_figure(interactive: bool) -> Any:
     """A figure for a notebook or window, or for a file alone."""
     if interactive:
-        from matplotlib.pyplot import figure as make
-    else:
-        from matplotlib.figure import Figure as make
-    return make(figsize=(6, 6), layout="constrained")
+        from matplotlib import pyplot
+
+        return pyplot.figure(figsize=(6, 6), layout="constrained")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(6, 6), layout="constrained")
 
 
 def as_array(volume: Any) -> np.ndarray:

@@ -73,7 +73,9 @@ def end_with_parent() -> None:
     torch.set_num_threads(1)
 
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        assert parent is not None  # a worker has one
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -20,8 +20,8 @@ from skimage.measure import find_contours
 
 from data.cases import find_scans, lay_on_grid, name_case, read_label_map, read_scan
 from data.files import InputError, read_json
-from data.labels import BACKGROUND, USUAL_LABELS, group_tumours, is_tumour
-from data.masks import Masks, restore_label
+from data.labels import BACKGROUND, USUAL_LABELS, Labels, group_tumours, is_tumour
+from data.masks import Masks, name_label, restore_label
 from data.pictures import HU_WINDOW, TRUTH_COLOUR, choose_hu_window, class_colour
 from data.volumes import AIR_HU, Volume, find_bounding_box
 
@@ -76,16 +76,17 @@ class CaseFiles:
     @functools.cached_property
     def reference(self) -> Volume:
         """The reference label map, uint8 in RAS, on the case's grid."""
+        assert self.truth is not None  # only then is it asked for
         return self.read_labels(self.truth)
 
     def read_labels(self, path: Path | Masks) -> Volume:
         """A label map on the case's grid; of values without a name, only their number is asked."""
         named = {value: name for name, value in self.names.items()}
-        declared = {named.get(value, f"label_{value}"): (value,) for value in range(1, 256)}
+        declared: Labels = {named.get(value, f"label_{value}"): (value,) for value in range(1, 256)}
         try:
             grid = self.grid if self.masked or self.scan or self.label else open_volume(path)
             labels = read_label_map(
-                path, grid, {BACKGROUND: (0,)} | declared, trust_grid=self.trust_grid
+                path, grid, {BACKGROUND: (0,), **declared}, trust_grid=self.trust_grid
             ).ras
         except InputError as error:
             if error.kind != "values" or isinstance(path, tuple):
@@ -98,6 +99,12 @@ class CaseFiles:
     def read_grey(self, path: Path) -> Volume:
         """A scan in RAS, once it is known to lie on the case's grid."""
         return lay_on_grid(open_volume(path).ras, self.grid, self.trust_grid)
+
+    def read_shown(self) -> Volume:
+        """What slices show: the scan, or the nearest to it that the case has."""
+        path = self.scan or self.masked or self.label
+        assert path is not None  # a case has one of them
+        return self.read_grey(path)
 
     @functools.cached_property
     def classes(self) -> dict[str, int]:
@@ -132,6 +139,7 @@ class CaseFiles:
     def organ_hu(self) -> Volume:
         """HU in the organ's box, AIR_HU outside the organ; STAND_IN_HU where there is no scan."""
         path, labels = self.masked or self.scan, self.organ.data
+        assert self.labels is not None  # the organ was cut out of them
         if path is None:
             tumours = [value for name, value in self.classes.items() if is_tumour(name)]
             hu = np.where(np.isin(labels, tumours), STAND_IN_HU["tumour"], STAND_IN_HU["liver"])
@@ -193,7 +201,8 @@ def find_files(path: Path) -> CaseFiles:
         case = CaseFiles(name_case(path), masked=path)
     if case is None:
         is_label = not path.is_dir() and is_label_map(open_volume(path).ras.data)
-        case = CaseFiles(name_case(path), **{"label" if is_label else "scan": path})
+        files: dict[str, Any] = {"label" if is_label else "scan": path}
+        case = CaseFiles(name_case(path), **files)
     return case
 
 
@@ -210,7 +219,9 @@ def find_result(folder: Path) -> CaseFiles | None:
     files = {key: restore_label(known[key]) for key in ("image", "truth") if known.get(key)}
     for key in [key for key, path in files.items() if not is_there(path)]:
         print(f"{record}: its {key} {files.pop(key)} is not there any more; drawn without it")
-    case = CaseFiles(name, files.get("image"), masked if masked.exists() else None, labels[0])
+    image = files.get("image")
+    assert not isinstance(image, tuple)  # read_record lets no list pass
+    case = CaseFiles(name, image, masked if masked.exists() else None, labels[0])
     case.truth, case.trust_grid = files.get("truth"), known.get("trust_image_grid") is True
     case.names = known.get("classes") or case.names
     return case
@@ -253,12 +264,12 @@ def is_mask(part: Any) -> bool:
     return isinstance(part, list) and [type(text) for text in part] == [str, str]
 
 
-def crop_to_foreground(labels: Volume, path: Path) -> Volume:
+def crop_to_foreground(labels: Volume, path: Path | Masks | None) -> Volume:
     """`labels` around its foreground; InputError when there is none."""
     if not labels.data.any():
         raise InputError(
-            f"{path}: the label map is empty (no voxel above 0), so there is no organ to draw; "
-            "look at the scan with --mode slices"
+            f"{name_label(path)}: the label map is empty (no voxel above 0), so there is no organ "
+            "to draw; look at the scan with --mode slices"
         )
     return labels.crop(find_bounding_box(labels.data > 0))
 

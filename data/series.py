@@ -145,6 +145,11 @@ def measure_apart(one: Slice, other: Slice) -> float:
     return float(np.linalg.norm(sides[0] - sides[1], axis=1).sum() / min(other.spacing))
 
 
+def _are_equal(one: Slice, other: Slice) -> bool:
+    (_, plane), (_, known) = read_planes([one, other])
+    return np.array_equal(plane, known)
+
+
 def _drop_copies(path: Path, ordered: list[Slice], notes: list[str]) -> list[Slice]:
     """Without the second of two slices of one place and equal voxels, whatever their UIDs say."""
     kept = ordered[:1]
@@ -152,7 +157,7 @@ def _drop_copies(path: Path, ordered: list[Slice], notes: list[str]) -> list[Sli
         before = kept[-1]
         if np.abs(one.position - before.position).max() >= SAME_PLACE_MM:
             kept.append(one)
-        elif not np.array_equal(*(plane for _, plane in read_planes([before, one]))):
+        elif not _are_equal(before, one):
             gaps = np.diff([kept[0].normal @ each.position for each in ordered])
             raise InputError(
                 f"{path}: the series is not one regular grid ({(gaps < SAME_PLACE_MM).sum()} "
@@ -270,7 +275,9 @@ def _read_voxels(ordered: Sequence[Slice], notes: list[str]) -> np.ndarray:
             f"{without[0].file}: RescaleSlope and RescaleIntercept must be numbers as in the other "
             f"slices, got nothing; {REMEDY}"
         )
-    array, bright, modality = None, [], ""
+    array: np.ndarray | None = None
+    bright: list[tuple[int, float]] = []
+    modality = ""
     for index, (header, plane) in enumerate(read_planes(ordered)):
         modality = read_text(header, "Modality")
         plane = _clear_padding(ordered[index], plane, modality, bright)
@@ -287,6 +294,7 @@ def _read_voxels(ordered: Sequence[Slice], notes: list[str]) -> np.ndarray:
     if bright:
         count, padding = sum(number for number, _ in bright), bright[0][1]
         notes.append(f"{count} voxels of padding (PixelPaddingValue, {padding:g} HU) are now air")
+    assert array is not None  # a series has slices
     return array
 
 
@@ -295,7 +303,9 @@ def read_planes(slices: Iterable[Slice]) -> Iterable[tuple[Any, np.ndarray]]:
 
     int32 where slope and intercept are whole, else float32. A file is decoded once in a row.
     """
-    file, header, stored = None, None, None
+    file: Path | None = None
+    header: Any = None
+    stored: np.ndarray = np.empty(0)
     for one in slices:
         if one.file != file:
             file, (header, stored) = one.file, _decode(one.file)

@@ -12,14 +12,18 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 from tqdm import tqdm
 
 from data.files import InputError
 
-Kind = TypeVar("Kind")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Kind = TypeVar("Kind", bound="DataclassInstance")
 
 
 # The range of every setting of every script; of several numbers each must lie in it.
@@ -64,7 +68,8 @@ def check_settings(settings: Any, where: str = "") -> None:
         option = f"{where}--{name.replace('_', '-')}"
         if name == "device" and not DEVICES.fullmatch(str(value)):
             raise InputError(f"{option} must be auto, cpu, cuda, cuda:1 or mps, got {value}")
-        if name not in LIMITS or value is None:
+        files = isinstance(value, tuple) and all(isinstance(item, Path) for item in value)
+        if name not in LIMITS or value is None or files:  # the --folds of apply_model.py are files
             continue
         low, above, _, below, high = LIMITS[name].split()
         several = name in SEVERAL and isinstance(value, tuple | list)

@@ -116,9 +116,10 @@ def summarise(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str,
             counts = [key for key in rows[0] if key.startswith(f"{name}_lesions")]
             pooled = {key.removeprefix(f"{name}_"): sum(known(key).values()) for key in counts}
             found, right = (pooled.get(f"lesions_{key}", 0) for key in ("found", "right"))
-            pooled["lesion_recall"] = divide(found, pooled.get("lesions", 0))
-            pooled["lesion_precision"] = divide(right, pooled.get("lesions_predicted", 0))
-            part["lesions"] = pooled
+            part["lesions"] = pooled | {
+                "lesion_recall": divide(found, pooled.get("lesions", 0)),
+                "lesion_precision": divide(right, pooled.get("lesions_predicted", 0)),
+            }
         summary[name] = part
     return summary
 

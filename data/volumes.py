@@ -129,13 +129,14 @@ class Volume:
     def read(self) -> np.ndarray:
         """All voxels (X, Y, Z) as stored; float32 where the header rescales them."""
         if not isinstance(self.data, StoredVoxels):
-            array = make_native(self.data, self.name)
-            return self.convert(array) if self.convert else array
-        array = None
+            held = make_native(self.data, self.name)
+            return self.convert(held) if self.convert else held
+        array: np.ndarray | None = None
         for first, part in self.stored_slabs():
             if array is None:
                 array = allocate(self.shape, part.dtype, self.name)
             array[:, :, first : first + part.shape[2]] = part
+        assert array is not None  # every volume has slices
         return array
 
     def stored_slabs(self, step: int = SLAB) -> Iterator[tuple[int, np.ndarray]]:
@@ -164,7 +165,8 @@ class Volume:
         flipped = orientation[2, 1] < 0
         stored = sorted((depth - b, depth - a) if flipped else (a, b) for a, b in wanted)
         with self._reader() as read:
-            slab, end = None, 0
+            slab: np.ndarray = np.empty(0)
+            end = 0
             for first, last in stored:
                 fresh = read(max(first, end), last)
                 kept = end - first  # slices shared with the slab before

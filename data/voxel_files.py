@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from isal import igzip, igzip_lib, isal_zlib
@@ -21,7 +21,10 @@ from data.files import InputError
 
 BEST_RATIO = 1032  # no deflate stream is smaller than this fraction of its content
 CHUNK = 2**20
-DAMAGE = (OSError, EOFError, ValueError, zlib.error, isal_zlib.error, igzip_lib.error)
+# isal's types call its errors instances, not classes
+DAMAGE: Any = (OSError, EOFError, ValueError, zlib.error, isal_zlib.error, igzip_lib.error)
+Stream = io.RawIOBase | io.BufferedIOBase
+Found = TypeVar("Found")
 AGAIN = "the file is cut off or damaged, download or convert it again"
 
 
@@ -95,7 +98,7 @@ class StoredVoxels:
 
             yield read
 
-    def _guard(self, work: Callable[[], np.ndarray]) -> np.ndarray:
+    def _guard(self, work: Callable[[], Found]) -> Found:
         try:
             return work()
         except InputError:
@@ -105,7 +108,7 @@ class StoredVoxels:
                 f"{self.name}: its voxels cannot be read ({error}); {AGAIN}"
             ) from error
 
-    def _open_stream(self, stack: contextlib.ExitStack) -> io.RawIOBase:
+    def _open_stream(self, stack: contextlib.ExitStack) -> Stream:
         if _stamp(self.file) != self.stamp:
             raise InputError(
                 f"{self.name}: {self.file.name} was changed while it was read; start again once "
@@ -119,7 +122,7 @@ class StoredVoxels:
             return stack.enter_context(igzip.IGzipFile(fileobj=file, mode="rb"))
         return _ZlibStream(file, None if self.stop is None else self.stop - self.start)
 
-    def _read(self, stream: io.RawIOBase, first: int, last: int) -> np.ndarray:
+    def _read(self, stream: Stream, first: int, last: int) -> np.ndarray:
         begin = self.offset + (self.start if self.codec == "raw" else 0)
         stream.seek(begin + first * self.plane_bytes)
         raw = self._read_bytes(stream, (last - first) * self.plane_bytes)
@@ -130,7 +133,7 @@ class StoredVoxels:
             self._refuse_rest(stream)
         return raw.view(self.dtype).reshape((*self.shape[:2], last - first), order="F")
 
-    def _read_bytes(self, stream: io.RawIOBase, count: int) -> np.ndarray:
+    def _read_bytes(self, stream: Stream, count: int) -> np.ndarray:
         """The next `count` bytes, or as many as there are; a part may be read-only."""
         if self.codec == "gzip" and count < self.nbytes:
             with contextlib.suppress(MemoryError):  # `allocate` tells
@@ -141,7 +144,7 @@ class StoredVoxels:
             done += more
         return raw[:done]
 
-    def _refuse_rest(self, stream: io.RawIOBase) -> None:
+    def _refuse_rest(self, stream: Stream) -> None:
         """Read on behind the last voxel: only zeros may follow, and then the checksum."""
         while rest := stream.read(CHUNK):
             if rest.strip(b"\0"):
@@ -210,7 +213,7 @@ class _ZlibStream(io.RawIOBase):
             pass
         return self.position
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         wanted, part = len(buffer), b""
         while not part and not self.inflate.eof:
             given = self.inflate.unconsumed_tail or self.file.read(min(CHUNK, self.left))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import re
 import runpy
 import subprocess
 import sys
@@ -14,30 +14,23 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from children import draw_nothing
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
-README = (ROOT / "README.md").read_text()
 
 
-def commands(section: str = "", without: tuple[str, ...] = ()) -> list[str]:
-    """The README's commands in order, of one section or of all `without` some."""
-    first, *sections = re.split(r"^## ", README, flags=re.MULTILINE)
-    titles = {text.partition("\n")[0]: text for text in (f"\n{first}", *sections)}
-    chosen = [section] if section else [title for title in titles if title not in without]
-    blocks = re.findall(r"```bash\n(.*?)```", "".join(titles[t] for t in chosen), flags=re.DOTALL)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
-
-
-def run_script(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_script(
+    *arguments: object, cwd: Path | None = None, timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` in the project's folder, as the README says, without a display."""
     command = [sys.executable, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
     environment.pop("DISPLAY", None)
     return subprocess.run(
-        command, cwd=cwd or ROOT, env=environment, text=True, capture_output=True, check=False
-    )
+        command, cwd=cwd or ROOT, env=environment, text=True, capture_output=True, check=False,
+        timeout=timeout,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -137,15 +130,41 @@ def whole_cases(raw_phantoms: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def few(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """At most four sub-volumes per split of the same, enough for a step; must not be changed."""
+    content = json.loads((prepared / "dataset.json").read_text())
+    splits = {record["split"] for record in content["subvolumes"]}
+    content["subvolumes"] = [
+        record
+        for split in sorted(splits)
+        for record in [r for r in content["subvolumes"] if r["split"] == split][:4]
+    ]
+    folder = tmp_path_factory.mktemp("few") / "data"
+    folder.mkdir()
+    (folder / "subvolumes").symlink_to(prepared / "subvolumes")
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def blank_pictures() -> Iterator[None]:
+    """For tests that look at no picture: drawing one takes longer than all else that they do."""
+    with pytest.MonkeyPatch.context() as patch:  # of its own, which no test undoes
+        draw_nothing(patch.setattr)
+        yield
+
+
+@pytest.fixture(scope="session")
 def checkpoint(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network that has learnt something: a few seconds on small phantoms."""
     import train
 
     run = tmp_path_factory.mktemp("apply") / "run"
-    train.main(
-        train.Config(
-            data=prepared, run_folder=run, base_channels=4, input_size=(32, 32), spacing=(8.0, 8.0),
-            learning_rate=5e-3, max_epochs=4, device="cpu", precision="fp32",
-        )
+    config = train.Config(
+        data=prepared, run_folder=run, base_channels=4, input_size=(32, 32), spacing=(8.0, 8.0),
+        learning_rate=5e-3, max_epochs=3, val_interval=3, device="cpu", precision="fp32",
     )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch.setattr)
+        train.main(config)
     return run / "best.pt"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+import shlex
 
-ROOT = Path(__file__).resolve().parent.parent
+from conftest import ROOT, run_here
+
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
          for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}  # fmt: skip
 
@@ -15,6 +16,17 @@ def commands(page: str = "README.md") -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", PAGES[page], flags=re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line]
+
+
+def follow(line: str, small: str = "") -> None:
+    """Run a command of a page in this process and folder, with those options of `small` that it
+    does not give itself; it must end well."""
+    program, *words = shlex.split(line)
+    assert program == "python", line
+    added = [f"--{group}".split() for group in small.split("--")[1:]]
+    more = [word for group in added if group[0] not in words for word in group]
+    ended = run_here(*words, *more)
+    assert ended == 0, f"{line} {' '.join(more)}: {ended}"
 
 
 def first_block(page: str, language: str) -> str:

@@ -28,6 +28,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 import prepare
 import preprocess
 import train
+from data.descriptions import read_prepared
 from data.labels import as_labels, resolve_classes
 from data.settings import pick
 from data.volumes import Volume
@@ -55,6 +56,15 @@ def phantom(index: int) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
 def ras_arrays(index: int) -> tuple[np.ndarray, np.ndarray]:
     """Scan and label map of `phantom`, axes R, A, S."""
     return tuple(np.asanyarray(nib.as_closest_canonical(i).dataobj) for i in phantom(index))
+
+
+@cache
+def part_arrays(index: int, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """`ras_arrays`, of it `depth` slices around its tumours, or its liver where it has none."""
+    scan, label = ras_arrays(index)
+    held = np.flatnonzero((label == label.max()).any(axis=(0, 1)))
+    first = min(max(int(held.mean()) - depth // 2, 0), label.shape[2] - depth)
+    return scan[:, :, first : first + depth], label[:, :, first : first + depth]
 
 
 def save(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
@@ -113,12 +123,11 @@ def call_script(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess([name, *rest], code, out.getvalue(), err.getvalue())
 
 
-def same_tree(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same files, byte for byte."""
-    files = [sorted(p.relative_to(r) for p in r.rglob("*") if p.is_file()) for r in (one, other)]
-    return files[0] == files[1] and all(
-        filecmp.cmp(one / file, other / file, shallow=False) for file in files[0]
-    )
+def list_differences(one: Path, other: Path) -> list[str]:
+    """Files that two folders do not share, byte for byte."""
+    files = [{str(p.relative_to(r)) for p in r.rglob("*") if p.is_file()} for r in (one, other)]
+    changed = (f for f in files[0] & files[1] if not filecmp.cmp(one / f, other / f, shallow=False))
+    return sorted({*(files[0] ^ files[1]), *changed})
 
 
 # ---------------------------------------------------------------------------------------
@@ -247,8 +256,8 @@ def field_patient(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 SMALL = {
     "base_channels": 4,
-    "input_size": (32, 32),
-    "spacing": (8.0, 8.0),
+    "input_size": (16, 16),
+    "spacing": (16.0, 16.0),
     "max_epochs": 3,
     "device": "cpu",
     "precision": "fp32",
@@ -256,8 +265,8 @@ SMALL = {
 }
 TINY = {"max_epochs": 2, "base_channels": 4, "device": "cpu", "precision": "fp32"}
 TINY_IN = {
-    "subvolumes": {"input_size": (32, 32), "spacing": (8.0, 8.0)},
-    "patches": {"input_size": (32, 32, 16), "spacing": (8.0, 8.0, 5.0), "patches_per_case": 2},
+    "subvolumes": {"input_size": (16, 16), "spacing": (16.0, 16.0)},
+    "patches": {"input_size": (32, 32, 16), "spacing": (8.0, 8.0, 5.0), "patches_per_case": 1},
 }
 
 
@@ -269,6 +278,8 @@ def small_config(prepared, run, **changes) -> train.Config:
 def tiny(name: str, prepared, whole_cases, run, **changes) -> train.Config:
     """A recipe made small, on sub-volumes or whole cases as it needs them."""
     recipe = train.RECIPES[name][1]
+    if recipe.network == "resnet34_unet":  # five halvings must leave a pixel
+        changes = {"input_size": (32, 32), "spacing": (8.0, 8.0), **changes}
     data = whole_cases if recipe.sampling == "patches" else prepared
     small = {**TINY, **TINY_IN[recipe.sampling], "data": data, "run_folder": run, **changes}
     return dataclasses.replace(recipe, **small)
@@ -276,8 +287,8 @@ def tiny(name: str, prepared, whole_cases, run, **changes) -> train.Config:
 
 def chain_of(config: train.Config) -> Chain:
     """The deterministic chain of a training, its classes resolved with the data's labels."""
-    declared = as_labels(preprocess.read_prepared(config.data)["labels"])
-    return pick(Chain, config, labels=resolve_classes(config.labels, declared))
+    declared = as_labels(read_prepared(config.data)["labels"])
+    return pick(Chain, config, labels=resolve_classes(config.labels, declared), ignore=())
 
 
 def augment_of(config: train.Config, **changes) -> Augment:
@@ -287,7 +298,7 @@ def augment_of(config: train.Config, **changes) -> Augment:
 
 def cached(config: train.Config, split: str = "training", device: str = "cpu"):
     """The cached sub-volumes of a training."""
-    content = preprocess.read_prepared(config.data)
+    content = read_prepared(config.data)
     return preprocess.cache_split(content, config.data, split, chain_of(config), device)
 
 

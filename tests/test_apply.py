@@ -2,21 +2,18 @@
 
 import contextlib
 import csv
-import itertools
 import json
-import multiprocessing
-import os
 import signal
-import sys
-import time
 from pathlib import Path
 
+import children
 import monai
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED_DATA, run_script
+from children import run_child
+from conftest import SHARED_DATA, run_here
 from matplotlib.image import imread
 
 import apply_model
@@ -153,6 +150,7 @@ def test_a_broken_scan_stops_nothing_and_finished_ones_are_skipped(
     assert made.stat().st_mtime_ns > before
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_processes_share_the_scans(scans, checkpoint, tmp_path, monkeypatch):
     """As torchrun starts them: each takes its part, the last one's table holds all."""
     config = apply_model.Config(
@@ -167,6 +165,7 @@ def test_processes_share_the_scans(scans, checkpoint, tmp_path, monkeypatch):
         assert done == names[: rank + 1]
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_networks_are_averaged_and_probabilities_written(scans, checkpoint, tmp_path):
     scan = min((scans / "images").iterdir())
     config = apply_model.Config(
@@ -270,6 +269,7 @@ def test_too_little_memory_for_one_window_on_the_cpu_fails_the_scan_alone(checkp
     assert model.network.refused == [("cpu", 2), ("cpu", 1)]
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_dicom_series_is_a_scan(checkpoint, tmp_path):
     series = SHARED_DATA / "dicom" / "jpeg2000_20"
     if not series.is_dir():
@@ -301,27 +301,6 @@ def test_a_trailing_axis_of_length_one_is_no_hindrance(scans, checkpoint, tmp_pa
 # ---------------------------------------------------------------------------------------
 
 
-def _apply(scans: Path, checkpoint: Path, destination: Path, writes: int | None) -> None:
-    """In a child process, as a user begins or goes on; dies in the middle of the n-th write."""
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
-    replace, count = Path.replace, itertools.count(1)
-
-    def replace_or_die(temporary: Path, final: Path) -> Path:
-        if next(count) == writes:
-            os.truncate(temporary, temporary.stat().st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return replace(temporary, final)
-
-    Path.replace = replace_or_die
-    apply_model.main(
-        apply_model.Config(
-            paths=(scans / "images",), truth=(scans / "labels",), destination=destination,
-            checkpoint=checkpoint, device="cpu", precision="fp32",
-        )
-    )  # fmt: skip
-
-
 def _outputs(folder: Path) -> dict[str, object]:
     """Everything under a final name, whole: voxels as bytes, records without their seconds."""
     found: dict[str, object] = {}
@@ -343,36 +322,27 @@ def _outputs(folder: Path) -> dict[str, object]:
 
 
 def test_killed_at_any_moment_the_same_command_finishes_the_rest(scans, checkpoint, tmp_path):
-    """SIGKILL within a write or anywhere: no torn file, and at the end the undisturbed bytes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["apply_model", "test_apply"])
-
-    def run(destination: Path, writes: int | None = None, seconds: float | None = None) -> int:
-        child = context.Process(target=_apply, args=(scans, checkpoint, destination, writes))
-        child.start()
-        child.join(seconds)
-        if child.is_alive():
-            os.kill(child.pid, signal.SIGKILL)
-            child.join()
-        return child.exitcode
-
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    begin = time.perf_counter()
-    assert run(unbroken) == 0
-    duration, expected = time.perf_counter() - begin, _outputs(unbroken)
+    """SIGKILL within writes: no torn file, and at the end the undisturbed bytes."""
+    unbroken, broken = (
+        {
+            "paths": (scans / "images",), "truth": (scans / "labels",), "checkpoint": checkpoint,
+            "destination": tmp_path / name, "device": "cpu", "precision": "fp32",
+        }
+        for name in ("unbroken", "broken")
+    )  # fmt: skip
+    assert run_child(children.apply, unbroken) == 0
+    expected = _outputs(unbroken["destination"])
     assert len(expected) == 2 * 4 + 4
     # Writes of a case: label map and masked volume 1 to 4 (two each: the file, then its check),
-    # preview 5, record 6; the tables follow. From the fifth kill on the first case is finished.
-    moments = [{"writes": n} for n in (1, 4, 6, 9, 6, 8)]
-    for moment in [{"seconds": duration / 2}, *moments]:
-        code = run(broken, **moment)
-        assert code == -signal.SIGKILL or "seconds" in moment
-        for name, content in _outputs(broken).items():
+    # preview 5, record 6; the tables follow. From the fourth kill on the first case is finished.
+    for write in (1, 4, 6, 9, 6, 8):
+        assert run_child(children.apply, broken, ("write", write)) == -signal.SIGKILL
+        for name, content in _outputs(broken["destination"]).items():
             if "/" in name:  # of a case; the tables grow with the cases
                 assert content == expected[name], name
-    assert run(broken) == 0
-    assert _outputs(broken) == expected
-    assert not list(broken.glob("*/.*"))
+    assert run_child(children.apply, broken) == 0
+    assert _outputs(broken["destination"]) == expected
+    assert not list(broken["destination"].glob("*/.*"))
 
 
 def refused(arguments, match):
@@ -412,8 +382,8 @@ def test_bad_input_is_named(tmp_path, checkpoint, prepared):
     assert not (tmp_path / "results").exists()
 
 
-def test_a_fault_ends_in_one_line_and_a_code(tmp_path):
-    done = run_script("apply_model.py", tmp_path / "no.nii.gz", "--checkpoint", tmp_path / "no.pt")
-    assert done.returncode == 1
-    assert done.stderr.strip().startswith("error: ")
-    assert "Traceback" not in done.stderr
+def test_a_fault_ends_in_one_line_and_a_code(tmp_path, capsys):
+    ended = run_here("apply_model.py", tmp_path / "no.nii.gz", "--checkpoint", tmp_path / "no.pt")
+    assert str(ended).startswith("error: ")
+    assert "\n" not in ended
+    assert "Traceback" not in capsys.readouterr().err

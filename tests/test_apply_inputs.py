@@ -3,8 +3,6 @@
 import csv
 import gzip
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,21 +11,28 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
-from conftest import SHARED_DATA
+from conftest import SHARED_DATA, run_here
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
 import apply_model
 from apply_model import Model
 from data.cases import read_volume
 from data.files import InputError
+from data.results import find_result
 from data.volumes import Volume
 from preprocess import Chain
 from utilities import build_network, save_checkpoint
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 SHAPE = (40, 36, 24)
 AFFINE = np.array([[-3.0, 0, 0, 60], [0, -3.0, 0, 50], [0, 0, 5.0, -40], [0, 0, 0, 1]])  # LPS
 CHAIN = Chain(
-    "subvolumes", (3.0, 3.0), (-200.0, 250.0), (48, 48), {"background": (0,), "liver": (1, 2)}
+    "subvolumes",
+    (3.0, 3.0),
+    (-200.0, 250.0),
+    (48, 48),
+    {"background": (0,), "liver": (1, 2)},
+    ignore=(),
 )
 INFERENCE = {"window": (48, 48, 16), "overlap": 0.5}
 
@@ -324,6 +329,56 @@ def test_labels_of_prepared_data_are_known_by_name(use, tmp_path):
     assert float(row["liver_dice"]) > 0.98
 
 
+def test_masks_of_prepared_data_are_one_truth(use, tmp_path):
+    """As prepare.py notes them: the name and the path of each structure's mask."""
+    label = patient(0)[1]
+    tumour = np.zeros_like(label)
+    tumour[18:22, 16:20, 11:13] = 1
+    masks = [["liver", label], ["liver tumour", tumour]]
+    paths = [[name, str(save(a, tmp_path / "masks" / f"{name}.nii.gz"))] for name, a in masks]
+    write_prepared(tmp_path / "data", label, record={"label": paths})
+    row = apply(use, split="test", data=tmp_path / "data")["a"]
+    assert float(row["liver_dice"]) > 0.98
+    case = find_result(use["destination"] / "a")
+    assert np.count_nonzero(case.reference.data == 1) == np.count_nonzero(label)
+    Path(paths[1][1]).unlink()
+    assert find_result(use["destination"] / "a").truth is None
+
+
+def test_what_nobody_judged_in_prepared_data_counts_nowhere(use, tmp_path):
+    """Values that dataset.json ignores, and slices between those that were drawn."""
+    label = patient(0)[1]
+    label[:20] = np.where(label[:20], 9, 0)  # half of the liver: not known to be one
+    write_prepared(tmp_path / "data", label, ignore=[9])
+    row = apply(use, split="test", data=tmp_path / "data")["a"]
+    assert float(row["liver_dice"]) > 0.96
+    label = patient(0)[1]
+    drawn = label * (np.arange(SHAPE[2]) % 4 == 2)
+    found = {"settings": {"label_every": 4}, "record": {"drawn_slice": 10}}
+    write_prepared(tmp_path / "data", drawn, **found)
+    row = apply(use, split="test", data=tmp_path / "data")["a"]
+    assert float(row["liver_dice"]) > 0.96
+    assert float(row["liver_recall"]) > 0.96
+
+
+def test_the_record_says_what_the_values_mean_and_3d_reads_it(use, tmp_path, model):
+    model.chain = replace(CHAIN, labels={"background": (0,), "spleen": (3,)})
+    model.declared = {"background": (0,), "spleen": (3,)}
+    scan, label = patient(0)
+    moved = AFFINE + 30 * np.eye(4, k=3)
+    settings = {"settings": {"trust_image_grid": True}, "labels": {"background": 0, "spleen": 3}}
+    write_prepared(tmp_path / "data", label * 3, affine=moved, **settings)
+    apply(use, split="test", data=tmp_path / "data")
+    record = json.loads((use["destination"] / "a" / "a.json").read_text())
+    assert record["classes"] == {"background": 0, "spleen": 3}
+    assert record["trust_image_grid"] is True
+    case = find_result(use["destination"] / "a")
+    assert case.names == case.classes == {"spleen": 3}
+    assert case.reference.data.any()  # read although its header lies elsewhere
+    apply(use, save(scan, tmp_path / "b.nii.gz"))
+    assert find_result(use["destination"] / "b").trust_grid is False
+
+
 @pytest.mark.parametrize("name", ["..", "../a", "/tmp/a", "a/b", "=1+1"])
 def test_a_case_name_that_is_a_path_is_refused(use, tmp_path, name):
     write_prepared(tmp_path / "data", patient(0)[1], record={"case": name})
@@ -345,8 +400,10 @@ def test_a_foreign_dataset_json_is_one_clear_error(use, tmp_path, changes):
 OUTPUTS = ("label.nii.gz", "masked.nii.gz", "probability.nii.gz", "preview.png")
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, cut_off, flip], ids=["deleted", "cut", "flipped"])
-@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize(
+    ("output", "damage"),
+    [*((output, flip) for output in OUTPUTS), (OUTPUTS[0], Path.unlink), (OUTPUTS[1], cut_off)],
+)
 def test_a_damaged_result_is_made_again(use, tmp_path, output, damage, capsys):
     scan = save(patient(0)[0], tmp_path / "a.nii.gz")
     apply(use, scan, probability=True)
@@ -519,7 +576,7 @@ def field_case(tmp_path):
         script = SHARED_DATA / "field_cases" / name / "make.py"
         if not script.is_file():
             pytest.skip("the field cases are not here (shared/data beside the project)")
-        subprocess.run([sys.executable, str(script), str(tmp_path / name)], check=True)
+        assert run_here(script, tmp_path / name) == 0
         return tmp_path / name
 
     return build

@@ -1,6 +1,7 @@
 """DICOM through the scripts: prepared, segmented, compared and shown as NIfTI is; no names leak."""
 
 import json
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -10,7 +11,7 @@ from conftest import SHARED_DATA
 from helpers import (
     SECRETS,
     build_field_case,
-    ras_arrays,
+    part_arrays,
     run,
     write_phantom_seg,
     write_phantom_series,
@@ -28,7 +29,7 @@ CLASSES = {"background": (0,), "liver": (1,), "tumour": (2,)}
 
 def series_with_seg(folder: Path, label=None, classes=CLASSES) -> tuple[Volume, Volume]:
     """A phantom's series and the DICOM SEG of its label map, as apply_model.py writes it."""
-    scan, truth = ras_arrays(0)
+    scan, truth = part_arrays(0, 20)
     write_phantom_series(folder / "ct", scan, SeriesNumber=3)
     image = read_series(folder / "ct")
     label = image.from_ras((truth if label is None else label).astype(np.uint8))
@@ -39,7 +40,7 @@ def series_with_seg(folder: Path, label=None, classes=CLASSES) -> tuple[Volume, 
 def test_series_with_seg_and_nifti_labels_are_prepared_and_nothing_private_is_written(tmp_path):
     raw = tmp_path / "raw"
     for index in range(3):
-        scan, label = ras_arrays(index)
+        scan, label = part_arrays(index, 20)
         secret = {"PatientID": "ID-4711" if index < 2 else "ID-4712"}
         folder = raw / f"pat{index}"
         slices = write_phantom_series(folder / "scan", scan, name="IMG{:03d}", **secret)
@@ -51,7 +52,7 @@ def test_series_with_seg_and_nifti_labels_are_prepared_and_nothing_private_is_wr
     assert len(dataset["cases"]) == 3
     for case in dataset["cases"]:
         index = int(Path(case["image"]).parent.name[3:])
-        scan, label = ras_arrays(index)
+        scan, label = part_arrays(index, 20)
         assert case["voxels_per_label"]["1"] == np.count_nonzero(label == 1)
         assert case["covered_foreground_voxels"] == np.count_nonzero(label)
         for entry in (e for e in dataset["subvolumes"] if e["case"] == case["case"]):
@@ -74,7 +75,7 @@ def test_prepare_reads_the_written_seg_as_it_reads_the_nifti(tmp_path, classes):
     """The same sub-volumes bit for bit, though a SEG's own numbers must run from 1."""
     raw = tmp_path / "raw"
     values = np.array([v[0] for v in classes.values()] + [0] * 3, np.uint8)
-    _, label = series_with_seg(raw, values[ras_arrays(0)[1]], classes)
+    _, label = series_with_seg(raw, values[part_arrays(0, 20)[1]], classes)
     use = {"foreground": tuple(str(v) for v in values.tolist() if v)}
     use |= {"training": 1, "validation": 0}
     of_seg = run(raw, destination=tmp_path / "seg", test=0, **use)
@@ -82,6 +83,7 @@ def test_prepare_reads_the_written_seg_as_it_reads_the_nifti(tmp_path, classes):
         assert of_seg["labels"][name] == value[0]
     (raw / "ct_label.dcm").unlink()
     label.write(raw / "ct_label.nii.gz")
+    use["values"] = tuple(f"{name}={value[0]}" for name, value in classes.items())
     of_nifti = run(raw, destination=tmp_path / "nifti", test=0, **use)
     assert of_seg["subvolumes"] and len(of_seg["subvolumes"]) == len(of_nifti["subvolumes"])
     for one, other in zip(of_seg["subvolumes"], of_nifti["subvolumes"], strict=True):
@@ -92,12 +94,14 @@ def test_prepare_reads_the_written_seg_as_it_reads_the_nifti(tmp_path, classes):
 
 
 def test_a_series_in_and_a_seg_out_and_in_again_as_truth(checkpoint, tmp_path, capsys):
-    scan, _ = ras_arrays(0)
+    scan, _ = part_arrays(0, 20)
     write_phantom_series(tmp_path / "scans" / "ct", scan)
     nifti = nib.Nifti1Image(scan, np.diag([5.0, 5, 5, 1]))
     nib.save(nifti, tmp_path / "scans" / "other.nii.gz")
     use = {"checkpoint": checkpoint, "device": "cpu", "dicom_seg": True}
-    apply_model.main(apply_model.Config((tmp_path / "scans",), destination=tmp_path / "out", **use))
+    apply_model.main(
+        apply_model.Config(paths=(tmp_path / "scans",), destination=tmp_path / "out", **use)
+    )
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     reason = "no DICOM SEG: the scan is no DICOM series"
     assert {row["case"]: reason in row["warnings"] for row in rows} == {"ct": False, "other": True}
@@ -109,7 +113,7 @@ def test_a_series_in_and_a_seg_out_and_in_again_as_truth(checkpoint, tmp_path, c
     assert np.array_equal(found, read_file(made.with_suffix(".nii.gz")).read())
     apply_model.main(
         apply_model.Config(
-            (tmp_path / "scans" / "ct",), truth=(made,), destination=tmp_path / "again", **use
+            paths=(tmp_path / "scans" / "ct",), truth=(made,), destination=tmp_path / "again", **use
         )
     )
     (row,) = json.loads((tmp_path / "again" / "results.json").read_text())
@@ -118,13 +122,13 @@ def test_a_series_in_and_a_seg_out_and_in_again_as_truth(checkpoint, tmp_path, c
     assert (tmp_path / "again" / "worst.png").stat().st_size > 10_000
     with pytest.raises(InputError, match="none of the scans is a DICOM series"):
         use["destination"] = tmp_path / "never"
-        apply_model.main(apply_model.Config((tmp_path / "scans" / "other.nii.gz",), **use))
+        apply_model.main(apply_model.Config(paths=(tmp_path / "scans" / "other.nii.gz",), **use))
     assert not (tmp_path / "never").exists()
 
 
 def test_segments_are_known_by_name_whatever_their_numbers(tmp_path):
     """Spleen 1 and liver 2 in one SEG must not make a liver of the spleen."""
-    raw, truth = tmp_path / "raw", ras_arrays(0)[1]
+    raw, truth = tmp_path / "raw", part_arrays(0, 20)[1]
     swapped = np.array([0, 2, 1], np.uint8)[truth]
     image, _ = series_with_seg(raw, swapped, {"background": (0,), "Spleen": (1,), "LIVER": (2,)})
     labels = {"background": (0,), "liver": (1, 2)}  # a network that takes tumours as liver
@@ -141,7 +145,7 @@ def test_a_corrected_label_map_is_found_beside_its_series(tmp_path):
     """Several patients, the series' folders of equal names, results of this project beside."""
     raw = tmp_path / "raw"
     for index in range(3):
-        scan, label = ras_arrays(index)
+        scan, label = part_arrays(index, 20)
         write_phantom_series(raw / f"p{index}" / "ct", scan, PatientID=f"P{index}")
         image = read_series(raw / f"p{index}" / "ct")
         for name, array in (("label", label), ("masked", scan)):
@@ -151,17 +155,19 @@ def test_a_corrected_label_map_is_found_beside_its_series(tmp_path):
         f"p{index}/ct_label.nii.gz" for index in range(3)
     }
     for case in dataset["cases"]:
-        _, label = ras_arrays(int(Path(case["label"]).parent.name[1:]))
+        _, label = part_arrays(int(Path(case["label"]).parent.name[1:]), 20)
         assert case["covered_foreground_voxels"] == np.count_nonzero(label)
 
 
-def test_two_segs_of_one_series_are_not_chosen_from(tmp_path):
-    scan, label = ras_arrays(0)
+def test_two_segs_of_one_series_are_not_chosen_from(tmp_path, capsys):
+    scan, label = part_arrays(0, 20)
     slices = write_phantom_series(tmp_path / "raw" / "ct", scan)
     for name in ("mine", "yours"):
         write_phantom_seg(tmp_path / "raw" / f"{name}.dcm", slices, label)
-    with pytest.raises(InputError, match=r"mine\.dcm and .*yours\.dcm: DICOM SEGs of one series"):
+    with pytest.raises(InputError, match="1 of 1 cases have errors"):
         run(tmp_path / "raw")
+    told = capsys.readouterr().out
+    assert re.search(r"2 label maps for one scan: \S*mine\.dcm and \S*yours\.dcm; keep one", told)
 
 
 def test_the_3d_view_compares_with_a_dicom_seg(tmp_path):

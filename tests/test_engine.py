@@ -1,41 +1,26 @@
 """The engine's promises: exact resume after any kill, every entry by name, several processes."""
 
-import json
-import multiprocessing
 import os
+import shutil
 import signal
-import sys
-import time
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from children import run_child, train_or_resume
 from conftest import ROOT, ct_image, random_affine, run_script
 from helpers import assert_same_run, comparable, small_config
 
 import apply_model
 import preprocess
 import train
+from data.descriptions import read_prepared
 from data.files import InputError
-from utilities import NetworkName, load_checkpoint
+from utilities import load_checkpoint
 
-
-@pytest.fixture(scope="module")
-def few(prepared, tmp_path_factory):
-    """At most four sub-volumes per split: enough for a step, in a second."""
-    content = json.loads((prepared / "dataset.json").read_text())
-    splits = {record["split"] for record in content["subvolumes"]}
-    content["subvolumes"] = [
-        record
-        for split in sorted(splits)
-        for record in [r for r in content["subvolumes"] if r["split"] == split][:4]
-    ]
-    folder = tmp_path_factory.mktemp("few")
-    (folder / "subvolumes").symlink_to(prepared / "subvolumes")
-    (folder / "dataset.json").write_text(json.dumps(content))
-    return folder
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 
 # ---------------------------------------------------------------------------------------
@@ -43,72 +28,40 @@ def few(prepared, tmp_path_factory):
 # ---------------------------------------------------------------------------------------
 
 
-def _train_or_resume(prepared: Path, run: Path) -> None:
-    """In a child process: begin, or go on, as a user would after a crash."""
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
-    if (run / "last.pt").exists():
-        train.main(train.Config(resume=run, device="cpu"))
-    else:
-        train.main(small_config(prepared, run))
-
-
-def _child(prepared: Path, run: Path) -> multiprocessing.process.BaseProcess:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "test_engine"])
-    child = context.Process(target=_train_or_resume, args=(prepared, run))
-    child.start()
-    return child
-
-
 def test_killed_at_any_moment_and_resumed_is_the_unbroken_run(few, tmp_path):
-    """SIGKILL at 20 random moments, in caching, a step, or writing: the same bits at the end."""
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    for run in (tmp_path / "first", unbroken):  # the first one also starts the fork server
-        start = time.perf_counter()
-        child = _child(few, run)
-        child.join()
-        duration = time.perf_counter() - start
-        assert child.exitcode == 0
-    rng, kills = np.random.default_rng(0), 0
-    while kills < 20:
-        child = _child(few, broken)
-        child.join(timeout=rng.uniform(0.1, 1.0) * duration)
-        if child.is_alive():
-            os.kill(child.pid, signal.SIGKILL)
-            child.join()
-            kills += 1
-        elif kills < 20:  # it came to the end: begin anew, there are moments left to try
-            assert child.exitcode == 0
-            assert_same_run(unbroken, broken)
-            broken = tmp_path / f"broken_{kills}"
+    """SIGKILL within steps and writes: the same bits at the end, and never a torn checkpoint."""
+    unbroken, broken = (small_config(few, tmp_path / name) for name in ("unbroken", "broken"))
+    train.main(unbroken)
+    # Two steps an epoch. Writes: the dead one's lock, settings, and of an epoch best.pt, table, two
+    # pictures and last.pt; so the first epoch is finished at the fourth death.
+    moments = [("write", 1), ("step", 2), ("write", 7), ("step", 3), ("write", 4), ("step", 2)]
+    for moment in moments:
+        assert run_child(train_or_resume, vars(broken), moment) == -signal.SIGKILL, moment
         for name in ("best.pt", "last.pt"):  # never torn: whole, or not there yet
-            if (broken / name).exists():
-                load_checkpoint(broken / name)
-    child = _child(few, broken)
-    child.join()
-    assert child.exitcode == 0
-    assert_same_run(unbroken, broken)
+            if (broken.run_folder / name).exists():
+                load_checkpoint(broken.run_folder / name)
+    assert run_child(train_or_resume, vars(broken)) == 0
+    assert_same_run(unbroken.run_folder, broken.run_folder)
 
 
-def test_control_c_finishes_the_batch_and_goes_on_from_there(prepared, tmp_path, monkeypatch):
+def test_control_c_finishes_the_batch_and_goes_on_from_there(few, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    train.main(small_config(prepared, whole, max_epochs=2))
+    train.main(small_config(few, whole, max_epochs=2, batch_size=1))
     original, calls = preprocess.Subvolumes.__getitem__, []
 
     def press_control_c(self, index):
         calls.append(index)
-        if self.epoch == 2 and self.augment and len(calls) % 5 == 0:
+        if self.epoch == 2 and self.augment and len(calls) == 6:
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, index)
 
     monkeypatch.setattr(preprocess.Subvolumes, "__getitem__", press_control_c)
     with pytest.raises(KeyboardInterrupt):
-        train.main(small_config(prepared, stopped, max_epochs=2))
+        train.main(small_config(few, stopped, max_epochs=2, batch_size=1))
     monkeypatch.undo()
     saved = load_checkpoint(stopped / "last.pt")
     assert saved["epoch"] == 1
-    assert 0 < len(saved["step_losses"]) < 9  # in the middle of the second epoch
+    assert 0 < len(saved["step_losses"]) < 4  # in the middle of the second epoch
     train.main(train.Config(resume=stopped, device="cpu"))
     assert_same_run(whole, stopped)
 
@@ -129,7 +82,7 @@ def one_step_and_reload(prepared: Path, run: Path, **settings) -> None:
     assert set(np.unique(label.read())) <= {0, 1}
 
 
-@pytest.mark.parametrize("network", get_args(NetworkName))
+@pytest.mark.parametrize("network", get_args(train.NetworkName))
 def test_every_network_trains_and_reloads(network, few, tmp_path):
     size = (64, 64) if network == "swin_unetr" else (32, 32)  # five halvings must leave a voxel
     one_step_and_reload(few, tmp_path / "run", network=network, input_size=size)
@@ -156,7 +109,7 @@ def test_names_and_dictionaries_agree():
 
 
 def test_class_weights_come_from_the_counted_voxels(prepared):
-    content = preprocess.read_prepared(prepared)
+    content = read_prepared(prepared)
     labels = {"background": (0,), "liver": (1,), "tumour": (2,)}
     weights = train.class_weights(content, labels)
     assert weights.mean() == pytest.approx(1.0)
@@ -181,11 +134,9 @@ def test_tensorboard_shows_the_history(few, tmp_path):
 # ---------------------------------------------------------------------------------------
 
 
-def test_the_disk_cache_gives_the_same_run_and_is_keyed_by_the_settings(prepared, tmp_path):
-    import shutil
-
+def test_the_disk_cache_gives_the_same_run_and_is_keyed_by_the_settings(few, tmp_path):
     data = tmp_path / "data"
-    shutil.copytree(prepared, data)
+    shutil.copytree(few, data)
     train.main(small_config(data, tmp_path / "plain", max_epochs=1))
     for name in ("first", "second"):
         train.main(small_config(data, tmp_path / name, max_epochs=1, disk_cache=True))
@@ -214,35 +165,33 @@ def test_a_cache_that_does_not_fit_is_told_and_cut(monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------
 
 
-def torchrun(*arguments, cwd):
-    return run_script("-m", "torch.distributed.run", "--nproc-per-node", 2, *arguments, cwd=cwd)
+@pytest.fixture(scope="module")
+def torchrun(few, tmp_path_factory):
+    """What two processes under torchrun did and said: see ddp.py."""
+    run = tmp_path_factory.mktemp("torchrun") / "run"
+    words = ("--nproc-per-node", 2, ROOT / "tests" / "ddp.py", few, run)
+    return run, run_script("-m", "torch.distributed.run", *words, cwd=run.parent, timeout=300)
 
 
-def test_two_processes_give_the_gradients_of_the_joined_batch(tmp_path):
-    done = torchrun(ROOT / "tests" / "ddp_gradients.py", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "process 0: equal" in done.stdout
+def test_two_processes_give_the_gradients_of_the_joined_batch(torchrun):
+    _, done = torchrun
+    assert "process 0: equal" in done.stdout, done.stderr[-3000:]
     assert "process 1: equal" in done.stdout
 
 
-def test_a_dying_process_ends_the_run(tmp_path):
-    start = time.perf_counter()
-    done = torchrun(ROOT / "tests" / "ddp_gradients.py", "die", cwd=tmp_path)
-    assert done.returncode != 0
-    assert "process 1 dies on purpose" in done.stderr
-    assert time.perf_counter() - start < 60
-
-
-def test_torchrun_trains_and_one_process_writes(prepared, tmp_path):
-    options = "--base-channels 4 --input-size 32 32 --spacing 8 8 --max-epochs 2 --device cpu"
-    done = torchrun(
-        ROOT / "train.py", "--data", prepared, "--run-folder", tmp_path / "run", *options.split(),
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    history = load_checkpoint(tmp_path / "run" / "last.pt")["history"]
+def test_torchrun_trains_and_one_process_writes(torchrun):
+    run, done = torchrun
+    assert done.stdout.count("done: look at") == 1, done.stderr[-3000:]
+    history = load_checkpoint(run / "last.pt")["history"]
     assert [row["epoch"] for row in history] == [1, 2]
     assert np.isfinite(history[-1]["val_dice"])
+
+
+def test_a_dying_process_ends_the_run(torchrun):
+    """The other one waits for it, and does not go on waiting."""
+    _, done = torchrun
+    assert done.returncode != 0
+    assert "process 1 dies on purpose" in done.stderr
 
 
 def test_shares_of_processes_cover_everything():

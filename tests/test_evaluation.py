@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import random_affine, run_script
+from conftest import random_affine, run_here, run_script
 from helpers import as_volume
 from monai.metrics import (
     compute_average_surface_distance,
@@ -28,6 +28,7 @@ from data.summary import describe_values, print_summary, summarise, write_table
 from data.volumes import find_bounding_box
 
 NAMES = ["liver", "tumour"]
+BLANK = pytest.mark.usefixtures("blank_pictures")
 SPACING = (0.8, 1.5, 2.5)
 AFFINE = np.diag([*SPACING, 1.0])
 
@@ -310,11 +311,29 @@ def test_folders_are_evaluated_by_name(folders, capsys):
     assert f"look at {out / 'summary.png'}" in told
 
 
+@BLANK
+def test_results_of_apply_model_are_evaluated_by_case(folders, tmp_path, capsys):
+    for path in folders[0].iterdir():
+        case = path.name.removesuffix(".nii.gz")
+        for kind in ("label", "masked"):  # the masked volume is no label map
+            target = tmp_path / "results" / case / f"{case}_{kind}.nii.gz"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    (folders[1] / "liver_2.nii.gz").unlink()
+    rows = run_evaluation(tmp_path / "results", folders[1])
+    assert sorted(rows) == ["liver_0", "liver_1"]
+    expected = evaluate(*(as_volume(blobs(shift), AFFINE) for shift in (0, 10)), NAMES)
+    assert rows["liver_0"]["liver_dice"] == pytest.approx(expected["liver_dice"])
+    assert "no truth of this name" in capsys.readouterr().out
+
+
+@BLANK
 def test_two_files_are_a_pair_whatever_their_names(folders):
     pair = [folder / f"liver_{n}.nii.gz" for n, folder in enumerate(folders)]
     assert list(run_evaluation(*pair, destination=folders[0].parent / "out")) == ["liver_0"]
 
 
+@BLANK
 def test_predictions_may_be_stored_and_named_otherwise(folders, tmp_path):
     """Other axes, half a hundredth of a mm off, floats, nnU-Net's channel and suffixes."""
     expected = run_evaluation(*folders)
@@ -343,6 +362,7 @@ def test_predictions_may_be_stored_and_named_otherwise(folders, tmp_path):
     ],
 )
 @pytest.mark.parametrize("which", [0, 1], ids=["prediction", "truth"])
+@BLANK
 def test_a_case_that_fails_is_named_and_the_others_go_on(folders, spoil, told, which):
     spoil(folders[which] / "liver_1.nii.gz")
     with pytest.raises(InputError, match=rf"1 of 3 cases failed:\n.*liver_1\.nii\.gz.*({told})"):
@@ -351,6 +371,7 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(folders, spoil, told, w
     assert [row["case"] for row in rows] == ["liver_0", "liver_2"]
 
 
+@BLANK
 def test_classes_may_overlap_and_be_numbered_otherwise(folders, tmp_path):
     """A liver with its tumours, and the tumours: as LiTS counts; predictions of another program."""
     whole = run_evaluation(*folders, labels=("liver=1,2",))["liver_0"]
@@ -368,6 +389,7 @@ def test_classes_may_overlap_and_be_numbered_otherwise(folders, tmp_path):
     assert run_evaluation(*folders)["liver_0"]["liver_dice"] == whole["liver_dice"]
 
 
+@BLANK
 def test_values_beside_the_classes_must_be_declared(folders, tmp_path):
     truths = write_maps(tmp_path / "more", {f"liver_{n}": blobs(n) for n in range(3)}, (0, 1, 9))
     with pytest.raises(InputError, match=r"holds \[9\]"):
@@ -379,6 +401,7 @@ def test_values_beside_the_classes_must_be_declared(folders, tmp_path):
 @pytest.mark.parametrize(
     "words", [("liver=0",), ("liver=spleen",), ("liver=1,x",), ("=1",), ("7",)]
 )
+@BLANK
 def test_classes_that_cannot_be_are_refused(folders, words):
     with pytest.raises(InputError, match="--labels"):
         run_evaluation(*folders, labels=words)
@@ -396,6 +419,7 @@ def test_what_nobody_judged_counts_nowhere():
     assert row["accuracy"] == pytest.approx(right)
 
 
+@BLANK
 def test_no_equal_name_is_an_error(folders):
     for path in folders[0].iterdir():
         path.rename(path.with_name(f"x{path.name}"))
@@ -403,16 +427,18 @@ def test_no_equal_name_is_an_error(folders):
         run_evaluation(*folders)
 
 
-def test_the_evaluation_works_alone(folders):
-    assert "PREDICTIONS" in run_script("-m", "data.evaluate", "--help").stdout.upper()
+@BLANK
+def test_the_evaluation_works_alone(folders, capsys):
+    assert run_here("-m", "data.evaluate", "--help") == 0
+    assert "PREDICTIONS" in capsys.readouterr().out.upper()
     done = run_script("-m", "data.evaluate", *folders, "--destination", folders[0].parent / "out")
     assert done.returncode == 0, done.stderr
     assert "mean ± SD" in done.stdout
     (folders[0] / "liver_0.nii.gz").write_text("")
-    done = run_script("-m", "data.evaluate", *folders, "--destination", folders[0].parent / "out")
-    assert done.returncode == 1
-    assert "liver_0.nii.gz" in done.stderr
-    assert "Traceback" not in done.stderr
+    out = folders[0].parent / "out"
+    ended = run_here("-m", "data.evaluate", *folders, "--destination", out)
+    assert "liver_0.nii.gz" in str(ended)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -23,8 +23,8 @@ def built(request, tmp_path) -> Path:
 
 
 @pytest.fixture
-def segment(checkpoint, tmp_path) -> Callable[..., dict[str, dict]]:
-    """apply_model.py on some paths: case → row of results.json."""
+def segment(checkpoint, tmp_path, blank_pictures) -> Callable[..., dict[str, dict]]:
+    """apply_model.py on some paths, without its pictures: case → row of results.json."""
 
     def apply(*paths: Path, out: str = "results", **settings) -> dict[str, dict]:
         settings = {
@@ -32,7 +32,7 @@ def segment(checkpoint, tmp_path) -> Callable[..., dict[str, dict]]:
             "device": "cpu",
             "destination": tmp_path / out,
         } | settings
-        apply_model.main(apply_model.Config(paths, **settings))
+        apply_model.main(apply_model.Config(paths=paths, **settings))
         rows = json.loads((tmp_path / out / "results.json").read_text())
         return {row["case"]: row for row in rows}
 

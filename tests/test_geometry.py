@@ -1,5 +1,6 @@
 """Nothing moves: from any scan to the network's grid and back onto the scan."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ SETTINGS = Chain(
     hu_window=(-200.0, 250.0),
     input_size=(96, 96),
     labels={"background": (0,), "liver": (1, 2)},
+    ignore=(),
 )
 PATCHES = replace(SETTINGS, sampling="patches", spacing=(1.1, 1.1, 1.3), input_size=(32, 24, 16))
 WINDOWS = {"subvolumes": (96, 96, 16), "patches": PATCHES.input_size}
@@ -70,11 +72,14 @@ def all_orientations():
 
 @BOTH
 def test_every_orientation_gives_the_same_segmentation(settings):
-    """All 48: the same patient stored differently gets the same voxels marked, in place."""
+    """The same patient stored differently gets the same voxels marked, in place: all 48, and of
+    patches, whose way back is the same, some."""
     image = ct_image(blob((40, 44, 20)), random_affine(0))
     expected = segment(known_model(settings), image).ras.data
     assert expected.any()
-    for orientation in all_orientations():
+    for orientation in itertools.islice(
+        all_orientations(), 0, 48, 1 if settings is SETTINGS else 7
+    ):
         array = np.ascontiguousarray(apply_orientation(np.asarray(image.dataobj), orientation))
         affine = image.affine @ inv_ornt_aff(orientation, image.shape)
         label = segment(known_model(settings), ct_image(array, affine))
@@ -111,7 +116,7 @@ def test_an_array_with_its_affine_is_segmented_as_the_image_is():
 @BOTH
 def test_landmark_keeps_its_millimetres(settings):
     """The centre of mass of a small bright ball, in patient mm, before and after; sub-voxel."""
-    for seed in range(6):
+    for seed in range(3):
         affine = random_affine(seed, spacing=(0.9, 0.8, 2.0))
         grid = np.stack(np.meshgrid(*map(np.arange, (64, 60, 48)), indexing="ij"), axis=-1)
         points = nib.affines.apply_affine(affine, grid)

@@ -1,64 +1,47 @@
 """The guides in docs/ are followed to the letter: recipes, another organ, MR, own labels, DICOM.
 
 Each command is read from its page, and made small by options that are added to it. It runs in
-this process, through the same functions as the script, because starting Python twenty times
-would take longer than the work.
+this process, because starting Python twenty times would take longer than the work.
 """
 
 import csv
-import importlib
 import json
-import shlex
 import shutil
 import sys
 from pathlib import Path
 
 import make_phantoms
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
-import tyro
-from documents import PAGES, commands, first_block
+from documents import PAGES, commands, first_block, follow
+from helpers import as_volume, write_phantom_seg, write_phantom_series
 from monai.losses import DiceLoss
-from test_prepare_dicom import write_seg, write_series
 
-import apply_model
 import train
+from data.cases import read_volume
+from data.evaluate import evaluate
 from data.files import InputError
+from data.pictures import choose_hu_window
 from data.settings import read_settings, run_script
-from utilities import grey_window, like, load_checkpoint, read_volume, to_ras, voxels
+from data.volumes import Volume
+from utilities import load_checkpoint
 
-SUBVOLUMES = "--input-size 32 32 --spacing 8 8"
+SUBVOLUMES = "--input-size 16 16 --spacing 16 16"
+LARGER = "--input-size 32 32 --spacing 8 8"  # a pixel is left of it after five halvings
 PATCHES = "--input-size 32 32 16 --spacing 8 8 5 --patches-per-case 1"
 NETWORK = "--base-channels 4 --device cpu --precision fp32"
-
-
-def follow(line: str, small: str = "") -> None:
-    """Run a command of the README, in this process and folder, with the options of `small`."""
-    program, script, *options = shlex.split(line)
-    assert program == "python", line
-    name = Path(script).stem
-    module = importlib.import_module(name)
-    given = {word for word in options if word.startswith("--")}
-    added = [f"--{group}".split() for group in small.split("--")[1:]]
-    words = [word for group in added if group[0] not in given for word in group]
-    before, sys.argv = sys.argv, [script, *options, *words]
-    try:
-        if name == "make_phantoms":  # it has no user's faults to tell
-            module.main(tyro.cli(module.Config))
-        else:
-            recipes = getattr(module, "RECIPES", None)
-            run_script(module.main, read_settings(module.Config, module.__doc__, recipes))
-    except SystemExit as stop:
-        pytest.fail(f"{' '.join(sys.argv)}: {stop}")
-    finally:
-        sys.argv = before
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "results.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def labels_of(checkpoint: str) -> dict:
+    """Class name → raw values of a checkpoint."""
+    return load_checkpoint(Path(checkpoint))["preprocessing"]["labels"]
 
 
 def link(folder: Path, target: Path) -> None:
@@ -71,23 +54,23 @@ def link(folder: Path, target: Path) -> None:
 # ---------------------------------------------------------------------------------------
 
 
-def test_recipes(raw_phantoms, prepared, tmp_path, monkeypatch):
+def test_recipes(raw_phantoms, few, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     link(tmp_path / "data/raw", raw_phantoms)
-    link(tmp_path / "data/prepared", prepared)
+    link(tmp_path / "data/prepared", few)
     used = set()
     for line in commands("docs/recipes.md"):
         small = {"prepare.py": "--workers 1", "apply_model.py": "--device cpu"}
         for name in (word for word in line.split() if word in train.RECIPES):
             used.add(name)
             patches = train.RECIPES[name][1].sampling == "patches"
-            sizes = PATCHES if patches else SUBVOLUMES
+            sizes = PATCHES if patches else LARGER if "resnet" in name else SUBVOLUMES
             small["train.py"] = f"{sizes} {NETWORK} --max-epochs 1 --batch-size 8"
         follow(line, small[line.split()[1]])
     assert used == set(list(train.RECIPES)[1:])  # the first one is `python train.py` alone
     table = PAGES["docs/recipes.md"]
     assert all(f"| `{name}`" in table for name in train.RECIPES)
-    assert set(load_checkpoint(Path("checkpoints/liver-tumour-ce/best.pt"))["labels"]) == {
+    assert set(labels_of("checkpoints/liver-tumour-ce/best.pt")) == {
         "background", "liver", "tumour"
     }  # fmt: skip
     assert rows(tmp_path / "results/liver-tumour-ce")[0]["tumour_volume_ml"]
@@ -96,7 +79,7 @@ def test_recipes(raw_phantoms, prepared, tmp_path, monkeypatch):
 def small_run(prepared: Path, folder: Path, **changes) -> dict:
     """The last checkpoint of a training of one epoch."""
     settings = {"base_channels": 4, "max_epochs": 1, "precision": "fp32", "device": "cpu"}
-    settings |= {"input_size": (32, 32), "spacing": (8.0, 8.0)}
+    settings |= {"input_size": (16, 16), "spacing": (16.0, 16.0)}
     train.main(train.Config(**{**settings, "data": prepared, "run_folder": folder, **changes}))
     return load_checkpoint(folder / "last.pt")
 
@@ -105,17 +88,17 @@ def small_run(prepared: Path, folder: Path, **changes) -> dict:
 def first(prepared, tmp_path_factory) -> Path:
     """The folder of a short training of the liver."""
     folder = tmp_path_factory.mktemp("first") / "liver"
-    small_run(prepared, folder, max_epochs=4, val_interval=2, learning_rate=1e-2)
+    small_run(prepared, folder, max_epochs=4, val_interval=4, learning_rate=1e-2)
     return folder
 
 
-def test_training_begins_with_the_weights_that_are_given(prepared, first, tmp_path):
+def test_training_begins_with_the_weights_that_are_given(few, first, tmp_path):
     """So small a learning rate leaves the weights where they began."""
     start = first / "last.pt"
     still = {"learning_rate": 1e-12, "seed": 5}
-    again = small_run(prepared, tmp_path / "again", pretrained=start, **still)
+    again = small_run(few, tmp_path / "again", pretrained=start, **still)
     assert again["config"]["pretrained"] == str(start)
-    other = small_run(prepared, tmp_path / "other", **still)
+    other = small_run(few, tmp_path / "other", **still)
     states = (load_checkpoint(start), again, other)
     given, begun, drawn = (state["network_state"] for state in states)
     weights = [name for name in given if name.endswith("weight")]
@@ -123,9 +106,9 @@ def test_training_begins_with_the_weights_that_are_given(prepared, first, tmp_pa
     assert not torch.allclose(given[weights[0]], drawn[weights[0]], atol=1e-3)
 
 
-def test_a_run_that_began_with_other_weights_resumes_without_them(prepared, first, tmp_path):
+def test_a_run_that_began_with_other_weights_resumes_without_them(few, first, tmp_path):
     start = shutil.copy(first / "last.pt", tmp_path / "start.pt")
-    half = small_run(prepared, tmp_path / "run", pretrained=start, schedule="constant")
+    half = small_run(few, tmp_path / "run", pretrained=start, schedule="constant")
     start.unlink()
     train.main(train.Config(resume=tmp_path / "run", device="cpu", max_epochs=2))
     resumed = load_checkpoint(tmp_path / "run" / "last.pt")
@@ -133,17 +116,10 @@ def test_a_run_that_began_with_other_weights_resumes_without_them(prepared, firs
     assert resumed["config"]["pretrained"] == half["config"]["pretrained"] == str(start)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"base_channels": 8},
-        {"network": "unet"},
-        {"labels": {"background": (0,), "liver": (1,), "tumour": (2,)}},
-    ],
-)
-def test_weights_of_another_network_are_refused(prepared, first, tmp_path, change):
+@pytest.mark.parametrize("change", [{"base_channels": 8}, {"network": "unet"}])
+def test_weights_of_another_network_are_refused(few, first, tmp_path, change):
     with pytest.raises(InputError, match=r"last\.pt: --pretrained must be the same network"):
-        small_run(prepared, tmp_path / "other", pretrained=first / "last.pt", **change)
+        small_run(few, tmp_path / "other", pretrained=first / "last.pt", **change)
     assert not (tmp_path / "other").exists()
 
 
@@ -152,9 +128,10 @@ def test_weights_of_another_network_are_refused(prepared, first, tmp_path, chang
 # ---------------------------------------------------------------------------------------
 
 SPLEEN = {
-    "data/make_phantoms.py": "--cases 8 --size 48 --slices 40 50",
+    "data/make_phantoms.py": "--cases 6 --size 48 --slices 24 32",
     "prepare.py": "--workers 1",
-    "train.py": f"{SUBVOLUMES} {NETWORK} --max-epochs 14 --learning-rate 1e-2 --val-interval 7",
+    "train.py": f"--input-size 32 32 --spacing 8 8 {NETWORK} --max-epochs 12 --learning-rate 1e-2 "
+    "--val-interval 12",
     "apply_model.py": "--device cpu",
     "visualize_3d.py": "--screenshot spleen.png",
 }
@@ -178,10 +155,11 @@ def test_another_organ_or_mr(tmp_path, monkeypatch, capsys):
             shutil.copytree("data/spleen/raw", "data/mr/raw")
             rng = np.random.default_rng(0)
             for path in Path("data/mr/raw/imagesTr").iterdir():
-                image = nib.load(path)
-                nib.save(nib.Nifti1Image(as_mr(voxels(image), rng), image.affine), path)
+                scan = read_volume(path)
+                scan = scan.like(as_mr(scan.read(), rng))
+                scan.write(path)
         if "--hu-window" in line:  # the same network, so that a single epoch shows it runs
-            small = small.replace("--max-epochs 14", "--max-epochs 1")
+            small = small.replace("--max-epochs 12", "--max-epochs 1")
         if "results/spleen/phantom_000" in line:
             first = min(path for path in Path("results/spleen").iterdir() if path.is_dir())
             line = line.replace("results/spleen/phantom_000", str(first))
@@ -196,23 +174,27 @@ def test_another_organ_or_mr(tmp_path, monkeypatch, capsys):
     assert Path("spleen.png").stat().st_size > 1000
 
 
-def test_a_recipe_of_ones_own(tmp_path, monkeypatch, raw_phantoms, prepared):
-    """The README's lines, added to RECIPES; on the liver phantoms, which are there."""
+def test_a_recipe_of_ones_own(tmp_path, monkeypatch, few):
+    """The page's lines, added to RECIPES; on the liver phantoms, which are there, called spleen."""
     added = eval("{" + first_block("docs/organs_and_mr.md", "python") + "}", vars(train))
     monkeypatch.setitem(train.RECIPES, *next(iter(added.items())))
     (name,) = added
     monkeypatch.chdir(tmp_path)
-    follow(f"python train.py {name} --data {prepared}", f"{SUBVOLUMES} {NETWORK} --max-epochs 1")
-    assert set(load_checkpoint(Path("checkpoints/spleen/best.pt"))["labels"]) == {
-        "background", "spleen"
-    }  # fmt: skip
+    shutil.copytree(few, "data/spleen/prepared", symlinks=True)
+    file = Path("data/spleen/prepared/dataset.json")
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"labels": {"background": 0, "spleen": [1, 2]}}))
+    small = f"{name} {SUBVOLUMES} {NETWORK} --max-epochs 1"
+    monkeypatch.setattr(sys, "argv", ["train.py", *small.split()])
+    run_script(train.main, read_settings(train.Config, train.__doc__, train.RECIPES))
+    assert set(labels_of("checkpoints/spleen/best.pt")) == {"background", "spleen"}
 
 
 def test_pictures_show_mr_in_its_own_range():
     rng = np.random.default_rng(0)
     hu = rng.uniform(-1000, 400, (32, 32, 16))
-    assert grey_window(hu) == (-200, 250)
-    low, high = grey_window(as_mr(hu, rng))
+    assert choose_hu_window(hu) == (-200, 250)
+    low, high = choose_hu_window(as_mr(hu, rng))
     assert 0 <= low < 50
     assert 300 < high < 1600
 
@@ -222,12 +204,13 @@ def test_pictures_show_mr_in_its_own_range():
 # ---------------------------------------------------------------------------------------
 
 
-def corrected(case: str, truth: nib.Nifti1Image) -> nib.Nifti1Image:
+def correct(case: str, truth: Volume, path: Path) -> None:
     """What a reader makes of the prediction: a label map on its grid, here the truth."""
-    predicted = nib.load(f"results/own/{case}/{case}_label.nii.gz")
+    predicted = read_volume(Path(f"results/own/{case}/{case}_label.nii.gz"))
     assert predicted.shape == truth.shape
     assert np.allclose(predicted.affine, truth.affine, atol=1e-4)
-    return like(predicted, voxels(truth).astype(np.uint8))
+    path.parent.mkdir(exist_ok=True)
+    predicted.like(truth.read().astype(np.uint8)).write(path)
 
 
 def test_label_your_own_scans(first, tmp_path, monkeypatch):
@@ -235,7 +218,7 @@ def test_label_your_own_scans(first, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     link(tmp_path / "checkpoints/liver", first)
     source = tmp_path / "new"
-    make_phantoms.main(make_phantoms.Config(source, cases=4, size=48, slices=(40, 44), first=50))
+    make_phantoms.main(make_phantoms.Config(source, cases=4, size=48, slices=(20, 24), first=50))
     shutil.copytree(source / "imagesTr", "data/own/imagesTr")
     slices = write_dicom(source)
     voxels_in = 0
@@ -246,10 +229,9 @@ def test_label_your_own_scans(first, tmp_path, monkeypatch):
         if "apply_model.py data/own" in line:
             for path in sorted((source / "labelsTr").iterdir()):
                 case = path.name.removesuffix(".nii.gz")
-                truth = nib.load(path)
-                voxels_in += np.count_nonzero(voxels(truth))
-                Path("data/own/labelsTr").mkdir(exist_ok=True)
-                nib.save(corrected(case, truth), f"data/own/labelsTr/{path.name}")
+                truth = read_volume(path)
+                voxels_in += np.count_nonzero(truth.read())
+                correct(case, truth, Path("data/own/labelsTr") / path.name)
         if "apply_model.py data/dicom" in line:
             correct_dicom(source, slices)
     own = json.loads(Path("data/own/prepared/dataset.json").read_text())
@@ -264,11 +246,11 @@ def write_dicom(source: Path) -> dict[str, list]:
     """Each scan of a Decathlon folder as a series data/dicom/<case>."""
     slices = {}
     for path in sorted((source / "imagesTr").iterdir()):
-        image = to_ras(nib.load(path))
-        x, y, z = (float(step) for step in nib.affines.voxel_sizes(image.affine))
+        scan = read_volume(path).ras
+        x, y, z = scan.spacing_mm
         case = path.name.removesuffix(".nii.gz")
-        slices[case] = write_series(
-            Path("data/dicom") / case, np.asanyarray(image.dataobj), PatientID=case,
+        slices[case] = write_phantom_series(
+            Path("data/dicom") / case, scan.data, PatientID=case,
             PixelSpacing=[round(y, 3), round(x, 3)],
             ImagePositionPatient=lambda n, z=z: [-100.0, -90.0, round(z, 3) * n],
         )  # fmt: skip
@@ -278,17 +260,17 @@ def write_dicom(source: Path) -> dict[str, list]:
 def correct_dicom(source: Path, slices: dict[str, list]) -> None:
     """Beside each series a corrected label: DICOM SEG in three cases, NIfTI in the last."""
     for case, series in slices.items():
-        label = np.asanyarray(to_ras(nib.load(source / "labelsTr" / f"{case}.nii.gz")).dataobj)
+        label = read_volume(source / "labelsTr" / f"{case}.nii.gz").ras.data
         out = Path("results/dicom") / case
         assert (out / f"{case}_label.dcm").exists()
         if case != max(slices):
-            write_seg(Path("data/dicom") / case / "corrected.dcm", series, label)
+            write_phantom_seg(Path("data/dicom") / case / "corrected.dcm", series, label)
         else:
-            predicted = nib.load(out / f"{case}_label.nii.gz")
+            predicted = read_volume(out / f"{case}_label.nii.gz")
             scan = read_volume(Path("data/dicom") / case)
             assert np.allclose(predicted.affine, scan.affine, atol=1e-4)
             array = label[::-1, ::-1].astype(np.uint8)
-            nib.save(like(predicted, array), Path("data/dicom") / f"{case}_label.nii.gz")
+            predicted.like(array).write(Path("data/dicom") / f"{case}_label.nii.gz")
 
 
 # ---------------------------------------------------------------------------------------
@@ -301,10 +283,10 @@ def test_what_the_figures_of_other_projects_are_worth(real_ct):
     text = PAGES["docs/other_projects.md"]
     whole, slices, tumours = [], [], []
     for path in sorted((real_ct / "labelsTr").glob("*.nii.gz")):
-        raw = voxels(read_volume(path))
+        raw = read_volume(path).read()
         liver = (raw > 0).astype(np.uint8)
         for chosen, figures in ((liver, whole), (liver[:, :, liver.any(axis=(0, 1))], slices)):
-            row = apply_model.evaluate(np.zeros_like(chosen), chosen, np.eye(4), ["liver"])
+            row = evaluate(as_volume(np.zeros_like(chosen)), as_volume(chosen), ["liver"])
             figures.append((row["accuracy"], row["mean_iou"]))
         tumours.append(np.mean(raw == 2))
     assert f"n = {len(whole)} real CTs" in text

@@ -12,12 +12,20 @@ from conftest import ROOT
 
 SCRIPTS = ("prepare", "preprocess", "utilities", "train", "apply_model", "visualize_3d")
 FLOORS = (  # imports run down only; within the store-room in the order of its own floors
-    ("data.files", "data.metrics", "data.copies"),
+    ("data.files", "data.metrics", "data.copies", "data.organs"),
     ("data.settings", "data.labels", "data.destination", "data.headers", "data.processes"),
     ("data.voxel_files", "data.pictures"),
     ("data.itk_files", "data.nifti_files", "data.summary"),
     ("data.volumes",),
-    ("data.anatomy", "data.judges", "data.names", "data.seg", "data.series", "data.make_phantoms"),
+    (
+        "data.anatomy",
+        "data.judges",
+        "data.names",
+        "data.seg",
+        "data.series",
+        "data.make_phantoms",
+        "data.make_bodies",
+    ),
     ("data.descriptions", "data.dicom", "data.findings", "data.masks"),
     ("data.cases", "data.pairing"),
     ("data.evaluate", "data.layouts", "data.results", "data.splits"),
@@ -28,7 +36,8 @@ FLOORS = (  # imports run down only; within the store-room in the order of its o
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 SIX = [ROOT / f"{name}.py" for name in SCRIPTS]
-STORE = [path for path in (ROOT / "data").glob("*.py") if path.stem != "make_phantoms"]
+MAKERS = ("make_phantoms", "make_bodies", "organs")  # of phantoms, which no script needs
+STORE = [path for path in (ROOT / "data").glob("*.py") if path.stem not in MAKERS]
 SOURCES = [*SIX, *STORE]
 
 

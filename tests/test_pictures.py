@@ -8,7 +8,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from data.labels import IMAGE, LABEL, PRED
+from data.labels import IGNORED, IMAGE, LABEL, PRED
 from data.pictures import (
     HU_WINDOW,
     PREDICTION_COLOUR,
@@ -16,9 +16,9 @@ from data.pictures import (
     add_legend,
     choose_hu_window,
     class_colour,
+    draw_planes,
     find_busiest_slice,
     outlines_of,
-    planes_figure,
     save_figure,
     show_patient,
 )
@@ -68,14 +68,34 @@ def test_a_tumour_is_outlined_in_its_own_colour(tmp_path):
     truth = np.zeros(image.shape, np.uint8)
     truth[20:50, 20:50] = 1
     truth[30:40, 30:40, 6:10] = 2
-    figure = planes_figure("case", image, (1.0, 1.0, 1.0), outlines_of(None, truth, 3), (0, 1))
-    add_legend(figure, ["liver", "tumour"], truth=False)
+    names = ["liver", "tumour"]
+    figure = draw_planes({IMAGE: image, PRED: truth}, names, "case")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
     save_figure(figure, tmp_path / "both.png")
-    liver, tumour = (len(pixels_of(imread(tmp_path / "both.png"), class_colour(v))) for v in (1, 2))
+    picture = imread(tmp_path / "both.png")
+    liver, tumour = (len(pixels_of(picture, class_colour(v))) for v in (1, 2))
     assert liver > tumour > 50
-    figure = planes_figure("case", image, (1.0, 1.0, 1.0), {TRUTH_COLOUR: truth}, (0, 1))
+    assert len(pixels_of(picture, TRUTH_COLOUR)) == 0
+    figure = draw_planes({IMAGE: image, LABEL: truth, PRED: 0 * truth}, names, "case")
     save_figure(figure, tmp_path / "truth.png")
     assert len(pixels_of(imread(tmp_path / "truth.png"), TRUTH_COLOUR)) > 300
+
+
+def test_what_nobody_judged_is_not_outlined_and_chooses_no_slice():
+    image, label = np.zeros((32, 32, 16), np.float32), np.zeros((32, 32, 16), np.uint8)
+    label[8:20, 8:20, 3] = 1
+    label[:, :, 9:] = IGNORED
+    figure = draw_planes({IMAGE: image, LABEL: label}, ["liver"], "case")
+    assert figure.axes[0].get_title() == "axial, slice 4 of 16"
+    assert sum(len(axes.collections) for axes in figure.axes[3:]) == 6  # slice 4, six times
+    assert figure.axes[-1].get_title() == "slice 4"
+
+
+def test_after_five_classes_the_colours_come_again_and_none_is_lost():
+    classes = np.arange(8).reshape(1, 8, 1).repeat(4, axis=0)
+    outlines = outlines_of(None, classes, 8)
+    assert len(outlines) == 5
+    assert sum(np.count_nonzero(mask) for mask in outlines.values()) == 4 * 7
 
 
 @pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])

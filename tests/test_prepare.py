@@ -4,16 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import ROOT, run_script
-from helpers import call_script, ras_arrays, run, same_tree, save, write_patients
+from conftest import run_script
+from helpers import call_script, list_differences, ras_arrays, run, save, write_patients
 from monai.data import load_decathlon_datalist
 
 import prepare
@@ -273,24 +270,35 @@ def test_an_empty_folder_names_what_is_expected(tmp_path):
 # ---------------------------------------------------------------------------------------
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import prepare
+from data import processes
+
+class Bar(processes.tqdm):
+    def update(self, n=1):  # the first case is done, the other worker is at the next one
+        if self.desc.startswith(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().update(n)
+
+processes.tqdm = Bar
+source, destination = map(Path, sys.argv[2:])
+prepare.main(prepare.Config(source=source, destination=destination, workers=2))
+"""
+
+
 def test_processes_and_killing_do_not_change_a_byte(tmp_path):
-    raw = write_patients(tmp_path / "raw", affines=(None,) * 6)
+    raw = write_patients(tmp_path / "raw", affines=(None,) * 4)
     run(raw, destination=tmp_path / "whole", pictures=True)
     killed = tmp_path / "killed"
-    command = [sys.executable, "prepare.py", raw, "--destination", killed, "--workers", "2"]
-    stopped = 0
-    for begun in ("check", "subvolumes"):  # once while checking, once while cutting
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-        while not (killed / begun).exists() and process.poll() is None:
-            time.sleep(0.001)
-        stopped += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert stopped == 2
-    time.sleep(0.3)  # workers end themselves when their parent is gone
-    result = run_script(*command[1:])
-    assert result.returncode == 0, result.stderr
-    assert same_tree(tmp_path / "whole", killed)
+    for stage in ("checking", "cutting"):
+        result = run_script("-c", KILLED, stage, raw, killed)
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        assert (killed / "check").is_dir() and not (killed / "dataset.json").exists()
+    assert (killed / "subvolumes").is_dir()
+    run(raw, destination=killed, pictures=True)
+    assert list_differences(tmp_path / "whole", killed) == []
 
 
 def test_finished_cases_are_not_done_again_unless_their_content_changed(raw):

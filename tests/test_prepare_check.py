@@ -6,7 +6,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import SHARED_DATA
+from conftest import SHARED_DATA, without_pictures
 from helpers import call_script, ras_arrays, run, save, write_patients
 
 import prepare
@@ -15,6 +15,13 @@ from data.files import InputError
 from prepare import Config
 
 AFFINE = np.diag([-5.0, -5, 5, 1])
+
+
+@pytest.fixture(autouse=True)
+def plain():
+    """No pictures, but where the script itself is called."""
+    with without_pictures():
+        yield
 
 
 def findings(case: Path, **settings) -> dict[str, str]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import zlib
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 from conftest import ROOT
 from helpers import call_script, ras_arrays, run, save, write_patients
@@ -18,7 +20,7 @@ from helpers import call_script, ras_arrays, run, save, write_patients
 import prepare
 from data import check, copies, destination
 from data.check import judge_hu
-from data.files import InputError
+from data.files import InputError, lock_folder
 from prepare import Config
 
 AFFINE = np.diag([-5.0, -5, 5, 1])
@@ -279,11 +281,22 @@ def test_a_folder_that_is_not_ours_is_not_replaced(raw):
     assert (folder / "precious.txt").is_file()
 
 
-def test_only_leftovers_of_dead_processes_are_removed(tmp_path):
+@pytest.fixture
+def zombie():
+    """A process that has ended and whose parent has not asked how: its number is still taken."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    yield psutil.Process(process.pid)
+    process.wait()
+
+
+@pytest.mark.skipif(not hasattr(os, "waitid"), reason="needs processes as of POSIX")
+def test_only_leftovers_of_dead_processes_are_removed(zombie, tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     names = {
         f".{ended.pid}.partial.dataset.json": False,
+        f".{zombie.pid}.partial.dataset.json": False,
         f".{os.getpid()}.partial.dataset.json": True,
         ".notes.partial.txt": True,
         ".hidden": True,
@@ -292,6 +305,14 @@ def test_only_leftovers_of_dead_processes_are_removed(tmp_path):
         (tmp_path / name).write_text("")
     destination.remove_leftovers(tmp_path)
     assert {name: (tmp_path / name).exists() for name in names} == names
+
+
+@pytest.mark.skipif(not hasattr(os, "waitid"), reason="needs processes as of POSIX")
+def test_the_lock_of_a_killed_process_is_taken_over_before_it_is_reaped(zombie, tmp_path):
+    owner = {"pid": zombie.pid, "started": zombie.create_time(), "host": socket.gethostname()}
+    (tmp_path / ".lock").write_text(json.dumps(owner))
+    with lock_folder(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -440,14 +461,19 @@ def test_slices_between_the_drawn_ones_are_not_judged(raw, capsys):
 # ---------------------------------------------------------------------------------------
 
 
-def test_the_check_works_alone(raw, tmp_path, capsys):
-    check.main(check.Config(source=raw, destination=tmp_path / "out"))
-    assert "next: python prepare.py" in capsys.readouterr().out
+def test_the_check_works_alone(raw, tmp_path):
+    command = ("-m", "data.check", raw, "--destination", tmp_path / "out")
+    done = call_script(*command)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert f"next: python prepare.py {raw}" in done.stdout
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"check.csv", "case_0.png", "case_1.png", "case_2.png"}
     (raw / "labelsTr/case_1.nii.gz").unlink()
-    with pytest.raises(InputError, match="1 of 3 cases"):
-        check.main(check.Config(source=raw, destination=tmp_path / "out"))
+    done = call_script(*command)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "1 of 3 cases with errors" in done.stderr
+    done = call_script("-m", "data.check", tmp_path / "missing")
+    assert done.returncode == 1 and str(tmp_path / "missing") in done.stderr
 
 
 def test_the_check_has_a_help_of_its_own():

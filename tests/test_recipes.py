@@ -7,11 +7,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import run_here
 from helpers import augment_of, cached, chain_of, tiny
 
 import apply_model
 import train
+from data.descriptions import read_prepared
 from data.files import InputError
 from data.labels import IMAGE, LABEL
 from data.volumes import read_file
@@ -21,9 +22,10 @@ from preprocess import (
     augmentation,
     deterministic_chain,
     preprocess_volume,
-    read_prepared,
 )
 from utilities import build_network, load_checkpoint
+
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 
 def cached_patches(whole_cases, **changes):
@@ -32,8 +34,8 @@ def cached_patches(whole_cases, **changes):
 
 
 @pytest.mark.parametrize("name", train.RECIPES)
-def test_a_recipe_trains_reloads_predicts_and_is_evaluated(name, prepared, whole_cases, tmp_path):
-    config = tiny(name, prepared, whole_cases, tmp_path / "run")
+def test_a_recipe_trains_reloads_predicts_and_is_evaluated(name, few, whole_cases, tmp_path):
+    config = tiny(name, few, whole_cases, tmp_path / "run", max_epochs=1)
     train.main(config)
     saved = load_checkpoint(tmp_path / "run" / "best.pt")
     assert saved["preprocessing"]["labels"] == chain_of(config).labels
@@ -53,12 +55,12 @@ def test_a_recipe_trains_reloads_predicts_and_is_evaluated(name, prepared, whole
 def test_a_recipe_by_name_on_the_command_line(whole_cases, tmp_path):
     """A name first, then any option: those win over the recipe, which wins over the defaults."""
     run = tmp_path / "run"
-    result = run_script(
+    ended = run_here(
         "train.py", "liver-tumour-ce", "--data", whole_cases, "--run-folder", run, "--loss",
         "weighted_ce", "--input-size", 32, 32, 16, "--spacing", 8, 8, 5, "--base-channels", 4,
         "--max-epochs", 1, "--patches-per-case", 1, "--labels", "liver=1", "tumour=2",
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    assert ended == 0
     config = load_checkpoint(run / "best.pt")["config"]
     assert (config["sampling"], config["loss"]) == ("patches", "weighted_ce")
     assert config["labels"] == {"liver": ("1",), "tumour": ("2",)}
@@ -66,13 +68,12 @@ def test_a_recipe_by_name_on_the_command_line(whole_cases, tmp_path):
     assert preprocessing["labels"] == {"background": (0,), "liver": (1,), "tumour": (2,)}
 
 
-def test_help_explains_the_recipes_and_a_wrong_name_is_refused():
-    shown = run_script("train.py", "--help").stdout
+def test_help_explains_the_recipes_and_a_wrong_name_is_refused(capsys):
+    assert run_here("train.py", "--help") == 0
+    shown = capsys.readouterr().out
     assert all(name in shown for name in train.RECIPES)
     assert "--learning-rate" in shown
-    result = run_script("train.py", "liver-tumor")
-    assert result.returncode == 1
-    assert "must be one of liver-unet3d" in result.stderr
+    assert "must be one of liver-unet3d" in str(run_here("train.py", "liver-tumor"))
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,10 @@ def test_a_wrong_setting_on_the_command_line_is_one_line():
 def test_ranges_let_the_defaults_and_recipes_through():
     for _, config in train.RECIPES.values():
         check_settings(config)
+    for config in (apply_model.Config(), apply_model.Config(folds=(Path("a.pt"),))):
+        check_settings(config)  # a name of two scripts: the folds of prepare.py are numbers
+    with pytest.raises(InputError, match="--folds must be a number"):
+        check_settings({"folds": -1})
     check_settings(Settings())
 
 

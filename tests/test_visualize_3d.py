@@ -22,6 +22,7 @@ from nibabel.affines import apply_affine
 from PIL import Image
 
 import visualize_3d as v
+from data import exports
 from data.files import InputError
 from data.pictures import LABEL_COLOURS, TRUTH_COLOUR
 from data.volumes import Volume
@@ -243,9 +244,14 @@ def test_no_tumour_is_shown_where_there_is_none(projection, tmp_path, no_display
     assert centre.max() < 0.8  # translucent
 
 
-@pytest.mark.parametrize("codes", ["RAS", "LPS", "LAS", "PIR"])
 @pytest.mark.parametrize(
-    ("mode", "view", "side"), [("organs", "anterior", 0), ("rays", "posterior", 1)]
+    ("codes", "mode", "view", "side"),
+    [
+        ("RAS", "organs", "anterior", 0),
+        ("PIR", "organs", "anterior", 0),
+        ("LPS", "rays", "posterior", 1),
+        ("LAS", "rays", "posterior", 1),
+    ],
 )
 def test_the_patients_right_is_on_the_right_side(codes, mode, view, side, tmp_path, no_display):
     """A liver with a long tail to the patient's left, stored in any orientation."""
@@ -758,9 +764,11 @@ def test_a_full_disk_leaves_nothing_behind(results, tmp_path):
 import resource, signal, sys
 from pathlib import Path
 import visualize_3d as v
+from data import exports
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 v.HTML_TRIANGLES = 2000
+exports.find_range = lambda *_: (20, 23)
 suffixes = {name: some for name, (_, some) in v.OUTPUTS.items() if name != "turntable"}
 for option, suffix in [(option, suffix) for option, some in suffixes.items() for suffix in some]:
     if suffix == ".mp4":
@@ -780,10 +788,24 @@ for option, suffix in [(option, suffix) for option, some in suffixes.items() for
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_movie_goes_over_the_foreground_and_a_margin():
+    masks = np.zeros((2, 4, 4, 30), bool)
+    masks[0, 1, 1, 8:12] = masks[1, 2, 2, 10:20] = True
+    assert exports.find_range(masks, 30, 3.0) == (5, 23)
+    assert exports.find_range(masks, 30, 15.0) == (0, 30)
+    assert exports.find_range(masks[:, :0], 30, 3.0) == (0, 30)
+
+
 @pytest.mark.parametrize("suffix", [".gif", ".mp4"])
-def test_movie_shows_reference_and_prediction_slice_by_slice(suffix, results, tmp_path, no_display):
+def test_movie_shows_reference_and_prediction_slice_by_slice(
+    suffix, results, tmp_path, no_display, monkeypatch
+):
     if suffix == ".mp4" and not shutil.which("ffmpeg"):
         pytest.skip("ffmpeg is not installed")
+    label = nib.load(results / "case_label.nii.gz")
+    upright = np.asarray(nib.as_closest_canonical(label).dataobj)
+    middle = sum(exports.find_range([upright], upright.shape[2], 0)) // 2
+    monkeypatch.setattr(exports, "find_range", lambda *_: (middle - 2, middle + 3))
     path = tmp_path / f"slices{suffix}"
     v.main(config(results, movie=path))
     if suffix == ".mp4":

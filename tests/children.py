@@ -1,0 +1,96 @@
+"""What tests do in processes of their own, which may die: begun from a server that knows torch.
+
+This module stays small, because every such process imports it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+import apply_model
+import data.summary
+import train
+import utilities
+
+HANGS = 300  # seconds after which a process counts as hanging
+
+
+def run_child(target: Callable[..., None], *given: object) -> int:
+    """Run a function of this module in a process of its own; its exit code."""
+    context = multiprocessing.get_context("forkserver")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server finds it nowhere else
+    context.set_forkserver_preload(["children"])
+    child = context.Process(target=target, args=given)
+    child.start()
+    child.join(HANGS)
+    assert child.exitcode is not None, f"{target.__name__} hangs"
+    return child.exitcode
+
+
+def write_blank(figure: Figure, path: Path | str, **how: object) -> None:
+    """In the place of `Figure.savefig`, which takes longer than all else: a small picture."""
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    Image.fromarray(noise).save(path, format=how.get("format"))
+
+
+def draw_nothing(set_attribute: Callable[[object, str, object], None] = setattr) -> None:
+    """Blank pictures from now on, for whoever looks at none."""
+    set_attribute(Figure, "savefig", write_blank)
+    set_attribute(apply_model, "draw_planes", lambda *_: Figure())
+    set_attribute(data.summary, "draw_summary", lambda *_: Figure())
+
+
+def die(path: Path | None = None) -> None:
+    """SIGKILL; a file that was being written is half there."""
+    if path is not None:
+        os.truncate(path, path.stat().st_size // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def begin(dies: tuple[str, int] | None) -> None:
+    """One thread, no output, and death at the n-th "write" of a file or "step" of training."""
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+    draw_nothing()
+    kind, moment = dies or ("never", 0)
+    writes, steps = itertools.count(1), itertools.count(1)
+    replace, step = Path.replace, utilities.train_step
+
+    def replace_or_die(temporary: Path, final: Path) -> Path:
+        if next(writes) == moment and kind == "write":
+            die(temporary)
+        return replace(temporary, final)
+
+    def step_or_die(*given: object) -> object:
+        if next(steps) == moment and kind == "step":
+            die()
+        return step(*given)
+
+    Path.replace, utilities.train_step = replace_or_die, step_or_die
+
+
+def train_or_resume(settings: dict, dies: tuple[str, int] | None = None) -> None:
+    """Begin, or go on, as a user would after a crash."""
+    begin(dies)
+    if (settings["run_folder"] / "last.pt").exists():
+        train.main(train.Config(resume=settings["run_folder"], device="cpu"))
+    else:
+        train.main(train.Config(**settings))
+
+
+def apply(settings: dict, dies: tuple[str, int] | None = None) -> None:
+    """Segment, or go on with what is not finished."""
+    begin(dies)
+    apply_model.main(apply_model.Config(**settings))
