@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import random
 import shutil
@@ -150,8 +152,9 @@ def attack_json(work: Path, config: Config) -> Iterator[Attempt]:
     sound, _ = build_demo(config)
     shutil.copytree(sound.folder, work / "demo")
     demo = Demo(work / "demo")
-    prepare.main(prepare.Config(source=demo.raw, destination=demo.prepared, workers=1,
-                                overwrite=True))  # fmt: skip
+    again = prepare.Config(source=demo.raw, destination=demo.prepared, workers=1, overwrite=True)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        prepare.main(again)
     for target in list_targets(demo):
         content = target.path.read_bytes()
 

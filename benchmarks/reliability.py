@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,8 @@ def run_attack(name: str, config: Config, rows: dict[str, Row]) -> dict[str, Any
         if attempt.row not in rows and last:
             print_row(last, rows[last])
         last = attempt.row
-        rows.setdefault(last, Row()).add(attempt)
+        detail = attempt.detail.replace(str(config.work), "WORK")  # no paths of this machine
+        rows.setdefault(last, Row()).add(replace(attempt, detail=detail))
         if cut_short := time.monotonic() - start > config.limit_s:
             print(f"{name}: not finished after {config.limit_s:g} s (--limit-s)", flush=True)
             break

@@ -21,7 +21,7 @@ from scipy import ndimage
 from data import evaluate as evaluation
 from data.anatomy import clean, find_doubts
 from data.check import judge_hu
-from data.evaluate import evaluate, measure, score_lesions
+from data.evaluate import evaluate, measure, pair_truths, score_lesions
 from data.files import InputError
 from data.labels import IGNORED
 from data.summary import describe_values, print_summary, summarise, write_table
@@ -463,3 +463,10 @@ def test_a_spreadsheet_runs_nothing(tmp_path, name):
     write_table([{"case": name, "value": -1.5, "none": None}], tmp_path / "t.csv")
     (row,) = csv.DictReader((tmp_path / "t.csv").open(newline=""))
     assert row == {"case": f"'{name}", "value": "-1.5", "none": ""}
+
+
+def test_truths_that_are_not_there_are_named(tmp_path):
+    """Also where their number is wrong for that very reason: one folder for many scans."""
+    scans = [tmp_path / f"{name}.nii.gz" for name in "abc"]
+    with pytest.raises(InputError, match="none: no such file or folder"):
+        pair_truths(scans, [tmp_path / "none"])
