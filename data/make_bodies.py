@@ -182,8 +182,11 @@ def make_body(index: int, config: Config) -> tuple[nib.Nifti1Image, nib.Nifti1Im
     patient, skin, _ = draw_body(rng)
     shape, to_reference = draw_grid(rng, config, skin)
     affine = np.diag([*config.spacing, 1.0])
-    volumes = scan(rng, patient, shape, to_reference)
-    return tuple(nib.Nifti1Image(v.T, affine, dtype=v.dtype) for v in volumes)
+    image, label = scan(rng, patient, shape, to_reference)
+    return (
+        nib.Nifti1Image(image.T, affine, dtype=image.dtype),
+        nib.Nifti1Image(label.T, affine, dtype=label.dtype),
+    )
 
 
 def write_body(index: int, config: Config) -> None:

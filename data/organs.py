@@ -6,6 +6,7 @@ right, y to the front, z to the head, the origin at the height of the liver's do
 """
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from make_phantoms import (
@@ -32,8 +33,8 @@ from make_phantoms import (
 
 def draw_content(rng: np.random.Generator, hu: dict[str, float]) -> float:
     """HU of what fills stomach or bowel: gas, stool, water, food, the like of liver, contrast."""
-    kinds = (GAS, rng.uniform(-150, 0), rng.uniform(0, 30), rng.uniform(30, 80))
-    kinds += (hu["liver"] + rng.uniform(-15, 15), rng.uniform(120, 400))
+    kinds = [GAS, rng.uniform(-150, 0), rng.uniform(0, 30), rng.uniform(30, 80)]
+    kinds += [hu["liver"] + rng.uniform(-15, 15), rng.uniform(120, 400)]
     return float(kinds[rng.choice(6, p=[0.2, 0.15, 0.2, 0.2, 0.15, 0.1])])
 
 
@@ -80,8 +81,8 @@ def draw_left_lobe(rng: np.random.Generator) -> tuple[list[np.ndarray], list[flo
     start = np.array([25, rng.uniform(25, 48), rng.uniform(-85, -50)])
     bend = np.array([reach * 0.5, front, rng.uniform(-75, -35)])
     end = np.array([reach, front + rng.uniform(-35, 15), rng.uniform(-70, -25)])
-    thick = rng.uniform(36, 56), rng.uniform(22, 42), rng.uniform(4, 20)
-    points, thick = [start, bend, end], list(thick)
+    thick = [rng.uniform(36, 56), rng.uniform(22, 42), rng.uniform(4, 20)]
+    points = [start, bend, end]
     if reach < -85 and rng.random() < 0.5:  # around the spleen
         points.append(np.array([-118, rng.uniform(-40, 10), rng.uniform(-60, -25)]))
         thick.append(rng.uniform(6, 16))
@@ -226,8 +227,8 @@ def draw_chest(rng: np.random.Generator, hu: dict[str, float], dome: Shape) -> L
         layers.append(("chest", tube((side * 25, -10, 50), end, 6, 1).within(lung), SOFT))
     if rng.random() < 0.25:  # fluid or collapsed lung at the back
         level, tilt = float(rng.uniform(-80, -20)), float(rng.uniform(-0.2, 0.3))
-        side = float(rng.choice([-1, 1]))
-        pool = Shape(lambda x, y, z: np.maximum(y - level - tilt * z, -side * x))
+        half = float(rng.choice([-1, 1]))
+        pool = Shape(lambda x, y, z: np.maximum(y - level - tilt * z, -half * x))
         layers.append(("chest", pool.within(lung), float(rng.uniform(0, 60))))
     middle = ellipsoid((0, -8, 0), (rng.uniform(22, 36), 78, ALONG))
     layers.append(("chest", middle.within(lung), float(rng.uniform(-90, 30))))
@@ -260,7 +261,7 @@ def draw_bowel(rng: np.random.Generator, hu: dict[str, float]) -> Layers:
     ]
     colon += [(-40, 64, low - rng.uniform(-20, 70)), (-92, 30, rng.uniform(-130, -70))]
     colon += [(-108, -20, -150), (-104, -20, -345)]
-    small = []
+    small: list[tuple[Any, float]] = []
     for _ in range(int(rng.choice([rng.integers(8, 40), rng.integers(40, 100)]))):
         at, path = rng.uniform((-105, -25, -420), (95, 75, -95)), []
         for _ in range(int(rng.integers(3, 7))):

@@ -139,7 +139,7 @@ class StoredVoxels:
             with contextlib.suppress(MemoryError):  # `allocate` tells
                 return np.frombuffer(stream.read(count), np.uint8)
         raw, done = allocate((count,), np.uint8, self.name), 0
-        view = memoryview(raw)
+        view = raw.data
         while done < count and (more := stream.readinto(view[done : done + CHUNK])):
             done += more
         return raw[:done]
