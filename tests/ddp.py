@@ -43,6 +43,7 @@ def compare_gradients(rank: int) -> None:
 
 
 def work(data: Path, run: Path) -> None:
+    torch.set_num_threads(1)  # makes torch's pool after the fork, before threads ask for it
     with process_group(torch.device("cpu")):
         rank, processes = rank_and_size()
         assert processes == 2
