@@ -95,9 +95,10 @@ from data.masks import Masks, describe_label, mark_undrawn, resolve_label, resto
 from data.names import make_safe, name_case, name_scans
 from data.pictures import draw_planes, save_figure
 from data.settings import check_settings, show_progress
-from data.summary import do_each, is_finished, refuse_failures, report_all, write_record
-from data.volumes import AIR_HU, Volume, find_bounding_box, list_slabs, write_slabs
-from preprocess import SLAB, Chain, classes_on_grid, preprocess_volume, probability_on_grid
+from data.summary import do_each, is_finished, refuse_failures, report_all, tell_row, write_record
+from data.trust import Evidence, draw_doubt, judge_trust, weigh_scores
+from data.volumes import AIR_HU, Volume, find_bounding_box, write_masked
+from preprocess import Chain, classes_on_grid, preprocess_volume, probability_on_grid
 from utilities import (
     autocast,
     build_network,
@@ -131,6 +132,7 @@ class Model:
     precision: torch.dtype
     declared: Labels = field(default_factory=USUAL_LABELS.copy)  # all that a truth may hold
     modality: str = "CT"  # or MR, which has no HU
+    expected: dict[str, Any] | None = None  # what it learnt from, see `data.trust`
     windows: int = 0  # seen by its networks since `segment` asked, mirrored ones too
 
     @property
@@ -163,6 +165,7 @@ class Trace:
     last: float = field(default_factory=time.perf_counter)
     windows: int = 0  # that the network has seen, mirrored ones too
     classes: Volume | None = None  # class indices, RAS
+    evidence: list[Evidence] = field(default_factory=list)  # how sure each organ is
     probability: Volume | None = None  # uint8 in steps of 1/255, on the scan's grid, if asked for
 
     def lap(self, stage: str) -> None:
@@ -206,7 +209,8 @@ def load_model(
     except TypeError as error:
         raise InputError(f"{paths[0]}: preprocessing: {error}; train it again") from error
     dtype = pick_precision(precision, where)
-    return Model(network, chain, inference, where, dtype, first["declared"], first["modality"])
+    about = {key: first.get(key) for key in ("declared", "modality", "expected")}
+    return Model(network, chain, inference, where, dtype, **about)
 
 
 def restore_network(path: Path, saved: dict[str, Any], device: torch.device) -> torch.nn.Module:
@@ -247,6 +251,8 @@ def segment(
     scores = predict(model, tensor, options.windows, options.mirror)
     trace.windows, model.windows = model.windows, 0
     trace.lap("network")
+    trace.evidence = weigh_scores(scores.numpy(), to_network, scan.ras_shape[2], model.names)
+    trace.lap("trust")
     classes = classes_on_grid(scores, to_network, scan.ras_shape)
     if options.probability:
         likely = probability_on_grid(scores, to_network, scan.ras_shape)
@@ -382,13 +388,6 @@ class Case:
     alone: bool = True  # no other case beside it
 
 
-def mask_scan(scan: np.ndarray, label: np.ndarray, background: int) -> np.ndarray:
-    """HU (X, Y, Z) where the label is not 0, and `background` elsewhere; a type that holds both."""
-    array = scan.astype(np.result_type(scan.dtype, np.min_scalar_type(background)), order="K")
-    np.copyto(array, array.dtype.type(background), where=label == 0)
-    return array
-
-
 def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume | None, list[str]]:
     """A scan in memory, its truth as RAS class indices, and what is unusual about them."""
     scan = read_scan(case.image)
@@ -437,16 +436,15 @@ def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
     if truth is not None:
         row |= evaluate(trace.classes, truth, model.names)
         trace.lap("evaluate")
-    volumes = (f"{organ} {row[f'{organ}_volume_ml']:.0f} ml" for organ in model.names)
-    scores = (row.get(f"{organ}_dice") for organ in model.names)
-    dice = ("" if score is None else f", Dice {score:.4f}" for score in scores)
-    note = ", ".join(f"{ml}{score}" for ml, score in zip(volumes, dice, strict=True))
-    place = config.destination / case.name / case.name
+    trust = judge_trust(trace.evidence, row, model.expected)
+    row |= trust.row
+    note, place = tell_row(row, model.names), config.destination / case.name / case.name
     told += write_results(model, scan, label, trace, config, place)
     trace.lap("write")
     drawn = {IMAGE: scan, PRED: trace.classes} | ({} if truth is None else {LABEL: truth})
     figure = draw_planes(drawn, model.names, f"{case.name} · {note}")
     save_figure(figure, place.with_name(f"{case.name}_preview.png"))
+    draw_doubt(drawn, trust, place.with_name(f"{case.name}_doubt.png"))
     trace.lap("preview")
     row |= {f"seconds_{stage}": round(spent, 2) for stage, spent in trace.seconds.items()}
     row["seconds"] = round(sum(trace.seconds.values()), 2)
@@ -465,12 +463,7 @@ def write_results(
     if background is None:
         background = 0 if model.modality == "MR" else AIR_HU
     label.write_checked(place.with_name(f"{place.name}_label.nii.gz"))
-    dtype = np.result_type(scan.dtype, np.min_scalar_type(background))
-    outside = (
-        mask_scan(scan.data[:, :, a:b], label.data[:, :, a:b], background)
-        for a, b in list_slabs(scan.shape[2], SLAB)
-    )
-    write_slabs(place.with_name(f"{place.name}_masked.nii.gz"), scan, dtype, outside)
+    write_masked(scan, label, background, place.with_name(f"{place.name}_masked.nii.gz"))
     if config.dicom_seg:
         told = write_seg(label, scan, model.labels, place.with_name(f"{place.name}_label.dcm"))
     if trace.probability is not None:  # readers see 0..1

@@ -198,6 +198,7 @@ from data.descriptions import read_prepared
 from data.files import InputError, lock_folder, write_json
 from data.labels import IGNORED, IMAGE, LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
 from data.settings import check_settings, pick
+from data.trust import learn_volumes
 from preprocess import (
     Augment,
     Chain,
@@ -521,6 +522,7 @@ def build_run(
         "inference": {"window": window, "overlap": config.overlap},
         "declared": as_labels(prepared["labels"]),
         "modality": prepared["settings"].get("modality", "CT"),
+        "expected": learn_volumes(prepared, chain.labels),
         "config": config.plain(),
     }
     precision = pick_precision(safe_precision(config, device, window), device)

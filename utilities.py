@@ -195,6 +195,7 @@ def save_checkpoint(
     inference: dict[str, Any],
     declared: dict[str, Sequence[int]],
     modality: str,
+    expected: dict[str, Any] | None = None,
     config: dict[str, Any],
     epoch: int,
     val_dice: float,

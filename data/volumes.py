@@ -336,6 +336,23 @@ def list_slabs(depth: int, step: int, reach_back: bool = False) -> list[tuple[in
     return [(first, min(first + step, depth)) for first in range(0, depth, step)]
 
 
+def mask_scan(scan: np.ndarray, label: np.ndarray, background: int) -> np.ndarray:
+    """HU (X, Y, Z) where the label is not 0, and `background` elsewhere; a type that holds both."""
+    array = scan.astype(np.result_type(scan.dtype, np.min_scalar_type(background)), order="K")
+    np.copyto(array, array.dtype.type(background), where=label == 0)
+    return array
+
+
+def write_masked(scan: Volume, label: Volume, background: int, path: Path) -> None:
+    """Write `mask_scan` of a scan and a label map on its grid, some slices at a time."""
+    dtype = np.result_type(scan.dtype, np.min_scalar_type(background))
+    masked = (
+        mask_scan(scan.data[:, :, a:b], label.data[:, :, a:b], background)
+        for a, b in list_slabs(scan.shape[2], 2 * SLAB)
+    )
+    write_slabs(path, scan, dtype, masked)
+
+
 def find_bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     """Smallest box around what is True; of no voxels where nothing is."""
     box = [slice(0, size) for size in mask.shape]
