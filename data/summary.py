@@ -260,7 +260,10 @@ def write_review(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     first, with the picture to look at; tells the first of them."""
     known = [row for row in rows if row.get("expected_dice") is not None]
     known.sort(key=lambda row: row["expected_dice"])
-    if not known:  # all are of an earlier version
+    if len(known) < len(rows):
+        print(f"{len(rows) - len(known)} of {len(rows)} cases were done by an earlier version and "
+              "have no expected Dice; --overwrite does them again")  # fmt: skip
+    if not known:
         return
     table = []
     for row in known:

@@ -86,8 +86,7 @@ def weigh_scores(
     ]
     likely = np.exp(scores[(slice(None), *box)].clip(None, 30))
     likely /= 1 + likely.sum(axis=0)
-    for organ, tumours in group_tumours(names).items():
-        body = [organ, *tumours]
+    for body in group_bodies(names):
         p = likely[[index - 1 for index in body]].sum(axis=0)
         sure, unsure = p > SURE, p > UNSURE
         counts = np.count_nonzero(sure), np.count_nonzero(unsure)
@@ -108,21 +107,27 @@ def weigh_scores(
 def judge_trust(
     evidence: Sequence[Evidence], row: Mapping[str, Any], expected: Mapping[str, Any] | None
 ) -> Trust:
-    """How far to trust a scan's label map: as far as its least sure organ.
+    """How far to trust a scan's label map: as far as the least sure organ of those in it.
 
     Args:
         evidence: of each organ, from `weigh_scores`.
         row: of `data.evaluate.measure`, with `{class}_volume_ml`.
         expected: of the checkpoint, from `learn_volumes`; None: nothing is known of the training.
     """
-    judged = []
+    found, missed = [], []
     for known in evidence:
         ml = sum(row[f"{name}_volume_ml"] or 0.0 for name in known.classes)
         usual = (expected or {}).get(known.classes[0])
         dice = expect_dice(known.steadiness, rate_volume(ml, usual, known.cut)) if ml else 0.0
         word = next(word for word, lowest in WORDS.items() if dice >= lowest)
-        judged.append(Trust(known, dice, word))
-    return min(judged, key=lambda trust: trust.expected_dice)
+        (found if ml else missed).append(Trust(known, dice, word))
+    return min(found or missed, key=lambda trust: trust.expected_dice)
+
+
+def group_bodies(names: Sequence[str]) -> list[list[int]]:
+    """Class indices of each organ with its tumours; of tumours whose organ is no class, each."""
+    organs = group_tumours(names) or {index: [] for index in range(1, len(names) + 1)}
+    return [[organ, *tumours] for organ, tumours in organs.items()]
 
 
 def expect_dice(steadiness: float, strangeness: float) -> float:
@@ -152,10 +157,10 @@ def learn_volumes(prepared: Mapping[str, Any], classes: Labels) -> dict[str, dic
         prepared: content of `dataset.json`, whose cases have voxels_per_label and spacing_mm.
         classes: class name → raw label values, background first.
     """
-    names, learnt = list(classes)[1:], {}
+    names, learnt = list(classes)[1:], dict[str, dict[str, float]]()
     every = int(prepared["settings"].get("label_every") or 1)  # slice that was drawn
-    for organ, tumours in group_tumours(names).items():
-        values = [v for index in (organ, *tumours) for v in classes[names[index - 1]]]
+    for body in group_bodies(names):
+        values = [value for index in body for value in classes[names[index - 1]]]
         logs = []
         for case in prepared.get("cases", ()):
             voxels = sum(case["voxels_per_label"].get(str(value), 0) for value in values)
@@ -164,7 +169,7 @@ def learn_volumes(prepared: Mapping[str, Any], classes: Labels) -> dict[str, dic
         if logs:
             spread = len(logs) * float(np.var(logs)) + USUAL_WEIGHT * USUAL_SD**2
             sd = math.sqrt(spread / (len(logs) + USUAL_WEIGHT))
-            learnt[names[organ - 1]] = {
+            learnt[names[body[0] - 1]] = {
                 "log_ml": round(float(np.mean(logs)), 3),
                 "sd": round(sd, 3),
             }
@@ -202,7 +207,7 @@ def draw_doubt(data: Mapping[str, Any], trust: Trust, path: Path) -> None:
         marked.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
         x, y, _ = data[IMAGE].ras.spacing_mm
         marked.set_aspect(y / x)
-    name = path.name.removesuffix("_doubt.png")
-    told = f"{name} · slice {known.slice + 1} · expected Dice {trust.expected_dice:.2f}"
-    figure.suptitle(f"{told}: {trust.word}", fontsize=11)
+    where = f"{path.name.removesuffix('_doubt.png')} · {known.classes[0]} · slice {known.slice + 1}"
+    told = f"{where} · expected Dice {trust.expected_dice:.2f}: {trust.word}"
+    figure.suptitle(told, fontsize=11)
     save_figure(figure, path)

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 import apply_model
 from data import trust
-from data.files import read_json
+from data.files import InputError, read_json
 from data.summary import write_review
 from utilities import load_checkpoint
 
@@ -51,6 +51,10 @@ def test_a_tumour_belongs_to_its_organ_and_the_least_sure_organ_decides():
     row = {f"{name}_volume_ml": 100.0 for name in ("liver", "tumour", "spleen")}
     judged = trust.judge_trust([liver, spleen], row, None)
     assert judged.evidence is spleen
+    row["spleen_volume_ml"] = 0.0
+    assert trust.judge_trust([liver, spleen], row, None).evidence is liver, "what is there counts"
+    alone = trust.weigh_scores(scores[1:2], np.eye(4), 4, ["tumour"])
+    assert alone[0].classes == ("tumour",), "a network of tumours alone"
     assert judged.row["trust"] == "distrust"
 
 
@@ -91,6 +95,9 @@ def test_a_checkpoint_that_knows_no_volumes_is_applied_all_the_same(checkpoint, 
     del saved["expected"]
     torch.save(saved, tmp_path / "earlier.pt")
     assert apply_model.load_model(tmp_path / "earlier.pt", "cpu", "fp32").expected is None
+    torch.save({**saved, "expected": {"liver": {"log_ml": "x"}}}, tmp_path / "odd.pt")
+    with pytest.raises(InputError, match=r"odd\.pt: expected liver: log_ml has the wrong type"):
+        load_checkpoint(tmp_path / "odd.pt")
 
 
 def test_results_say_what_to_look_at_first(checkpoint, raw_phantoms, tmp_path, capsys, monkeypatch):
@@ -130,7 +137,7 @@ def test_results_say_what_to_look_at_first(checkpoint, raw_phantoms, tmp_path, c
 def test_the_review_leaves_out_results_of_earlier_versions(tmp_path, capsys):
     write_review([{"case": "a", "liver_volume_ml": 3.0}], tmp_path)
     assert not (tmp_path / "review.csv").exists()
-    assert capsys.readouterr().out == ""
+    assert "1 of 1 cases were done by an earlier version" in capsys.readouterr().out
 
 
 def test_the_figures_of_the_page_are_those_of_the_benchmark():
