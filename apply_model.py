@@ -238,20 +238,21 @@ def segment(
         scan: volume in HU, or the path of one; any orientation and spacing. An array (X, Y, Z)
             comes as `Volume(array, affine)`, affine 4×4 from voxel to patient mm in RAS+.
         options: post-processing and more; None: the defaults.
-        trace: is filled with the classes, seconds and, if asked for, the probability.
+        trace: is filled with classes, seconds, how sure it is and, if asked for, the probability.
 
     Returns:
         Raw label values (the first one of each class), the same shape, affine and header forms as
         the scan.
     """
-    options, trace = options or Options(), trace or Trace()
+    options, asked, trace = options or Options(), trace is not None, trace or Trace()
     scan = open_scan(scan)
     tensor, to_network = preprocess_volume(scan, model.chain, model.device)
     trace.lap("preprocess")
     scores = predict(model, tensor, options.windows, options.mirror)
     trace.windows, model.windows = model.windows, 0
     trace.lap("network")
-    trace.evidence = weigh_scores(scores.numpy(), to_network, scan.ras_shape[2], model.names)
+    if asked:
+        trace.evidence = weigh_scores(scores.numpy(), to_network, scan.ras_shape[2], model.names)
     trace.lap("trust")
     classes = classes_on_grid(scores, to_network, scan.ras_shape)
     if options.probability:

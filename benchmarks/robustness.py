@@ -54,6 +54,7 @@ class Config:
     work: Path = Path("data/robustness")  # relative: below the project
     name: str = "starter"  # of the entry
     networks: tuple[Path, ...] = (Path("checkpoints/starter.pt"),)
+    rows: tuple[str, ...] = tuple(ROWS)  # of the card
     held_out: tuple[str, ...] = ()  # of each network, patients it never saw; none: of all
 
 
@@ -74,7 +75,8 @@ def collect(config: Config) -> dict[str, dict[str, dict[str, Any]]]:
     files = (DATA / "ct" / "imagesTr").glob("[!.]*.nii.gz")
     patients = sorted(file.name.removesuffix(".nii.gz") for file in files)
     unseen = [names.split() for names in config.held_out] or [patients]
-    for title, (name, strength) in ROWS.items():
+    for title in config.rows:
+        name, strength = ROWS[title]
         for index, patient in enumerate(patients):
             if patient in done.setdefault(title, {}):
                 continue
