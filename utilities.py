@@ -10,10 +10,6 @@ import contextlib
 import functools
 import math
 import os
-import signal
-import socket
-import sys
-import threading
 import time
 import types
 import typing
@@ -46,6 +42,7 @@ from data.pictures import (
     show_patient,
 )
 from data.settings import check_settings, check_types, format_seconds, show_progress
+from data.signals import delayed_interrupt
 
 # ---------------------------------------------------------------------------------------
 # Networks
@@ -365,50 +362,6 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-@contextlib.contextmanager
-def delayed_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C only raises a flag, so that the step under way is finished; yields its reader.
-
-    The first one is told at once, the second one ends the process at once: by a thread, because
-    Python's own handlers wait for a step's long calls into torch. SIGTERM is Ctrl-C. Under
-    torchrun, and outside the main thread, both keep their usual meaning.
-    """
-    if dist.is_initialized() or threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    asked = threading.Event()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    read_end, write_end = socket.socketpair()
-    write_end.setblocking(False)
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in numbers}
-    wakeup = signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch_signals, args=(read_end, numbers), daemon=True)
-    watcher.start()
-    try:
-        yield asked.is_set
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        write_end.close()  # ends the watcher
-        watcher.join()
-        read_end.close()
-
-
-def _watch_signals(stream: socket.socket, numbers: Sequence[int]) -> None:
-    """Tell of the first interrupt as it comes, end the process at the second."""
-    seen = 0
-    while received := stream.recv(1):
-        if received[0] not in numbers:
-            continue
-        seen += 1
-        if seen == 1:
-            print("\nfinishing this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-        else:
-            print("stopped at once; run again with --resume", file=sys.stderr, flush=True)
-            os._exit(130)
-
-
 # ---------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------
@@ -556,7 +509,7 @@ def train(
     raises KeyboardInterrupt.
     """
     network, first_process = run.wrap_network(), rank_and_size()[0] == 0
-    with delayed_interrupt() as interrupted:
+    with delayed_interrupt(usual=dist.is_initialized()) as interrupted:
         for epoch in range(len(run.history) + 1, max_epochs + 1):
             begun = time.perf_counter()
             row = {"epoch": epoch, "learning_rate": float(run.scheduler.get_last_lr()[0])}

@@ -19,7 +19,6 @@ from typing import Any
 import cc3d
 import numpy as np
 import tyro
-from scipy.spatial import cKDTree
 
 from data.cases import Masks, find_scans, read_label_map, read_volume
 from data.descriptions import Description, read_description
@@ -33,7 +32,7 @@ from data.labels import (
     is_tumour,
     list_values,
 )
-from data.metrics import overlap_counts
+from data.metrics import measure_nearest, overlap_counts
 from data.names import name_case, name_scans, pair_by_name
 from data.settings import command_line
 from data.summary import (
@@ -156,8 +155,7 @@ def score_surfaces(
     if not (len(points[0]) and len(points[1])):
         none = None if len(points[0]) == len(points[1]) else 0.0
         return {"hd95_mm": None, "asd_mm": None, "nsd_2mm": none}
-    trees = [cKDTree(cloud, balanced_tree=False, compact_nodes=False) for cloud in points]
-    there, back = trees[1].query(points[0], workers=-1)[0], trees[0].query(points[1], workers=-1)[0]
+    there, back = measure_nearest(points[0], points[1]), measure_nearest(points[1], points[0])
     every = np.concatenate([there, back])
     return {
         "hd95_mm": float(max(np.percentile(there, 95), np.percentile(back, 95))),

@@ -9,7 +9,6 @@ import dataclasses
 import operator
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import tyro
 from tqdm import tqdm
 
 from data.files import InputError
+from data.signals import interruptible, leave_unbegun, set_handlers
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -101,6 +101,7 @@ def read_settings(
     `recipes` maps a name, which may be the first word of the command line, to an explanation and
     the config whose values the options then override. The first recipe is the default.
     """
+    set_handlers(leave_unbegun)
     words, chosen = [word for word in sys.argv[1:] if word != "--debug"], {}
     if recipes:
         named = bool(words) and not words[0].startswith("-")
@@ -129,8 +130,8 @@ def run_script(main: Callable[[Any], None], config: Any) -> None:
     """
     debug = "--debug" in sys.argv or bool(os.environ.get("LIVER_DEBUG"))
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        main(config)
+        with interruptible():
+            main(config)
     except KeyboardInterrupt as stop:
         print(f"interrupted; {str(stop) or 'run the same command again to go on'}", file=sys.stderr)
         sys.exit(130)

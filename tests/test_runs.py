@@ -395,7 +395,7 @@ def stop_after_one(monkeypatch, original):
     )
 
     @contextlib.contextmanager
-    def interrupt():
+    def interrupt(**_):
         yield lambda: bool(steps)
 
     return interrupt
