@@ -159,6 +159,14 @@ class Demo:
     def results(self) -> Path:
         return self.folder / "results"
 
+    @property
+    def scan(self) -> Path:
+        return self.raw / "imagesTr" / "phantom_000.nii.gz"
+
+    @property
+    def truth(self) -> Path:
+        return self.raw / "labelsTr" / "phantom_000.nii.gz"
+
 
 WATCHED = """
 import runpy, sys
@@ -198,7 +206,7 @@ def build_demo(config: Config) -> tuple[Demo, list[Outcome]]:
         f"train.py --data {demo.prepared} --run-folder {demo.run} --max-epochs 1 {TINY}",
         f"apply_model.py {demo.raw / 'imagesTr'} --truth {demo.raw / 'labelsTr'} --device cpu "
         f"--checkpoint {demo.run / 'best.pt'} --destination {demo.results}",
-        f"visualize_3d.py {demo.results} --screenshot {demo.folder / 'view.png'} "
+        f"visualize_3d.py {demo.scan} --label {demo.truth} --screenshot {demo.folder / 'view.png'} "
         f"--html {demo.folder / 'view.html'}",
         f"-m data.evaluate {demo.results} {demo.raw / 'labelsTr'} "
         f"--destination {demo.folder / 'evaluation'}",

@@ -1,5 +1,6 @@
 """Settings, files, locks and signals: what was given wrongly is one line, what is begun is kept."""
 
+import functools
 import hashlib
 import json
 import math
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,9 @@ import train
 import utilities
 from data import signals
 from data.files import InputError, atomic_write, lock_folder, read_signed, write_signed
+from data.metrics import measure_nearest
 from data.settings import LIMITS, SEVERAL, check_settings, format_seconds
+from data.settings import run_script as start_script
 from utilities import pick_device
 
 
@@ -314,3 +318,49 @@ def test_the_first_interrupt_is_told_at_once_and_the_second_stops(number):
         os.kill(child.pid, number)
     child.join(300)
     assert child.exitcode == 130
+
+
+def slowly(begun, item: int) -> dict[str, torch.Tensor]:
+    """A sub-volume, after some tenths of a second in torch."""
+    begun.set()
+    for _ in range(20):
+        torch.randn(64, 64) @ torch.randn(64, 64)
+        time.sleep(0.01)
+    return {"image": torch.zeros(item + 1)}
+
+
+def caching(begun, told: int) -> None:
+    """In a child process: what train.py does first."""
+    sys.stderr = os.fdopen(told, "w")
+    prepare = functools.partial(slowly, begun)
+    try:
+        start_script(lambda _: preprocess.CachedVolumes(range(1000), prepare), None)
+    finally:
+        sys.stderr.flush()
+
+
+def test_an_interrupt_while_volumes_are_cached_ends_in_order():
+    """Its threads are waited for: torch would abort the process under them."""
+    context = multiprocessing.get_context("fork")
+    begun, (read, write) = context.Event(), os.pipe()
+    child = context.Process(target=caching, args=(begun, write))
+    child.start()
+    os.close(write)
+    assert begun.wait(300)
+    for _ in range(2):
+        os.kill(child.pid, signal.SIGINT)
+        time.sleep(0.05)
+    child.join(300)
+    assert child.exitcode == 130
+    with os.fdopen(read) as told:
+        assert told.read() == "interrupted; run the same command again to go on\n"
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_distances_are_those_of_the_tree_and_no_thread_outlives_them(cores, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    points, cloud = torch.rand(50, 3).numpy(), torch.rand(70, 3).numpy()
+    expected = [min(float(((p - c) ** 2).sum()) ** 0.5 for c in cloud) for p in points]
+    before = threading.active_count()
+    assert measure_nearest(points, cloud) == pytest.approx(expected, abs=1e-6)
+    assert threading.active_count() == before
