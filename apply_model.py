@@ -42,6 +42,7 @@ class Config(Options):
     checkpoint: Path = Path("checkpoints/liver/best.pt")  # of train.py, or the run's folder
     folds: tuple[Path, ...] = ()  # more checkpoints, averaged with the first
     destination: Path = Path("results")  # a folder per case is made in it
+    export_bundle: Path | None = None  # segment nothing: write the network there, as MONAI bundle
     split: Literal["training", "validation", "test"] | None = None  # cases of prepared data instead
     data: Path = Path("data/prepared")  # what prepare.py wrote; read with --split only
     truth: tuple[Path, ...] = ()  # reference label maps: one per path, or a folder of equal names
@@ -65,7 +66,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,14 @@ from data.masks import Masks, describe_label, mark_undrawn, resolve_label, resto
 from data.names import make_safe, name_case, name_scans
 from data.pictures import draw_planes, save_figure
 from data.settings import check_settings, show_progress
+from data.splits import choose_fold
 from data.summary import do_each, is_finished, refuse_failures, report_all, write_record
 from data.volumes import AIR_HU, Volume, find_bounding_box, list_slabs, write_slabs
 from preprocess import SLAB, Chain, classes_on_grid, preprocess_volume, probability_on_grid
 from utilities import (
     autocast,
     build_network,
+    export_bundle,
     find_checkpoint,
     load_checkpoint,
     on_device,
@@ -108,6 +111,7 @@ from utilities import (
     pick_precision,
 )
 
+RUN_BUNDLE = "python -m monai.bundle run --config_file configs/inference.json"
 OUTSIDE = -20.0  # score of what the network is not asked about: surely background
 CHANGING = (  # settings that change a result
     "background", "largest_component", "fill_holes", "tumour_inside", "mirror", "probability",
@@ -501,7 +505,9 @@ def find_cases(config: Config) -> list[Case]:
 def find_prepared(config: Config) -> list[Case]:
     """The cases of one split of prepared data, with what prepare.py was told about them."""
     prepared, path = read_prepared(config.data), config.data / "dataset.json"
-    settings = prepared["settings"]
+    if (settings := prepared["settings"]).get("folds"):  # the network knows which it has not seen
+        fold = load_checkpoint(config.checkpoint)["config"].get("fold", 0)
+        prepared = choose_fold(prepared, fold, config.data)
     try:
         described = Description(as_labels(prepared["labels"]), tuple(prepared.get("ignore", ())))
         chosen = [record for record in prepared["cases"] if record["split"] == config.split]
@@ -558,6 +564,12 @@ def do_case(model: Model, case: Case, weights: str, config: Config) -> None:
 
 
 def main(config: Config) -> None:
+    if config.export_bundle:
+        model = load_model((config.checkpoint, *config.folds), "cpu", overlap=config.overlap)
+        how = asdict(model.chain), model.inference, model.modality
+        export_bundle(model.network, config.export_bundle, *how)
+        print(f"{config.export_bundle}: a MONAI bundle; its input/ is segmented by: {RUN_BUNDLE}")
+        return
     cases = find_cases(config)
     # Under torchrun every process takes its share; nobody waits, the last one's table is complete.
     rank, processes = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))

@@ -90,7 +90,7 @@ def read_for_training(folder: Path) -> None:
     train.check(config, prepared)
     train.choose_hu_window(config, prepared["settings"].get("modality", "CT"))
     labels = resolve_classes(config.labels, as_labels(prepared["labels"]))
-    train.check_splits(config, prepared, labels)
+    train.check_splits(prepared, labels, folder)
     train.class_weights(prepared, labels)
     subvolume_items(prepared, folder, "training")
 

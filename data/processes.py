@@ -75,7 +75,8 @@ def run_cases(
 ) -> list[dict[str, Any]]:
     """`work(job, *arguments)` for each job, under one bar; results in the order of the jobs."""
     results, slices = {}, 0
-    with tqdm(total=len(jobs), desc=title, unit="case") as bar, workers_ended(pool, title):
+    how: dict[str, Any] = {"total": len(jobs), "desc": title, "unit": "case", "disable": None}
+    with tqdm(**how) as bar, workers_ended(pool, title):  # None: a bar on a terminal alone
         if pool is None:
             done = ((index, work(job, *arguments)) for index, job in enumerate(jobs))
         else:

@@ -12,9 +12,9 @@ from conftest import ROOT
 
 SCRIPTS = ("prepare", "preprocess", "utilities", "train", "apply_model", "visualize_3d")
 FLOORS = (  # imports run down only; within the store-room in the order of its own floors
-    ("data.files", "data.signals", "data.metrics", "data.copies", "data.organs"),
+    ("data.files", "data.logs", "data.signals", "data.metrics", "data.copies", "data.organs"),
     ("data.settings", "data.labels", "data.destination", "data.headers", "data.processes"),
-    ("data.voxel_files", "data.pictures"),
+    ("data.voxel_files", "data.pictures", "data.bundles"),
     ("data.itk_files", "data.nifti_files", "data.summary"),
     ("data.volumes",),
     (
