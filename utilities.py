@@ -171,6 +171,11 @@ def build_network(
     return factories[name]()
 
 
+# Networks that take pictures of any size, and the voxels whose multiples their pooling divides. The
+# others take the training's alone, or normalise by what else a picture holds.
+GRAINS = {"unet3d": 8, "unet": 16, "attention_unet": 16, "vnet": 16, "resnet34_unet": 32}
+
+
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
     """Move a network; channels last in its weights is the fastest layout in half precision."""
     flat = isinstance(network, SliceBySlice)
