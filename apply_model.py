@@ -76,7 +76,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from data.anatomy import clean, find_doubts
-from data.boxes import Box, find_bounding_box, list_slabs, list_windows
+from data.boxes import Box, find_bounding_box, list_windows
 from data.cases import hash_files, read_label_map, read_scan
 from data.descriptions import Description
 from data.dicom import write_seg
@@ -89,8 +89,9 @@ from data.locate import Look, shift
 from data.masks import describe_label, mark_undrawn, resolve_label
 from data.pictures import draw_planes, save_figure
 from data.settings import check_settings, show_progress
-from data.summary import do_each, is_finished, refuse_failures, report_all, write_record
-from data.volumes import AIR_HU, SLAB, Volume, write_slabs
+from data.summary import do_each, is_finished, refuse_failures, report_all, tell_row, write_record
+from data.trust import Evidence, draw_doubt, judge_trust, weigh_scores
+from data.volumes import AIR_HU, Volume, write_masked
 from preprocess import Chain, classes_on_grid, preprocess_volume, probability_on_grid
 from utilities import (
     GRAINS,
@@ -124,6 +125,7 @@ class Model:
     precision: torch.dtype
     declared: Labels = field(default_factory=USUAL_LABELS.copy)  # all that a truth may hold
     modality: str = "CT"  # or MR, which has no HU
+    expected: dict[str, Any] | None = None  # what it learnt from, see `data.trust`
     grain: int = 0  # pictures of multiples of so many voxels will do; 0: only the training's size
     windows: int = 0  # seen by its networks since `segment` asked, mirrored ones too
 
@@ -158,6 +160,7 @@ class Trace:
     windows: int = 0  # that the network has seen, mirrored ones too
     classes: Volume | None = None  # class indices, RAS
     located: dict[str, Any] = field(default_factory=dict)  # what `Look.describe` says, if asked for
+    evidence: list[Evidence] = field(default_factory=list)  # how sure each organ is
     probability: Volume | None = None  # uint8 in steps of 1/255, on the scan's grid, if asked for
 
     def lap(self, stage: str) -> None:
@@ -201,7 +204,7 @@ def load_model(
     except TypeError as error:
         raise InputError(f"{paths[0]}: preprocessing: {error}; train it again") from error
     dtype = pick_precision(precision, where)
-    about = {key: first[key] for key in ("declared", "modality")}
+    about = {key: first.get(key) for key in ("declared", "modality", "expected")}
     grain = GRAINS.get(first["network_args"]["name"], 0)
     return Model(network, chain, inference, where, dtype, **about, grain=grain)
 
@@ -246,6 +249,8 @@ def segment(
     trace.windows, model.windows = model.windows, 0
     trace.located = look.describe(to_network, scan.ras_shape) if look else {}
     trace.lap("network")
+    trace.evidence = weigh_scores(scores.numpy(), to_network, scan.ras_shape[2], model.names)
+    trace.lap("trust")
     classes = classes_on_grid(scores, to_network, scan.ras_shape)
     if options.probability:
         likely = probability_on_grid(scores, to_network, scan.ras_shape)
@@ -434,13 +439,6 @@ def make_room(model: Model, windows: int) -> int:
 # ---------------------------------------------------------------------------------------
 
 
-def mask_scan(scan: np.ndarray, label: np.ndarray, background: int) -> np.ndarray:
-    """HU (X, Y, Z) where the label is not 0, and `background` elsewhere; a type that holds both."""
-    array = scan.astype(np.result_type(scan.dtype, np.min_scalar_type(background)), order="K")
-    np.copyto(array, array.dtype.type(background), where=label == 0)
-    return array
-
-
 def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume | None, list[str]]:
     """A scan in memory, its truth as RAS class indices, and what is unusual about them."""
     scan = read_scan(case.image)
@@ -489,16 +487,15 @@ def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
     if truth is not None:
         row |= evaluate(trace.classes, truth, model.names)
         trace.lap("evaluate")
-    volumes = (f"{organ} {row[f'{organ}_volume_ml']:.0f} ml" for organ in model.names)
-    scores = (row.get(f"{organ}_dice") for organ in model.names)
-    dice = ("" if score is None else f", Dice {score:.4f}" for score in scores)
-    note = ", ".join(f"{ml}{score}" for ml, score in zip(volumes, dice, strict=True))
-    place = config.destination / case.name / case.name
+    trust = judge_trust(trace.evidence, row, model.expected)
+    row |= trust.row
+    note, place = tell_row(row, model.names), config.destination / case.name / case.name
     told += write_results(model, scan, label, trace, config, place)
     trace.lap("write")
     drawn = {IMAGE: scan, PRED: trace.classes} | ({} if truth is None else {LABEL: truth})
     figure = draw_planes(drawn, model.names, f"{case.name} · {note}")
     save_figure(figure, place.with_name(f"{case.name}_preview.png"))
+    draw_doubt(drawn, trust, place.with_name(f"{case.name}_doubt.png"))
     trace.lap("preview")
     row |= trace.located
     row |= {f"seconds_{stage}": round(spent, 2) for stage, spent in trace.seconds.items()}
@@ -518,12 +515,7 @@ def write_results(
     if background is None:
         background = 0 if model.modality == "MR" else AIR_HU
     label.write_checked(place.with_name(f"{place.name}_label.nii.gz"))
-    dtype = np.result_type(scan.dtype, np.min_scalar_type(background))
-    outside = (
-        mask_scan(scan.data[:, :, a:b], label.data[:, :, a:b], background)
-        for a, b in list_slabs(scan.shape[2], SLAB)
-    )
-    write_slabs(place.with_name(f"{place.name}_masked.nii.gz"), scan, dtype, outside)
+    write_masked(scan, label, background, place.with_name(f"{place.name}_masked.nii.gz"))
     if config.dicom_seg:
         told = write_seg(label, scan, model.labels, place.with_name(f"{place.name}_label.dcm"))
     if trace.probability is not None:  # readers see 0..1

@@ -202,6 +202,7 @@ from data.labels import IGNORED, IMAGE, LIVER_WITH_TUMOURS, Labels, as_labels, r
 from data.logs import keep_log
 from data.settings import check_settings, is_first_process, pick
 from data.splits import check_splits, choose_fold, count_voxels
+from data.trust import learn_volumes
 from preprocess import (
     Augment,
     Chain,
@@ -488,6 +489,7 @@ def build_run(
         "inference": {"window": window, "overlap": config.overlap},
         "declared": as_labels(prepared["labels"]),
         "modality": prepared["settings"].get("modality", "CT"),
+        "expected": learn_volumes(prepared, chain.labels),
         "config": config.plain(),
     }
     precision = pick_precision(safe_precision(config, device, window), device)

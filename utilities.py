@@ -199,6 +199,7 @@ def save_checkpoint(
     inference: dict[str, Any],
     declared: dict[str, Sequence[int]],
     modality: str,
+    expected: dict[str, Any] | None = None,
     config: dict[str, Any],
     epoch: int,
     val_dice: float,
@@ -257,6 +258,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     check_types(checkpoint, checkpoint_types(), str(path), remedy)
     check_types(checkpoint["preprocessing"], {"labels": dict}, f"{path}: preprocessing", remedy)
     check_types(checkpoint["inference"], {"window": tuple, "overlap": float}, str(path), remedy)
+    for organ, usual in (checkpoint.get("expected") or {}).items():
+        check_types(usual, {"log_ml": float, "sd": float}, f"{path}: expected {organ}", remedy)
     for settings in ("preprocessing", "inference", "config"):
         check_settings(checkpoint[settings], f"{path}: its setting ")
     refuse_non_finite(checkpoint["network_state"], path)

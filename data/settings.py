@@ -280,9 +280,9 @@ def check_types(content: Any, kinds: Mapping[str, Any], what: str, remedy: str) 
     if not isinstance(content, dict):
         raise InputError(f"{what}: must be a dictionary, got {type(content).__name__}; {remedy}")
     for name, kind in kinds.items():
-        if name not in content:
+        if name not in content and not isinstance(None, kind):  # what may be None may be left out
             raise InputError(f"{what}: {name} is missing; {remedy}")
-        if not isinstance(content[name], kind):
+        if not isinstance(content.get(name), kind):
             got = type(content[name]).__name__
             raise InputError(f"{what}: {name} has the wrong type, got {got}; {remedy}")
 

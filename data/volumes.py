@@ -322,3 +322,25 @@ def list_data_files(path: Path) -> list[Path]:
     head, data = find_pair(path)
     matrix = head.with_suffix(".mat")  # SPM's affine, beside an Analyze pair
     return list(dict.fromkeys([head, data, *[matrix] * (head != data and matrix.is_file())]))
+
+
+# ---------------------------------------------------------------------------------------
+# Masked volumes
+# ---------------------------------------------------------------------------------------
+
+
+def mask_scan(scan: np.ndarray, label: np.ndarray, background: int) -> np.ndarray:
+    """HU (X, Y, Z) where the label is not 0, and `background` elsewhere; a type that holds both."""
+    array = scan.astype(np.result_type(scan.dtype, np.min_scalar_type(background)), order="K")
+    np.copyto(array, array.dtype.type(background), where=label == 0)
+    return array
+
+
+def write_masked(scan: Volume, label: Volume, background: int, path: Path) -> None:
+    """Write `mask_scan` of a scan and a label map on its grid, some slices at a time."""
+    dtype = np.result_type(scan.dtype, np.min_scalar_type(background))
+    masked = (
+        mask_scan(scan.data[:, :, a:b], label.data[:, :, a:b], background)
+        for a, b in list_slabs(scan.shape[2], SLAB)
+    )
+    write_slabs(path, scan, dtype, masked)

@@ -36,6 +36,7 @@ FLOORS = (  # imports run down only; within the store-room in the order of its o
         "data.anatomy",
         "data.judges",
         "data.names",
+        "data.trust",
         "data.seg",
         "data.series",
         "data.make_phantoms",
