@@ -167,7 +167,8 @@ class ChannelsToSlicesd(EachKeyd):
 class SliceSpacingd(EachKeyd):
     """Resample (Z, X, Y) along the slices to `spacing` in mm, from the centre of the first slice.
 
-    Between slices the image is interpolated linearly, the label is that of the nearest one.
+    Between slices the image is interpolated linearly, the label is that of the nearest one; of
+    those that somebody judged, if one of them is within half a step.
     """
 
     def __init__(self, keys: Sequence[str], spacing: float, **kwargs: Any):
@@ -179,7 +180,10 @@ class SliceSpacingd(EachKeyd):
         count = round((size - 1) * slice_mm / self.spacing) + 1
         position = np.arange(count) * (self.spacing / slice_mm)
         if key == LABEL:
-            return plain[position.round().astype(int).clip(0, size - 1)]
+            distance = np.abs(position[:, None] - np.arange(size))
+            unknown = (plain == IGNORED).flatten(1).all(dim=1).cpu().numpy()
+            half = self.spacing / slice_mm / 2 + 1e-6
+            return plain[(distance + half * unknown).argmin(axis=1)]
         return torch.einsum("wz,zxy->wxy", interpolation_matrix(position, size).to(plain), plain)
 
 

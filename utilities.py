@@ -677,7 +677,7 @@ def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float
         image, label = move_batch(batch, run.device)
         with autocast(run.device, run.precision):
             logits = run.kept(image)
-        if label.any():  # the Dice of nothing is nearly always 0, and would drown the others
+        if hide_ignored(label).any():  # the Dice of nothing is nearly always 0: it would drown all
             losses.append(loss_function(logits.float(), label).item())
         found = predicted_classes(logits).masked_fill(label[:, 0] == IGNORED, 0)
         for case, predicted, true in zip(batch["case"], found, label[:, 0], strict=True):
