@@ -160,6 +160,7 @@ class Trace:
     windows: int = 0  # that the network has seen, mirrored ones too
     classes: Volume | None = None  # class indices, RAS
     located: dict[str, Any] = field(default_factory=dict)  # what `Look.describe` says, if asked for
+    weigh: bool = False  # ask for evidence
     evidence: list[Evidence] = field(default_factory=list)  # how sure each organ is
     probability: Volume | None = None  # uint8 in steps of 1/255, on the scan's grid, if asked for
 
@@ -249,8 +250,9 @@ def segment(
     trace.windows, model.windows = model.windows, 0
     trace.located = look.describe(to_network, scan.ras_shape) if look else {}
     trace.lap("network")
-    trace.evidence = weigh_scores(scores.numpy(), to_network, scan.ras_shape[2], model.names)
-    trace.lap("trust")
+    if trace.weigh:
+        trace.evidence = weigh_scores(scores.numpy(), to_network, scan.ras_shape[2], model.names)
+        trace.lap("trust")
     classes = classes_on_grid(scores, to_network, scan.ras_shape)
     if options.probability:
         likely = probability_on_grid(scores, to_network, scan.ras_shape)
@@ -476,7 +478,7 @@ def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume 
 
 def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
     """Segment one scan, write its results, return its row of measurements."""
-    trace = Trace()
+    trace = Trace(weigh=True)
     scan, truth, told = read_case(model, case, config)
     trace.lap("read")
     label = segment(model, scan, config, trace)

@@ -119,7 +119,7 @@ def make_case(
 
 def judge_case(model: Model, scan: Volume, label: np.ndarray) -> dict[str, float]:
     """True Dice of the first class, and the evidence for the expected one."""
-    trace = Trace()
+    trace = Trace(weigh=True)
     segment(model, scan, trace=trace)
     assert trace.classes is not None
     row, name = measure(trace.classes, scan, model.names), model.names[0]
