@@ -160,7 +160,6 @@ class Trace:
     windows: int = 0  # that the network has seen, mirrored ones too
     classes: Volume | None = None  # class indices, RAS
     located: dict[str, Any] = field(default_factory=dict)  # what `Look.describe` says, if asked for
-    weigh: bool = False  # ask for evidence
     evidence: list[Evidence] = field(default_factory=list)  # how sure each organ is
     probability: Volume | None = None  # uint8 in steps of 1/255, on the scan's grid, if asked for
 
@@ -235,13 +234,13 @@ def segment(
         scan: volume in HU, or the path of one; any orientation and spacing. An array (X, Y, Z)
             comes as `Volume(array, affine)`, affine 4×4 from voxel to patient mm in RAS+.
         options: post-processing and more; None: the defaults.
-        trace: is filled with the classes, seconds and, if asked for, the probability.
+        trace: is filled with classes, seconds, how sure it is and, if asked for, the probability.
 
     Returns:
         Raw label values (the first one of each class), the same shape, affine and header forms as
         the scan.
     """
-    options, trace = options or Options(), trace or Trace()
+    options, asked, trace = options or Options(), trace is not None, trace or Trace()
     scan = open_scan(scan)
     tensor, to_network = preprocess_volume(scan, model.chain, model.device)
     trace.lap("preprocess")
@@ -250,9 +249,9 @@ def segment(
     trace.windows, model.windows = model.windows, 0
     trace.located = look.describe(to_network, scan.ras_shape) if look else {}
     trace.lap("network")
-    if trace.weigh:
+    if asked:
         trace.evidence = weigh_scores(scores.numpy(), to_network, scan.ras_shape[2], model.names)
-        trace.lap("trust")
+    trace.lap("trust")
     classes = classes_on_grid(scores, to_network, scan.ras_shape)
     if options.probability:
         likely = probability_on_grid(scores, to_network, scan.ras_shape)
@@ -478,7 +477,7 @@ def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume 
 
 def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
     """Segment one scan, write its results, return its row of measurements."""
-    trace = Trace(weigh=True)
+    trace = Trace()
     scan, truth, told = read_case(model, case, config)
     trace.lap("read")
     label = segment(model, scan, config, trace)

@@ -119,7 +119,7 @@ def make_case(
 
 def judge_case(model: Model, scan: Volume, label: np.ndarray) -> dict[str, float]:
     """True Dice of the first class, and the evidence for the expected one."""
-    trace = Trace(weigh=True)
+    trace = Trace()
     segment(model, scan, trace=trace)
     assert trace.classes is not None
     row, name = measure(trace.classes, scan, model.names), model.names[0]
@@ -227,6 +227,9 @@ def score(rows: Sequence[dict[str, Any]], expected: np.ndarray) -> dict[str, Any
         "dice_min_median_max": [round(float(np.quantile(true, q)), 3) for q in (0, 0.5, 1)],
         "spearman": round(float(spearmanr(expected, true).statistic), 3),
         "mean_absolute_error": round(float(np.abs(expected - true).mean()), 3),
+        "mean_absolute_error_where_dice_is_from_0.3": round(
+            float(np.abs(expected - true)[true >= 0.3].mean()), 3
+        ),
         "bias": round(float((expected - true).mean()), 3),
         "below_0.85": int(bad.sum()),
         "not_good_by_word": int(look.sum()),
