@@ -8,7 +8,7 @@ For each case, `results/<case>/` receives the label map and the masked volume on
 grid (shape, affine, qform and sform), a preview picture and the measurements. Everything that
 belongs to the network (spacing, HU window, labels, …) comes from the checkpoint. Cases that are
 finished, and whose results are whole, are skipped; one that fails is reported at the end; under
-torchrun each process takes its share.
+torchrun each process takes its share. Next: visualize_3d.py.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from data.labels import IMAGE, PRED, Labels, group_tumours
 
 TASK = "Segmentation of the liver in CT"
 SCAN = "scan"  # key of the image as it was read
+ANYTHING = "$lambda x: x > 1e-6"  # but air: resampling leaves less of it than that
 BY_MAXIMUM = "$lambda s: torch.clamp(s, min=0) / torch.clamp(s.amax((1, 2), True), min=1e-6)"
 
 
@@ -83,17 +84,12 @@ def list_steps(preprocessing: Mapping[str, Any]) -> list[dict[str, Any]]:
     """From a file to the network's grid: what `preprocess.py` does, in three dimensions at once."""
     patches, of_image = preprocessing["sampling"] == "patches", {"keys": IMAGE}
     x, y, *z = preprocessing["spacing"]
+    resampled = {"_target_": "Spacingd", **of_image, "mode": "bilinear", "padding_mode": "border"}
     steps = [
         {"_target_": "LoadImaged", **of_image, "ensure_channel_first": True},
         {"_target_": "CopyItemsd", **of_image, "names": SCAN},  # its grid, to come back to
         {"_target_": "Orientationd", **of_image, "axcodes": "RAS", "labels": None},
-        {
-            "_target_": "Spacingd",
-            **of_image,
-            "pixdim": [x, y, *(z if patches else [-1.0])],  # −1: the slices stay as they are
-            "mode": "bilinear",
-            "padding_mode": "border",
-        },
+        {**resampled, "pixdim": [x, y, -1.0]},  # −1: the slices stay where they are
     ]
     if preprocessing["hu_window"]:
         low, high = preprocessing["hu_window"]
@@ -102,7 +98,8 @@ def list_steps(preprocessing: Mapping[str, Any]) -> list[dict[str, Any]]:
     else:  # each slice by its maximum
         steps.append({"_target_": "Lambdad", **of_image, "func": BY_MAXIMUM})
     if patches:  # windows slide over what is not air
-        cropped = {"source_key": IMAGE, "allow_smaller": True}
+        steps.append({**resampled, "pixdim": [-1.0, -1.0, *z]})  # of what the HU window left
+        cropped = {"source_key": IMAGE, "allow_smaller": True, "select_fn": ANYTHING}
         steps.append({"_target_": "CropForegroundd", **of_image, **cropped})
     else:
         size = [*preprocessing["input_size"], -1]
