@@ -32,7 +32,8 @@ def finished(few, tmp_path_factory):
 def test_a_run_leaves_what_the_readme_says(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        "best.pt", "last.pt", "config.json", "metrics.csv", "curves.png", "preview.png", "train.log",
+        "best.pt", "last.pt", "config.json", "metrics.csv", "curves.png", "preview.png",
+        "train.log",
     }  # fmt: skip
     with (finished / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
