@@ -39,8 +39,7 @@ class Config:
     validation: float = 0.15  # fraction of the patients that choose the checkpoint
     test: float = 0.15  # fraction of the patients that are looked at once, at the end
     seed: int = 0  # of the split and of keep_empty
-    folds: int = 0  # cross-validation: parts to divide the patients into (no test patients)
-    fold: int = 0  # which part, from 0, is the validation split
+    folds: int = 0  # cross-validation: parts to divide the patients into; train.py --fold picks one
     split: Path | None = None  # JSON with lists of cases: training, validation, test
     patients: Path | None = None  # CSV with columns case,patient, where one patient has many scans
     patient_pattern: str = ""  # or: regular expression whose first group, in a case name, is it
@@ -98,14 +97,20 @@ from data.files import InputError, lock_folder, write_json, write_signed
 from data.findings import count_words, describe_fault, list_errors, print_table, write_table
 from data.judges import Finding, count_per_slice, undo_flips
 from data.labels import IMAGE, LABEL, as_plain
-from data.masks import describe_label, mark_undrawn, restore_label
+from data.masks import describe_label, list_cuts, mark_undrawn, restore_label
 from data.processes import open_pool, run_cases
 from data.settings import check_settings
-from data.splits import name_patients, refuse_no_validation, seeded, split_patients
-from data.volumes import AIR_HU, Volume, find_bounding_box, list_slabs
+from data.splits import (
+    divide_patients,
+    name_patients,
+    refuse_no_validation,
+    seeded,
+    split_patients,
+)
+from data.volumes import AIR_HU, Volume, find_bounding_box
 
 SCHEMA = 1  # of dataset.json
-CUT = 2  # of the sub-volumes: what an earlier version of this file cut is cut again
+CUT = 3  # of the sub-volumes: what an earlier version of this file cut is cut again
 BODY_HU = -500  # between lung and fat
 
 
@@ -121,7 +126,7 @@ def main(config: Config) -> None:
             with open_pool(config.workers, len(cases)) as pool:
                 records = run_cases(pool, check_case, cases, config, terms, title="checking")
                 notes = compare_cases(records)
-                print_table(records, notes, config.accept)
+                print_table(records, config.accept)
                 write_table(records, config.accept, config.destination / "check" / "check.csv")
                 if not config.check_only:
                     cut_cases(pool, records, notes, config, terms)
@@ -137,11 +142,8 @@ def main(config: Config) -> None:
 def refuse_settings(config: Config) -> None:
     """Raise InputError for settings that cannot be, before anything is read."""
     check_settings(config)
-    if config.folds and (config.folds < 2 or config.fold >= config.folds):
-        raise InputError(
-            f"--folds {config.folds} --fold {config.fold}: must be at least 2 folds, and a fold "
-            "from 0 to below them"
-        )
+    if config.folds == 1:
+        raise InputError("--folds must be 2 or more, got 1; 0 leaves them out")
     fractions = (config.training, config.validation, config.test)
     if not np.isclose(sum(fractions), 1) or config.training == 0:
         raise InputError(
@@ -250,8 +252,10 @@ def cut_cases(
     sound = [record for record in records if not list_errors(record, config.accept)]
     if not sound:
         return
-    split = split_patients(sound, config)
+    split, folds = split_patients(sound, config), divide_patients(sound, config)
     refuse_no_validation(split, config)
+    for record in sound if folds else ():
+        record["fold"] = folds[record["patient"]]
     if not all(finished(record, config) for record in sound):
         (config.destination / "dataset.json").unlink(missing_ok=True)
     results = run_cases(pool, cut_case, sound, config, terms, title="cutting")
@@ -369,7 +373,8 @@ def choose_outlines(
     depth, kept = label.ras_shape[2], {}
     values = terms.list_values(label)
     dtype = np.min_scalar_type(max(values))
-    wanted = list_slabs(depth, config.subvolume_depth or depth, reach_back=True)
+    size, shift = config.subvolume_depth or depth, seeded(0, record["case"])
+    wanted = list_cuts(depth, size, terms.label_every, shift)
     for first, slab in label.slabs(wanted):
         chosen = seeded(config.seed, f"{record['case']}:{first}") < config.keep_empty
         if chosen or undo_flips(slab).any():
@@ -426,7 +431,8 @@ def write_dataset(
         entry["split"] = split[record["patient"]]
         entry["covered_foreground_voxels"] = result["covered_foreground_voxels"]
         cases.append(entry)
-        subvolumes += [piece | {"split": entry["split"]} for piece in result["subvolumes"]]
+        where = {key: entry[key] for key in ("split", "fold") if key in entry}
+        subvolumes += [piece | where for piece in result["subvolumes"]]
     inside, covered = (
         sum(case[f"{kind}foreground_voxels"] for case in cases) for kind in ("", "covered_")
     )
