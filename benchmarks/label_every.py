@@ -39,8 +39,8 @@ REAL = (
 @dataclass
 class Config:
     every: tuple[int, ...] = (1, 4)  # which slices are drawn
-    cases: int = 16 # phantoms to train on, an eighth of them in the validation split
-    unseen: int = 8 # phantoms to segment
+    cases: int = 16  # phantoms to train on, an eighth of them in the validation split
+    unseen: int = 8  # phantoms to segment
     steps: int = 400  # of each training
     seeds: tuple[int, ...] = (0, 1)  # of the weights and the order
     real: Path | None = None  # real CTs with labels instead of phantoms

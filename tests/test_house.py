@@ -21,6 +21,7 @@ FLOORS = (  # imports run down only; within the store-room in the order of its o
         "data.anatomy",
         "data.judges",
         "data.names",
+        "data.pieces",
         "data.seg",
         "data.series",
         "data.make_phantoms",
