@@ -97,7 +97,7 @@ from data.files import InputError, lock_folder, write_json, write_signed
 from data.findings import count_words, describe_fault, list_errors, print_table, write_table
 from data.judges import Finding, count_per_slice, undo_flips
 from data.labels import IMAGE, LABEL, as_plain
-from data.masks import describe_label, mark_undrawn, restore_label
+from data.masks import describe_label, list_cuts, mark_undrawn, restore_label
 from data.processes import open_pool, run_cases
 from data.settings import check_settings
 from data.splits import (
@@ -107,10 +107,10 @@ from data.splits import (
     seeded,
     split_patients,
 )
-from data.volumes import AIR_HU, Volume, find_bounding_box, list_slabs
+from data.volumes import AIR_HU, Volume, find_bounding_box
 
 SCHEMA = 1  # of dataset.json
-CUT = 2  # of the sub-volumes: what an earlier version of this file cut is cut again
+CUT = 3  # of the sub-volumes: what an earlier version of this file cut is cut again
 BODY_HU = -500  # between lung and fat
 
 
@@ -373,7 +373,8 @@ def choose_outlines(
     depth, kept = label.ras_shape[2], {}
     values = terms.list_values(label)
     dtype = np.min_scalar_type(max(values))
-    wanted = list_slabs(depth, config.subvolume_depth or depth, reach_back=True)
+    size, shift = config.subvolume_depth or depth, seeded(0, record["case"])
+    wanted = list_cuts(depth, size, terms.label_every, shift)
     for first, slab in label.slabs(wanted):
         chosen = seeded(config.seed, f"{record['case']}:{first}") < config.keep_empty
         if chosen or undo_flips(slab).any():

@@ -202,6 +202,7 @@ from data.labels import IGNORED, IMAGE, LIVER_WITH_TUMOURS, Labels, as_labels, r
 from data.logs import keep_log
 from data.settings import check_settings, is_first_process, pick
 from data.splits import check_splits, choose_fold, count_voxels
+from data.trust import learn_volumes
 from preprocess import (
     Augment,
     Chain,
@@ -216,7 +217,6 @@ from utilities import (
     Run,
     build_network,
     find_checkpoint,
-    hide_ignored,
     load_checkpoint,
     on_device,
     pick_device,
@@ -236,10 +236,9 @@ class CrossEntropy(torch.nn.CrossEntropyLoss):
 
 
 class JudgedLoss(torch.nn.Module):
-    """A loss of the voxels that somebody judged (label not IGNORED).
+    """A loss of the voxels that somebody judged (label not IGNORED) and of no others.
 
-    The others are taken for background of which the network is sure: they add neither loss nor
-    gradient, whatever the loss.
+    It must not depend on where voxels lie, nor tell the samples of a batch apart (`batch=True`).
     """
 
     def __init__(self, loss: torch.nn.Module):
@@ -247,9 +246,10 @@ class JudgedLoss(torch.nn.Module):
         self.loss = loss
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        sure = torch.zeros(1, logits.shape[1], 1, 1, 1, device=logits.device)
-        sure[:, 0] = 50.0
-        return self.loss(torch.where(label == IGNORED, sure, logits), hide_ignored(label))
+        if not (judged := label[:, 0] != IGNORED).any():
+            return 0 * logits.sum()
+        classes, true = logits.movedim(1, -1)[judged].T, label[:, 0][judged]
+        return self.loss(classes[None, :, :, None, None], true[None, None, :, None, None])
 
 
 # Dice is of the foreground alone. batch=True pools the voxels of a batch: a sub-volume with a
@@ -488,6 +488,7 @@ def build_run(
         "inference": {"window": window, "overlap": config.overlap},
         "declared": as_labels(prepared["labels"]),
         "modality": prepared["settings"].get("modality", "CT"),
+        "expected": learn_volumes(prepared, chain.labels),
         "config": config.plain(),
     }
     precision = pick_precision(safe_precision(config, device, window), device)

@@ -10,10 +10,6 @@ import contextlib
 import functools
 import math
 import os
-import signal
-import socket
-import sys
-import threading
 import time
 import types
 import typing
@@ -48,6 +44,7 @@ from data.pictures import (
     show_patient,
 )
 from data.settings import check_settings, check_types, format_seconds, show_progress
+from data.signals import delayed_interrupt
 
 # ---------------------------------------------------------------------------------------
 # Networks
@@ -174,6 +171,11 @@ def build_network(
     return factories[name]()
 
 
+# Networks that take pictures of any size, and the voxels whose multiples their pooling divides. The
+# others take the training's alone, or normalise by what else a picture holds.
+GRAINS = {"unet3d": 8, "unet": 16, "attention_unet": 16, "vnet": 16, "resnet34_unet": 32}
+
+
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
     """Move a network; channels last in its weights is the fastest layout in half precision."""
     flat = isinstance(network, SliceBySlice)
@@ -197,6 +199,7 @@ def save_checkpoint(
     inference: dict[str, Any],
     declared: dict[str, Sequence[int]],
     modality: str,
+    expected: dict[str, Any] | None = None,
     config: dict[str, Any],
     epoch: int,
     val_dice: float,
@@ -255,6 +258,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     check_types(checkpoint, checkpoint_types(), str(path), remedy)
     check_types(checkpoint["preprocessing"], {"labels": dict}, f"{path}: preprocessing", remedy)
     check_types(checkpoint["inference"], {"window": tuple, "overlap": float}, str(path), remedy)
+    for organ, usual in (checkpoint.get("expected") or {}).items():
+        check_types(usual, {"log_ml": float, "sd": float}, f"{path}: expected {organ}", remedy)
     for settings in ("preprocessing", "inference", "config"):
         check_settings(checkpoint[settings], f"{path}: its setting ")
     refuse_non_finite(checkpoint["network_state"], path)
@@ -384,50 +389,6 @@ def gathered(value: Any) -> list[Any]:
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
-
-
-@contextlib.contextmanager
-def delayed_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C only raises a flag, so that the step under way is finished; yields its reader.
-
-    The first one is told at once, the second one ends the process at once: by a thread, because
-    Python's own handlers wait for a step's long calls into torch. SIGTERM is Ctrl-C. Under
-    torchrun, and outside the main thread, both keep their usual meaning.
-    """
-    if dist.is_initialized() or threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    asked = threading.Event()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    read_end, write_end = socket.socketpair()
-    write_end.setblocking(False)
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in numbers}
-    wakeup = signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch_signals, args=(read_end, numbers), daemon=True)
-    watcher.start()
-    try:
-        yield asked.is_set
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        write_end.close()  # ends the watcher
-        watcher.join()
-        read_end.close()
-
-
-def _watch_signals(stream: socket.socket, numbers: Sequence[int]) -> None:
-    """Tell of the first interrupt as it comes, end the process at the second."""
-    seen = 0
-    while received := stream.recv(1):
-        if received[0] not in numbers:
-            continue
-        seen += 1
-        if seen == 1:
-            print("\nfinishing this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-        else:
-            print("stopped at once; run again with --resume", file=sys.stderr, flush=True)
-            os._exit(130)
 
 
 # ---------------------------------------------------------------------------------------
@@ -577,7 +538,7 @@ def train(
     raises KeyboardInterrupt.
     """
     network, first_process = run.wrap_network(), rank_and_size()[0] == 0
-    with delayed_interrupt() as interrupted:
+    with delayed_interrupt(usual=dist.is_initialized()) as interrupted:
         for epoch in range(len(run.history) + 1, max_epochs + 1):
             begun = time.perf_counter()
             row = {"epoch": epoch, "learning_rate": float(run.scheduler.get_last_lr()[0])}
@@ -716,7 +677,7 @@ def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float
         image, label = move_batch(batch, run.device)
         with autocast(run.device, run.precision):
             logits = run.kept(image)
-        if label.any():  # the Dice of nothing is nearly always 0, and would drown the others
+        if hide_ignored(label).any():  # the Dice of nothing is nearly always 0: it would drown all
             losses.append(loss_function(logits.float(), label).item())
         found = predicted_classes(logits).masked_fill(label[:, 0] == IGNORED, 0)
         for case, predicted, true in zip(batch["case"], found, label[:, 0], strict=True):

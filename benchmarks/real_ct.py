@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,7 @@ class Config:
         "--network unet --input-size 128 128 --loss dice_ce --learning-rate 2e-3"
     )
     prepare_options: str = ""  # more for prepare.py
+    label_every: int = 1  # the network learns from every so many-th slice of the labels
     name: str = "real_ct"  # of the result file
     entry: str = ""  # key in that file, where it holds several rotations
     work: Path | None = None  # folder to keep what the scripts write; none: a temporary one
@@ -70,6 +72,20 @@ def run(*command: object) -> float:
     start = time.perf_counter()
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
     return time.perf_counter() - start
+
+
+def thin_labels(source: Path, destination: Path, every: int) -> None:
+    """A copy of a data set (links for scans) whose label maps hold slices 0, `every`, …."""
+    for path in sorted((source / "imagesTr").glob("[!.]*.nii*")):
+        for kind in ("imagesTr", "labelsTr"):
+            (destination / kind).mkdir(parents=True, exist_ok=True)
+        (destination / "imagesTr" / path.name).symlink_to(path.resolve())
+        label = read_volume(source / "labelsTr" / path.name)
+        array = np.array(label.ras.data)
+        array[:, :, np.arange(array.shape[2]) % every != 0] = 0
+        label.from_ras(array).write(destination / "labelsTr" / path.name)
+    if (source / "dataset.json").exists():
+        shutil.copyfile(source / "dataset.json", destination / "dataset.json")
 
 
 def training_samples(prepared: dict) -> int:
@@ -132,8 +148,11 @@ def one_round(config: Config, held_out: list[str], others: list[str], work: Path
     """Train on `others`, apply to `held_out`; one row per held-out patient."""
     split, data, checkpoint = work / "split.json", work / "prepared", work / "run" / "last.pt"
     split.write_text(json.dumps({"training": others, "validation": held_out, "test": []}))
-    run("prepare.py", config.source, "--destination", data, "--split", split, "--keep-empty",
-        config.keep_empty, *shlex.split(config.prepare_options))  # fmt: skip
+    if config.label_every > 1:
+        thin_labels(config.source, work / "raw", config.label_every)
+    run("prepare.py", work / "raw" if config.label_every > 1 else config.source, "--destination",
+        data, "--split", split, "--keep-empty", config.keep_empty, "--label-every",
+        config.label_every, *shlex.split(config.prepare_options))  # fmt: skip
     prepared = read_json(data / "dataset.json")
     epochs = equal_steps(config, prepared)
     batch = ["--batch-size", config.batch_size] if config.batch_size else []
@@ -141,7 +160,8 @@ def one_round(config: Config, held_out: list[str], others: list[str], work: Path
                   checkpoint.parent, "--max-epochs", epochs, *batch,
                   *shlex.split(config.train_options))  # fmt: skip
     for variant, options in VARIANTS.items():
-        run("apply_model.py", "--split", "validation", "--data", data, "--checkpoint", checkpoint,
+        run("apply_model.py", *(config.source / "imagesTr" / f"{name}.nii.gz" for name in held_out),
+            "--truth", config.source / "labelsTr", "--checkpoint", checkpoint,
             "--destination", work / variant, *shlex.split(options))  # fmt: skip
     saved = load_checkpoint(checkpoint)
     return [
@@ -212,6 +232,7 @@ def main(config: Config) -> None:
         "keep_empty": config.keep_empty,
         "train_options": f"{config.recipe} {config.train_options}".strip(),
         "prepare_options": config.prepare_options,
+        "label_every": config.label_every,
         "epochs_over_all_subvolumes": config.epochs,
         "n": f"{len(table)} patients, each unseen by its network",
         "machine": machine(torch_too=True),

@@ -11,7 +11,6 @@ import inspect
 import operator
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from data.files import InputError, read_json
+from data.signals import interruptible, leave_unbegun, set_handlers
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -103,6 +103,7 @@ def read_settings(
     `recipes` maps a name, which may be the first word of the command line, to an explanation and
     the config whose values the options then override. The first recipe is the default.
     """
+    set_handlers(leave_unbegun)
     words, default = [word for word in sys.argv[1:] if word != "--debug"], None
     if recipes:
         named = bool(words) and not words[0].startswith("-")
@@ -238,8 +239,8 @@ def run_script(main: Callable[[Any], None], config: Any) -> None:
     """
     debug = "--debug" in sys.argv or bool(os.environ.get("LIVER_DEBUG"))
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        main(config)
+        with interruptible():
+            main(config)
     except KeyboardInterrupt as stop:
         print(f"interrupted; {str(stop) or 'run the same command again to go on'}", file=sys.stderr)
         sys.exit(130)
@@ -279,9 +280,9 @@ def check_types(content: Any, kinds: Mapping[str, Any], what: str, remedy: str) 
     if not isinstance(content, dict):
         raise InputError(f"{what}: must be a dictionary, got {type(content).__name__}; {remedy}")
     for name, kind in kinds.items():
-        if name not in content:
+        if name not in content and not isinstance(None, kind):  # what may be None may be left out
             raise InputError(f"{what}: {name} is missing; {remedy}")
-        if not isinstance(content[name], kind):
+        if not isinstance(content.get(name), kind):
             got = type(content[name]).__name__
             raise InputError(f"{what}: {name} has the wrong type, got {got}; {remedy}")
 

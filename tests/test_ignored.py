@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 
 import train
 from data.labels import IGNORED
-from preprocess import Chain, ValuesToClassesd
+from data.masks import list_cuts
+from preprocess import SLICE_MM, Chain, SliceSpacingd, ValuesToClassesd
 from utilities import predicted_classes
 
 
@@ -38,13 +40,53 @@ def test_what_nobody_judged_changes_neither_loss_nor_gradient(name, batch):
     assert torch.allclose(seen[0][1], seen[1][1])
 
 
-def test_dice_loss_of_the_judged_is_that_of_these_alone(batch):
+@pytest.mark.parametrize("name", train.LOSSES)
+def test_loss_of_the_judged_is_that_of_these_alone(name, batch):
+    """A quarter of the slices drawn must not make the cross-entropy a quarter of itself."""
     logits, label, _ = batch
-    loss = train.LOSSES["dice"](None)
-    half = logits.clone()[..., :4], label[..., :4]
+    loss = train.LOSSES[name](torch.tensor([0.5, 1.5]))
+    some = logits[..., :4].clone(), label[..., :4].clone()
     hidden = label.clone()
     hidden[..., 4:] = IGNORED
-    assert train.JudgedLoss(loss)(logits, hidden).item() == pytest.approx(loss(*half).item())
+    judged = train.JudgedLoss(loss)(logits, hidden)
+    assert judged.item() == pytest.approx(loss(*some).item(), rel=1e-5)
+
+
+def test_a_batch_that_nobody_judged_moves_nothing(batch):
+    logits, label, _ = batch
+    logits.requires_grad_()
+    loss = train.JudgedLoss(train.LOSSES["dice_ce"](None))
+    value = loss(logits, torch.full_like(label, IGNORED))
+    value.backward()
+    assert value.item() == 0 and not logits.grad.any()
+
+
+@pytest.mark.parametrize("every, size", [(2, 16), (3, 16), (4, 16), (8, 16), (15, 16), (4, 1)])
+def test_each_place_of_a_window_is_drawn_in_some_subvolume(every, size):
+    """Strided layers tell the places of a window apart: all must be learnt."""
+    cases = [list_cuts(100, size, every, shift / 20) for shift in range(20)]
+    for cuts in cases:
+        assert all(last - first == size and first >= 0 and last <= 100 for first, last in cuts)
+        assert {z for first, last in cuts for z in range(first, last)} == set(range(100))
+    drawn = {z - f for cuts in cases for f, last in cuts for z in range(f, last) if z % every == 0}
+    assert drawn == set(range(size))
+    assert list_cuts(10, 16, every, 0.5) == [(0, 10)]
+
+
+@pytest.mark.parametrize("drawn", range(4))
+def test_a_drawn_slice_between_two_slices_of_a_patch_is_not_lost(drawn):
+    """1 mm slices, every fourth drawn, at 4 mm: the nearest one is never a drawn one otherwise."""
+    label = torch.full((41, 2, 2), float(IGNORED))
+    label[drawn::4] = 1
+    slices = MetaTensor(label, meta={SLICE_MM: 1.0})
+    coarse = SliceSpacingd(["label"], 4.0)({"label": slices})["label"]
+    assert len(coarse) == 11 and (coarse == 1).all()
+
+
+def test_slices_that_are_all_judged_give_the_nearest_one():
+    slices = MetaTensor(torch.arange(41.0)[:, None, None], meta={SLICE_MM: 1.0})
+    coarse = SliceSpacingd(["label"], 3.7)({"label": slices})["label"].flatten()
+    assert np.abs(coarse.numpy() - 3.7 * np.arange(len(coarse))).max() <= 0.5
 
 
 def test_raw_values_become_ignored():

@@ -315,6 +315,14 @@ def test_the_lock_of_a_killed_process_is_taken_over_before_it_is_reaped(zombie, 
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
 
 
+def test_a_second_prepare_into_a_folder_is_refused(raw):
+    destination = raw.parent / "prepared"
+    with lock_folder(destination), pytest.raises(InputError, match=r"prepared: process \d+ on"):
+        run(raw)
+    assert not list(destination.rglob("*.json"))
+    assert len(run(raw)["cases"]) == 3
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_signal_ends_in_a_command_without_tracebacks(workers, tmp_path):
     raw = write_patients(tmp_path / "raw", affines=(None,) * 6)
