@@ -52,8 +52,8 @@ class Config:
     # never. "patches": cut at random from whole cases (prepare.py --subvolume-depth 0), at one
     # spacing along all three axes, which small tumours survive.
     sampling: Literal["subvolumes", "patches"] = "subvolumes"
-    # mm per voxel: x y (then resized), or x y z of patches; "median": that of the training patients
-    spacing: tuple[float, ...] | Literal["median"] = (1.0, 1.0)
+    spacing: tuple[float, ...] | Literal["median"] = (1.0, 1.0)  # mm: x y (then resized), or x y z
+    # of patches; "median" is that of the training patients.
     input_size: tuple[int, ...] = (256, 256)  # voxels, multiples of 8: x y, or x y z of patches
     hu_window: tuple[float, float] | None = (-200.0, 250.0)  # HU that become 0 and 1; soft tissue.
     # None, for MR: negatives become 0, then each slice is divided by its maximum. Of CT that makes
