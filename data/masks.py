@@ -170,8 +170,7 @@ def list_cuts(depth: int, size: int, every: int, shift: float) -> list[tuple[int
 
     Where only each `every`-th slice was drawn, the drawn ones lie elsewhere in each sub-volume:
     they overlap, and `shift` (0 to 1, of the scan) is where the first begins. A network of strided
-    layers tells the places of a window apart, and would learn nothing of those never drawn (liver
-    Dice 0.35 instead of 0.91 on whole phantoms).
+    layers tells the places of a window apart, and learns nothing of those that are never drawn.
     """
     if every == 1 or size >= depth:
         return list_slabs(depth, size, reach_back=True)
