@@ -6,18 +6,23 @@ A CT painted around a LiTS liver mask on its own grid, cut to 512 × 512 × 450,
 oracle that knows the liver, so that what is left is everything but the network: reading,
 preprocessing, the way back to the scan's grid, post-processing, writing, preview. The true mask
 against itself, moved, gives the evaluation's time on 512 × 512 × 300.
+The same is measured of an earlier commit, checked out beside this one (`--before`), in turns with
+it, in CPU seconds of one thread, which other programs on the machine disturb least: the ratios.
 Arithmetic is counted by torch on the real network, without running it. `--part round_trip` measures
 what a perfect network loses on the way to its grid and back. Writes benchmarks/results/apply.json.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from machine import DATA, RESULTS, machine, peak_mb
+from machine import DATA, RESULTS, ROOT, machine, name_command, peak_mb
 from monai.transforms import Compose
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -34,6 +39,7 @@ import apply_model
 import preprocess
 import utilities
 from data import make_phantoms
+from data.boxes import list_windows
 from data.evaluate import evaluate
 from data.files import read_json, write_json
 from data.labels import IMAGE, LABEL, USUAL_LABELS, index_classes
@@ -49,6 +55,8 @@ class Config:
     results: Path = RESULTS / "apply.json"  # JSON to write
     repeats: int = 3  # runs; the median counts
     every: int = 1  # of the LiTS masks in the round trip each such one
+    before: str = "13f3dc4"  # commit to compare with; empty: none
+    network: bool = True  # also time windows of the network of the defaults
     part: str = ""  # "round_trip" alone, or internal: what a process of its own measures
 
 
@@ -251,8 +259,8 @@ def arithmetic(shape: tuple[int, int, int]) -> dict:
     theirs = DynUNet(
         3, 1, 3, [3] * 6, [1, 2, 2, 2, 2, 2], [2] * 5, [32, 64, 128, 256, 320, 320]
     )  # fmt: skip
-    windows = apply_model.window_count((256, 256, shape[2]), **INFERENCE)
-    patches = apply_model.window_count(shape, (128, 128, 128), 0.5)
+    windows = len(list_windows((256, 256, shape[2]), **INFERENCE))
+    patches = len(list_windows(shape, (128, 128, 128), 0.5))
     each, patch = teraflops(unet(), (1, 1, 256, 256, 16)), teraflops(theirs, (1, 1, 128, 128, 128))
     return {
         "ours": {"network_evaluations": windows, "tflop_each": round(each, 3),
@@ -264,15 +272,67 @@ def arithmetic(shape: tuple[int, int, int]) -> dict:
     }  # fmt: skip
 
 
-def apart(config: Config, part: str, repeats: int) -> list[dict]:
-    """Each repeat in a process of its own, so that its peak memory is its own."""
-    command = [sys.executable, __file__, "--part", part, "--mask", str(config.mask),
-               "--livers", str(config.livers), "--work", str(config.work)]  # fmt: skip
-    runs = []
-    for _ in range(repeats):
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
-    return runs
+RUN = (  # a script whose stages are told in CPU seconds
+    "import runpy, sys, time; time.perf_counter = time.process_time; "
+    "sys.argv = sys.argv[1:]; sys.path.insert(0, 'benchmarks'); "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
+def apart(config: Config, part: str, root: Path = ROOT) -> dict:
+    """A part in a process of its own, of one thread, so that its peak memory is its own."""
+    command = [sys.executable, "-c", RUN, "benchmarks/apply.py", "--part", part, "--mask",
+               str(config.mask), "--livers", str(config.livers.resolve()),
+               "--work", str(config.work.resolve())]  # fmt: skip
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=root, env=alone, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def start_up(root: Path, words: Sequence[str]) -> float:
+    """CPU seconds of apply_model.py with some words."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "apply_model.py", *words]
+    subprocess.run(command, cwd=root, capture_output=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@contextlib.contextmanager
+def checked_out(config: Config) -> Iterator[dict[str, Path]]:
+    """This code, and beside it that of the earlier commit."""
+    if not config.before:
+        yield {"now": ROOT}
+        return
+    beside = config.work / "before"
+    add = ["git", "worktree", "add", "--detach", "--force", str(beside), config.before]
+    subprocess.run(add, cwd=ROOT, check=True, capture_output=True)
+    try:
+        yield {"before": beside, "now": ROOT}
+    finally:
+        remove = ["git", "worktree", "remove", "--force", str(beside)]
+        subprocess.run(remove, cwd=ROOT, check=True)
+
+
+def compare(config: Config) -> tuple[dict[str, list[dict]], dict[str, Any]]:
+    """Runs of both, in turns; and of each figure both medians and their ratio."""
+    runs: dict[str, list[dict]] = {}
+    with checked_out(config) as roots:
+        for _ in range(config.repeats):
+            for name, root in roots.items():
+                run = apart(config, "case", root)
+                run["help_s"] = start_up(root, ["--help"])
+                run["until_checkpoint_s"] = start_up(root, ["none.nii.gz", "--checkpoint", "none"])
+                runs.setdefault(name, []).append(run)
+    figures: dict[str, Any] = {}
+    keys = ("all_but_network_and_evaluation_s", "evaluation_s",
+            "help_s", "until_checkpoint_s", "peak_mb")  # fmt: skip
+    for key in keys:
+        medians = {name: statistics.median(run[key] for run in some) for name, some in runs.items()}
+        figures[key] = {name: round(value, 2) for name, value in medians.items()}
+        if "before" in medians:
+            figures[key]["ratio"] = round(medians["now"] / medians["before"], 3)
+    return runs, figures
 
 
 PARTS = {
@@ -290,30 +350,22 @@ def main(config: Config) -> None:
         print(json.dumps(PARTS[config.part](config)))
         return
     paint(config)
-    runs = {part: apart(config, part, config.repeats) for part in ("case", "evaluation")}
-    runs["network"] = apart(config, "network", 1)
-
-    def median(part: str, key: str) -> float:
-        return round(statistics.median(run[key] for run in runs[part]), 2)
-
+    runs, figures = compare(config)
     about = {
-        "command": "python benchmarks/apply.py --livers ../shared/data/lits_labels",
+        "command": name_command(),
         "data": f"CT painted around LiTS mask {config.mask}, cut to 512x512x450, int16 .nii.gz; "
         "evaluation: 300 slices of its label map, liver and tumour, moved by 2, 2, 1 voxels",
-        "n": f"{config.repeats} runs of 1 scan, medians; with the network 1 run",
+        "n": f"{config.repeats} runs of 1 scan, in turns; medians of CPU seconds, one thread",
+        "before": config.before,
         "machine": machine(),
     }
-    found = {
-        "all_but_network_and_evaluation_s": median("case", "all_but_network_and_evaluation_s"),
-        "peak_mb_without_network": max(run["peak_mb"] for run in runs["case"]),
-        "peak_mb": runs["network"][0]["peak_mb"],
-        "network_seconds_per_window": runs["network"][0]["seconds_per_window"],
-        "evaluation_512x512x300_s": median("evaluation", "evaluation_s"),
-        "arithmetic": arithmetic((512, 512, 450)),
-    }
+    found = {"figures": figures, "arithmetic": arithmetic((512, 512, 450))}
     known = read_json(config.results) if config.results.exists() else {}
-    kept = {key: known[key] for key in ("round_trip",) if key in known}
-    write_json({**about, **found, "runs": runs, **kept}, config.results)
+    kept = ["round_trip"] if config.network else ["round_trip", "with_network"]
+    if config.network:
+        found["with_network"] = apart(config, "network")
+    rest = {key: known[key] for key in kept if key in known}
+    write_json({**about, **found, "runs": runs, **rest}, config.results)
     print(json.dumps(found, indent=1))
 
 

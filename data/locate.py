@@ -46,7 +46,8 @@ class Look:
         """Number and box of each window that is still to be asked, by the `answers` so far.
 
         `answers`: number of a window → its box and its scores (C, x, y, z), above 0 where an organ
-        is. Where nothing was found all windows follow, cut to the `body`.
+        is. Where nothing was found all windows follow, cut to the `body`. A window is asked again
+        only where less than half of the margin is left around what was found.
         """
         ml, found = math.prod(self.spacing_mm) / 1000, []
         for box, scores in answers.values():
@@ -56,22 +57,23 @@ class Look:
                 found.append(shift(inner, [part.start for part in box]))
         self.box = self.grow(enclose(*found), windows) if found else None
         near, wanted = self.box or body, {}
+        least = self.grow(enclose(*found), windows, 0.5) if found else body
         for number, window in enumerate(windows):
             if self.box is None or is_overlapping(window, near):
-                cut = self.cut(window, near)
-                if number not in answers or enclose(cut, answers[number][0]) != answers[number][0]:
-                    wanted[number] = cut
+                asked, needed = answers.get(number, (None, None))[0], self.cut(window, least)
+                if asked is None or enclose(needed, asked) != asked:
+                    wanted[number] = self.cut(window, near)
         return wanted
 
-    def grow(self, box: Box, windows: Sequence[Box]) -> Box:
-        """A box with the margin around it, within the volume."""
-        whole, margins = enclose(*windows), zip(MARGIN_MM, self.spacing_mm, strict=True)
-        return tuple(
-            slice(max(part.start - reach, 0), min(part.stop + reach, size.stop))
-            for part, size, reach in zip(
-                box, whole, (math.ceil(m / mm) for m, mm in margins), strict=True
-            )
-        )
+    def grow(self, box: Box, windows: Sequence[Box], part_of_margin: float = 1.0) -> Box:
+        """A box with (a part of) the margin around it, within the volume."""
+        grown = []
+        for part, size, margin, mm in zip(
+            box, enclose(*windows), MARGIN_MM, self.spacing_mm, strict=True
+        ):
+            reach = math.ceil(part_of_margin * margin / mm)
+            grown.append(slice(max(part.start - reach, 0), min(part.stop + reach, size.stop)))
+        return tuple(grown)
 
     def cut(self, window: Box, near: Box) -> Box:
         """The part of a window, in plane, that holds `near`: its corners on the network's grain, so
