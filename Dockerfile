@@ -6,7 +6,7 @@ FROM python:3.12-slim
 
 # What VTK draws with where there is no display, and the Makefile's make.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends make libgl1 libglx-mesa0 libosmesa6 libxrender1 libgomp1 \
+    && apt-get install -y --no-install-recommends make libegl1 libgl1 libglx-mesa0 libgomp1 libxrender1 \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /liver
