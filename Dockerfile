@@ -1,12 +1,13 @@
 # docker build -t liver .                           torch for the CPU
 # docker build -t liver --build-arg TORCH=cu126 .   for NVIDIA's GPUs; run it with --gpus all
 # docker run --rm liver                             the demo
-# docker run --rm -v "$PWD/data:/liver/data" -v "$PWD/results:/liver/results" liver python apply_model.py data/scan.nii.gz --checkpoint checkpoints/starter.pt
+# docker run --rm -v "$PWD:/scans" liver python apply_model.py /scans/ct.nii.gz \
+#     --checkpoint checkpoints/starter.pt --destination /scans/results
 FROM python:3.12-slim
 
 # What VTK draws with where there is no display, and the Makefile's make.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends make libgl1 libglx-mesa0 libosmesa6 libxrender1 libgomp1 \
+    && apt-get install -y --no-install-recommends make libegl1 libgl1 libglx-mesa0 libgomp1 libxrender1 \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /liver

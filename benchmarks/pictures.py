@@ -1,8 +1,8 @@
 """Remake the pictures of README and docs: `make pictures`, after `make demo`.
 
-Everything is drawn from phantoms; no picture of a patient is in this repository. The first picture
-is of a finer phantom than the demo's (1.5 mm in plane, with tumours), its prediction that of the
-starter weights, which never saw a phantom.
+Everything is drawn from phantoms; no picture of a patient is in this repository. Most are of a
+finer phantom than the demo's (1.6 mm, with tumours), its prediction that of the starter weights,
+which never saw a phantom. The curves are of a training from nothing on the demo's phantoms.
 """
 
 import shutil
@@ -28,8 +28,9 @@ from data.pictures import (
 )
 
 DEMO, PICTURES = ROOT / "data" / "demo", ROOT / "docs" / "pictures"
-FINE = DEMO / "fine"
+FINE, FOUND = DEMO / "fine", DEMO / "fine_results"
 PHANTOM = "--cases 1 --first 4 --size 256 --slices 112 112 --tumours 3 3 --seed 5"
+SCRATCH = "--base-channels 8 --batch-size 4 --learning-rate 2e-3 --max-epochs 12"
 PAPER, INK = "white", "#222222"
 
 
@@ -39,9 +40,9 @@ def make_fine_phantom() -> tuple[Path, Path, Path]:
         run("data/make_phantoms.py", "--destination", FINE, *PHANTOM.split())
     scan, label = (next((FINE / kind).iterdir()) for kind in ("imagesTr", "labelsTr"))
     starter = ROOT / "checkpoints" / "starter.pt"
-    run("apply_model.py", scan, "--checkpoint", starter, "--destination", FINE / "results")
+    run("apply_model.py", scan, "--truth", label, "--checkpoint", starter, "--destination", FOUND)
     name = scan.name.removesuffix(".nii.gz")
-    return scan, label, FINE / "results" / name / f"{name}_label.nii.gz"
+    return scan, label, FOUND / name / f"{name}_label.nii.gz"
 
 
 def run(*command: object) -> None:
@@ -99,6 +100,15 @@ def overview(scan_path: Path, label_path: Path, found_path: Path) -> Figure:
     return figure
 
 
+def train_from_nothing() -> None:
+    """12 epochs of a small 3D U-Net on 16-slice sub-volumes of the demo's phantoms."""
+    data, small = DEMO / "subvolumes", ("--spacing", 4, 4, "--input-size", 64, 64)
+    if not (DEMO / "scratch" / "last.pt").exists():
+        run("prepare.py", DEMO / "raw", "--destination", data)
+        run("preprocess.py", "--data", data, *small)
+        run("train.py", "--data", data, "--run-folder", DEMO / "scratch", *small, *SCRATCH.split())
+
+
 def shrink(path: Path, colours: int = 256) -> None:
     """A PNG of few colours: a third of the bytes, which nobody sees."""
     Image.open(path).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(
@@ -108,13 +118,14 @@ def shrink(path: Path, colours: int = 256) -> None:
 
 def main() -> None:
     save_figure(overview(*make_fine_phantom()), PICTURES / "overview.png")
-    case = min(path.name for path in (DEMO / "results").iterdir() if path.is_dir())
+    run("-m", "data.check", FINE, "--destination", DEMO / "fine_check")
+    train_from_nothing()
     for source, name in (
-        (DEMO / "run" / "curves.png", "curves.png"),
-        (DEMO / "run" / "preview.png", "preview.png"),
-        (DEMO / "prepared" / "preprocess.png", "preprocess.png"),
-        (DEMO / "prepared" / "check" / f"{case}.png", "check.png"),
-        (DEMO / "results" / case / f"{case}_preview.png", "result.png"),
+        (DEMO / "scratch" / "curves.png", "curves.png"),
+        (DEMO / "scratch" / "preview.png", "preview.png"),
+        (DEMO / "subvolumes" / "preprocess.png", "preprocess.png"),
+        (next((DEMO / "fine_check").glob("*.png")), "check.png"),
+        (next((FOUND).glob("*/*_preview.png")), "result.png"),
     ):
         shutil.copyfile(source, PICTURES / name)
         shrink(PICTURES / name)
