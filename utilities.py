@@ -689,7 +689,7 @@ def tell_pace(
     whole = epoch * count
     text = f"an epoch takes about {format_seconds(epoch)}, {count} about {format_seconds(whole)}"
     if run.device.type == "cpu" and whole > LONG_SECONDS:
-        text += "; for this CPU there is a smaller one: python train.py laptop"
+        text += "; the recipe for a CPU is python train.py laptop (docs/recipes.md)"
     tqdm.write(text)
 
 

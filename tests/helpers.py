@@ -276,6 +276,9 @@ def tiny(name: str, prepared, whole_cases, run, **changes) -> train.Config:
     recipe = train.RECIPES[name][1]
     if recipe.network == "resnet34_unet":  # five halvings must leave a pixel
         changes = {"input_size": (32, 32), "spacing": (8.0, 8.0), **changes}
+    if recipe.pretrained:
+        begin = {"pretrained": ROOT / recipe.pretrained, "base_channels": recipe.base_channels}
+        changes = {**begin, **changes}
     data = whole_cases if recipe.sampling == "patches" else prepared
     small = {**TINY, **TINY_IN[recipe.sampling], "data": data, "run_folder": run, **changes}
     return dataclasses.replace(recipe, **small)
