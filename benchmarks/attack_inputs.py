@@ -162,8 +162,8 @@ def make_inputs(demo: Demo, folder: Path) -> dict[str, str]:
     return places | {name: "no file" for name in odd}
 
 
-def list_doors(demo: Demo, folder: Path, work: Path) -> Iterator[tuple[Step, Callable]]:
-    """Scripts that read them, and what says whether a case was done."""
+def list_doors(demo: Demo, folder: Path, work: Path) -> Iterator[Step]:
+    """Scripts that read them."""
     scans, labels = folder / "imagesTr", folder / "labelsTr"
 
     def cut(out: Path) -> None:
@@ -182,22 +182,19 @@ def list_doors(demo: Demo, folder: Path, work: Path) -> Iterator[tuple[Step, Cal
         config = {"paths": paths, "screenshot": out / "a.png", "size": (64, 64)}
         visualize_3d.main(visualize_3d.Config(**config))
 
-    def is_listed(out: Path, name: str) -> bool:
-        table = out / "results.csv"
-        return table.is_file() and any(
-            row["case"] == make_safe(name) for row in read_csv(table, ["case"])
-        )
+    doors = {"prepare.py": cut, "apply_model.py": segment, "data.evaluate": measure}
+    doors["visualize_3d.py"] = view
+    for name, call in doors.items():
+        yield Step(name, call, 0)
 
-    yield (
-        Step("prepare.py", cut, 0),
-        lambda out, n: (out / "subvolumes" / n / "case.json").is_file(),
-    )
-    yield Step("apply_model.py", segment, 0), is_finished
-    yield Step("data.evaluate", measure, 0), is_listed
-    yield (
-        Step("visualize_3d.py", view, 0),
-        lambda out, n: any(make_safe(n) in p.name for p in out.glob("*.png")),
-    )
+
+def is_done(out: Path, case: str) -> bool:
+    """Whether a script wrote what it writes for a case, by the safe name that it has."""
+    name, table = make_safe(case), out / "results.csv"
+    files = [out / "subvolumes" / name / "case.json", out / name / f"{name}.json"]
+    if any(file.is_file() for file in files) or any(name in p.stem for p in out.glob("*.png")):
+        return True
+    return table.is_file() and any(row["case"] == name for row in read_csv(table, ["case"]))
 
 
 def attack_inputs(work: Path, config: Config) -> Iterator[Attempt]:
@@ -206,7 +203,7 @@ def attack_inputs(work: Path, config: Config) -> Iterator[Attempt]:
     os.environ["TQDM_DISABLE"] = "1"
     places = make_inputs(demo, work / "raw")
     write_series(work / "series", np.zeros((12, 11, 10), np.int16))
-    for step, is_done in list_doors(demo, work / "raw", work):
+    for step in list_doors(demo, work / "raw", work):
         out = work / "out" / step.name
         out.parent.mkdir(exist_ok=True)
         code, told = wait_for(*fork_step(step, out))
