@@ -111,7 +111,7 @@ def main(config: Config) -> None:
     if not outputs:
         open_window(paths, config)
         return
-    names = Counter(name_case(path.resolve()) for path in paths)
+    names = Counter(name_case(Path(os.path.abspath(path))) for path in paths)  # noqa: PTH100
     if twice := [name for name, count in names.items() if count > 1]:
         raise InputError(f"two cases are called {twice[0]}: draw them one after the other")
     failed = []

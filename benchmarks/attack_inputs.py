@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +23,8 @@ import apply_model
 import prepare
 import visualize_3d
 from data import evaluate
-from data.cases import find_scans
 from data.files import read_csv
+from data.names import make_safe
 
 Pair = tuple[nib.Nifti1Image, nib.Nifti1Image]
 
@@ -153,15 +154,16 @@ def make_inputs(demo: Demo, folder: Path) -> dict[str, str]:
         places[name] = what
         for one, path in zip(files[5], place(name), strict=True):
             shutil.copy(one, path)
-    place("folder")[0].mkdir()
-    shutil.copy(files[4][1], place("folder")[1])
-    place("loop")[0].symlink_to(place("loop")[0])
-    shutil.copy(files[4][1], place("loop")[1])
-    return places | {"folder": "a folder", "loop": "a link to itself"}
+    odd = {"a_folder": Path.mkdir, "a_loop": lambda path: path.symlink_to(path)}
+    odd |= {"a_dead_link": lambda path: path.symlink_to("gone"), "a_pipe": os.mkfifo}
+    for name, make_odd in odd.items():
+        make_odd(place(name)[0])
+        shutil.copy(files[4][1], place(name)[1])
+    return places | {name: "no file" for name in odd}
 
 
-def list_doors(demo: Demo, folder: Path, work: Path) -> Iterator[tuple[Step, Callable]]:
-    """Scripts that read them, and what says whether a case was done."""
+def list_doors(demo: Demo, folder: Path, work: Path) -> Iterator[Step]:
+    """Scripts that read them."""
     scans, labels = folder / "imagesTr", folder / "labelsTr"
 
     def cut(out: Path) -> None:
@@ -176,31 +178,32 @@ def list_doors(demo: Demo, folder: Path, work: Path) -> Iterator[tuple[Step, Cal
 
     def view(out: Path) -> None:
         out.mkdir()
-        paths = tuple(path for path in sorted(scans.iterdir()) if not path.is_symlink())
+        paths = tuple(path for path in sorted(scans.iterdir()) if not path.is_dir())
         config = {"paths": paths, "screenshot": out / "a.png", "size": (64, 64)}
         visualize_3d.main(visualize_3d.Config(**config))
 
-    def is_listed(out: Path, name: str) -> bool:
-        table = out / "evaluation.csv"
-        return table.is_file() and any(row["case"] == name for row in read_csv(table, ["case"]))
+    doors = {"prepare.py": cut, "apply_model.py": segment, "data.evaluate": measure}
+    doors["visualize_3d.py"] = view
+    for name, call in doors.items():
+        yield Step(name, call, 0)
 
-    yield (
-        Step("prepare.py", cut, 0),
-        lambda out, n: (out / "subvolumes" / n / "case.json").is_file(),
-    )
-    yield Step("apply_model.py", segment, 0), lambda out, n: (out / n / f"{n}.json").is_file()
-    yield Step("data.evaluate", measure, 0), is_listed
-    yield Step("visualize_3d.py", view, 0), lambda out, n: any(out.glob(f"*{n}*.png"))
+
+def is_done(out: Path, case: str) -> bool:
+    """Whether a script wrote what it writes for a case, by the safe name that it has."""
+    name, table = make_safe(case), out / "results.csv"
+    files = [out / "subvolumes" / name / "case.json", out / name / f"{name}.json"]
+    if any(file.is_file() for file in files) or any(name in p.stem for p in out.glob("*.png")):
+        return True
+    return table.is_file() and any(row["case"] == name for row in read_csv(table, ["case"]))
 
 
 def attack_inputs(work: Path, config: Config) -> Iterator[Attempt]:
     """Every bad case through every script."""
-    demo, _ = build_demo(config)
+    demo = build_demo(config)
     os.environ["TQDM_DISABLE"] = "1"
     places = make_inputs(demo, work / "raw")
     write_series(work / "series", np.zeros((12, 11, 10), np.int16))
-    assert find_scans(work / "raw" / "imagesTr")
-    for step, is_done in list_doors(demo, work / "raw", work):
+    for step in list_doors(demo, work / "raw", work):
         out = work / "out" / step.name
         out.parent.mkdir(exist_ok=True)
         code, told = wait_for(*fork_step(step, out))
@@ -215,7 +218,8 @@ def attack_inputs(work: Path, config: Config) -> Iterator[Attempt]:
 
 def judge(name: str, told: str, done: bool) -> Outcome:
     """Done, or named in a line of what was said; one that tells an unexpected error is a fault."""
-    lines = [line for line in told.splitlines() if name.splitlines()[0] in line]
+    part = max(re.findall(r"[a-z0-9_ ]+", name), key=len)[:60]  # names are told in safe signs
+    lines = [line for line in told.splitlines() if part in line]
     strange = [line for line in lines if "Error: " in line]
     if strange:
         return "other exception", strange[0][:300]

@@ -149,7 +149,7 @@ def list_targets(demo: Demo) -> Iterator[Target]:
 
 def attack_json(work: Path, config: Config) -> Iterator[Attempt]:
     """Damaged records of ours, of other programs, and settings of a checkpoint."""
-    sound, _ = build_demo(config)
+    sound = build_demo(config)
     shutil.copytree(sound.folder, work / "demo")
     demo = Demo(work / "demo")
     again = prepare.Config(source=demo.raw, destination=demo.prepared, workers=1, overwrite=True)

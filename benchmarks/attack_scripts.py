@@ -271,7 +271,7 @@ def go_on(step: Step, folder: Path, unbroken: Unbroken, what: str) -> Outcome:
 
 
 def prepare_steps(work: Path, config: Config) -> Iterator[tuple[Step, Path, Unbroken]]:
-    demo, _ = build_demo(config)
+    demo = build_demo(config)
     os.environ["TQDM_DISABLE"] = "1"
     get_context("forkserver").set_forkserver_preload(["data.check"])  # one for all children
     with signals_ignored():

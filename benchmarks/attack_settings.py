@@ -222,7 +222,7 @@ def judge_range(script: str, name: str, value: Any) -> Outcome:
 
 def attack_settings(work: Path, config: Config) -> Iterator[Attempt]:
     """Each setting outside its range, and command lines that cannot work."""
-    demo, _ = build_demo(config)
+    demo = build_demo(config)
     ranges = list(list_ranges())
     for script in SCRIPTS:
         some = [entry for entry in ranges if entry[0] == script]

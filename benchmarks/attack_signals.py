@@ -91,7 +91,7 @@ def judge_end(job: Job, code: int, errors: str) -> Outcome:
 
 def attack_signals(work: Path, config: Config) -> Iterator[Attempt]:
     """prepare.py, train.py and apply_model.py, each stopped by both signals."""
-    demo, _ = build_demo(config)
+    demo = build_demo(config)
     for job in list_jobs(demo, work):
         for kind in (signal.SIGTERM, signal.SIGINT):
             for _ in range(1 if config.quick else 2):

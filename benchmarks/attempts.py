@@ -6,12 +6,10 @@ Shared by the attacks of `reliability.py`, each of which yields how its attempts
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import resource
 import signal
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,7 +19,14 @@ from typing import Any
 
 from machine import RESULTS, ROOT
 
+import apply_model
+import prepare
+import train
+from data import make_phantoms
 from data.files import InputError
+
+sys.path.append(str(ROOT / "tests"))
+from children import draw_nothing
 
 SOUND, REFUSED = "sound", "refused"
 FAULTS = (
@@ -168,22 +173,10 @@ class Demo:
         return self.raw / "labelsTr" / "phantom_000.nii.gz"
 
 
-WATCHED = """
-import runpy, sys
-def watch(event, arguments):
-    if event in ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto"):
-        address = arguments[-1] if event != "socket.getaddrinfo" else arguments[0]
-        if not isinstance(address, (str, bytes)) or event == "socket.getaddrinfo":
-            print("SOCKET", event, address, file=sys.stderr)
-            raise OSError("no connection is allowed here")
-sys.addaudithook(watch)
-sys.argv = sys.argv[1:]
-if sys.argv[0] == "-m":
-    del sys.argv[0]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-else:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+SMALL = {
+    "input_size": (32, 32), "spacing": (12.0, 12.0), "base_channels": 4, "device": "cpu",
+    "precision": "fp32",
+}  # fmt: skip
 TINY = "--input-size 32 32 --spacing 12 12 --base-channels 4 --device cpu --precision fp32"
 
 
@@ -193,44 +186,23 @@ def environment() -> dict[str, str]:
     return {**os.environ, **more, "TQDM_DISABLE": "1"}
 
 
-def build_demo(config: Config) -> tuple[Demo, list[Outcome]]:
-    """Run the scripts once, watched for connections; how each ended, by its name."""
-    demo, log = Demo(config.work / "demo"), config.work / "demo" / "log.json"
-    if log.is_file():
-        return demo, [tuple(entry) for entry in json.loads(log.read_text())]
-    demo.folder.mkdir(parents=True)
-    steps = [
-        f"data/make_phantoms.py --destination {demo.raw} --cases 6 --size 32",
-        f"prepare.py {demo.raw} --destination {demo.prepared} --workers 1",
-        f"preprocess.py --data {demo.prepared} --input-size 32 32 --spacing 12 12",
-        f"train.py --data {demo.prepared} --run-folder {demo.run} --max-epochs 1 {TINY}",
-        f"apply_model.py {demo.raw / 'imagesTr'} --truth {demo.raw / 'labelsTr'} --device cpu "
-        f"--checkpoint {demo.run / 'best.pt'} --destination {demo.results}",
-        f"visualize_3d.py {demo.scan} --label {demo.truth} --screenshot {demo.folder / 'view.png'} "
-        f"--html {demo.folder / 'view.html'}",
-        f"-m data.evaluate {demo.results} {demo.raw / 'labelsTr'} "
-        f"--destination {demo.folder / 'evaluation'}",
-    ]
-    ends = [_run_watched(step) for step in steps]
-    log.write_text(json.dumps(ends))
-    return demo, ends
+def build_demo(config: Config) -> Demo:
+    """Run the scripts once, forked from this process."""
+    demo = Demo(config.work / "demo")
 
+    def build(write: Callable[[Any], None]) -> None:
+        try:
+            draw_nothing()
+            make_phantoms.main(make_phantoms.Config(destination=demo.raw, cases=6, size=32))
+            prepare.main(prepare.Config(source=demo.raw, destination=demo.prepared, workers=1))
+            given = {"data": demo.prepared, "run_folder": demo.run, "max_epochs": 1}
+            train.main(train.Config(**given, **SMALL))
+            given = {"checkpoint": demo.run / "best.pt", "destination": demo.results}
+            given |= {"paths": (demo.raw / "imagesTr",), "truth": (demo.raw / "labelsTr",)}
+            apply_model.main(apply_model.Config(device="cpu", **given))
+        except BaseException as error:
+            write(f"{type(error).__name__}: {error}")
 
-def _run_watched(step: str) -> Outcome:
-    script, *arguments = step.split()
-    command = [sys.executable, "-c", WATCHED, script, *arguments]
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment(),
-            text=True,
-            capture_output=True,
-            timeout=2 * WAITING,
-        )
-    except subprocess.TimeoutExpired:
-        return "hang", script
-    outcome = "other exception" if done.returncode else SOUND
-    if "SOCKET" in done.stderr:
-        outcome = "socket opened"
-    return outcome, f"{script} {done.stderr[-300:] if outcome != SOUND else ''}"
+    if not demo.folder.is_dir() and (failed := in_child(build)[0]):
+        raise RuntimeError(f"nothing to attack: {failed[0]}")
+    return demo

@@ -63,13 +63,14 @@ class Row:
     """How the attempts of one row of the table ended."""
 
     counts: Counter = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)  # the first few, to repeat them
+    faults: list[str] = field(default_factory=list)  # some of each kind, to repeat them
     told: str = ""  # by the last attempt that was sound
 
     def add(self, attempt: Attempt) -> None:
         self.counts[attempt.outcome] += 1
-        if attempt.outcome in FAULTS and len(self.faults) < 5:
-            self.faults.append(f"{attempt.outcome}: {attempt.detail}")
+        if attempt.outcome in FAULTS:
+            if self.counts[attempt.outcome] <= 4:
+                self.faults.append(f"{attempt.outcome}: {attempt.detail}")
         elif attempt.outcome == SOUND:
             self.told = attempt.detail
 

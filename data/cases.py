@@ -343,6 +343,8 @@ def hash_files(files: Iterable[Path]) -> str:
     together = hashlib.sha256()
     for path in files:
         try:
+            if not path.is_file():  # a pipe would let us wait for ever
+                raise FileNotFoundError
             with path.open("rb") as stream:
                 together.update(hashlib.file_digest(stream, "sha256").digest())
         except OSError as error:

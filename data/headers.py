@@ -25,6 +25,8 @@ REMEDY = "export the series again from its source, or leave this file out"
 def is_dicom(path: Path) -> bool:
     """True for a DICOM file (part 10: `DICM` after 128 bytes), whatever its name; no DICOMDIR."""
     try:
+        if not path.is_file():  # a pipe would let us wait for ever
+            return False
         with path.open("rb") as stream:
             start = stream.read(1024)
     except OSError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,8 +55,9 @@ def find_cases(config: Any, read_fold: Callable[[Path], int]) -> list[Case]:
     if not config.paths:
         raise InputError("nothing to segment: give CT volumes, or --split test")
     scans = [scan for path in config.paths for scan in find_scans(path)]
-    if twice := [scan for scan, n in Counter(map(Path.resolve, scans)).items() if n > 1]:
-        raise InputError(f"two volumes are called {name_case(twice[0])}: {twice[0]} is given twice")
+    if twice := [scan for scan, n in Counter(map(os.path.realpath, scans)).items() if n > 1]:
+        name = name_case(Path(twice[0]))
+        raise InputError(f"two volumes are called {name}: {twice[0]} is given twice")
     names = name_scans(scans, config.paths[0] if len(config.paths) == 1 else None)
     cases = zip(names, scans, pair_truths(scans, config.truth), strict=True)
     return [Case(*case, alone=len(scans) == 1) for case in cases]

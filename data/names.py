@@ -182,9 +182,10 @@ def name_apart(parts: Sequence[Sequence[str]]) -> list[str]:
 
 def name_scans(paths: Sequence[Path], root: Path | None = None) -> list[str]:
     """Unique safe case names: the last name, with the folders below `root` where it comes twice."""
-    top = Path("/") if root is None else root.resolve()
+    there = os.path.abspath  # a link has its own name, and may lead nowhere
+    top = Path("/") if root is None else Path(there(root))
     parts = []
-    for path in map(Path.resolve, paths):
+    for path in map(Path, map(there, paths)):
         inside = path.is_relative_to(top) and path != top
         folders = path.relative_to(top).parts[:-1] if inside else path.parts[1:-1]
         parts.append((*folders, name_case(path)))
@@ -263,10 +264,20 @@ def pair_by_name(scans: Sequence[Path], truths: Sequence[Path]) -> list[Path | N
 
 
 def list_plain_files(folder: Path) -> list[Path]:
-    """The files in a folder that are not hidden, in the order of their names."""
+    """What is not hidden in a folder, nor a folder, in the order of the names.
+
+    Links that lead nowhere too, so that whoever reads them names them.
+    """
     with os.scandir(folder) as entries:
-        names = [e.name for e in entries if not e.name.startswith(".") and e.is_file()]
+        names = [e.name for e in entries if not e.name.startswith(".") and not _is_folder(e)]
     return [folder / name for name in sorted(names)]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def list_below(folder: Path, exclude: Path | None = None) -> list[Path]:

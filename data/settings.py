@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import io
 import operator
 import os
 import re
@@ -241,6 +242,9 @@ def run_script(main: Callable[[Any], None], config: Any) -> None:
     LIVER_DEBUG=1, every error shows its traceback.
     """
     debug = "--debug" in sys.argv or bool(os.environ.get("LIVER_DEBUG"))
+    for stream in (sys.stdout, sys.stderr):  # names of files need be no UTF-8, nor a console
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with interruptible():
             main(config)

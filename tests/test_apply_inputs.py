@@ -195,6 +195,11 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def link(path: Path, to: Path | str) -> None:
+    path.unlink()
+    path.symlink_to(to)
+
+
 SPOILERS = {
     "nan": (with_value(np.nan), "NaN or infinite"),
     "inf": (with_value(-np.inf), "NaN or infinite"),
@@ -203,6 +208,8 @@ SPOILERS = {
     "empty": (lambda path: path.write_bytes(b""), "."),
     "missing voxels": (lambda path: path.write_bytes(gzip.compress(b"\0" * 348)), "."),
     "4D": (lambda path: save(np.zeros((8, 8, 8, 3), np.int16), path), "one 3D volume"),
+    "dead link": (lambda path: link(path, "b_bad.nii.gz.gone"), "no such file"),
+    "link to itself": (lambda path: link(path, path), "no such file"),
     "all air": (lambda path: save(np.full(SHAPE, -1000, np.int16), path), "every voxel is"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -339,6 +340,15 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(InputError, match="may not be read"):
         read_volume(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes as of POSIX")
+@pytest.mark.parametrize("name", ["scan.nii.gz", "scan", "scan.mha"])
+def test_a_pipe_is_no_file_and_nobody_waits_for_it(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    for use in (read_scan, lambda path: hash_inputs([path])):
+        with pytest.raises(InputError, match=rf"{name}: no such file"):
+            use(tmp_path / name)
 
 
 @pytest.mark.parametrize("cut", [10, 200, 348, 400])

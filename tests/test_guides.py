@@ -58,6 +58,7 @@ def test_recipes(raw_phantoms, few, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     link(tmp_path / "data/raw", raw_phantoms)
     link(tmp_path / "data/prepared", few)
+    link(tmp_path / "checkpoints/starter.pt", ROOT / "checkpoints/starter.pt")
     used = set()
     for line in commands("docs/recipes.md"):
         small = {"prepare.py": "--workers 1", "apply_model.py": "--device cpu"}
@@ -65,7 +66,8 @@ def test_recipes(raw_phantoms, few, tmp_path, monkeypatch):
             used.add(name)
             patches = train.RECIPES[name][1].sampling == "patches"
             sizes = PATCHES if patches else LARGER if "resnet" in name else SUBVOLUMES
-            small["train.py"] = f"{sizes} {NETWORK} --max-epochs 1 --batch-size 8"
+            network = "" if train.RECIPES[name][1].pretrained else NETWORK
+            small["train.py"] = f"{sizes} {network} --max-epochs 1 --batch-size 8"
         follow(line, small[line.split()[1]])
     assert used == set(list(train.RECIPES)[1:])  # the first one is `python train.py` alone
     table = PAGES["docs/recipes.md"]
