@@ -186,7 +186,7 @@ def test_only_settings_of_several_numbers_take_a_list(name):
     """A list in the place of a number would fail hours later."""
     low, _, _, _, high = LIMITS[name].split()
     middle = 1 if float(low) < 1 <= float(high) else float(low)
-    middle = 0.5 if name in ("scaling", "ema_decay", "overlap") else middle
+    middle = 0.5 if name in ("scaling", "ema_decay", "overlap", "dropout") else middle
     check_settings({name: (0.0, 1.0) if name == "hu_window" else middle})
     if name not in SEVERAL:
         with pytest.raises(InputError, match=f"--{name.replace('_', '-')}"):
