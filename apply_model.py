@@ -8,7 +8,7 @@ For each case, `results/<case>/` receives the label map and the masked volume on
 grid (shape, affine, qform and sform), a preview picture and the measurements. Everything that
 belongs to the network (spacing, HU window, labels, …) comes from the checkpoint. Cases that are
 finished, and whose results are whole, are skipped; one that fails is reported at the end; under
-torchrun each process takes its share.
+torchrun each process takes its share. Next: visualize_3d.py.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Options:
     fill_holes: bool = True  # close cavities inside an organ
     tumour_inside: bool = True  # drop tumours that touch no kept organ
     probability: bool = False  # also the probability of foreground, 0..1
+    locate: bool = False  # find the organ with every n-th window, then segment its box
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Config(Options):
     checkpoint: Path = Path("checkpoints/liver/best.pt")  # of train.py, or the run's folder
     folds: tuple[Path, ...] = ()  # more checkpoints, averaged with the first
     destination: Path = Path("results")  # a folder per case is made in it
+    export_bundle: Path | None = None  # segment nothing: write the network there, as MONAI bundle
     split: Literal["training", "validation", "test"] | None = None  # cases of prepared data instead
     data: Path = Path("data/prepared")  # what prepare.py wrote; read with --split only
     truth: tuple[Path, ...] = ()  # reference label maps: one per path, or a folder of equal names
@@ -58,49 +60,44 @@ if __name__ == "__main__":  # help and mistakes are told before anything heavy i
     CONFIG = read_settings(Config, __doc__)
 
 import contextlib
-import hashlib
-import json
 import math
 import os
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
+from monai.data.utils import compute_importance_map
+from torch.nn import functional
 from tqdm import tqdm
 
 from data.anatomy import clean, find_doubts
-from data.cases import find_scans, hash_files, hash_inputs, read_label_map, read_scan
-from data.descriptions import Description, read_prepared
+from data.boxes import Box, find_bounding_box, list_windows
+from data.cases import hash_files, read_label_map, read_scan
+from data.descriptions import Description
 from data.dicom import write_seg
-from data.evaluate import describe_truths, evaluate, measure, pair_truths
+from data.evaluate import describe_truths, evaluate, measure
 from data.files import InputError, lock_folder
+from data.jobs import Case, find_cases, fingerprint
 from data.judges import judge_hu
-from data.labels import (
-    IMAGE,
-    LABEL,
-    PRED,
-    USUAL_LABELS,
-    Labels,
-    as_labels,
-    translate_classes,
-)  # fmt: skip
-from data.masks import Masks, describe_label, mark_undrawn, resolve_label, restore_label
-from data.names import make_safe, name_case, name_scans
+from data.labels import IMAGE, LABEL, PRED, USUAL_LABELS, Labels, translate_classes
+from data.locate import Look, shift
+from data.masks import describe_label, mark_undrawn, resolve_label
 from data.pictures import draw_planes, save_figure
 from data.settings import check_settings, show_progress
-from data.summary import do_each, is_finished, refuse_failures, report_all, write_record
-from data.volumes import AIR_HU, Volume, find_bounding_box, list_slabs, write_slabs
-from preprocess import SLAB, Chain, classes_on_grid, preprocess_volume, probability_on_grid
+from data.summary import do_each, is_finished, refuse_failures, report_all, tell_row, write_record
+from data.trust import Evidence, draw_doubt, judge_trust, weigh_scores
+from data.volumes import AIR_HU, Volume, write_masked
+from preprocess import Chain, classes_on_grid, preprocess_volume, probability_on_grid
 from utilities import (
+    GRAINS,
     autocast,
     build_network,
+    export_bundle,
     find_checkpoint,
     load_checkpoint,
     on_device,
@@ -108,11 +105,8 @@ from utilities import (
     pick_precision,
 )
 
+RUN_BUNDLE = "python -m monai.bundle run --config_file configs/inference.json"
 OUTSIDE = -20.0  # score of what the network is not asked about: surely background
-CHANGING = (  # settings that change a result
-    "background", "largest_component", "fill_holes", "tumour_inside", "mirror", "probability",
-    "precision", "dicom_seg", "overlap",
-)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------
@@ -131,6 +125,8 @@ class Model:
     precision: torch.dtype
     declared: Labels = field(default_factory=USUAL_LABELS.copy)  # all that a truth may hold
     modality: str = "CT"  # or MR, which has no HU
+    expected: dict[str, Any] | None = None  # what it learnt from, see `data.trust`
+    grain: int = 0  # pictures of multiples of so many voxels will do; 0: only the training's size
     windows: int = 0  # seen by its networks since `segment` asked, mirrored ones too
 
     @property
@@ -163,6 +159,8 @@ class Trace:
     last: float = field(default_factory=time.perf_counter)
     windows: int = 0  # that the network has seen, mirrored ones too
     classes: Volume | None = None  # class indices, RAS
+    located: dict[str, Any] = field(default_factory=dict)  # what `Look.describe` says, if asked for
+    evidence: list[Evidence] = field(default_factory=list)  # how sure each organ is
     probability: Volume | None = None  # uint8 in steps of 1/255, on the scan's grid, if asked for
 
     def lap(self, stage: str) -> None:
@@ -206,7 +204,9 @@ def load_model(
     except TypeError as error:
         raise InputError(f"{paths[0]}: preprocessing: {error}; train it again") from error
     dtype = pick_precision(precision, where)
-    return Model(network, chain, inference, where, dtype, first["declared"], first["modality"])
+    about = (first["declared"], first["modality"], first.get("expected"))
+    grain = GRAINS.get(first["network_args"]["name"], 0)
+    return Model(network, chain, inference, where, dtype, *about, grain=grain)
 
 
 def restore_network(path: Path, saved: dict[str, Any], device: torch.device) -> torch.nn.Module:
@@ -234,19 +234,24 @@ def segment(
         scan: volume in HU, or the path of one; any orientation and spacing. An array (X, Y, Z)
             comes as `Volume(array, affine)`, affine 4×4 from voxel to patient mm in RAS+.
         options: post-processing and more; None: the defaults.
-        trace: is filled with the classes, seconds and, if asked for, the probability.
+        trace: is filled with classes, seconds, how sure it is and, if asked for, the probability.
 
     Returns:
         Raw label values (the first one of each class), the same shape, affine and header forms as
         the scan.
     """
-    options, trace = options or Options(), trace or Trace()
+    options, asked, trace = options or Options(), trace is not None, trace or Trace()
     scan = open_scan(scan)
     tensor, to_network = preprocess_volume(scan, model.chain, model.device)
     trace.lap("preprocess")
-    scores = predict(model, tensor, options.windows, options.mirror)
+    look = open_look(model, scan, to_network) if options.locate else None
+    scores = predict(model, tensor, options.windows, options.mirror, look)
     trace.windows, model.windows = model.windows, 0
+    trace.located = look.describe(to_network, scan.ras_shape) if look else {}
     trace.lap("network")
+    if asked:
+        trace.evidence = weigh_scores(scores.numpy(), to_network, scan.ras_shape[2], model.names)
+    trace.lap("trust")
     classes = classes_on_grid(scores, to_network, scan.ras_shape)
     if options.probability:
         likely = probability_on_grid(scores, to_network, scan.ras_shape)
@@ -269,6 +274,13 @@ def segment(
     return replace(scan.from_ras(classes), classes=first)
 
 
+def open_look(model: Model, scan: Volume, to_network: np.ndarray) -> Look:
+    """For `predict`: the network's grid in mm, and which parts of a window its network takes."""
+    x, y, z = np.linalg.norm(scan.ras_affine[:3, :3], axis=0) / np.diag(to_network)[:3]
+    whole = model.chain.sampling == "patches"
+    return Look((float(x), float(y), float(z)), 0 if whole else model.grain)
+
+
 def open_scan(scan: Volume | nib.spatialimages.SpatialImage | Path | str) -> Volume:
     """What `segment` is given, as a Volume."""
     if isinstance(scan, Volume):
@@ -281,18 +293,13 @@ def open_scan(scan: Volume | nib.spatialimages.SpatialImage | Path | str) -> Vol
     return Volume(np.asanyarray(scan.dataobj), scan.affine, "image", header)
 
 
-def window_count(size: Sequence[int], window: Sequence[int], overlap: float) -> int:
-    """Windows that slide along the axes of a volume of `size` voxels."""
-    counts = []
-    for voxels_along, width in zip(size, window, strict=True):
-        step = max(int(width * (1 - overlap)), 1)
-        counts.append(math.ceil(max(voxels_along - width, 0) / step) + 1)
-    return math.prod(counts)
-
-
 @torch.no_grad()
 def predict(
-    model: Model, volume: torch.Tensor, windows: int = 0, mirror: bool = False
+    model: Model,
+    volume: torch.Tensor,
+    windows: int = 0,
+    mirror: bool = False,
+    look: Look | None = None,
 ) -> torch.Tensor:
     """How far each class's logit lies above the background's, (C − 1, X, Y, Z), on the CPU.
 
@@ -301,92 +308,136 @@ def predict(
     as the volume, so they slide along the slices alone; patches slide along all axes, over the box
     in which there is anything but air, as prepare.py cut it. A smaller volume is padded with air.
     `mirror` averages with the front-back mirror image; never left-right, because the side is the
-    best clue against the spleen. Where memory does not suffice, batches get smaller, and at last
-    the CPU takes over.
+    best clue against the spleen. With `look` the organ is located first, and only its box is
+    segmented: what lies outside is background.
     """
-    if model.chain.sampling == "subvolumes":
-        return slide(model, volume, windows, mirror)
     scores = torch.full((len(model.names), *volume.shape[1:]), OUTSIDE)
-    box = (slice(None), *find_bounding_box((volume[0] > 0).cpu().numpy()))
-    if volume[box].numel():
-        scores[box] = slide(model, volume[box], windows, mirror)
+    box = tuple(slice(0, size) for size in volume.shape[1:])
+    if model.chain.sampling == "patches":
+        box = find_bounding_box((volume[0] > 0).cpu().numpy())
+    part = volume[(slice(None), *box)]
+    if part.numel():
+        scores[(slice(None), *box)] = slide(model, part, windows, mirror, look)
+        if look and look.box:
+            look.box = shift(look.box, [edge.start for edge in box])
     return scores
 
 
-def slide(model: Model, volume: torch.Tensor, windows: int, mirror: bool) -> torch.Tensor:
+def slide(
+    model: Model, volume: torch.Tensor, windows: int, mirror: bool, look: Look | None = None
+) -> torch.Tensor:
     """`predict` of all of `volume`, air or not."""
+    window, overlap = model.inference["window"], model.inference["overlap"]
+    size = volume.shape[1:]
+    missing = [max(width - along, 0) for width, along in zip(window, size, strict=True)]
+    before = [gap // 2 for gap in missing]
+    pads = [n for gap, low in zip(missing, before, strict=True) for n in (gap - low, low)]
+    volume = functional.pad(volume, pads[::-1]) if any(missing) else volume
+    boxes = list_windows(volume.shape[1:], window, overlap)
+    with show_progress(total=len(boxes), unit="window") as bar:
+
+        def ask(some: Iterable[Box]) -> Iterator[tuple[Box, torch.Tensor]]:
+            yield from ask_network(model, volume, list(some), (windows, mirror), bar)
+
+        answers = ask(boxes)
+        if look:
+            answers = locate(look, volume, boxes, (window, overlap), ask)
+        scores = blend(answers, window, volume.shape[1:])
+    if look and look.box:
+        look.box = shift(look.box, [-low for low in before])
+    parts = [slice(low, low + along) for low, along in zip(before, size, strict=True)]
+    return scores[(slice(None), *parts)]
+
+
+def locate(
+    look: Look,
+    volume: torch.Tensor,
+    boxes: Sequence[Box],
+    sliding: tuple[Sequence[int], float],
+    ask: Callable[[Iterable[Box]], Iterable[tuple[Box, torch.Tensor]]],
+) -> Iterator[tuple[Box, torch.Tensor]]:
+    """Answers of the windows that are looked at first, and of those that the organ's box needs."""
+    body = find_bounding_box((volume[0] > 0).cpu().numpy())
+    first = look.choose_first(volume.shape[1:], *sliding)
+    todo, asked = {i: look.cut(boxes[i], body) for i in first}, 0
+    answers: dict[int, tuple[Box, torch.Tensor]] = {}
+    while todo:
+        answers |= dict(zip(todo, ask(todo.values()), strict=True))
+        asked += sum(scores[0].numel() for _, scores in (answers[i] for i in todo))
+        todo = look.choose_next(boxes, answers, body)
+    look.share = asked / (len(boxes) * math.prod(sliding[0]))
+    yield from (answers[i] for i in sorted(answers))
+
+
+def blend(
+    answers: Iterable[tuple[Box, torch.Tensor]], window: Sequence[int], size: Sequence[int]
+) -> torch.Tensor:
+    """Scores (C − 1, X, Y, Z) of a volume: the mean of its windows' answers, weighed by a Gaussian
+    around each window's middle; OUTSIDE where there is none. An answer may be of part of a window.
+    """
+    weight = compute_importance_map(tuple(window), mode="gaussian")
+    total, weights = torch.empty(0), torch.zeros(*size)
+    for box, scores in answers:
+        if not len(total):
+            total = torch.zeros(len(scores), *size)
+        ranges = zip(box, window, strict=True)  # a part: of a window that begins where volume does
+        part = weight[tuple(p if p.stop - p.start < n else slice(None) for p, n in ranges)]
+        total[(slice(None), *box)] += scores * part
+        weights[box] += part
+    total /= weights
+    return total.masked_fill_(weights == 0, OUTSIDE)
+
+
+def ask_network(
+    model: Model, volume: torch.Tensor, boxes: Sequence[Box], how: tuple[int, bool], bar: tqdm
+) -> Iterator[tuple[Box, torch.Tensor]]:
+    """Yield each box and what the network finds in it, (C − 1, x, y, z) above the background.
+
+    Where memory does not suffice, batches get smaller, and at last the CPU takes over.
+    """
 
     def above_background(batch: torch.Tensor) -> torch.Tensor:
-        logits = model.network(batch.to(memory_format=torch.channels_last_3d)).float()
+        with autocast(model.device, model.precision):
+            logits = model.network(batch.to(memory_format=torch.channels_last_3d)).float()
         model.windows += len(batch) * len(getattr(model.network, "networks", [0]))
         return logits[:, 1:] - logits[:, :1]
 
-    def network(batch: torch.Tensor) -> torch.Tensor:
-        scores = above_background(batch)
-        if mirror:
-            scores = (scores + above_background(batch.flip(3)).flip(3)) / 2
-        bar.update(len(batch))
-        return scores
-
-    window, overlap = model.inference["window"], model.inference["overlap"]
-    windows = windows or (1 if model.device.type == "cpu" else 4)
-    while True:
-        total = window_count(volume.shape[1:], window, overlap)
+    windows, mirror = how
+    windows, done = windows or (1 if model.device.type == "cpu" else 4), 0
+    while done < len(boxes):
+        some = boxes[done : done + windows]
         try:
-            progress = show_progress(total=total, unit="window")
-            with progress as bar, autocast(model.device, model.precision):
-                return sliding_window_inference(
-                    volume[None],
-                    roi_size=window,
-                    sw_batch_size=windows,
-                    predictor=network,
-                    overlap=overlap,
-                    mode="gaussian",
-                    sw_device=model.device,
-                    device="cpu",
-                )[0]
-        except RuntimeError as error:
-            # MONAI wraps the one that happens while it makes the blending weights
-            full = any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__cause__))
-            if not full or (windows == 1 and model.device.type == "cpu"):
+            batch = torch.stack([volume[(slice(None), *box)] for box in some]).to(model.device)
+            scores = above_background(batch)
+            if mirror:
+                scores = (scores + above_background(batch.flip(3)).flip(3)) / 2
+            scores = scores.cpu()
+        except torch.OutOfMemoryError:
+            if windows == 1 and model.device.type == "cpu":
                 raise
-            torch.cuda.empty_cache()
-            if windows > 1:
-                windows //= 2
-                tqdm.write(f"out of memory on {model.device}: going on with {windows} windows each")
-            else:
-                tqdm.write(f"out of memory on {model.device} with one window: the CPU takes over")
-                model.device = torch.device("cpu")
-                model.precision = pick_precision("auto", model.device)
-                model.network.to(model.device)
+            windows = make_room(model, windows)
+            continue
+        yield from zip(some, scores, strict=True)
+        done += len(some)
+        bar.update(len(some))
+
+
+def make_room(model: Model, windows: int) -> int:
+    """How many windows to try after `windows` did not fit into the memory of the device."""
+    torch.cuda.empty_cache()
+    if windows > 1:
+        tqdm.write(f"out of memory on {model.device}: going on with {windows // 2} windows each")
+        return windows // 2
+    tqdm.write(f"out of memory on {model.device} with one window: the CPU takes over")
+    model.device = torch.device("cpu")
+    model.precision = pick_precision("auto", model.device)
+    model.network.to(model.device)
+    return 1
 
 
 # ---------------------------------------------------------------------------------------
 # What is written for a case
 # ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class Case:
-    """A scan to segment, its truth, and what its data set says about both."""
-
-    name: str
-    image: Path
-    label: Path | Masks | None = None
-    described: Description | None = None  # what the truth's values mean, if its data say so
-    trust_grid: bool = False  # prepare.py laid the truth voxel on voxel
-    modality: str = ""
-    warnings: tuple[str, ...] = ()  # what prepare.py told of it, accepted findings too
-    accepted: tuple[str, ...] = ()  # kinds of findings that prepare.py was told to accept
-    drawn: tuple[int, int] = (0, 1)  # a slice (RAS) of the truth that was drawn; every n-th was
-    alone: bool = True  # no other case beside it
-
-
-def mask_scan(scan: np.ndarray, label: np.ndarray, background: int) -> np.ndarray:
-    """HU (X, Y, Z) where the label is not 0, and `background` elsewhere; a type that holds both."""
-    array = scan.astype(np.result_type(scan.dtype, np.min_scalar_type(background)), order="K")
-    np.copyto(array, array.dtype.type(background), where=label == 0)
-    return array
 
 
 def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume | None, list[str]]:
@@ -437,17 +488,17 @@ def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
     if truth is not None:
         row |= evaluate(trace.classes, truth, model.names)
         trace.lap("evaluate")
-    volumes = (f"{organ} {row[f'{organ}_volume_ml']:.0f} ml" for organ in model.names)
-    scores = (row.get(f"{organ}_dice") for organ in model.names)
-    dice = ("" if score is None else f", Dice {score:.4f}" for score in scores)
-    note = ", ".join(f"{ml}{score}" for ml, score in zip(volumes, dice, strict=True))
-    place = config.destination / case.name / case.name
+    trust = judge_trust(trace.evidence, row, model.expected)
+    row |= trust.row
+    note, place = tell_row(row, model.names), config.destination / case.name / case.name
     told += write_results(model, scan, label, trace, config, place)
     trace.lap("write")
     drawn = {IMAGE: scan, PRED: trace.classes} | ({} if truth is None else {LABEL: truth})
     figure = draw_planes(drawn, model.names, f"{case.name} · {note}")
     save_figure(figure, place.with_name(f"{case.name}_preview.png"))
+    draw_doubt(drawn, trust, place.with_name(f"{case.name}_doubt.png"))
     trace.lap("preview")
+    row |= trace.located
     row |= {f"seconds_{stage}": round(spent, 2) for stage, spent in trace.seconds.items()}
     row["seconds"] = round(sum(trace.seconds.values()), 2)
     row["network_windows"] = trace.windows
@@ -465,12 +516,7 @@ def write_results(
     if background is None:
         background = 0 if model.modality == "MR" else AIR_HU
     label.write_checked(place.with_name(f"{place.name}_label.nii.gz"))
-    dtype = np.result_type(scan.dtype, np.min_scalar_type(background))
-    outside = (
-        mask_scan(scan.data[:, :, a:b], label.data[:, :, a:b], background)
-        for a, b in list_slabs(scan.shape[2], SLAB)
-    )
-    write_slabs(place.with_name(f"{place.name}_masked.nii.gz"), scan, dtype, outside)
+    write_masked(scan, label, background, place.with_name(f"{place.name}_masked.nii.gz"))
     if config.dicom_seg:
         told = write_seg(label, scan, model.labels, place.with_name(f"{place.name}_label.dcm"))
     if trace.probability is not None:  # readers see 0..1
@@ -480,61 +526,8 @@ def write_results(
 
 
 # ---------------------------------------------------------------------------------------
-# Cases: which there are, and which are finished
+# All cases
 # ---------------------------------------------------------------------------------------
-
-
-def find_cases(config: Config) -> list[Case]:
-    """Everything that was asked for, each under a name of its own."""
-    if config.split:
-        return find_prepared(config)
-    if not config.paths:
-        raise InputError("nothing to segment: give CT volumes, or --split test")
-    scans = [scan for path in config.paths for scan in find_scans(path)]
-    if twice := [scan for scan, n in Counter(map(Path.resolve, scans)).items() if n > 1]:
-        raise InputError(f"two volumes are called {name_case(twice[0])}: {twice[0]} is given twice")
-    names = name_scans(scans, config.paths[0] if len(config.paths) == 1 else None)
-    cases = zip(names, scans, pair_truths(scans, config.truth), strict=True)
-    return [Case(*case, alone=len(scans) == 1) for case in cases]
-
-
-def find_prepared(config: Config) -> list[Case]:
-    """The cases of one split of prepared data, with what prepare.py was told about them."""
-    prepared, path = read_prepared(config.data), config.data / "dataset.json"
-    settings = prepared["settings"]
-    try:
-        described = Description(as_labels(prepared["labels"]), tuple(prepared.get("ignore", ())))
-        chosen = [record for record in prepared["cases"] if record["split"] == config.split]
-        cases = [
-            Case(
-                record["case"], Path(record[IMAGE]), restore_label(record[LABEL]), described,
-                bool(settings.get("trust_image_grid")), settings.get("modality") or "",
-                tuple(record.get("warnings", ())),
-                tuple(record.get("accepted", settings.get("accept") or ())),
-                (int(record.get("drawn_slice", 0)), int(settings.get("label_every") or 1)),
-                len(chosen) == 1,
-            )
-            for record in chosen
-        ]  # fmt: skip
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}: must be as prepare.py writes it, got {error!r}; prepare the data again"
-        ) from error
-    if not cases:
-        raise InputError(f"{path}: no case in the {config.split} split; choose another split")
-    if odd := [case.name for case in cases if make_safe(case.name) != case.name]:
-        raise InputError(f"{path}: {odd[0]!r} is no case name; prepare the data again")
-    return cases
-
-
-def fingerprint(case: Case, weights: str, config: Config) -> str:
-    """Changes whenever the scan, its truth, the networks or a setting of the result change."""
-    settings = [getattr(config, key) for key in CHANGING]
-    settings += [case.trust_grid, case.accepted, case.drawn]
-    meant = case.described or (case.label and describe_truths(case.label))
-    settings.append(meant and [meant.labels, meant.ignore])
-    inputs = [hash_inputs([path]) if path else None for path in (case.image, case.label)]
-    return hashlib.sha256(json.dumps([inputs, weights, settings]).encode()).hexdigest()
 
 
 def do_case(model: Model, case: Case, weights: str, config: Config) -> None:
@@ -557,8 +550,19 @@ def do_case(model: Model, case: Case, weights: str, config: Config) -> None:
     write_record(row, record)
 
 
+def read_fold(checkpoint: Path) -> int:
+    """The fold that a training left out."""
+    return load_checkpoint(checkpoint)["config"].get("fold", 0)
+
+
 def main(config: Config) -> None:
-    cases = find_cases(config)
+    if config.export_bundle:
+        model = load_model((config.checkpoint, *config.folds), "cpu", overlap=config.overlap)
+        how = asdict(model.chain), model.inference, model.modality
+        export_bundle(model.network, config.export_bundle, *how)
+        print(f"{config.export_bundle}: a MONAI bundle; its input/ is segmented by: {RUN_BUNDLE}")
+        return
+    cases = find_cases(config, read_fold)
     # Under torchrun every process takes its share; nobody waits, the last one's table is complete.
     rank, processes = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     mine, checkpoints = cases[rank::processes], (config.checkpoint, *config.folds)

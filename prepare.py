@@ -39,8 +39,7 @@ class Config:
     validation: float = 0.15  # fraction of the patients that choose the checkpoint
     test: float = 0.15  # fraction of the patients that are looked at once, at the end
     seed: int = 0  # of the split and of keep_empty
-    folds: int = 0  # cross-validation: parts to divide the patients into (no test patients)
-    fold: int = 0  # which part, from 0, is the validation split
+    folds: int = 0  # cross-validation: parts to divide the patients into; train.py --fold picks one
     split: Path | None = None  # JSON with lists of cases: training, validation, test
     patients: Path | None = None  # CSV with columns case,patient, where one patient has many scans
     patient_pattern: str = ""  # or: regular expression whose first group, in a case name, is it
@@ -101,7 +100,13 @@ from data.masks import describe_label, list_cuts, mark_undrawn, restore_label
 from data.pieces import find_written, frame_body, pad_slices, write_piece
 from data.processes import open_pool, run_cases
 from data.settings import check_settings
-from data.splits import name_patients, refuse_no_validation, seeded, split_patients
+from data.splits import (
+    divide_patients,
+    name_patients,
+    refuse_no_validation,
+    seeded,
+    split_patients,
+)
 from data.volumes import AIR_HU, Volume
 
 SCHEMA = 1  # of dataset.json
@@ -120,7 +125,7 @@ def main(config: Config) -> None:
             with open_pool(config.workers, len(cases)) as pool:
                 records = run_cases(pool, check_case, cases, config, terms, title="checking")
                 notes = compare_cases(records)
-                print_table(records, notes, config.accept)
+                print_table(records, config.accept)
                 write_table(records, config.accept, config.destination / "check" / "check.csv")
                 if not config.check_only:
                     cut_cases(pool, records, notes, config, terms)
@@ -136,11 +141,8 @@ def main(config: Config) -> None:
 def refuse_settings(config: Config) -> None:
     """Raise InputError for settings that cannot be, before anything is read."""
     check_settings(config)
-    if config.folds and (config.folds < 2 or config.fold >= config.folds):
-        raise InputError(
-            f"--folds {config.folds} --fold {config.fold}: must be at least 2 folds, and a fold "
-            "from 0 to below them"
-        )
+    if config.folds == 1:
+        raise InputError("--folds must be 2 or more, got 1; 0 leaves them out")
     fractions = (config.training, config.validation, config.test)
     if not np.isclose(sum(fractions), 1) or config.training == 0:
         raise InputError(
@@ -249,8 +251,10 @@ def cut_cases(
     sound = [record for record in records if not list_errors(record, config.accept)]
     if not sound:
         return
-    split = split_patients(sound, config)
+    split, folds = split_patients(sound, config), divide_patients(sound, config)
     refuse_no_validation(split, config)
+    for record in sound if folds else ():
+        record["fold"] = folds[record["patient"]]
     if not all(find_written(record, config.destination) for record in sound):
         (config.destination / "dataset.json").unlink(missing_ok=True)
     results = run_cases(pool, cut_case, sound, config, terms, title="cutting")
@@ -366,7 +370,8 @@ def write_dataset(
         entry["split"] = split[record["patient"]]
         entry["covered_foreground_voxels"] = result["covered_foreground_voxels"]
         cases.append(entry)
-        subvolumes += [piece | {"split": entry["split"]} for piece in result["subvolumes"]]
+        where = {key: entry[key] for key in ("split", "fold") if key in entry}
+        subvolumes += [piece | where for piece in result["subvolumes"]]
     inside, covered = (
         sum(case[f"{kind}foreground_voxels"] for case in cases) for kind in ("", "covered_")
     )

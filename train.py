@@ -8,7 +8,7 @@
     torchrun --nproc-per-node 4 train.py        # on four GPUs
 
 Edit the settings in place or give them as options; the checkpoint carries them all. Read
-`curves.png` and `preview.png` in the run's folder to see how it goes.
+`curves.png` and `preview.png` in the run's folder to see how it goes. Next: apply_model.py.
 """
 
 from __future__ import annotations
@@ -36,23 +36,24 @@ ScheduleName = Literal["constant", "cosine", "poly"]
 class Config:
     """Every setting of a training; the checkpoint carries them all."""
 
-    # -- where
+    # -- data and run
     data: Path = Path("data/prepared")  # what prepare.py wrote
+    fold: int | Literal["all"] = 0  # of prepare.py --folds: the part that validates; all: none does
     run_folder: Path = Path("checkpoints/liver")  # of this run; one that holds a run is refused
     resume: Path | None = None  # a run (its folder or last.pt) to go on with, with its settings
     show: bool = False  # train nothing: draw preprocess.png beside the data, as preprocess.py does
 
-    # -- what is learnt: class name → names (or values) of the data's labels; the order is the
-    # channel order, after the background. The default takes tumours as far as the data have them.
+    # class name → names (or values) of the data's labels; the order is the channel order, after the
+    # background. The default takes tumours as far as the data have them.
     labels: Classes = field(default_factory=LIVER_WITH_TUMOURS.copy)
 
-    # -- what the network sees
+    # -- input
     # "subvolumes": as prepare.py cut them; each slice is resampled in its own plane, the slice axis
     # never. "patches": cut at random from whole cases (prepare.py --subvolume-depth 0), at one
     # spacing along all three axes, which small tumours survive.
     sampling: Literal["subvolumes", "patches"] = "subvolumes"
-    # mm per voxel: x y (then resized), or x y z of patches; "median": that of the training patients
-    spacing: tuple[float, ...] | Literal["median"] = (1.0, 1.0)
+    spacing: tuple[float, ...] | Literal["median"] = (1.0, 1.0)  # mm: x y (then resized), or x y z
+    # of patches; "median" is that of the training patients.
     input_size: tuple[int, ...] = (256, 256)  # voxels, multiples of 8: x y, or x y z of patches
     hu_window: tuple[float, float] | None = (-200.0, 250.0)  # HU that become 0 and 1; soft tissue.
     # None, for MR: negatives become 0, then each slice is divided by its maximum. Of CT that makes
@@ -60,8 +61,9 @@ class Config:
     patches_per_case: int = 8  # random patches from each case in an epoch
     foreground_sampling: float = 0.67  # part of the patches centred on foreground, classes alike
 
-    # -- augmentation of the training sub-volumes (on few patients, more of it measured better)
-    augment_probability: float = 0.8  # of each of: affine change, noise, intensity scaling, shift
+    # -- augmentation
+    augment_probability: float = 0.8  # of each of: affine change, noise, intensity scaling, shift.
+    # Of the training alone; on few patients, more of it measured better.
     rotation_degrees: float = 15.0  # largest rotation in plane, either way
     translation: float = 0.1  # largest shift either way, fraction of the picture's side
     scaling: float = 0.2  # largest change of size either way
@@ -71,8 +73,8 @@ class Config:
     flip_probability: float = 0.0  # left-right; 0, because a liver is on the right
 
     # -- network
+    network: NetworkName = "unet3d"  # unet3d is Çiçek et al. 2016; the others are MONAI's.
     # No deep supervision: it has not been measured to help here.
-    network: NetworkName = "unet3d"  # unet3d is Çiçek et al. 2016; the others are MONAI's
     base_channels: int = 32  # width; 32 is the paper's 19 M parameters, 8 trains on a laptop
     pretrained: Path | None = None  # a checkpoint of the same network, whose weights to begin with
     encoder_weights: Path | None = None  # ResNet-34 of ImageNet (torchvision, smp): resnet34_unet
@@ -102,8 +104,8 @@ class Config:
     tensorboard: bool = False  # also write event files: tensorboard --logdir checkpoints
     seed: int = 0  # of weights, order and augmentation
 
-    # -- inference, carried to apply_model.py
-    overlap: float = 0.5  # of neighbouring windows, along each axis they slide on
+    # -- inference
+    overlap: float = 0.5  # of neighbouring windows, along each axis they slide on; apply_model.py's
 
     # Names of the options that were given by hand; None: those that differ from the defaults.
     given: ClassVar[frozenset[str] | None] = None
@@ -201,7 +203,10 @@ from monai import losses
 from data.descriptions import read_prepared
 from data.files import InputError, lock_folder, write_json
 from data.labels import IGNORED, IMAGE, LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
-from data.settings import check_settings, pick
+from data.logs import keep_log
+from data.settings import check_settings, is_first_process, pick
+from data.splits import check_splits, choose_fold, count_voxels
+from data.trust import learn_volumes
 from preprocess import (
     Augment,
     Chain,
@@ -333,36 +338,9 @@ def choose_hu_window(config: Config, modality: str) -> Config:
     """The settings, without a HU window for MR unless one was given: MR has no HU."""
     if modality != "MR" or config.hu_window is None or "hu_window" in config.list_given():
         return config
-    if rank_and_size()[0] == 0:
+    if is_first_process():
         print("the data are MR: --hu-window None is used (each slice divided by its maximum)")
     return dataclasses.replace(config, hu_window=None)
-
-
-def check_splits(config: Config, prepared: dict[str, Any], labels: Labels) -> bool:
-    """Refuse data that cannot be trained on, before anything is cached; True with validation."""
-    found, settings = {record["split"] for record in prepared["subvolumes"]}, prepared["settings"]
-    wanted = settings.get("split") is None and settings.get("validation", 1) > 0
-    for split, asked in {"training": True, "validation": wanted}.items():
-        if asked and split not in found:
-            raise InputError(
-                f"{config.data / 'dataset.json'}: no sub-volume in the {split} split; prepare more "
-                "patients (three at least), or leave validation out: prepare.py --validation 0"
-            )
-    names = list(labels)[1:]
-    seen = {
-        split: count_voxels(prepared, labels, split)[1:] for split in ("training", "validation")
-    }
-    if not seen["training"].any():
-        raise InputError(
-            f"{config.data}: no training patient has {', '.join(names)}; check --labels"
-        )
-    for split in [split for split in seen if split in found]:
-        lacking = [n for n, voxels in zip(names, seen[split].tolist(), strict=True) if not voxels]
-        if lacking and rank_and_size()[0] == 0:
-            print(f"warning: no {split} patient has {', '.join(lacking)}: no Dice tells of it")
-    if not seen["validation"].any() and rank_and_size()[0] == 0:
-        print("without validation there is no best.pt; last.pt is the network to apply")
-    return bool(seen["validation"].any())
 
 
 def resume_settings(config: Config, folder: Path, saved: dict[str, Any]) -> Config:
@@ -399,17 +377,6 @@ def is_finished(config: Config, saved: dict[str, Any]) -> bool:
     return True
 
 
-def count_voxels(prepared: dict[str, Any], labels: Labels, split: str) -> torch.Tensor:
-    """Voxels of each class in the sub-volumes of a split."""
-    counts = torch.zeros(len(labels), dtype=torch.float64)
-    for record in prepared["subvolumes"]:
-        if record["split"] == split:
-            for raw, voxels in record["voxels_per_label"].items():
-                classes = [i for i, values in enumerate(labels.values()) if int(raw) in values]
-                counts[classes[0] if classes else 0] += voxels
-    return counts
-
-
 def class_weights(prepared: dict[str, Any], labels: Labels) -> torch.Tensor:
     """One weight per class from its voxels in the training data; their mean is 1.
 
@@ -417,8 +384,8 @@ def class_weights(prepared: dict[str, Any], labels: Labels) -> torch.Tensor:
     thousand times as much as one of the background: on six real CTs a network trained with that
     invented more than a litre of tumour per patient.
     """
-    inverse = 1 / count_voxels(prepared, labels, "training").clamp(min=1).sqrt()
-    return (inverse / inverse.mean()).float()
+    inverse = count_voxels(prepared, labels, "training").clip(1) ** -0.5
+    return torch.tensor(inverse / inverse.mean(), dtype=torch.float32)
 
 
 def begin_with(network: torch.nn.Module, network_args: dict[str, Any], path: Path) -> None:
@@ -442,7 +409,7 @@ def begin_with(network: torch.nn.Module, network_args: dict[str, Any], path: Pat
             "--base-channels"
         )
     network.load_state_dict({n: v for n, v in given.items() if n not in other}, strict=False)
-    if other and rank_and_size()[0] == 0:
+    if other and is_first_process():
         print(f"{path}: {classes} classes; begins anew: {', '.join(sorted(other))}")
 
 
@@ -495,7 +462,7 @@ def main(config: Config) -> None:
         if is_finished(config, saved):
             return
     device = pick_device(config.device)
-    prepared = read_prepared(config.data)
+    prepared = choose_fold(read_prepared(config.data), config.fold, config.data)
     config = choose_hu_window(config, prepared["settings"].get("modality", "CT"))
     config = choose_spacing(config, prepared)
     check(config, prepared)
@@ -507,17 +474,18 @@ def main(config: Config) -> None:
         picture = show_inputs(config.data, prepared, chain, augment, device)
         print(f"look at {picture}: does the outline lie on the organ? Then: python train.py")
         return
-    with process_group(device):
-        alone = lock_folder(config.run_folder) if rank_and_size()[0] == 0 else None
-        with alone or contextlib.nullcontext():
-            fit(config, prepared, chain, device, saved)
+    with process_group(device), contextlib.ExitStack() as first:
+        if is_first_process():
+            first.enter_context(lock_folder(config.run_folder))
+            first.enter_context(keep_log(config.run_folder / "train.log"))
+        fit(config, prepared, chain, device, saved)
 
 
 def load_data(
     config: Config, prepared: dict[str, Any], chain: Chain, device: torch.device
 ) -> tuple[SubvolumeLoader, SubvolumeLoader | None]:
     """Cached sub-volumes as batches: training, augmented, and validation, if there is one."""
-    validated = check_splits(config, prepared, chain.labels)
+    validated = check_splits(prepared, chain.labels, config.data)
     cache = (chain, device, config.disk_cache)
     training = cache_split(prepared, config.data, "training", *cache)
     augment = augmentation(pick(Augment, config, classes=len(chain.labels)), device)
@@ -575,6 +543,7 @@ def build_run(
         "inference": {"window": window, "overlap": config.overlap},
         "declared": as_labels(prepared["labels"]),
         "modality": prepared["settings"].get("modality", "CT"),
+        "expected": learn_volumes(prepared, chain.labels),
         "config": config.plain(),
     }
     precision = pick_precision(safe_precision(config, device, window), device)
@@ -607,7 +576,7 @@ def fit(
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
         used = str(run.precision).removeprefix("torch.")
         print(f"{config.network}: {parameters:,} parameters, {used} on {processes} × {device}")
-        write_json(config.plain(), config.run_folder / "config.json")
+        write_json(config.plain() | {"resume": None}, config.run_folder / "config.json")
     train(
         run,
         train_loader,
@@ -619,9 +588,11 @@ def fit(
         patience=config.patience,
     )
     if rank == 0:
+        split = "validation" if prepared["settings"].get("folds") else "test"
+        scans = "SCAN" if config.fold == "all" else f"--split {split} --data {config.data}"
         print(
             f"done: look at curves.png{' and preview.png' * (val_loader is not None)} in "
-            f"{config.run_folder}, then: python apply_model.py --split test --data {config.data} "
+            f"{config.run_folder}, then: python apply_model.py {scans} "
             f"--checkpoint {find_checkpoint(config.run_folder)}"
         )
 

@@ -10,13 +10,10 @@ import contextlib
 import functools
 import math
 import os
-import signal
-import socket
-import sys
-import threading
 import time
 import types
 import typing
+import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +31,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from data.bundles import write_configuration
 from data.files import InputError, atomic_write, write_csv
 from data.labels import IGNORED, IMAGE, LABEL, PRED
 from data.metrics import dice_metric, list_overlaps, mean_dice, nan_mean, overlap_counts
@@ -46,6 +44,7 @@ from data.pictures import (
     show_patient,
 )
 from data.settings import check_settings, check_types, format_seconds, show_progress
+from data.signals import delayed_interrupt
 
 # ---------------------------------------------------------------------------------------
 # Networks
@@ -188,6 +187,11 @@ def build_network(
     return factories[name]()
 
 
+# Networks that take pictures of any size, and the voxels whose multiples their pooling divides. The
+# others take the training's alone, or normalise by what else a picture holds.
+GRAINS = {"unet3d": 8, "unet": 16, "attention_unet": 16, "vnet": 16, "resnet34_unet": 32}
+
+
 def build_resnet34(
     channels_in: int, channels_out: int, dropout: float, projections: bool
 ) -> SliceBySlice:
@@ -233,6 +237,7 @@ def save_checkpoint(
     inference: dict[str, Any],
     declared: dict[str, Sequence[int]],
     modality: str,
+    expected: dict[str, Any] | None = None,
     config: dict[str, Any],
     epoch: int,
     val_dice: float,
@@ -291,6 +296,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     check_types(checkpoint, checkpoint_types(), str(path), remedy)
     check_types(checkpoint["preprocessing"], {"labels": dict}, f"{path}: preprocessing", remedy)
     check_types(checkpoint["inference"], {"window": tuple, "overlap": float}, str(path), remedy)
+    for organ, usual in (checkpoint.get("expected") or {}).items():
+        check_types(usual, {"log_ml": float, "sd": float}, f"{path}: expected {organ}", remedy)
     for settings in ("preprocessing", "inference", "config"):
         check_settings(checkpoint[settings], f"{path}: its setting ")
     refuse_non_finite(checkpoint["network_state"], path)
@@ -316,6 +323,25 @@ def refuse_non_finite(weights: dict[str, Any], path: Path) -> None:
                 f"{path}: its weights are not numbers (NaN or infinite in {name}); use an earlier "
                 "checkpoint, or train again with a lower --learning-rate or --precision fp32"
             )
+
+
+def export_bundle(
+    network: nn.Module,
+    folder: Path,
+    preprocessing: dict[str, Any],
+    inference: dict[str, Any],
+    modality: str,
+) -> None:
+    """Write a network (on the CPU) as a MONAI bundle, which needs no code of this project.
+
+    The rest is as a checkpoint has it. The network is TorchScript, which torch calls deprecated:
+    of what bundles may hold, only it brings networks along that MONAI does not have.
+    """
+    (folder / "models").mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "models" / "model.ts") as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(network, torch.zeros(1, 1, *inference["window"])).save(str(temporary))
+    write_configuration(folder, preprocessing, inference, modality)
 
 
 # ---------------------------------------------------------------------------------------
@@ -401,50 +427,6 @@ def gathered(value: Any) -> list[Any]:
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
-
-
-@contextlib.contextmanager
-def delayed_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C only raises a flag, so that the step under way is finished; yields its reader.
-
-    The first one is told at once, the second one ends the process at once: by a thread, because
-    Python's own handlers wait for a step's long calls into torch. SIGTERM is Ctrl-C. Under
-    torchrun, and outside the main thread, both keep their usual meaning.
-    """
-    if dist.is_initialized() or threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    asked = threading.Event()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    read_end, write_end = socket.socketpair()
-    write_end.setblocking(False)
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in numbers}
-    wakeup = signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch_signals, args=(read_end, numbers), daemon=True)
-    watcher.start()
-    try:
-        yield asked.is_set
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        write_end.close()  # ends the watcher
-        watcher.join()
-        read_end.close()
-
-
-def _watch_signals(stream: socket.socket, numbers: Sequence[int]) -> None:
-    """Tell of the first interrupt as it comes, end the process at the second."""
-    seen = 0
-    while received := stream.recv(1):
-        if received[0] not in numbers:
-            continue
-        seen += 1
-        if seen == 1:
-            print("\nfinishing this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-        else:
-            print("stopped at once; run again with --resume", file=sys.stderr, flush=True)
-            os._exit(130)
 
 
 # ---------------------------------------------------------------------------------------
@@ -594,7 +576,7 @@ def train(
     raises KeyboardInterrupt.
     """
     network, first_process = run.wrap_network(), rank_and_size()[0] == 0
-    with delayed_interrupt() as interrupted:
+    with delayed_interrupt(usual=dist.is_initialized()) as interrupted:
         for epoch in range(len(run.history) + 1, max_epochs + 1):
             begun = time.perf_counter()
             row = {"epoch": epoch, "learning_rate": float(run.scheduler.get_last_lr()[0])}

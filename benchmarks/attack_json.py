@@ -90,7 +90,7 @@ def read_for_training(folder: Path) -> None:
     train.check(config, prepared)
     train.choose_hu_window(config, prepared["settings"].get("modality", "CT"))
     labels = resolve_classes(config.labels, as_labels(prepared["labels"]))
-    train.check_splits(config, prepared, labels)
+    train.check_splits(prepared, labels, folder)
     train.class_weights(prepared, labels)
     subvolume_items(prepared, folder, "training")
 
@@ -166,7 +166,7 @@ def attack_json(work: Path, config: Config) -> Iterator[Attempt]:
             return outcome, f"number {index} ({told}) {detail}"
 
         yield from try_forked(
-            f"JSON: {target.name}", target.count if config.quick else 30 * target.count, attempt
+            f"JSON: {target.name}", target.count if config.quick else 8 * target.count, attempt
         )
         target.path.write_bytes(content)
     yield from attack_checkpoint(demo, config)
@@ -189,7 +189,7 @@ def attack_checkpoint(demo: Demo, config: Config) -> Iterator[Attempt]:
         outcome, detail = judge_refusal(lambda: use_checkpoint(path))
         return outcome, f"number {index} ({told}) {detail}"
 
-    yield from try_forked("checkpoint's settings", 20 if config.quick else 1000, attempt)
+    yield from try_forked("checkpoint's settings", 20 if config.quick else 200, attempt)
     torch.save(saved, path)
 
 

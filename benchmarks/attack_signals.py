@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from attempts import SECONDS, SOUND, TINY, Attempt, Config, Demo, Outcome, build_demo, environment
+from attempts import SOUND, TINY, WAITING, Attempt, Config, Demo, Outcome, build_demo, environment
 from machine import ROOT
+
+from data.signals import ECHO_SECONDS
 
 COPIES = 60  # of each scan, so that no script is done before it is stopped
 
@@ -51,23 +53,29 @@ def list_jobs(demo: Demo, work: Path) -> Iterator[Job]:
     )  # fmt: skip
 
 
-def stop(job: Job, kind: signal.Signals) -> Outcome:
-    """Start the script, send the signal once it is in the middle, and look at what it leaves."""
+def stop(job: Job, kind: signal.Signals, again_s: float | None = None) -> Outcome:
+    """Start the script, send the signal once it is in the middle, and look at what it leaves.
+
+    `again_s`: seconds after which the signal is sent once more; None: it is not.
+    """
     command = [sys.executable, job.script, *job.words.split()]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     start = time.monotonic()
-    while process.poll() is None and not job.begun() and time.monotonic() - start < 2 * SECONDS:
+    while process.poll() is None and not job.begun() and time.monotonic() - start < WAITING:
         time.sleep(0.05)
     process.send_signal(kind)
+    if again_s is not None:
+        time.sleep(again_s)
+        process.send_signal(kind)
     try:
-        _, errors = process.communicate(timeout=SECONDS)
+        _, errors = process.communicate(timeout=WAITING)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        return "hang", f"went on for {SECONDS} s"
+        return "hang", f"went on for {WAITING} s"
     return judge_end(job, process.returncode, errors)
 
 
@@ -86,9 +94,13 @@ def attack_signals(work: Path, config: Config) -> Iterator[Attempt]:
     demo, _ = build_demo(config)
     for job in list_jobs(demo, work):
         for kind in (signal.SIGTERM, signal.SIGINT):
-            for _ in range(1 if config.quick else 5):
+            for _ in range(1 if config.quick else 2):
                 shutil.rmtree(job.folder, ignore_errors=True)
                 yield Attempt(f"{kind.name}: {job.script}", *stop(job, kind))
+        for again_s in (0.3,) if config.quick else (0.0, 0.3, 0.8, 1.5):
+            if job.script != "train.py" or again_s < ECHO_SECONDS:  # its second stops it at once
+                shutil.rmtree(job.folder, ignore_errors=True)
+                yield Attempt(f"twice: {job.script}", *stop(job, signal.SIGTERM, again_s))
         if alive := list_children(job.folder):
             yield Attempt(f"signals: {job.script}", "left behind", f"processes {alive}")
 

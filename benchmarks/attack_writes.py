@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from attack_bytes import write_checkpoint
-from attempts import REFUSED, SECONDS, SOUND, Attempt, Config, try_forked
+from attempts import REFUSED, SOUND, Attempt, Config, limit_time, try_forked
 
 import utilities
 from data import volumes
@@ -74,8 +74,7 @@ def fork_writer(write: Callable[[Path], None], path: Path) -> int:
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(SECONDS)
+            limit_time()
             write(path)
         os._exit(0)
     return child

@@ -5,7 +5,8 @@
 Each attack is tried in a process forked from this warm one, with a limit of time and memory, and
 ends in one outcome. `sound` (the input's own grid and voxels, or the whole file) and `refused` (one
 InputError that names the file or the option) are right; every other outcome is a fault, and the
-exit code is 1. Writes benchmarks/results/reliability.json. A new kind of attack is a function
+exit code is 1. Writes benchmarks/results/reliability.json; with --attacks the other kinds keep
+there what they had, each with the commit that it was tried on. A new kind of attack is a function
 (work, config) → attempts, entered in ATTACKS.
 """
 
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import resource
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -24,22 +27,28 @@ from typing import Any
 import torch
 import tyro
 from attack_bytes import attack_bytes
+from attack_inputs import attack_inputs
 from attack_json import attack_json
 from attack_privacy import attack_identifiers, attack_sockets
 from attack_scale import attack_scale
+from attack_scripts import attack_full_scripts, attack_killed_scripts, attack_script_pairs
 from attack_settings import attack_settings
 from attack_signals import attack_signals
 from attack_writes import attack_full_disk, attack_kills, attack_pairs
 from attempts import FAULTS, REFUSED, SOUND, Attempt, Config
-from machine import machine
+from machine import ROOT, machine
 
-from data.files import write_json
+from data.files import read_json, write_json
 
 ATTACKS: dict[str, Callable[[Path, Config], Iterator[Attempt]]] = {
     "bytes": attack_bytes,
     "full-disk": attack_full_disk,
     "kills": attack_kills,
     "pairs": attack_pairs,
+    "killed-scripts": attack_killed_scripts,
+    "full-scripts": attack_full_scripts,
+    "script-pairs": attack_script_pairs,
+    "inputs": attack_inputs,
     "identifiers": attack_identifiers,
     "sockets": attack_sockets,
     "settings": attack_settings,
@@ -110,27 +119,54 @@ def run_attack(name: str, config: Config, rows: dict[str, Row]) -> dict[str, Any
     return {"seconds": round(seconds, 1), "cpu_s": round(cpu, 1), "complete": not cut_short}
 
 
-def main(config: Config) -> None:
-    torch.set_num_threads(1)  # a process with torch's threads cannot be forked safely
-    shutil.rmtree(config.work, ignore_errors=True)
-    rows: dict[str, Row] = {}
-    print(f"{'attack':38} {'tried':>6} {SOUND:>6} {REFUSED:>8}  faults")
-    spent = {name: run_attack(name, config, rows) for name in config.attacks or ATTACKS}
-    shutil.rmtree(config.work, ignore_errors=True)
-    wrong, tried = sum(r.wrong for r in rows.values()), sum(r.counts.total() for r in rows.values())
-    cpu = sum(entry["cpu_s"] for entry in spent.values())
-    print(f"{tried} attempts, {wrong} faults, {cpu:.0f} s of CPU")
-    record = {
+def name_commit() -> str:
+    """The commit that is tried, with a + where files of it were changed."""
+
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
+
+    changed = ask("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    return ask("rev-parse", "--short", "HEAD").strip() + "+" * bool(changed)
+
+
+def merge_results(config: Config, tried: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What was tried now, and before it of other kinds, as the JSON keeps it."""
+    kinds: dict[str, dict[str, Any]] = {}
+    if config.attacks and config.results.is_file():
+        kinds = read_json(config.results).get("kinds", {})
+    kinds = {name: (kinds | tried)[name] for name in ATTACKS if name in kinds | tried}
+    outcomes = Counter()
+    for kind in kinds.values():
+        for row in kind["rows"].values():
+            outcomes.update(row["counts"])
+    return {
         "command": "python benchmarks/reliability.py" + " --quick" * config.quick,
         "machine": machine(),
-        "tried": tried,
-        "faults": wrong,
-        "cpu_s": round(cpu, 1),
-        "attacks": spent,
-        "rows": {name: row.describe() for name, row in rows.items()},
+        "tried": outcomes.total(),
+        "faults": sum(outcomes[fault] for fault in FAULTS),
+        "outcomes": {name: outcomes[name] for name in (SOUND, REFUSED, *FAULTS)},
+        "kinds": kinds,
     }
-    write_json(record, config.results)
-    sys.exit(1 if wrong else 0)
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(1)  # a process with torch's threads cannot be forked safely
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` switched it off
+    shutil.rmtree(config.work, ignore_errors=True)
+    print(f"{'attack':38} {'tried':>6} {SOUND:>6} {REFUSED:>8}  faults")
+    commit, record = name_commit(), {}
+    for name in config.attacks or ATTACKS:
+        rows: dict[str, Row] = {}
+        spent = run_attack(name, config, rows)
+        told = {key: row.describe() for key, row in rows.items()}
+        record = merge_results(
+            replace(config, attacks=config.attacks or (name,)) if record else config,
+            {name: {"commit": commit, "quick": config.quick} | spent | {"rows": told}},
+        )
+        write_json(record, config.results)
+    shutil.rmtree(config.work, ignore_errors=True)
+    print(f"{record['tried']} attempts, {record['faults']} faults")
+    sys.exit(1 if record["faults"] else 0)
 
 
 if __name__ == "__main__":

@@ -26,69 +26,88 @@ def clean(
     """Remove what anatomy excludes. An organ and the tumours in it are one body.
 
     Args:
-        classes: class indices (X, Y, Z); `names` are those of the classes 1, 2, …
+        classes: class indices (X, Y, Z), which stay; `names` are those of the classes 1, 2, …
         largest_component: of an organ's voxels only those in its largest body stay.
         fill_holes: background that an organ encloses on all sides becomes organ.
         tumour_inside: tumours that touch no kept organ are dropped; of those that do all stay.
     """
-    result, box = classes.copy(order="K"), find_bounding_box(classes > 0)
-    part = result[box]  # a view
+    box = find_bounding_box(classes)
+    part = classes[box].copy(order="K")
     for organ, tumours in group_tumours(names).items():
         in_organ, in_tumour = part == organ, np.isin(part, tumours) if tumours else None
         body = in_organ if in_tumour is None else in_organ | in_tumour
         if not body.any():
             continue
         if largest_component or tumours:
-            pieces = cc3d.connected_components(body, connectivity=26)
-            sizes = cc3d.statistics(pieces, no_slice_conversion=True)["voxel_counts"].astype(int)
-            sizes[0] = 0
-            if tumours:  # a piece without organ is no candidate
-                sizes[np.bincount(pieces[in_organ], minlength=len(sizes)) == 0] = 0
-            good = sizes > 0
-            if largest_component and good.any():
-                good = np.arange(len(sizes)) == sizes.argmax()
-            outside = ~good[pieces]
-            part[in_organ & outside] = 0
-            if in_tumour is not None and tumour_inside:
-                part[in_tumour & outside] = 0
+            good, pieces = _judge_pieces(body, in_organ if tumours else body, largest_component)
+            if not good.all():
+                outside = ~good[pieces]
+                part[in_organ & outside] = 0
+                if in_tumour is not None and tumour_inside:
+                    part[in_tumour & outside] = 0
         if fill_holes:
             _fill(part, organ, [organ, *tumours])
+    result = np.zeros_like(classes)  # memory that nobody writes to is not taken
+    result[box] = part
     return result
+
+
+def _judge_pieces(
+    body: np.ndarray, organ: np.ndarray, largest_component: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which connected pieces of `body` stay, by their number, and the number of each voxel's."""
+    pieces, count = cc3d.connected_components(body, connectivity=26, return_N=True)
+    sizes = np.bincount(pieces.ravel("K"), minlength=count + 1)
+    sizes[0] = 0
+    if organ is not body:  # a piece without organ is no candidate
+        sizes[np.bincount(pieces[organ], minlength=len(sizes)) == 0] = 0
+    good = sizes > 0
+    if largest_component and good.any():
+        good = np.arange(len(sizes)) == sizes.argmax()
+    good[0] = True  # of what is not body nothing goes
+    return good, pieces
 
 
 def _fill(part: np.ndarray, organ: int, body: Sequence[int]) -> None:
     """Give to `organ` the background that the classes of `body` enclose; in place."""
-    box = find_bounding_box(np.isin(part, body))
-    closed = np.pad(np.isin(part[box], body), 1)
-    spaces = cc3d.connected_components(~closed, connectivity=6)
-    holes = (~closed & (spaces != spaces[0, 0, 0]))[1:-1, 1:-1, 1:-1]
-    part[box][holes & (part[box] == 0)] = organ
+    inside = part == body[0] if len(body) == 1 else np.isin(part, body)
+    box = find_bounding_box(inside)
+    around = np.pad(~inside[box], 1, constant_values=True)
+    spaces, count = cc3d.connected_components(around, connectivity=6, return_N=True)
+    if count > 1:
+        holes = (around & (spaces != spaces[0, 0, 0]))[1:-1, 1:-1, 1:-1]
+        part[box][holes & (part[box] == 0)] = organ
 
 
 def find_doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str]:
     """What is implausible about a segmentation: class indices and HU on one grid."""
-    found, indices, hu = [], classes.ras.data, scan.ras.data
+    found, hu, size = [], scan.ras.data, classes.ras_shape
+    outer = find_bounding_box(classes.ras.data)
+    indices = classes.ras.data[outer]
     for organ, tumours in group_tumours(names).items():
         name, body = names[organ - 1], indices == organ
         for tumour in tumours:
             body |= indices == tumour
-        box = find_bounding_box(body)
-        if box[0].stop == 0:
+        inner = find_bounding_box(body)
+        if inner[0].stop == 0:
             found.append(f"no {name} found")
             continue
         low, high = PLAUSIBLE_ML.get(name, (0, math.inf))
-        if not low <= (ml := np.count_nonzero(body[box]) * scan.voxel_ml) <= high:
+        if not low <= (ml := np.count_nonzero(body) * scan.voxel_ml) <= high:
             found.append(f"{name} of {ml:.0f} ml, expected {low} to {high}")
         sides = (("left", "right"), ("back", "front"), ("lower", "upper"))
-        for part, size, (first, last) in zip(box, body.shape, sides, strict=True):
-            touched = [first] * (part.start == 0) + [last] * (part.stop == size)
+        box = [
+            slice(a.start + b.start, a.start + b.stop) for a, b in zip(outer, inner, strict=True)
+        ]
+        for part, length, (first, last) in zip(box, size, sides, strict=True):
+            touched = [first] * (part.start == 0) + [last] * (part.stop == length)
             found += [f"{name} reaches the {end} end of the scan: cut off?" for end in touched]
         if name in RIGHT_SIDED:
             patient = hu[:, ::4, box[2]][:, :, ::4] > -300
-            columns = np.arange(body.shape[0])
+            counts = ((0, patient.sum(axis=(1, 2))), (outer[0].start, body.sum(axis=(1, 2))))
             centre, own = (
-                float(columns @ count) / max(int(count.sum()), 1)
-                for count in (patient.sum(axis=(1, 2)), body.sum(axis=(1, 2)))
+                float(np.arange(begin, begin + len(count)) @ count) / max(int(count.sum()), 1)
+                for begin, count in counts
             )
             if own < centre:
                 found.append(f"{name} on the patient's left: are the scan's sides right?")

@@ -365,8 +365,8 @@ def main(config: Config) -> None:
         records.append(record | about | {LABEL: describe_label(case.label)})
         if overlay:
             draw_overlay(case.name, overlay, terms.labels, config.destination / f"{case.name}.png")
-    notes = compare_cases(records)
-    print_table(records, notes, config.accept)
+    compare_cases(records)
+    print_table(records, config.accept)
     write_table(records, config.accept, config.destination / "check.csv")
     print(f"look at {config.destination}; next: python prepare.py {config.source}")
     if wrong := sum(bool(list_errors(record, config.accept)) for record in records):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -39,6 +38,7 @@ from data.headers import (
 from data.labels import BACKGROUND, Labels
 from data.seg import choose_segment_values, read_seg, read_segments, write_seg
 from data.series import TILT, read_series
+from data.settings import run_script
 from data.volumes import TO_LPS, Volume, read_file
 
 __all__ = [
@@ -336,12 +336,9 @@ def main() -> None:
         "to-series": convert_to_series,
         "to-seg": convert_to_seg,
     }
-    try:
-        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    run_script(
+        lambda about: tyro.extras.subcommand_cli_from_dict(commands, description=about), __doc__
+    )
 
 
 if __name__ == "__main__":

@@ -93,22 +93,16 @@ def tabulate(records: Sequence[dict[str, Any]], accept: Sequence[str]) -> list[d
     return rows
 
 
-def list_findings(
-    records: Iterable[dict[str, Any]], notes: Iterable[Finding], accept: Sequence[str]
-) -> Iterator[str]:
+def list_findings(records: Iterable[dict[str, Any]], accept: Sequence[str]) -> Iterator[str]:
     """A line for every finding with what to do, errors first."""
     told = [(record["case"], *finding) for record in records for finding in record["findings"]]
-    told += [("", *finding) for finding in notes]
     ranks = ("error", "warning", "note")
     for case, kind, found in sorted(told, key=lambda t: ranks.index(level((t[1], t[2]), accept))):
-        name = f"{case}: " * bool(case)
-        text = f"{level((kind, found), accept)}: {name}{found}; {RULES[kind][1]}"
+        text = f"{level((kind, found), accept)}: {case}: {found}; {RULES[kind][1]}"
         yield make_printable(text)
 
 
-def print_table(
-    records: Sequence[dict[str, Any]], notes: Sequence[Finding], accept: Sequence[str]
-) -> None:
+def print_table(records: Sequence[dict[str, Any]], accept: Sequence[str]) -> None:
     """One line per case, and below it every finding with what to do."""
     rows = tabulate(records, accept)
     names = list(rows[0]) if rows else []
@@ -118,7 +112,7 @@ def print_table(
         *middle, last = middle
         texts = [f"{first[0]:<{first[1]}}", *(f"{text:>{w}}" for text, w in middle), last[0]]
         print("  ".join(texts))
-    for line in list_findings(records, notes, accept):
+    for line in list_findings(records, accept):
         print(line)
 
 

@@ -124,6 +124,12 @@ def read_itk(path: Path) -> ItkFile:
 def _put(header: _Header, key: str, value: str) -> None:
     if key in header.values:
         raise InputError(f"{header.path}: cannot be read (its header has {key} twice); {AGAIN}")
+    value = value.strip(" \t\r")
+    if re.search(r"[\0-\x08\n-\x1f\x7f]", value):  # Python reads some of them as spaces
+        raise InputError(
+            f"{header.path}: cannot be read (its header has {key} {value!r}, expected no control "
+            f"character); {AGAIN}"
+        )
     header.values[key] = value
 
 
@@ -143,7 +149,7 @@ def _meta_header(path: Path, raw: bytes) -> _Header:
         if not mark or not key.strip().isprintable():
             break
         if name := META_NAME.get(key.strip()):
-            _put(header, name, value.strip())
+            _put(header, name, value)
         if name == "ElementDataFile":
             return header
     raise header.wrong("ElementDataFile", "LOCAL or the name of a file as the header's last line")
@@ -220,7 +226,7 @@ def _nrrd_header(path: Path, raw: bytes) -> _Header:
         if not mark:
             raise InputError(f"{path}: cannot be read (header line {line[:80]!r}); {AGAIN}")
         key = key.strip().lower()
-        _put(header, NRRD_OLD.get(key, key), value.strip())
+        _put(header, NRRD_OLD.get(key, key), value)
     return header
 
 

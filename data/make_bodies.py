@@ -205,9 +205,9 @@ def main(config: Config) -> None:
     job = partial(write_body, config=config)
     if config.workers > 1:
         with multiprocessing.get_context("spawn").Pool(config.workers) as pool:
-            list(tqdm(pool.imap_unordered(job, indices), "bodies", len(indices), unit="case"))
+            list(tqdm(pool.imap_unordered(job, indices), "bodies", len(indices), disable=None))
     else:
-        list(tqdm(map(job, indices), "bodies", len(indices), unit="case"))
+        list(tqdm(map(job, indices), "bodies", len(indices), disable=None))
     record = {
         "name": "Bodies",
         "description": "Synthetic abdominal CT of no patient, made by make_bodies.py",

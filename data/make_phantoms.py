@@ -636,11 +636,12 @@ def main(config: Config) -> None:
     job = partial(write_case, config=config)
     if config.workers > 1:
         with multiprocessing.get_context("spawn").Pool(config.workers) as pool:
-            list(tqdm(pool.imap_unordered(job, indices), "phantoms", len(indices), unit="case"))
+            list(tqdm(pool.imap_unordered(job, indices), "phantoms", len(indices), disable=None))
     else:
-        list(tqdm(map(job, indices), "phantoms", len(indices), unit="case"))
+        list(tqdm(map(job, indices), "phantoms", len(indices), disable=None))
     write_dataset_json(config)
     print(f"{config.destination}: {len(indices)} cases written, dataset.json lists all in it")
+    print(f"next: python prepare.py {config.destination}")
 
 
 if __name__ == "__main__":

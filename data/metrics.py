@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -63,6 +65,19 @@ def nan_mean(values: Iterable[float]) -> float:
     """Mean of what is a number; NaN of nothing, without a warning."""
     known = [value for value in values if math.isfinite(value)]
     return float(np.mean(known)) if known else math.nan
+
+
+def measure_nearest(points: np.ndarray, cloud: np.ndarray) -> np.ndarray:
+    """Distance of each point (N, 3) to the nearest one of a cloud (M, 3), on all cores.
+
+    The threads are ours, not the tree's own, which outlive Ctrl-C and crash Python at its end.
+    """
+    from scipy.spatial import cKDTree
+
+    tree, cores = cKDTree(cloud, balanced_tree=False, compact_nodes=False), os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        parts = pool.map(lambda part: tree.query(part)[0], np.array_split(points, cores))
+        return np.concatenate(list(parts))
 
 
 def measure_shape(mask: np.ndarray, to_mm: np.ndarray) -> dict[str, float | None]:

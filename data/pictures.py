@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from data.boxes import find_bounding_box
 from data.files import atomic_write
 from data.labels import IGNORED, IMAGE, LABEL, PRED
 
@@ -133,17 +134,24 @@ def draw_planes(
     from matplotlib.figure import Figure
 
     image, maps = as_array(data[IMAGE]), [as_array(data[k]) for k in (LABEL, PRED) if k in data]
-    masks = [(array != 0) & (array != IGNORED) for array in maps]
+    boxes = [find_bounding_box(array) for array in maps]
+    masks = [(a[b] != 0) & (a[b] != IGNORED) for a, b in zip(maps, boxes, strict=True)]
     window = choose_hu_window(image)
     figure = Figure(figsize=(13, 7.2))  # no layout engine: it would draw everything twice
     top = figure.add_gridspec(1, 3, left=0.01, right=0.99, bottom=0.41, top=0.9, wspace=0.02)
     row = figure.add_gridspec(1, axial_slices, left=0.01, right=0.99, bottom=0.06, top=0.35)
     for place, (plane, (cut, _)) in enumerate(PLANES.items()):
-        index, axes = find_busiest_slice(masks[0], cut), figure.add_subplot(top[place])
+        index, axes = image.shape[cut] // 2, figure.add_subplot(top[place])
+        if masks[0].any():
+            index = boxes[0][cut].start + find_busiest_slice(masks[0], cut)
         told = f"{plane}, slice {index + 1} of {image.shape[cut]}"
         show_patient(data, index, axes=axes, plane=plane, hu_window=window, title=told)
-    used = np.flatnonzero(np.any([mask.any(axis=(0, 1)) for mask in masks], axis=0))
-    lowest, highest = (used[0], used[-1]) if used.size else (0, image.shape[2] - 1)
+    used = [
+        number + box[2].start
+        for box, mask in zip(boxes, masks, strict=True)
+        for number in np.flatnonzero(mask.any(axis=(0, 1)))
+    ]
+    lowest, highest = (min(used), max(used)) if used else (0, image.shape[2] - 1)
     chosen = np.linspace(lowest, highest, axial_slices).round().astype(int)
     for place, index in enumerate(chosen):
         axes, told = figure.add_subplot(row[place]), f"slice {index + 1}"

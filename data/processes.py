@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from data.files import InputError
+from data.signals import set_handlers, signals_ignored
 
 
 def open_pool(workers: int, cases: int) -> contextlib.AbstractContextManager:
@@ -38,21 +39,6 @@ def open_pool(workers: int, cases: int) -> contextlib.AbstractContextManager:
 
 
 @contextlib.contextmanager
-def signals_ignored() -> Iterator[None]:
-    """Ctrl-C and SIGTERM do nothing, where signals can be set: in the main thread."""
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {kind: signal.signal(kind, signal.SIG_IGN) for kind in kinds}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
-@contextlib.contextmanager
 def one_core() -> Iterator[None]:
     """torch's threads would wait for each other longer than they work."""
     threads = torch.get_num_threads()
@@ -68,8 +54,7 @@ def end_with_parent() -> None:
 
     It leaves Ctrl-C and SIGTERM to its parent, which ends it.
     """
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, signal.SIG_IGN)
+    set_handlers(signal.SIG_IGN)
     torch.set_num_threads(1)
 
     def watch() -> None:
@@ -90,7 +75,8 @@ def run_cases(
 ) -> list[dict[str, Any]]:
     """`work(job, *arguments)` for each job, under one bar; results in the order of the jobs."""
     results, slices = {}, 0
-    with tqdm(total=len(jobs), desc=title, unit="case") as bar, workers_ended(pool, title):
+    how: dict[str, Any] = {"total": len(jobs), "desc": title, "unit": "case", "disable": None}
+    with tqdm(**how) as bar, workers_ended(pool, title):  # None: a bar on a terminal alone
         if pool is None:
             done = ((index, work(job, *arguments)) for index, job in enumerate(jobs))
         else:

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import scipy.ndimage as ndi
 from nibabel.affines import apply_affine
-from scipy.spatial import cKDTree
 from skimage.measure import find_contours
 
 from data.cases import find_scans, lay_on_grid, name_case, read_label_map, read_scan
 from data.files import InputError, read_json
 from data.labels import BACKGROUND, USUAL_LABELS, Labels, group_tumours, is_tumour
 from data.masks import Masks, name_label, restore_label
+from data.metrics import measure_nearest
 from data.pictures import HU_WINDOW, TRUTH_COLOUR, choose_hu_window, class_colour
 from data.volumes import AIR_HU, Volume, find_bounding_box
 
@@ -303,7 +303,7 @@ def list_outlines(case: CaseFiles) -> list[Outline]:
 
 def measure_distance(points: np.ndarray, mask: Volume, surface: np.ndarray) -> np.ndarray:
     """Distance in mm of points (N, 3) to the nearest vertex of a mask's surface, < 0 inside it."""
-    distance, _ = cKDTree(surface).query(points, workers=-1)
+    distance = measure_nearest(points, surface)
     index = apply_affine(np.linalg.inv(mask.affine), points).T
     inside = ndi.map_coordinates(mask.data.astype(np.float32), index, order=1) > 0.5
     return np.where(inside, -distance, distance)

@@ -6,19 +6,21 @@ Light, so that `--help` and a wrong setting need no torch.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import operator
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 from tqdm import tqdm
 
-from data.files import InputError
+from data.files import InputError, read_json
+from data.signals import interruptible, leave_unbegun, set_handlers
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -28,7 +30,7 @@ Kind = TypeVar("Kind", bound="DataclassInstance")
 
 # The range of every setting of every script; of several numbers each must lie in it.
 RANGES = {
-    "0 <= x < inf": "subvolume_depth folds fold workers noise_sd intensity_scaling "
+    "0 <= x < inf": "subvolume_depth folds workers noise_sd intensity_scaling "
     "intensity_shift weight_decay gradient_clip patience windows smoothing",
     "1 <= x < inf": "label_every input_size patches_per_case base_channels batch_size max_epochs "
     "val_interval "
@@ -104,24 +106,132 @@ def read_settings(
     `recipes` maps a name, which may be the first word of the command line, to an explanation and
     the config whose values the options then override. The first recipe is the default.
     """
-    words, chosen = [word for word in sys.argv[1:] if word != "--debug"], {}
+    set_handlers(leave_unbegun)
+    words, default = [word for word in sys.argv[1:] if word != "--debug"], None
     if recipes:
         named = bool(words) and not words[0].startswith("-")
         name = words.pop(0) if named else next(iter(recipes))
         if name not in recipes:
             sys.exit(f"error: the recipe must be one of {', '.join(recipes)}, got {name}")
-        chosen = {"default": recipes[name][1]}
+        default = recipes[name][1]
         lines = [f"    {key:<24}{text}" for key, (text, _) in recipes.items()]
         description = f"{description}\nRecipes (here: {name}):\n\n" + "\n".join(lines)
-    flat = [tyro.conf.AvoidSubcommands]
-    config = tyro.cli(config_class, args=words, description=description, config=flat, **chosen)
-    if hasattr(config_class, "given"):
-        config.given = list_given(words, config, chosen.get("default"))
+    parse = functools.partial(parse_words, config_class, default, description)
     try:
+        words = [*read_saved(words, config_class, parse), *words]
+        config = parse(words)
         check_settings(config)
     except InputError as error:
         sys.exit(f"error: {error}")
+    if hasattr(config_class, "given"):
+        config.given = list_given(words, config, default)
     return config
+
+
+# ---------------------------------------------------------------------------------------
+# Options: of each setting one, in the groups that its class has
+# ---------------------------------------------------------------------------------------
+
+SETTING = re.compile(r"    (\w+): .*?(?:  # (.*))?")  # a line of a class: name, comment
+GROUP = "group_"  # begins the names of fields that hold a group
+Saved = Annotated[
+    Path | None,
+    tyro.conf.arg(
+        help="JSON with settings, such as a run's config.json, or the run's folder; options that "
+        "are given win"
+    ),
+]
+
+
+def parse_words(
+    config_class: type, default: Any, description: str | None, words: list[str], **how: Any
+) -> Any:
+    """The config of a command line; `default` has the values of what is not given."""
+    markers = [tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes]
+    grouped = group_settings(config_class, default)
+    found = vars(tyro.cli(grouped, args=words, description=description, config=markers, **how))
+    del found["config"]
+    values: dict[str, Any] = {}
+    for name, value in found.items():
+        values |= vars(value) if name.startswith(GROUP) else {name: value}
+    return config_class(**values)
+
+
+def group_settings(config_class: type, default: Any) -> type:
+    """The same settings as a class with a class for each section; on the command line all flat."""
+    hints, about = get_type_hints(config_class, include_extras=True), read_comments(config_class)
+    groups: dict[str, list[Any]] = {"": [("config", Saved, None)]}
+    for item in dataclasses.fields(config_class):
+        section, comment = about.get(item.name, ("", ""))
+        kind = Annotated[hints[item.name], tyro.conf.arg(help=comment or None)]
+        begin: dict[str, Any] = {"default": item.default, "default_factory": item.default_factory}
+        if default is not None:
+            begin = {"default_factory": functools.partial(getattr, default, item.name)}
+        groups.setdefault(section, []).append((item.name, kind, dataclasses.field(**begin)))
+    whole = groups.pop("")
+    for number, (section, fields) in enumerate(groups.items()):
+        part = dataclasses.make_dataclass("Options", fields, kw_only=True)
+        kind = Annotated[part, tyro.conf.arg(name=section, help="")]
+        whole.append((f"{GROUP}{number}", kind, dataclasses.field(default_factory=part)))
+    return dataclasses.make_dataclass(config_class.__name__, whole, kw_only=True)
+
+
+def read_comments(config_class: type) -> dict[str, tuple[str, str]]:
+    """Setting → section and comment, from the lines of its class.
+
+    `# -- title` begins a section. A comment stands behind its setting and in the lines below; one
+    with nothing above it but a blank line or a title is of the setting that follows.
+    """
+    found: dict[str, tuple[str, list[str]]] = {}
+    for owner in reversed(config_class.__mro__[:-1]):
+        section, above, current = "", [], None
+        for line in inspect.getsource(owner).splitlines():
+            text = line.strip().removeprefix("#").strip()
+            if line.startswith("    # -- "):
+                section, above, current = text.removeprefix("-- "), [], None
+            elif match := SETTING.fullmatch(line):
+                above, current = [], above + [match[2] or ""]
+                found[match[1]] = section, current
+            elif line.startswith("    # "):
+                (above if current is None else current).append(text)
+            else:
+                above, current = [], None
+    return {name: (section, " ".join(texts).strip()) for name, (section, texts) in found.items()}
+
+
+def read_saved(words: Sequence[str], config_class: type, parse: Callable[..., Any]) -> list[str]:
+    """What `--config` of a command line stands for: a JSON file's settings, or those of a run."""
+    if "--config" not in words[:-1]:
+        return []
+    path = Path(words[words.index("--config") + 1])
+    path = path / "config.json" if path.is_dir() else path
+    content = read_json(path, "a JSON object of settings")
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must be a JSON object of settings, got {content!r:.60}")
+    if unknown := sorted(content.keys() - {item.name for item in dataclasses.fields(config_class)}):
+        raise InputError(f"{path}: no such setting: {', '.join(unknown)}; correct it, see --help")
+    check_settings(content, f"{path}: ")
+    options = {name: spell_option(name, value) for name, value in content.items()}
+    try:
+        parse([word for option in options.values() for word in option], console_outputs=False)
+    except SystemExit:
+        for name, option in options.items():  # one by one: which is it?
+            try:
+                parse(option, console_outputs=False)
+            except SystemExit:
+                expected = f"{name} must be as --help says, got {content[name]!r}"
+                raise InputError(f"{path}: {expected}; correct it") from None
+    return [word for option in options.values() for word in option]
+
+
+def spell_option(name: str, value: Any) -> list[str]:
+    """The words of a command line that give a setting this value."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{option}" if value else f"--no-{option}"]
+    if isinstance(value, dict):
+        value = [f"{key}={','.join(map(str, values))}" for key, values in value.items()]
+    return [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
 
 
 def run_script(main: Callable[[Any], None], config: Any) -> None:
@@ -132,8 +242,8 @@ def run_script(main: Callable[[Any], None], config: Any) -> None:
     """
     debug = "--debug" in sys.argv or bool(os.environ.get("LIVER_DEBUG"))
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        main(config)
+        with interruptible():
+            main(config)
     except KeyboardInterrupt as stop:
         print(f"interrupted; {str(stop) or 'run the same command again to go on'}", file=sys.stderr)
         sys.exit(130)
@@ -148,7 +258,8 @@ def run_script(main: Callable[[Any], None], config: Any) -> None:
 
 def list_given(words: Sequence[str], config: Any, recipe: Any = None) -> frozenset[str]:
     """Names of the settings that a command line gives, by option or by the name of a recipe."""
-    options = {re.split("=", word)[0].lstrip("-").replace("-", "_") for word in words}
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    options = [option.lstrip("-").replace("-", "_") for option in options]
     names = {item.name for item in dataclasses.fields(config)}
     plain = type(config)() if recipe else None
     of_recipe = {n for n in names if recipe and getattr(recipe, n) != getattr(plain, n)}
@@ -172,9 +283,9 @@ def check_types(content: Any, kinds: Mapping[str, Any], what: str, remedy: str) 
     if not isinstance(content, dict):
         raise InputError(f"{what}: must be a dictionary, got {type(content).__name__}; {remedy}")
     for name, kind in kinds.items():
-        if name not in content:
+        if name not in content and not isinstance(None, kind):  # what may be None may be left out
             raise InputError(f"{what}: {name} is missing; {remedy}")
-        if not isinstance(content[name], kind):
+        if not isinstance(content.get(name), kind):
             got = type(content[name]).__name__
             raise InputError(f"{what}: {name} has the wrong type, got {got}; {remedy}")
 
@@ -189,13 +300,14 @@ def format_seconds(seconds: float) -> str:
 
 def show_progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
     """A progress bar on a terminal, in the first process; none in a log, nor with TQDM_DISABLE."""
-    hidden = os.environ.get("RANK", "0") != "0" or os.environ.get("TQDM_DISABLE", "0") not in (
-        "",
-        "0",
-    )
-    return tqdm(
-        iterable, disable=hidden or None, leave=False, **options
-    )  # None: asks for a terminal
+    hidden = not is_first_process() or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+    how: dict[str, Any] = {"disable": hidden or None, "leave": False}  # None: asks for a terminal
+    return tqdm(iterable, **how, **options)
+
+
+def is_first_process() -> bool:
+    """Whether this is the one process, or under torchrun the first of several: it alone talks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def human_bytes(count: float) -> str:

@@ -1,6 +1,7 @@
 """Which patient goes into which split: drawn, in folds, or as given; never one in two of them.
 
-`config` has the settings of `prepare.Config` that are named here.
+`config` has the settings of `prepare.Config` that are named here. Below: what training asks of the
+splits of prepared data.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import numpy as np
 from data.cases import Case
 from data.descriptions import SPLITS, read_patients, read_split
 from data.files import InputError
+from data.labels import Labels
+from data.settings import is_first_process
 
 
 def split_patients(records: Sequence[dict[str, Any]], config: Any) -> dict[str, str]:
@@ -29,13 +32,11 @@ def split_patients(records: Sequence[dict[str, Any]], config: Any) -> dict[str, 
     names = {record["patient"] for record in records}
     patients = sorted(names, key=lambda name: seeded(config.seed, name))
     if config.folds:
-        if not (2 <= config.folds <= len(patients) and 0 <= config.fold < config.folds):
+        if not 2 <= config.folds <= len(patients):
             raise InputError(
-                f"--folds {config.folds} --fold {config.fold}: must be 2 to {len(patients)} folds "
-                "(one patient each at least), and a fold from 0"
+                f"--folds {config.folds}: must be 2 to {len(patients)}, one patient each at least"
             )
-        held_out = set(patients[config.fold :: config.folds])
-        return {name: SPLITS[name in held_out] for name in patients}
+        return {name: SPLITS[part == 0] for name, part in divide_patients(records, config).items()}
     fractions = np.array([config.training, config.validation, config.test])
     if (fractions < 0).any() or not np.isclose(fractions.sum(), 1) or fractions[0] == 0:
         raise InputError(
@@ -55,6 +56,13 @@ def split_patients(records: Sequence[dict[str, Any]], config: Any) -> dict[str, 
         sizes[sizes.argmax()] -= 1
         sizes[short.argmax()] += 1
     return dict(zip(patients, np.repeat(SPLITS, sizes).tolist(), strict=True))
+
+
+def divide_patients(records: Sequence[dict[str, Any]], config: Any) -> dict[str, int]:
+    """Patient → fold, from 0, all about equally large; empty without --folds."""
+    names = {record["patient"] for record in records} if config.folds else set()
+    patients = sorted(names, key=lambda name: seeded(config.seed, name))
+    return {name: place % config.folds for place, name in enumerate(patients)}
 
 
 def given_split(records: Sequence[dict[str, Any]], path: Path) -> dict[str, str]:
@@ -105,3 +113,64 @@ def seeded(seed: int, name: str) -> float:
     """Number in [0, 1) that depends on seed and name alone: the same on every machine."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
+
+
+# ---------------------------------------------------------------------------------------
+# What training asks of prepared data
+# ---------------------------------------------------------------------------------------
+
+
+def choose_fold(prepared: dict[str, Any], fold: int | str, folder: Path) -> dict[str, Any]:
+    """Prepared data in which one fold validates and all others are trained on; "all": none does.
+
+    Data without folds keep their split, but for "all".
+    """
+    settings, everything = prepared["settings"], fold == "all"
+    if not (count := settings.get("folds") or 0) and fold == 0:
+        return prepared
+    parts = [record.get("fold") for record in prepared["subvolumes"]]
+    if not everything and (fold not in range(count) or None in parts):
+        has = f"folds 0 to {count - 1}" if count and None not in parts else "no folds"
+        raise InputError(
+            f"--fold must be one of the data's, or all, got {fold}; {folder} has {has}, "
+            "prepare.py --folds 5 makes five"
+        )
+    split = {
+        key: [record | {"split": SPLITS[record.get("fold") == fold]} for record in prepared[key]]
+        for key in ("cases", "subvolumes")
+    }
+    return prepared | split | {"settings": settings | ({"validation": 0.0} if everything else {})}
+
+
+def check_splits(prepared: dict[str, Any], labels: Labels, folder: Path) -> bool:
+    """Refuse data that cannot be trained on, before anything is cached; True with validation."""
+    found, settings = {record["split"] for record in prepared["subvolumes"]}, prepared["settings"]
+    wanted = settings.get("split") is None and settings.get("validation", 1) > 0
+    for split, asked in {"training": True, "validation": wanted}.items():
+        if asked and split not in found:
+            raise InputError(
+                f"{folder / 'dataset.json'}: no sub-volume in the {split} split; prepare more "
+                "patients (three at least), or leave validation out: prepare.py --validation 0"
+            )
+    names = list(labels)[1:]
+    seen = {s: count_voxels(prepared, labels, s)[1:] for s in ("training", "validation")}
+    if not seen["training"].any():
+        raise InputError(f"{folder}: no training patient has {', '.join(names)}; check --labels")
+    for split in [split for split in seen if split in found]:
+        lacking = [n for n, voxels in zip(names, seen[split].tolist(), strict=True) if not voxels]
+        if lacking and is_first_process():
+            print(f"warning: no {split} patient has {', '.join(lacking)}: no Dice tells of it")
+    if not seen["validation"].any() and is_first_process():
+        print("without validation there is no best.pt; last.pt is the network to apply")
+    return bool(seen["validation"].any())
+
+
+def count_voxels(prepared: dict[str, Any], labels: Labels, split: str) -> np.ndarray:
+    """Voxels of each class in the sub-volumes of a split."""
+    counts = np.zeros(len(labels))
+    for record in prepared["subvolumes"]:
+        if record["split"] == split:
+            for raw, voxels in record["voxels_per_label"].items():
+                classes = [i for i, values in enumerate(labels.values()) if int(raw) in values]
+                counts[classes[0] if classes else 0] += voxels
+    return counts

@@ -32,7 +32,14 @@ PRINTED = ("dice", "nsd_2mm", "hd95_mm", "volume_error_percent")
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a text that begins so
 
 UNLISTED = ("files", "classes", "trust_image_grid")  # of a record: for programs, in no table
-RESULTS = ("label.nii.gz", "masked.nii.gz", "probability.nii.gz", "label.dcm", "preview.png")
+RESULTS = (
+    "label.nii.gz",
+    "masked.nii.gz",
+    "probability.nii.gz",
+    "label.dcm",
+    "preview.png",
+    "doubt.png",
+)
 
 T = TypeVar("T")
 
@@ -234,6 +241,47 @@ def show_worst(rows: Sequence[dict[str, Any]], name: str, folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------
+# Review: which results a person looks at first
+# ---------------------------------------------------------------------------------------
+
+
+def tell_row(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """`liver 1637 ml, Dice 0.9141, expected Dice 0.91: good`, for the terminal and the preview."""
+    parts = []
+    for name in names:
+        parts.append(f"{name} {row[f'{name}_volume_ml']:.0f} ml")
+        if (dice := row.get(f"{name}_dice")) is not None:
+            parts.append(f"Dice {dice:.4f}")
+    return ", ".join([*parts, f"expected Dice {row['expected_dice']:.2f}: {row['trust']}"])
+
+
+def write_review(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """review.csv: the cases in the order in which a person should look at them, the least sure
+    first, with the picture to look at; tells the first of them."""
+    known = [row for row in rows if row.get("expected_dice") is not None]
+    known.sort(key=lambda row: row["expected_dice"])
+    if len(known) < len(rows):
+        print(f"{len(rows) - len(known)} of {len(rows)} cases were done by an earlier version and "
+              "have no expected Dice; --overwrite does them again")  # fmt: skip
+    if not known:
+        return
+    table = []
+    for row in known:
+        case, flagged = row["case"], row["trust"] != "good"
+        picture = f"{case}/{case}_{'doubt' if flagged else 'preview'}.png"
+        keys = ("case", "trust", "expected_dice", "least_sure_slice", "truth", "warnings")
+        table.append({key: row.get(key) for key in keys} | {"picture": picture})
+    write_table(table, folder / "review.csv")
+    flagged = [row for row in known if row["trust"] != "good"]
+    if len(known) > 1:
+        some = (f"{row['case']} ({row['expected_dice']:.2f})" for row in flagged[:WORST_SHOWN])
+        told = f"{len(flagged)} of {len(known)} want looking at"
+        todo = "" if all(row.get("truth") for row in known) else ", and correcting, in this order"
+        first = f"{todo}: {', '.join(some)}{', …' * (len(flagged) > WORST_SHOWN)}"
+        print(f"{told}{first if flagged else ''}; all by expected Dice: {folder / 'review.csv'}")
+
+
+# ---------------------------------------------------------------------------------------
 # Records: `<case>/<case>.json`, which says that a case is finished and signs what was written
 # ---------------------------------------------------------------------------------------
 
@@ -292,4 +340,5 @@ def report_all(destination: Path, names: Sequence[str], weights: str) -> list[di
     if evaluated:
         report(evaluated, names, destination, weights=weights[:12])
         show_worst(evaluated, names[0], destination)
+    write_review(rows, destination)
     return rows

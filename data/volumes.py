@@ -16,8 +16,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from isal import isal_zlib
-from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
+from data.boxes import find_bounding_box as find_bounding_box
+from data.boxes import list_slabs as list_slabs
 from data.files import InputError, atomic_write
 from data.itk_files import read_itk
 from data.nifti_files import NIFTI_SUFFIXES, find_pair, make_header, read_nifti, write_stream
@@ -30,7 +32,7 @@ SPACING_RANGE_MM = (0.05, 50.0)  # of a scan of a person; outside, the unit is n
 FARTHEST_MM = 1e5  # of the first voxel from the origin; beyond, float32 loses the voxels' places
 TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS mm ↔ LPS mm, as ITK and DICOM have them
 RAS = np.array([[0, 1], [1, 1], [2, 1]])  # orientation whose axes run to R, A, S
-SLAB = 16  # slices that are read at a time
+SLAB = 16  # slices that are read, resampled or written at a time: what stays in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,8 +197,10 @@ class Volume:
 
     def from_ras(self, array: np.ndarray) -> Volume:
         """`array`, whose axes run R, A, S, on exactly this grid, in its own axes."""
-        turn = ornt_transform(RAS, self.orientation)
-        return self.like(np.asfortranarray(apply_orientation(array, turn)))
+        box = find_bounding_box(array)
+        turned = np.zeros(self.shape, array.dtype, order="F")  # memory is taken where there is more
+        apply_orientation(turned, self.orientation)[box] = array[box]
+        return self.like(turned)
 
     def crop(self, box: Sequence[slice]) -> Volume:
         """The part in `box` (a slice with bounds and step, or `slice(None)`, per axis)."""
@@ -321,26 +325,22 @@ def list_data_files(path: Path) -> list[Path]:
 
 
 # ---------------------------------------------------------------------------------------
-# Ranges and boxes
+# Masked volumes
 # ---------------------------------------------------------------------------------------
 
 
-def list_slabs(depth: int, step: int, reach_back: bool = False) -> list[tuple[int, int]]:
-    """(first, last) of consecutive slabs of `step` slices.
-
-    With `reach_back` the last one reaches back over its neighbour to be full.
-    """
-    if reach_back:
-        firsts = [max(0, min(first, depth - step)) for first in range(0, depth, step)]
-        return [(first, min(first + step, depth)) for first in firsts]
-    return [(first, min(first + step, depth)) for first in range(0, depth, step)]
+def mask_scan(scan: np.ndarray, label: np.ndarray, background: int) -> np.ndarray:
+    """HU (X, Y, Z) where the label is not 0, and `background` elsewhere; a type that holds both."""
+    array = scan.astype(np.result_type(scan.dtype, np.min_scalar_type(background)), order="K")
+    np.copyto(array, array.dtype.type(background), where=label == 0)
+    return array
 
 
-def find_bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """Smallest box around what is True; of no voxels where nothing is."""
-    box = [slice(0, size) for size in mask.shape]
-    for axis in reversed(range(mask.ndim)):  # each axis looks at what the ones before left
-        others = tuple(other for other in range(mask.ndim) if other != axis)
-        used = np.flatnonzero(mask[tuple(box)].any(axis=others))
-        box[axis] = slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 0)
-    return tuple(box)
+def write_masked(scan: Volume, label: Volume, background: int, path: Path) -> None:
+    """Write `mask_scan` of a scan and a label map on its grid, some slices at a time."""
+    dtype = np.result_type(scan.dtype, np.min_scalar_type(background))
+    masked = (
+        mask_scan(scan.data[:, :, a:b], label.data[:, :, a:b], background)
+        for a, b in list_slabs(scan.shape[2], SLAB)
+    )
+    write_slabs(path, scan, dtype, masked)

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from children import draw_nothing
 
+from data.signals import USUAL, restore_handlers
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
@@ -86,6 +88,14 @@ def ct_image(array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
     image.set_sform(affine, code=2)
     image.set_qform(affine, code=1)
     return image
+
+
+@pytest.fixture(autouse=True)
+def usual_signals() -> Iterator[None]:
+    """A script that a test called leaves no handler behind, and a shell's `&` none before it."""
+    restore_handlers(USUAL)
+    yield
+    restore_handlers(USUAL)
 
 
 @pytest.fixture(scope="session")

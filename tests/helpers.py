@@ -8,7 +8,6 @@ import filecmp
 import io
 import json
 import runpy
-import signal
 import subprocess
 import sys
 import warnings
@@ -103,7 +102,6 @@ def call_script(*arguments: object) -> subprocess.CompletedProcess[str]:
     module = arguments[0] == "-m"
     name, *rest = map(str, arguments[1:] if module else arguments)
     out, err, code = io.StringIO(), io.StringIO(), 0
-    handler = signal.getsignal(signal.SIGTERM)
     with (
         pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"),
         contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
@@ -118,8 +116,6 @@ def call_script(*arguments: object) -> subprocess.CompletedProcess[str]:
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
             err.write(f"{stop.code}\n" if isinstance(stop.code, str) else "")
-        finally:
-            signal.signal(signal.SIGTERM, handler)
     return subprocess.CompletedProcess([name, *rest], code, out.getvalue(), err.getvalue())
 
 

@@ -80,7 +80,7 @@ def write_meta(path: Path, array: np.ndarray, lines: str = "", data: bytes | Non
         "CompressedData": "False", "TransformMatrix": "1 0 0 0 1 0 0 0 1", "Offset": "1 2 3",
         "ElementSpacing": "1.5 1.5 2.5", "DimSize": "8 7 6", "ElementType": "MET_SHORT",
     }  # fmt: skip
-    keys |= dict(line.split(" = ") for line in lines.splitlines())
+    keys |= dict(line.split(" = ") for line in filter(None, lines.split("\n")))
     keys = {key: value for key, value in keys.items() if value != "-"}
     keys["ElementDataFile"] = keys.pop("ElementDataFile", "LOCAL")
     head = "".join(f"{key} = {value}\n" for key, value in keys.items()).encode()
@@ -96,7 +96,7 @@ def write_nrrd(path: Path, array: np.ndarray, lines: str = "", data: bytes | Non
         "endian": "big" if array.dtype.byteorder == ">" else "little", "encoding": "raw",
         "space origin": "(1,2,3)",
     }  # fmt: skip
-    keys |= dict(line.split(": ") for line in lines.splitlines())
+    keys |= dict(line.split(": ") for line in filter(None, lines.split("\n")))
     keys = {key: value for key, value in keys.items() if value != "-"}
     head = "NRRD0004\n# remark\n" + "".join(f"{key}: {value}\n" for key, value in keys.items())
     body = array.tobytes("F") if data is None else data

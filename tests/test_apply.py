@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 
 import children
-import monai
 import nibabel as nib
 import numpy as np
 import pytest
@@ -226,12 +225,7 @@ class Device(torch.nn.Module):
 def test_too_little_memory_makes_smaller_batches_and_then_the_cpu(
     checkpoint, capsys, monkeypatch, holds, begin, refused
 ):
-    weights = monai.inferers.utils.compute_importance_map
     monkeypatch.setattr(apply_model, "autocast", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(  # "meta" tensors have no values that MONAI could compare
-        "monai.inferers.utils.compute_importance_map",
-        lambda *shape, **how: weights(*shape, **how | {"device": "cpu"}),
-    )
     model = apply_model.load_model(checkpoint, "cpu", "fp32")
     volume = torch.rand(1, 32, 32, 80, generator=torch.Generator().manual_seed(0))
     expected = apply_model.predict(model, volume, windows=1)
@@ -243,22 +237,6 @@ def test_too_little_memory_makes_smaller_batches_and_then_the_cpu(
     told = capsys.readouterr().out
     assert told.count("out of memory") == len(refused)
     assert ("the CPU takes over" in told) == (begin != "cpu")
-
-
-def test_too_little_memory_for_the_blending_weights_counts_too(checkpoint, monkeypatch):
-    """MONAI hands that error on as another one."""
-    weights, calls = monai.inferers.utils.compute_importance_map, []
-
-    def full_once(*shape, **how):
-        calls.append(shape)
-        if len(calls) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return weights(*shape, **how)
-
-    monkeypatch.setattr("monai.inferers.utils.compute_importance_map", full_once)
-    model = apply_model.load_model(checkpoint, "cpu", "fp32")
-    apply_model.predict(model, torch.rand(1, 32, 32, 20), windows=2)
-    assert len(calls) == 2
 
 
 def test_too_little_memory_for_one_window_on_the_cpu_fails_the_scan_alone(checkpoint):
@@ -333,7 +311,8 @@ def test_killed_at_any_moment_the_same_command_finishes_the_rest(scans, checkpoi
     )  # fmt: skip
     assert run_child(children.apply, unbroken) == 0
     expected = _outputs(unbroken["destination"])
-    assert len(expected) == 2 * 4 + 4
+    unsure = [name for name in expected if name.endswith("_doubt.png")]
+    assert len(expected) == 2 * 4 + len(unsure) + 4
     # Writes: the dead one's lock 1, of a case label map, masked volume, preview and record 2 to 5;
     # the tables follow. At the fifth death the first case is finished.
     for write in (1, 3, 4, 5, 7, 3, 7):

@@ -14,13 +14,13 @@ from monai.data import MetaTensor
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
 import data.volumes
-from apply_model import Model, mask_scan, open_scan, segment
+from apply_model import Model, open_scan, segment
 from data.cases import read_volume
 from data.files import InputError
 from data.labels import IMAGE, LABEL
 from data.metrics import dice_metric
 from data.names import name_case
-from data.volumes import Volume
+from data.volumes import Volume, mask_scan
 from preprocess import (
     Chain,
     classes_on_grid,

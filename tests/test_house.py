@@ -12,15 +12,31 @@ from conftest import ROOT
 
 SCRIPTS = ("prepare", "preprocess", "utilities", "train", "apply_model", "visualize_3d")
 FLOORS = (  # imports run down only; within the store-room in the order of its own floors
-    ("data.files", "data.metrics", "data.copies", "data.organs"),
-    ("data.settings", "data.labels", "data.destination", "data.headers", "data.processes"),
-    ("data.voxel_files", "data.pictures"),
+    (
+        "data.boxes",
+        "data.files",
+        "data.logs",
+        "data.signals",
+        "data.metrics",
+        "data.copies",
+        "data.organs",
+    ),
+    (
+        "data.locate",
+        "data.settings",
+        "data.labels",
+        "data.destination",
+        "data.headers",
+        "data.processes",
+    ),
+    ("data.voxel_files", "data.pictures", "data.bundles"),
     ("data.itk_files", "data.nifti_files", "data.summary"),
     ("data.volumes",),
     (
         "data.anatomy",
         "data.judges",
         "data.names",
+        "data.trust",
         "data.pieces",
         "data.seg",
         "data.series",
@@ -30,7 +46,7 @@ FLOORS = (  # imports run down only; within the store-room in the order of its o
     ("data.descriptions", "data.dicom", "data.findings", "data.masks"),
     ("data.cases", "data.pairing"),
     ("data.evaluate", "data.layouts", "data.results", "data.splits"),
-    ("data.check", "data.exports"),
+    ("data.check", "data.exports", "data.jobs"),
     ("utilities",),
     ("prepare", "preprocess", "visualize_3d"),
     ("train", "apply_model"),

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 
 import nibabel as nib
@@ -149,14 +150,15 @@ def test_two_patients_are_too_few_for_three_splits_and_enough_for_two():
 
 
 def test_folds_divide_the_patients_and_leave_no_test_split():
-    held_out = []
-    for fold in range(5):
-        split = prepare.split_patients(patients(13), Config(folds=5, fold=fold))
-        assert set(split.values()) == {"training", "validation"}
-        held_out += [name for name, where in split.items() if where == "validation"]
-    assert sorted(held_out) == sorted(f"p{i}" for i in range(13))
-    with pytest.raises(InputError, match="2 to 13 folds"):
-        prepare.split_patients(patients(13), Config(folds=5, fold=5))
+    config = Config(folds=5)
+    parts = prepare.divide_patients(patients(13), config)
+    assert set(parts) == {f"p{i}" for i in range(13)}
+    assert sorted(Counter(parts.values()).values()) == [2, 2, 3, 3, 3]
+    split = prepare.split_patients(patients(13), config)  # what other programs read is fold 0
+    assert split == {name: "training" if part else "validation" for name, part in parts.items()}
+    with pytest.raises(InputError, match="--folds 14: must be 2 to 13"):
+        prepare.split_patients(patients(13), Config(folds=14))
+    assert prepare.divide_patients(patients(13), Config()) == {}
 
 
 def test_scans_of_one_patient_stay_together(raw):
@@ -277,8 +279,12 @@ import prepare
 from data import processes
 
 class Bar(processes.tqdm):
+    def __init__(self, *args, **options):
+        self.stage = options["desc"]
+        super().__init__(*args, **options)
+
     def update(self, n=1):  # the first case is done, the other worker is at the next one
-        if self.desc.startswith(sys.argv[1]):
+        if self.stage == sys.argv[1]:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().update(n)
 

@@ -315,6 +315,14 @@ def test_the_lock_of_a_killed_process_is_taken_over_before_it_is_reaped(zombie, 
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
 
 
+def test_a_second_prepare_into_a_folder_is_refused(raw):
+    destination = raw.parent / "prepared"
+    with lock_folder(destination), pytest.raises(InputError, match=r"prepared: process \d+ on"):
+        run(raw)
+    assert not list(destination.rglob("*.json"))
+    assert len(run(raw)["cases"]) == 3
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_signal_ends_in_a_command_without_tracebacks(workers, tmp_path):
     raw = write_patients(tmp_path / "raw", affines=(None,) * 6)
@@ -347,8 +355,7 @@ def test_a_signal_ends_in_a_command_without_tracebacks(workers, tmp_path):
         ({"subvolume_depth": -1}, "--subvolume-depth"),
         ({"workers": -1}, "--workers"),
         ({"label_every": 0}, "--label-every"),
-        ({"folds": 1}, "--folds 1"),
-        ({"folds": 3, "fold": 3}, "--fold 3"),
+        ({"folds": 1}, "--folds must be 2 or more, got 1"),
         ({"training": 0.5}, "add up to 1"),
         ({"training": float("nan")}, "--training"),
         ({"patient_pattern": "("}, "--patient-pattern"),

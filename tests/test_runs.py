@@ -210,6 +210,40 @@ def test_a_finished_run_says_so(run, name, capsys):
     assert (run / "last.pt").read_bytes() == before
 
 
+def test_a_full_disk_ends_a_training_in_one_message(few, tmp_path, monkeypatch):
+    """torch raises RuntimeError; what it wrote so far gets no name."""
+    config, write = small_config(few, tmp_path / "run", max_epochs=1), torch.save
+
+    def fill(content, path):
+        write(content, path)
+        os.truncate(path, path.stat().st_size // 2)
+        raise RuntimeError("PytorchStreamWriter failed writing file data/7: file write failed")
+
+    monkeypatch.setattr(torch, "save", fill)
+    with pytest.raises(InputError, match=r"best\.pt: cannot be written .*free space"):
+        train.main(config)
+    assert not list((tmp_path / "run").rglob("*.pt*"))
+    monkeypatch.undo()
+    train.main(config)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
+
+
+def test_an_epoch_counts_only_once_its_pictures_are_drawn(few, tmp_path, monkeypatch):
+    """Whatever ends the last epoch before them, the run that goes on draws them."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utilities, "save_figure", stop)
+    config = small_config(few, tmp_path / "run", max_epochs=1)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(config)
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "last.pt").exists()  # by which a run is known as finished
+    train.main(config)
+    assert {"curves.png", "preview.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
 def test_a_finished_run_goes_on_with_more_epochs(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     train.main(train.Config(resume=tmp_path / "run" / "last.pt", max_epochs=2, device="cpu"))
@@ -395,7 +429,7 @@ def stop_after_one(monkeypatch, original):
     )
 
     @contextlib.contextmanager
-    def interrupt():
+    def interrupt(**_):
         yield lambda: bool(steps)
 
     return interrupt

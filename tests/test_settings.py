@@ -1,5 +1,6 @@
 """Settings, files, locks and signals: what was given wrongly is one line, what is begun is kept."""
 
+import functools
 import hashlib
 import json
 import math
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,11 @@ import apply_model
 import preprocess
 import train
 import utilities
+from data import signals
 from data.files import InputError, atomic_write, lock_folder, read_signed, write_signed
+from data.metrics import measure_nearest
 from data.settings import LIMITS, SEVERAL, check_settings, format_seconds
+from data.settings import run_script as start_script
 from utilities import pick_device
 
 
@@ -219,7 +224,7 @@ def test_times_are_readable():
 # ---------------------------------------------------------------------------------------
 
 SCRIPT = f"""
-import sys, time; sys.path.insert(0, {str(ROOT)!r})
+import atexit, sys, time; sys.path.insert(0, {str(ROOT)!r})
 from dataclasses import dataclass
 from data.settings import command_line
 
@@ -231,7 +236,11 @@ def main(config):
     print("begun", flush=True)
     if config.word == "fail":
         raise KeyError("odd")
-    time.sleep(600)
+    try:
+        time.sleep(600)
+    finally:
+        time.sleep(1)
+        atexit.register(time.sleep, 1)  # as large libraries take their time to go
 
 command_line(main, Config, "test")
 """
@@ -249,7 +258,10 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_when_asked(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_script_with_130_and_what_to_do(tmp_path, number):
+@pytest.mark.parametrize("pause", [None, 0, 0.3, 1.3])
+def test_a_signal_ends_a_script_with_130_and_what_to_do(tmp_path, number, pause):
+    """Also where it comes again at once (to the process and to its group, as `timeout` does),
+    while the script cleans up, and while Python itself ends."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     child = subprocess.Popen(
@@ -257,15 +269,33 @@ def test_a_signal_ends_a_script_with_130_and_what_to_do(tmp_path, number):
     )
     assert child.stdout.readline() == "begun\n"
     child.send_signal(number)
+    if pause is not None:
+        time.sleep(pause)
+        child.send_signal(number)
     _, errors = child.communicate(timeout=300)
     assert child.returncode == 130
-    assert errors.strip().splitlines()[-1] == "interrupted; run the same command again to go on"
+    assert errors.strip() == "interrupted; run the same command again to go on"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_libraries_are_loaded_is_one_line(tmp_path, number):
+    script = tmp_path / "script.py"
+    read = SCRIPT.replace("command_line", "read_settings").replace("(main, Config, ", "(Config, ")
+    script.write_text(read + "print('begun', flush=True); time.sleep(600)")
+    child = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "begun\n"
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=300)
+    assert child.returncode == 130
+    assert errors == "interrupted before anything was begun; run the same command again\n"
 
 
 def watched(begun, told: int) -> None:
     """In a child process: busy in compiled code, as torch is; Python's handlers wait for it."""
     sys.stderr = os.fdopen(told, "w")
-    with utilities.delayed_interrupt():
+    with signals.delayed_interrupt():
         begun.set()
         hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1)
 
@@ -282,6 +312,55 @@ def test_the_first_interrupt_is_told_at_once_and_the_second_stops(number):
     with os.fdopen(read) as told:
         assert told.readline() == "\n"
         assert told.readline() == "finishing this step; Ctrl-C again stops at once\n"
+        os.kill(child.pid, number)  # at once: systems send one twice
+        time.sleep(signals.ECHO_SECONDS)
+        assert child.is_alive()
         os.kill(child.pid, number)
     child.join(300)
     assert child.exitcode == 130
+
+
+def slowly(begun, item: int) -> dict[str, torch.Tensor]:
+    """A sub-volume, after some tenths of a second in torch."""
+    begun.set()
+    for _ in range(20):
+        torch.randn(64, 64) @ torch.randn(64, 64)
+        time.sleep(0.01)
+    return {"image": torch.zeros(item + 1)}
+
+
+def caching(begun, told: int) -> None:
+    """In a child process: what train.py does first."""
+    sys.stderr = os.fdopen(told, "w")
+    prepare = functools.partial(slowly, begun)
+    try:
+        start_script(lambda _: preprocess.CachedVolumes(range(1000), prepare), None)
+    finally:
+        sys.stderr.flush()
+
+
+def test_an_interrupt_while_volumes_are_cached_ends_in_order():
+    """Its threads are waited for: torch would abort the process under them."""
+    context = multiprocessing.get_context("fork")
+    begun, (read, write) = context.Event(), os.pipe()
+    child = context.Process(target=caching, args=(begun, write))
+    child.start()
+    os.close(write)
+    assert begun.wait(300)
+    for _ in range(2):
+        os.kill(child.pid, signal.SIGINT)
+        time.sleep(0.05)
+    child.join(300)
+    assert child.exitcode == 130
+    with os.fdopen(read) as told:
+        assert told.read() == "interrupted; run the same command again to go on\n"
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_distances_are_those_of_the_tree_and_no_thread_outlives_them(cores, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    points, cloud = torch.rand(50, 3).numpy(), torch.rand(70, 3).numpy()
+    expected = [min(float(((p - c) ** 2).sum()) ** 0.5 for c in cloud) for p in points]
+    before = threading.active_count()
+    assert measure_nearest(points, cloud) == pytest.approx(expected, abs=1e-6)
+    assert threading.active_count() == before

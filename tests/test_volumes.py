@@ -541,7 +541,8 @@ BAD_META = [
     "ElementDataFile = LIST", "ElementDataFile = a%03d.raw 1 6 1", "ElementDataFile = /etc/passwd",
     "ElementDataFile = ../secret.raw", "ElementDataFile = x/../../secret.raw",
     "ElementDataFile = C:\\secret.raw", "ElementDataFile = gone.raw", "ElementDataFile = ..\\a",
-    "ElementDataFile = .", "ElementSpacing = 100 1 1",
+    "ElementDataFile = .", "ElementSpacing = 100 1 1", "ElementSpacing = 1.5 1.5 \x1f.5",
+    "Offset = \r1 2 \x0b3",
 ]  # fmt: skip
 BAD_NRRD = [
     "dimension: 1e30", "dimension: 2", "dimension: -", "dimension: 4", "sizes: 8 7", "sizes: 8 7 0",
@@ -555,6 +556,7 @@ BAD_NRRD = [
     "space origin: 1e30", "byte skip: -2", "line skip: -1", "line skip: 99999", "byte skip: 9999",
     "data file: LIST", "data file: a%03d.raw 1 6 1", "data file: /etc/passwd",
     "data file: ../secret.raw", "data file: gone.raw",
+    "space directions: (\r1.5,0,0) (0,1.5,0) (0,0,2.5)", "space origin: (\x0c1,2,3)",
 ]  # fmt: skip
 
 
