@@ -332,8 +332,6 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
 
 def choose_spacing(config: Config, prepared: dict[str, Any]) -> Config:
     """The settings with numbers for the spacing "median": of the training patients, in mm."""
-    if config.spacing != "median":
-        return config
     known = prepared["subvolumes"]
     steps = {item["case"]: item["spacing_mm"] for item in known if item["split"] == "training"}
     axes = 3 if config.sampling == "patches" else 2
@@ -474,7 +472,8 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     prepared = choose_fold(read_prepared(config.data), config.fold, config.data)
     config = choose_hu_window(config, prepared["settings"].get("modality", "CT"))
-    config = choose_spacing(config, prepared)
+    if config.spacing == "median":
+        config = choose_spacing(config, prepared)
     check(config, prepared)
     labels = resolve_classes(config.labels, as_labels(prepared["labels"]))
     chain = pick(Chain, config, labels=labels, ignore=tuple(prepared.get("ignore", ())))

@@ -168,9 +168,8 @@ def mark_undrawn(slab: np.ndarray, first: int, drawn: int, every: int) -> np.nda
 def list_cuts(depth: int, size: int, every: int, shift: float) -> list[tuple[int, int]]:
     """(first, last) of the sub-volumes of `size` slices that cover a scan of `depth` slices.
 
-    Where only each `every`-th slice was drawn, the drawn ones lie elsewhere in each sub-volume:
-    they overlap, and `shift` (0 to 1, of the scan) is where the first begins. A network of strided
-    layers tells the places of a window apart, and learns nothing of those that are never drawn.
+    They overlap where only each `every`-th slice was drawn: a network of strided layers learns
+    nothing of places in a window that are never drawn. `shift` (0..1) is where the first begins.
     """
     if every == 1 or size >= depth:
         return list_slabs(depth, size, reach_back=True)

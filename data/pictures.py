@@ -252,10 +252,7 @@ def spread(length: int, count: int) -> list[int]:
 
 
 def draw_inputs(before: Any, after: Any, names: Sequence[str]) -> Any:
-    """Figure: a slice of some sub-volumes before and after augmentation, and histograms.
-
-    Both are sequences of {"image", "label" (1, X, Y, Z), "case", "first_slice"}.
-    """
+    """Figure of some items {"image", "label", "case", "first_slice"}: a slice, and histograms."""
     from matplotlib.figure import Figure
 
     chosen = spread(len(before), 4)
