@@ -204,9 +204,9 @@ def load_model(
     except TypeError as error:
         raise InputError(f"{paths[0]}: preprocessing: {error}; train it again") from error
     dtype = pick_precision(precision, where)
-    about = {key: first.get(key) for key in ("declared", "modality", "expected")}
+    about = (first["declared"], first["modality"], first.get("expected"))
     grain = GRAINS.get(first["network_args"]["name"], 0)
-    return Model(network, chain, inference, where, dtype, **about, grain=grain)
+    return Model(network, chain, inference, where, dtype, *about, grain=grain)
 
 
 def restore_network(path: Path, saved: dict[str, Any], device: torch.device) -> torch.nn.Module:

@@ -70,7 +70,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from isal import isal_zlib
 
 from data.cases import Case, hash_inputs, read_scan
 from data.check import (
@@ -98,6 +97,7 @@ from data.findings import count_words, describe_fault, list_errors, print_table,
 from data.judges import Finding, count_per_slice, undo_flips
 from data.labels import IMAGE, LABEL, as_plain
 from data.masks import describe_label, list_cuts, mark_undrawn, restore_label
+from data.pieces import find_written, frame_body, pad_slices, write_piece
 from data.processes import open_pool, run_cases
 from data.settings import check_settings
 from data.splits import (
@@ -107,11 +107,10 @@ from data.splits import (
     seeded,
     split_patients,
 )
-from data.volumes import AIR_HU, Volume, find_bounding_box
+from data.volumes import AIR_HU, Volume
 
 SCHEMA = 1  # of dataset.json
 CUT = 3  # of the sub-volumes: what an earlier version of this file cut is cut again
-BODY_HU = -500  # between lung and fat
 
 
 def main(config: Config) -> None:
@@ -256,7 +255,7 @@ def cut_cases(
     refuse_no_validation(split, config)
     for record in sound if folds else ():
         record["fold"] = folds[record["patient"]]
-    if not all(finished(record, config) for record in sound):
+    if not all(find_written(record, config.destination) for record in sound):
         (config.destination / "dataset.json").unlink(missing_ok=True)
     results = run_cases(pool, cut_case, sound, config, terms, title="cutting")
     for record, result in zip(sound, results, strict=True):
@@ -273,7 +272,7 @@ def cut_case(record: dict[str, Any], config: Config, terms: Terms) -> dict[str, 
 
     What cannot be read any more, or fails in another way, is returned as a finding, "fault".
     """
-    if known := finished(record, config):
+    if known := find_written(record, config.destination):
         return known
     try:
         with whole_folder(config.destination / "subvolumes" / record["case"]) as folder:
@@ -302,7 +301,7 @@ def write_subvolumes(
     for first, slab in scan.slabs(wanted):
         outline, counts = outlines.pop(first)
         covered[first : first + depth] = sum(counts.get(v, 0) for v in terms.foreground)
-        box = find_body(slab, outline) if not config.subvolume_depth else (slice(None),) * 2
+        box = frame_body(slab, outline) if not config.subvolume_depth else (slice(None),) * 2
         corner = [box[0].start or 0, box[1].start or 0, first]
         entry = {"case": record["case"], "first_slice": first}
         entry |= {"padded_slices": depth - slab.shape[2]}
@@ -310,7 +309,7 @@ def write_subvolumes(
         for key, array, fill in ((IMAGE, slab, air), (LABEL, outline, 0)):
             piece = pad_slices(flip_in_memory(array[box]), depth, fill)
             moved = scan.ras_affine @ nib.affines.from_matvec(np.eye(3), corner)
-            entry |= write_piece(Volume(piece, moved), key, first, folder, config)
+            entry |= write_piece(Volume(piece, moved), key, first, folder, config.compress)
         entry["voxels_per_label"] = {str(value): int(n.sum()) for value, n in counts.items()}
         entries.append(entry)
     return {
@@ -319,51 +318,6 @@ def write_subvolumes(
         "covered_foreground_voxels": int(covered.sum()),
         "subvolumes": sorted(entries, key=lambda entry: entry["first_slice"]),
     }
-
-
-def write_piece(
-    piece: Volume, key: str, first: int, folder: Path, config: Config
-) -> dict[str, Any]:
-    """Write the image or label map of a sub-volume; its file, size and checksum, and its grid."""
-    case = folder.name.partition(".partial.")[2]
-    file = f"{key}_{first:04d}{'.nii.gz' if config.compress or key == LABEL else '.nii'}"
-    with writing(folder / file):
-        checksum = piece.write(folder / file)
-        size = (folder / file).stat().st_size
-    return {
-        key: f"subvolumes/{case}/{file}",
-        f"{key}_bytes": size,
-        f"{key}_crc32": f"{checksum:08x}",
-        "shape": list(piece.shape),
-        "spacing_mm": [round(step, 6) for step in piece.spacing_mm],
-    }
-
-
-def finished(record: dict[str, Any], config: Config) -> dict[str, Any]:
-    """What an earlier run wrote of this case, if source, settings and files are the same; else
-    empty. A file that is newer than its record is read again for its checksum."""
-    path = config.destination / "subvolumes" / record["case"] / "case.json"
-    known = read_record(path)
-    if not known or known["fingerprint"] != record["fingerprint"]:
-        return {}
-    try:
-        written = path.stat().st_mtime_ns
-        for entry in known["subvolumes"]:
-            for key in (IMAGE, LABEL):
-                file = config.destination / entry[key]
-                state = file.stat()
-                if state.st_size != entry[f"{key}_bytes"]:
-                    return {}
-                if state.st_mtime_ns > written and sum_file(file) != entry[f"{key}_crc32"]:
-                    return {}
-    except (OSError, KeyError, TypeError, AttributeError):
-        return {}
-    return known
-
-
-def sum_file(path: Path) -> str:
-    """CRC-32 of a file's bytes, as `write_piece` notes it."""
-    return f"{isal_zlib.crc32(path.read_bytes()):08x}"
 
 
 def choose_outlines(
@@ -383,21 +337,6 @@ def choose_outlines(
             if chosen or any(np.any(counts.get(v, 0)) for v in terms.foreground):
                 kept[first] = slab.astype(dtype, copy=False), counts
     return kept
-
-
-def find_body(image: np.ndarray, label: np.ndarray) -> tuple[slice, ...]:
-    """In-plane box around what is denser than lung, in HU, and around all foreground."""
-    body = np.asarray((image > BODY_HU).any(axis=2) | (label > 0).any(axis=2))
-    return find_bounding_box(body) if body.any() else (slice(None), slice(None))
-
-
-def pad_slices(array: np.ndarray, depth: int, fill: int) -> np.ndarray:
-    """`array` (X, Y, ≤ depth) with slices of `fill` above it, as far as its type can hold that."""
-    if not (missing := depth - array.shape[2]):
-        return array
-    if array.dtype.kind in "iu":
-        fill = max(fill, np.iinfo(array.dtype).min)
-    return np.pad(array, ((0, 0), (0, 0), (0, missing)), constant_values=fill)
 
 
 def flip_in_memory(array: np.ndarray) -> np.ndarray:

@@ -69,7 +69,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data.cases import hash_files
 from data.files import InputError, atomic_write
 from data.labels import IGNORED, IMAGE, LABEL, Labels
-from data.pictures import as_array, class_colour, save_figure, show_patient
+from data.pictures import draw_inputs, save_figure, spread
 from data.settings import human_bytes, show_progress
 from data.volumes import SLAB, Volume, find_bounding_box, list_slabs, read_file
 from utilities import hide_ignored, rank_and_size
@@ -481,11 +481,6 @@ class Subvolumes(Dataset):
         return [self[index] for index in spread(len(self), count)]
 
 
-def spread(length: int, count: int) -> list[int]:
-    """At most `count` indices, evenly over `length`."""
-    return np.linspace(0, length - 1, min(count, length)).astype(int).tolist()
-
-
 def single(sample: Any) -> dict[str, Any]:
     """MONAI's random crops return a list of samples, of one here."""
     return sample[0] if isinstance(sample, list) else sample
@@ -738,27 +733,6 @@ def read_or_make(
 # ---------------------------------------------------------------------------------------
 
 
-def montage(before: Subvolumes, after: Subvolumes, names: Sequence[str]) -> Any:
-    """Figure: a slice of some sub-volumes before and after augmentation, and histograms."""
-    from matplotlib.figure import Figure
-
-    chosen = spread(len(before), 4)
-    figure = Figure(figsize=(11, 3.6 * len(chosen)), layout="constrained")
-    for row, index in zip(figure.subplots(len(chosen), 3, squeeze=False), chosen, strict=True):
-        for axes, dataset, style in zip(row, (before, after), ("-", "--"), strict=False):
-            item, kind = dataset[index], "as cached" if dataset is before else "augmented"
-            title = f"{item['case']} from slice {item['first_slice']}, {kind}"
-            show_patient(item, axes=axes, names=names, title=title)
-            image, label = as_array(item[IMAGE]), as_array(item[LABEL])
-            shown = {"all": (image, "0.4"), "organ": (image[label > 0], class_colour(1))}
-            for what, (values, colour) in shown.items():
-                bins = {"bins": 60, "range": (0, 1), "histtype": "step", "linestyle": style}
-                row[2].hist(values.ravel(), **bins, color=colour, label=f"{what}, {kind}")
-        row[2].set(xlabel="network input (0..1 over the HU window)", ylabel="voxels", yscale="log")
-        row[2].legend(fontsize=8)
-    return figure
-
-
 def show_inputs(
     folder: Path, prepared: dict[str, Any], chain: Chain, augment: Augment, device: torch.device
 ) -> Path:
@@ -771,5 +745,5 @@ def show_inputs(
         if split == "training":
             augmented = Subvolumes(cached, augmentation(augment, device))
             names = list(chain.labels)[1:]
-            save_figure(montage(Subvolumes(cached), augmented, names), picture)
+            save_figure(draw_inputs(Subvolumes(cached), augmented, names), picture)
     return picture

@@ -52,7 +52,8 @@ class Config:
     # never. "patches": cut at random from whole cases (prepare.py --subvolume-depth 0), at one
     # spacing along all three axes, which small tumours survive.
     sampling: Literal["subvolumes", "patches"] = "subvolumes"
-    spacing: tuple[float, ...] = (1.0, 1.0)  # mm per voxel: x y (then resized), or x y z of patches
+    spacing: tuple[float, ...] | Literal["median"] = (1.0, 1.0)  # mm: x y (then resized), or x y z
+    # of patches; "median" is that of the training patients.
     input_size: tuple[int, ...] = (256, 256)  # voxels, multiples of 8: x y, or x y z of patches
     hu_window: tuple[float, float] | None = (-200.0, 250.0)  # HU that become 0 and 1; soft tissue.
     # None, for MR: negatives become 0, then each slice is divided by its maximum. Of CT that makes
@@ -76,6 +77,8 @@ class Config:
     # No deep supervision: it has not been measured to help here.
     base_channels: int = 32  # width; 32 is the paper's 19 M parameters, 8 trains on a laptop
     pretrained: Path | None = None  # a checkpoint of the same network, whose weights to begin with
+    encoder_weights: Path | None = None  # ResNet-34 of ImageNet (torchvision, smp): resnet34_unet
+    dropout: float = 0.0  # part of the features that training leaves out, where the network has it
 
     # -- optimisation
     loss: LossName = "dice"  # soft Dice of the foreground classes
@@ -188,10 +191,11 @@ if __name__ == "__main__":  # help and mistakes are told before anything heavy i
 import contextlib
 import math
 import os
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from monai import losses
@@ -223,6 +227,7 @@ from utilities import (
     pick_precision,
     process_group,
     rank_and_size,
+    refuse_non_finite,
     train,
     validations_since_best,
 )
@@ -298,12 +303,14 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
             raise InputError(
                 f"--{name.replace('_', '-')} of {config.sampling} must be {axes}, got {given}"
             )
-    window = config.window(depth)
-    if any(size % 8 for size in window):
+    window, flat = config.window(depth), config.network == "resnet34_unet"
+    if any(size % 8 for size in (window[:2] if flat else window)):
         raise InputError(
             "the network's input must be a multiple of 8 along each axis (three poolings), got "
             f"{window} voxels; change --input-size, or prepare.py's --subvolume-depth"
         )
+    if config.encoder_weights and not flat:
+        raise InputError("--encoder-weights: only --network resnet34_unet has that encoder")
     if config.optimizer == "sgd" and config.amsgrad:
         raise InputError("--amsgrad is of adam and adamw, got --optimizer sgd; leave it out")
     if config.resume is None and not config.show and (config.run_folder / "last.pt").exists():
@@ -311,6 +318,20 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
             f"{config.run_folder}: holds a run already; give another --run-folder, or go on with "
             f"--resume {config.run_folder}"
         )
+
+
+def choose_spacing(config: Config, prepared: dict[str, Any]) -> Config:
+    """The settings with numbers for the spacing "median": of the training patients, in mm."""
+    if config.spacing != "median":
+        return config
+    known = prepared["subvolumes"]
+    steps = {item["case"]: item["spacing_mm"] for item in known if item["split"] == "training"}
+    axes = 3 if config.sampling == "patches" else 2
+    middle = [round(statistics.median(along), 4) for along in zip(*steps.values(), strict=True)]
+    spacing = tuple(middle[:axes])
+    if rank_and_size()[0] == 0:
+        print(f"--spacing median: {' × '.join(map(str, spacing))} mm ({len(steps)} training scans)")
+    return dataclasses.replace(config, spacing=spacing)
 
 
 def choose_hu_window(config: Config, modality: str) -> Config:
@@ -378,7 +399,8 @@ def begin_with(network: torch.nn.Module, network_args: dict[str, Any], path: Pat
         name for name in {**own, **given}
         if name not in given or name not in own or given[name].shape != own[name].shape
     ]  # fmt: skip
-    alike = {**saved["network_args"], "out_channels": 0} == {**network_args, "out_channels": 0}
+    aside = {"out_channels": 0, "dropout": 0}
+    alike = {**saved["network_args"], **aside} == {**network_args, **aside}
     if other and not (alike and classes != network_args["out_channels"]):
         raise InputError(
             f"{path}: --pretrained must be the same network, but {len(other)} of its weights "
@@ -389,6 +411,34 @@ def begin_with(network: torch.nn.Module, network_args: dict[str, Any], path: Pat
     network.load_state_dict({n: v for n, v in given.items() if n not in other}, strict=False)
     if other and is_first_process():
         print(f"{path}: {classes} classes; begins anew: {', '.join(sorted(other))}")
+
+
+def begin_with_encoder(network: torch.nn.Module, path: Path) -> None:
+    """Load a ResNet-34 of torchvision or segmentation_models_pytorch into resnet34_unet.
+
+    The filters of its first layer are added up over the colours. Raises InputError where the file
+    is none.
+    """
+    encoder = cast(Any, network).network.encoder
+    own, remedy = encoder.state_dict(), "give a ResNet-34 as torch.save wrote its state_dict"
+    try:
+        given = torch.load(path, map_location="cpu", weights_only=True)
+        given = given.get("state_dict", given)
+        inside = [name for name in given if name.startswith("encoder.")]
+        taken = {n.removeprefix("encoder."): given[n] for n in inside or given}
+        first = taken["conv1.weight"]
+        taken["conv1.weight"] = first.sum(dim=1, keepdim=True).expand_as(own["conv1.weight"])
+        found = {name: taken[name] for name in own if name in taken or "num_batches" not in name}
+        if wrong := next((n for n in found if found[n].shape != own[n].shape), ""):
+            raise ValueError(f"{wrong} is {tuple(found[wrong].shape)}")
+        refuse_non_finite(found, path)
+    except Exception as error:  # a foreign file may lead to anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: --encoder-weights: no ResNet-34 ({reason}); {remedy}") from error
+    encoder.load_state_dict(found, strict=False)
+    if rank_and_size()[0] == 0:
+        left = sorted(given.keys() - {n for n in given if n.removeprefix("encoder.") in found})
+        print(f"{path}: {len(found)} weights of the encoder; left out: {', '.join(left) or 'none'}")
 
 
 def safe_precision(config: Config, device: torch.device, window: Sequence[int]) -> str:
@@ -413,8 +463,9 @@ def main(config: Config) -> None:
             return
     device = pick_device(config.device)
     prepared = choose_fold(read_prepared(config.data), config.fold, config.data)
-    check(config, prepared)
     config = choose_hu_window(config, prepared["settings"].get("modality", "CT"))
+    config = choose_spacing(config, prepared)
+    check(config, prepared)
     labels = resolve_classes(config.labels, as_labels(prepared["labels"]))
     chain = pick(Chain, config, labels=labels, ignore=tuple(prepared.get("ignore", ())))
     if config.show:
@@ -470,9 +521,13 @@ def build_run(
         "base_channels": config.base_channels,
         "input_size": window,
     }
+    network_args |= {"dropout": config.dropout} if config.dropout else {}
+    network_args |= {"projections": True} if config.encoder_weights else {}
     model = on_device(build_network(**network_args), device)
     if config.pretrained and saved is None:
         begin_with(model, network_args, config.pretrained)
+    if config.encoder_weights and saved is None:
+        begin_with_encoder(model, config.encoder_weights)
     if config.sync_batch_norm and rank_and_size()[1] > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     options = {} if config.weight_decay is None else {"weight_decay": config.weight_decay}

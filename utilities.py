@@ -76,8 +76,10 @@ class UNet3D(nn.Module):
     less the 2,336 batch-norm scales.
     """
 
-    def __init__(self, in_channels: int = 1, out_channels: int = 2, base_channels: int = 32):
+    def __init__(self, in_channels: int = 1, out_channels: int = 2, base_channels: int = 32,
+                 dropout: float = 0.0):  # fmt: skip
         super().__init__()
+        self.dropout = nn.Dropout3d(dropout)
         c1, c2, c3, c4, c5 = (base_channels * 2**level for level in range(5))
         self.encoders = nn.ModuleList(
             [
@@ -102,7 +104,7 @@ class UNet3D(nn.Module):
             x = encoder(x)
             skips.append(x)
             x = functional.max_pool3d(x, kernel_size=2)
-        x = self.bottom(x)
+        x = self.dropout(self.bottom(x))
         for upsample, decoder in zip(self.upsamplers, self.decoders, strict=True):
             x = decoder(torch.cat([upsample(x), skips.pop()], dim=1))
         return self.head(x)
@@ -139,32 +141,46 @@ def build_network(
     out_channels: int,
     base_channels: int,
     input_size: Sequence[int],
+    dropout: float = 0.0,
+    projections: bool = False,
 ) -> nn.Module:
     """Network by name; its keyword arguments are `network_args` of the checkpoint.
 
     `base_channels` scales the width: 32 is the paper's for unet3d and about MONAI's default for the
-    others. `input_size` is (X, Y, Z), which only transformers need. Raises InputError for an
-    unknown name.
+    others. `input_size` is (X, Y, Z), which only transformers need. `dropout` is at the bottom of
+    unet3d, where MONAI has it in the others; `projections` are of resnet34_unet, see there. Raises
+    InputError for an unknown name.
     """
     from monai.networks import nets
 
-    i, o, c = in_channels, out_channels, base_channels
+    i, o, c, d, v = in_channels, out_channels, base_channels, dropout, dropout or 0.5
     half = max(c // 2, 1)
     widths = [half * 2**level for level in range(5)]
     factories: dict[str, Callable[[], nn.Module]] = {
-        "unet3d": lambda: UNet3D(i, o, c),
-        "unet": lambda: nets.UNet(3, i, o, widths, (2, 2, 2, 2), num_res_units=2, norm="batch"),
-        "attention_unet": lambda: nets.AttentionUnet(3, i, o, widths, (2, 2, 2, 2)),
-        "segresnet": lambda: nets.SegResNet(3, max(half, 8), i, o),  # norm groups: 8 channels
-        "vnet": lambda: nets.VNet(3, i, o),  # of one width
-        "unetr": lambda: nets.UNETR(i, o, tuple(input_size), feature_size=half),
+        "unet3d": lambda: UNet3D(i, o, c, d),
+        "unet": lambda: nets.UNet(
+            3, i, o, widths, (2, 2, 2, 2), num_res_units=2, norm="batch", dropout=d
+        ),
+        "attention_unet": lambda: nets.AttentionUnet(3, i, o, widths, (2, 2, 2, 2), dropout=d),
+        # norm groups: 8 channels
+        "segresnet": lambda: nets.SegResNet(3, max(half, 8), i, o, dropout_prob=d or None),
+        # of one width; of MONAI's own dropout, a half, unless another one is given
+        "vnet": lambda: nets.VNet(3, i, o, dropout_prob_down=v, dropout_prob_up=(v, v)),
+        "unetr": lambda: nets.UNETR(i, o, tuple(input_size), feature_size=half, dropout_rate=d),
         "dynunet": lambda: nets.DynUNet(
-            3, i, o, [3] * 5, [1, 2, 2, 2, 2], [2] * 4, filters=[c, 2 * c, 4 * c, 8 * c, 10 * c]
+            3,
+            i,
+            o,
+            [3] * 5,
+            [1, 2, 2, 2, 2],
+            [2] * 4,
+            filters=[c, 2 * c, 4 * c, 8 * c, 10 * c],
+            dropout=d or None,
         ),
         "swin_unetr": lambda: PaddedSlices(
-            nets.SwinUNETR(i, o, feature_size=12 * max(c // 16, 1)), multiple=32
+            nets.SwinUNETR(i, o, feature_size=12 * max(c // 16, 1), drop_rate=d), multiple=32
         ),
-        "resnet34_unet": lambda: SliceBySlice(nets.FlexibleUNet(i, o, "resnet34", spatial_dims=2)),
+        "resnet34_unet": lambda: build_resnet34(i, o, d, projections),
     }
     if name not in factories:
         raise InputError(f"network must be one of {', '.join(factories)}, got {name!r}")
@@ -174,6 +190,28 @@ def build_network(
 # Networks that take pictures of any size, and the voxels whose multiples their pooling divides. The
 # others take the training's alone, or normalise by what else a picture holds.
 GRAINS = {"unet3d": 8, "unet": 16, "attention_unet": 16, "vnet": 16, "resnet34_unet": 32}
+
+
+def build_resnet34(
+    channels_in: int, channels_out: int, dropout: float, projections: bool
+) -> SliceBySlice:
+    """MONAI's 2D U-Net with a ResNet-34 as encoder.
+
+    Its shortcuts skip pixels and fill channels with zeros (option A of He et al. 2016,
+    arXiv:1512.03385). `projections` makes them those of torchvision (option B), which weights from
+    ImageNet need.
+    """
+    from monai.networks import nets
+
+    network = nets.FlexibleUNet(
+        channels_in, channels_out, "resnet34", spatial_dims=2, dropout=dropout
+    )
+    for layer in ("layer2", "layer3", "layer4") if projections else ():
+        block = getattr(network.encoder, layer)[0]
+        some, more = block.conv1.in_channels, block.conv1.out_channels
+        convolution = nn.Conv2d(some, more, kernel_size=1, stride=2, bias=False)
+        block.downsample = nn.Sequential(convolution, nn.BatchNorm2d(more))
+    return SliceBySlice(network)
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:

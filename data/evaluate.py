@@ -33,7 +33,7 @@ from data.labels import (
     is_tumour,
     list_values,
 )
-from data.metrics import measure_nearest, overlap_counts
+from data.metrics import measure_nearest, measure_shape, overlap_counts
 from data.names import name_case, name_scans, pair_by_name
 from data.settings import command_line
 from data.summary import (
@@ -58,7 +58,7 @@ LESION_SIZES_MM = (10, 20)  # diameters that part small, medium and large lesion
 
 
 def measure(classes: Volume, scan: Volume, names: Sequence[str]) -> dict[str, float | None]:
-    """Volume in ml, mean and SD of HU, and extent in mm along x, y, z (RAS) of each class.
+    """Volume in ml, mean and SD of HU, extent in mm along x, y, z (RAS), and shape of each class.
 
     `classes` (class indices) and `scan` (HU) lie on one grid; `names` are those of 1, 2, …
     """
@@ -75,6 +75,8 @@ def measure(classes: Volume, scan: Volume, names: Sequence[str]) -> dict[str, fl
         row[f"{name}_hu_sd"] = round(float(values.std()), 1) if values.size else None
         for axis, part, step in zip("xyz", box, scan.ras.spacing_mm, strict=True):
             row[f"{name}_extent_{axis}_mm"] = round((part.stop - part.start) * step, 1)
+        for figure, value in measure_shape(mask[box], scan.ras_affine[:3, :3]).items():
+            row[f"{name}_{figure}"] = None if value is None else round(value, 3)
     return row
 
 

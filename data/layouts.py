@@ -246,7 +246,10 @@ class Search:
     def declare(self, data: DataSet, used: set[Path], values: Labels | None) -> None:
         """Set what the labels are called: by the user, by dataset.json, by SEGs and masks."""
         if values:
-            data.declared = dict(values)
+            data.ignore = tuple(v for n in values if n.lower() == "ignore" for v in values[n])
+            if 0 in data.ignore:
+                raise InputError("--values ignore=0: 0 is the background; give what nobody judged")
+            data.declared = {n: v for n, v in values.items() if n.lower() != "ignore"}
             if 0 not in list_values(values):
                 data.declared = {BACKGROUND: (0,)} | data.declared
             return

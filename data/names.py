@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Literal
 
 from data.files import InputError
+from data.labels import SYNONYMS, common_name
 from data.volumes import VOLUME_SUFFIXES, has_suffix
 
 SCAN_WORDS = {
     "image", "images", "img", "imgs", "volume", "volumes", "vol", "ct", "cts", "scan", "scans",
-    "dicom",
+    "dicom", "imaging", "orig", "original", "input", "inputs",
 }  # fmt: skip
 LABEL_WORDS = {
     "label", "labels", "lbl", "labelmap", "labelled", "labeled", "seg", "segs", "segm",
     "segmentation", "segmentations", "segmented", "mask", "masks", "truth", "truths", "ground",
     "groundtruth", "gt", "annot", "annotation", "annotations", "annotated", "outline", "outlines",
-    "contour", "contours",
+    "contour", "contours", "target", "targets", "roi", "rois", "maske", "masken", "masque",
+    "masques",
 }  # fmt: skip
 # What says nothing beside a word of the tables: imagesTr, DICOM_anon, PATIENT_DICOM.
 FILLERS = {"tr", "train", "training", "anon", "patient", "nifti", "nii"}
@@ -106,9 +108,11 @@ class Named:
 def name_files(paths: Sequence[Path], root: Path, kind: Kind = "") -> list[Named]:
     """Judge paths below `root` by their folders' and their own names; `kind` overrules.
 
-    A folder named like a label map says nothing where names below it tell the two kinds apart.
+    A folder named like a label map says nothing where names below it tell the two kinds apart. A
+    file that is only called liver, or tumour, is a label map beside one that is called a scan.
     """
     split = [_components(path, root) for path in paths]
+    scans = {p.parent for p in paths if kind_of(split_words(name_case(p))) == "scan"}
     kinds = [[kind_of(split_words(text)) for text in components] for components in split]
     mixed: set[tuple[str, ...]] = set()
     for components, found in zip(split, kinds, strict=True):
@@ -122,6 +126,9 @@ def name_files(paths: Sequence[Path], root: Path, kind: Kind = "") -> list[Named
             for i, k in enumerate(found)
         ]
         own = kind or kind_of(telling)  # the kinds are words of the tables themselves
+        last = components[-1] if components else "0"
+        if not own and path.parent in scans and last.isalpha() and common_name(last) in SYNONYMS:
+            own = "label"
         rests = [strip_words(text) for text in components]
         parts, spelt = (tuple(rest[i] for rest in rests if rest[0]) for i in (0, 1))
         if rests and rests[-1][0].isdigit():  # volume-3, img0001: a number alone is no name

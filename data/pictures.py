@@ -244,3 +244,33 @@ def as_array(volume: Any) -> np.ndarray:
     if hasattr(volume, "detach"):  # a tensor of torch, or of MONAI
         volume = volume.detach().float().cpu().numpy()
     return np.reshape(volume, np.shape(volume)[-3:])
+
+
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` indices, evenly over `length`."""
+    return np.linspace(0, length - 1, min(count, length)).astype(int).tolist()
+
+
+def draw_inputs(before: Any, after: Any, names: Sequence[str]) -> Any:
+    """Figure: a slice of some sub-volumes before and after augmentation, and histograms.
+
+    Both are sequences of {"image", "label" (1, X, Y, Z), "case", "first_slice"}.
+    """
+    from matplotlib.figure import Figure
+
+    chosen = spread(len(before), 4)
+    figure = Figure(figsize=(11, 3.6 * len(chosen)), layout="constrained")
+    for row, index in zip(figure.subplots(len(chosen), 3, squeeze=False), chosen, strict=True):
+        for axes, dataset, style in zip(row, (before, after), ("-", "--"), strict=False):
+            item, kind = dataset[index], "as cached" if dataset is before else "augmented"
+            title = f"{item['case']} from slice {item['first_slice']}, {kind}"
+            show_patient(item, axes=axes, names=names, title=title)
+            image, label = as_array(item[IMAGE]), as_array(item[LABEL])
+            organ = (label > 0) & (label != IGNORED)
+            shown = {"all": (image, "0.4"), "organ": (image[organ], class_colour(1))}
+            for what, (values, colour) in shown.items():
+                bins = {"bins": 60, "range": (0, 1), "histtype": "step", "linestyle": style}
+                row[2].hist(values.ravel(), **bins, color=colour, label=f"{what}, {kind}")
+        row[2].set(xlabel="network input (0..1 over the HU window)", ylabel="voxels", yscale="log")
+        row[2].legend(fontsize=8)
+    return figure

@@ -37,7 +37,7 @@ RANGES = {
     "window size",
     "0 <= x <= 1": "keep_empty training validation test foreground_sampling augment_probability "
     "translation flip_probability",
-    "0 <= x < 1": "scaling ema_decay overlap",
+    "0 <= x < 1": "scaling ema_decay overlap dropout",
     "0 < x < inf": "learning_rate",
     "0 <= x <= 180": "rotation_degrees",
     "0.05 <= x <= 50": "spacing",
@@ -71,7 +71,10 @@ def check_settings(settings: Any, where: str = "") -> None:
         if name == "device" and not DEVICES.fullmatch(str(value)):
             raise InputError(f"{option} must be auto, cpu, cuda, cuda:1 or mps, got {value}")
         files = isinstance(value, tuple) and all(isinstance(item, Path) for item in value)
-        if name not in LIMITS or value is None or files:  # the --folds of apply_model.py are files
+        median = (name, value) == ("spacing", "median") and not isinstance(settings, Mapping)
+        if (
+            name not in LIMITS or value is None or files or median
+        ):  # the --folds of apply_model.py are files
             continue
         low, above, _, below, high = LIMITS[name].split()
         several = name in SEVERAL and isinstance(value, tuple | list)

@@ -114,7 +114,7 @@ def judge_trust(
         row: of `data.evaluate.measure`, with `{class}_volume_ml`.
         expected: of the checkpoint, from `learn_volumes`; None: nothing is known of the training.
     """
-    found, missed = [], []
+    found, missed = list[Trust](), list[Trust]()
     for known in evidence:
         ml = sum(row[f"{name}_volume_ml"] or 0.0 for name in known.classes)
         usual = (expected or {}).get(known.classes[0])

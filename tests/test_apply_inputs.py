@@ -247,7 +247,7 @@ def test_an_interrupt_is_no_failure_and_leaves_nothing_torn(use, tmp_path, monke
 
     for seed, name in enumerate("ab"):
         save(patient(seed)[0], tmp_path / "scans" / f"{name}.nii.gz")
-    monkeypatch.setattr(apply_model, "write_slabs", stop)
+    monkeypatch.setattr(apply_model, "write_masked", stop)
     with pytest.raises(KeyboardInterrupt):
         apply(use, tmp_path / "scans")
     assert not list(use["destination"].rglob(".*"))

@@ -254,9 +254,8 @@ def test_a_network_is_applied_to_the_fold_it_has_not_seen(folds, tmp_path, capsy
     train.main(train.Config(folds, 2, run_folder=trained, max_epochs=1, **small))
     assert "apply_model.py --split validation" in capsys.readouterr().out
     assert load_checkpoint(trained)["config"]["fold"] == 2
-    chosen = apply_model.find_cases(
-        apply_model.Config(split="validation", data=folds, checkpoint=trained)
-    )
+    config = apply_model.Config(split="validation", data=folds, checkpoint=trained)
+    chosen = apply_model.find_cases(config, apply_model.read_fold)
     expected = [case["case"] for case in read_prepared(folds)["cases"] if case["fold"] == 2]
     assert [case.name for case in chosen] == expected != []
     train.main(train.Config(folds, "all", run_folder=tmp_path / "all", max_epochs=1, **small))

@@ -37,6 +37,7 @@ FLOORS = (  # imports run down only; within the store-room in the order of its o
         "data.judges",
         "data.names",
         "data.trust",
+        "data.pieces",
         "data.seg",
         "data.series",
         "data.make_phantoms",

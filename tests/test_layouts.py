@@ -106,6 +106,21 @@ PAIRS = {
     "train, images": ("train/images/p{}.nii.gz", "train/labels/p{}.nii.gz", "p{}"),
     "named after the organ, flat": ("p{}_ct.nii.gz", "p{}_liver_seg.nii.gz", "p{}"),
     "truth": ("volumes/p{}.nii.gz", "Ground Truth/p{}.nii.gz", "p{}"),
+    "CT, GT, mixed packing": ("CT/{}.nii", "GT/{}.nii.gz", "{}"),
+    "suffixes": ("all/p{}_CT.nii.gz", "all/p{}_LiverMask.nii", "p{}"),
+    "camels": ("Patient{}Image.nii.gz", "Patient{}Label.nii.gz", "Patient{}"),
+    "dots": ("p.{}.ct.nii.gz", "p.{}.label.nii.gz", "p_{}"),
+    "numbered words": ("volume{}.nii.gz", "mask{}.nii.gz", "volume{}"),
+    "kits": ("case_0000{}/imaging.nii.gz", "case_0000{}/segmentation.nii.gz", "case_0000{}"),
+    "sliver07": ("scan/liver-orig00{}.nii", "label/liver-seg00{}.nii", "liver_00{}"),
+    "the organ alone": ("p{}/scan.nii.gz", "p{}/liver.nii.gz", "p{}"),
+    "inputs, targets": ("inputs/p{}.nii.gz", "targets/p{}.nii.gz", "p{}"),
+    "in German": ("CT/p{}.nii.gz", "Masken/p{}.nii.gz", "p{}"),
+    "a set called liver segmentation": (
+        "liver segmentation/ct/p{}.nii.gz",
+        "liver segmentation/roi/p{}.nii.gz",
+        "p{}",
+    ),
 }
 
 
@@ -132,6 +147,19 @@ def test_equal_names_in_different_folders_stay_apart(tmp_path):
         save(label_of(patient), tmp_path / folder / "patient_1" / "label.nii.gz")
     data = check(tmp_path, {"A_patient_1": 0, "B_patient_1": 1})
     assert "told apart by their folders" in " ".join(data.notes)
+
+
+def test_scans_called_after_the_organ_stay_scans(tmp_path):
+    """`liver` is a label map only beside a file that is called a scan."""
+    for patient in (1, 2):
+        save(scan_of(patient), tmp_path / f"p{patient}/liver.nii.gz")
+        save(label_of(patient), tmp_path / f"p{patient}/liver_seg.nii.gz")
+        save(scan_of(patient), tmp_path / f"q/liver_{patient}.nii.gz")
+        save(label_of(patient), tmp_path / f"q/liver_{patient}_label.nii.gz")
+    save(scan_of(3), tmp_path / "q/ct_3.nii.gz")
+    save(label_of(3), tmp_path / "q/ct_3_label.nii.gz")
+    expected = {"ct_3": 3, "liver_1": 1, "liver_2": 2, "p1_liver": 1, "p2_liver": 2}
+    check(tmp_path, expected)
 
 
 def test_two_sets_below_one_folder_stay_apart(tmp_path):

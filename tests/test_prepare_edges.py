@@ -427,15 +427,22 @@ def test_liver_is_liver_whatever_its_value(by, tmp_path):
         assert case["foreground_voxels"] == np.count_nonzero(ras_arrays(index)[1] == 1)
 
 
-def test_values_nobody_judged_pass_through(raw):
+@pytest.mark.parametrize("by", ["dataset.json", "--values"])
+def test_values_nobody_judged_pass_through(raw, by):
     names = {"background": 0, "liver": 1, "tumour": 2, "ignore": 3}
-    (raw / "dataset.json").write_text(json.dumps({"labels": names}))
+    settings = {"values": [f"{name}={value}" for name, value in names.items()]}
+    if by == "dataset.json":
+        (raw / "dataset.json").write_text(json.dumps({"labels": names}))
+        settings = {}
+    else:
+        with pytest.raises(InputError, match="--values ignore=0: 0 is the background"):
+            run(raw, values=("liver=1", "ignore=0"))
     scan, label = ras_arrays(0)
     label = label.copy()
     label[:4] = 3
     save(label, AFFINE, raw / "labelsTr/case_0.nii.gz")
     save(scan, AFFINE, raw / "imagesTr/case_0.nii.gz")
-    dataset = run(raw)
+    dataset = run(raw, **settings)
     assert dataset["ignore"] == [3] and "ignore" not in dataset["labels"]
     entry = next(e for e in dataset["subvolumes"] if e["case"] == "case_0")
     piece = np.asanyarray(nib.load(raw.parent / "prepared" / entry["label"]).dataobj)
