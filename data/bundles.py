@@ -85,7 +85,7 @@ def list_steps(preprocessing: Mapping[str, Any]) -> list[dict[str, Any]]:
     patches, of_image = preprocessing["sampling"] == "patches", {"keys": IMAGE}
     x, y, *z = preprocessing["spacing"]
     resampled = {"_target_": "Spacingd", **of_image, "mode": "bilinear", "padding_mode": "border"}
-    steps = [
+    steps: list[dict[str, Any]] = [
         {"_target_": "LoadImaged", **of_image, "ensure_channel_first": True},
         {"_target_": "CopyItemsd", **of_image, "names": SCAN},  # its grid, to come back to
         {"_target_": "Orientationd", **of_image, "axcodes": "RAS", "labels": None},

@@ -164,7 +164,7 @@ def group_settings(config_class: type, default: Any) -> type:
     groups: dict[str, list[Any]] = {"": [("config", Saved, None)]}
     for item in dataclasses.fields(config_class):
         section, comment = about.get(item.name, ("", ""))
-        kind = Annotated[hints[item.name], tyro.conf.arg(help=comment or None)]
+        kind: Any = Annotated[hints[item.name], tyro.conf.arg(help=comment or None)]
         begin: dict[str, Any] = {"default": item.default, "default_factory": item.default_factory}
         if default is not None:
             begin = {"default_factory": functools.partial(getattr, default, item.name)}
@@ -172,8 +172,8 @@ def group_settings(config_class: type, default: Any) -> type:
     whole = groups.pop("")
     for number, (section, fields) in enumerate(groups.items()):
         part = dataclasses.make_dataclass("Options", fields, kw_only=True)
-        kind = Annotated[part, tyro.conf.arg(name=section, help="")]
-        whole.append((f"{GROUP}{number}", kind, dataclasses.field(default_factory=part)))
+        box: Any = Annotated[part, tyro.conf.arg(name=section, help="")]
+        whole.append((f"{GROUP}{number}", box, dataclasses.field(default_factory=part)))
     return dataclasses.make_dataclass(config_class.__name__, whole, kw_only=True)
 
 
@@ -185,7 +185,8 @@ def read_comments(config_class: type) -> dict[str, tuple[str, str]]:
     """
     found: dict[str, tuple[str, list[str]]] = {}
     for owner in reversed(config_class.__mro__[:-1]):
-        section, above, current = "", [], None
+        section, above = "", list[str]()
+        current: list[str] | None = None
         for line in inspect.getsource(owner).splitlines():
             text = line.strip().removeprefix("#").strip()
             if line.startswith("    # -- "):
@@ -202,9 +203,10 @@ def read_comments(config_class: type) -> dict[str, tuple[str, str]]:
 
 def read_saved(words: Sequence[str], config_class: type, parse: Callable[..., Any]) -> list[str]:
     """What `--config` of a command line stands for: a JSON file's settings, or those of a run."""
-    if "--config" not in words[:-1]:
+    given = [part for word in words for part in word.split("=", word.startswith("--config="))]
+    if "--config" not in given[:-1]:
         return []
-    path = Path(words[words.index("--config") + 1])
+    path = Path(given[given.index("--config") + 1])
     path = path / "config.json" if path.is_dir() else path
     content = read_json(path, "a JSON object of settings")
     if not isinstance(content, dict):

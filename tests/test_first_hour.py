@@ -132,8 +132,8 @@ def run(few, tmp_path_factory):
 
 def test_the_settings_of_a_run_are_fed_back_and_options_win(run, tmp_path, monkeypatch):
     saved = load_checkpoint(run)["config"]
-    for path in (run, run / "config.json"):
-        again = read(monkeypatch, "--config", path, "--loss", "ce", "--run-folder", tmp_path)
+    for words in (["--config", run], [f"--config={run / 'config.json'}"]):
+        again = read(monkeypatch, *words, "--loss", "ce", "--run-folder", tmp_path)
         expected = {**saved, "loss": "ce", "run_folder": str(tmp_path), "resume": None}
         assert again.plain() == expected | {"max_epochs": 2}
         assert {"loss", "hu_window", "base_channels"} <= again.list_given()
