@@ -14,6 +14,7 @@ import make_phantoms
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from documents import PAGES, commands, first_block, follow
 from helpers import as_volume, write_phantom_seg, write_phantom_series
 from monai.losses import DiceLoss
@@ -66,7 +67,8 @@ def test_recipes(raw_phantoms, few, tmp_path, monkeypatch):
             used.add(name)
             patches = train.RECIPES[name][1].sampling == "patches"
             sizes = PATCHES if patches else LARGER if "resnet" in name else SUBVOLUMES
-            network = "" if train.RECIPES[name][1].pretrained else NETWORK
+            begun = train.RECIPES[name][1].pretrained  # whose network is as wide as it is
+            network = NETWORK.replace("--base-channels 4 ", "") if begun else NETWORK
             small["train.py"] = f"{sizes} {network} --max-epochs 1 --batch-size 8"
         follow(line, small[line.split()[1]])
     assert used == set(list(train.RECIPES)[1:])  # the first one is `python train.py` alone
