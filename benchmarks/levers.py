@@ -1,0 +1,275 @@
+"""What helps on few patients: settings compared at equal CPU minutes, on real CTs in rotation.
+
+    python benchmarks/levers.py --settings starter patches --minutes 4 --seeds 0 1 2
+    python benchmarks/levers.py --settings starter patches --minutes 4 --patients 1
+    python benchmarks/levers.py --settings "starter, 3 mm" --seeds 0 --applying
+    python benchmarks/levers.py --report
+
+Three rounds over the six patients of `--source`: four train (or the first `--patients` of them),
+two are new to the network. The scripts are run as a user runs them, on one thread. Minutes are CPU
+minutes of train.py, caching counted; a short trial of each setting says how many epochs they are,
+so that seeds and rounds of a setting take equally many steps, and the minutes that were really
+used stand in each row. The held-out patients are in the validation split, and the LAST checkpoint
+is applied: nothing is chosen by looking at them. Whole volumes, on the scan's own grid.
+Each row is written as soon as it is known, and what is known is not run again.
+Writes benchmarks/results/levers.json.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from machine import DATA, RESULTS, ROOT, machine
+
+from data.files import read_json, write_json
+
+SUBVOLUMES = "--network unet --input-size 128 128 --loss dice_ce --learning-rate 2e-3"
+PATCHES = (
+    "--sampling patches --spacing 4 4 4 --input-size 80 80 48 --network unet --base-channels 16 "
+    "--loss dice_ce --learning-rate 2e-3"
+)
+STARTER = f"{PATCHES} --pretrained checkpoints/starter.pt --learning-rate 1e-3"
+FINER = "--spacing 3 3 3 --input-size 96 96 64"
+STRONGER = (
+    "--rotation-degrees 25 --scaling 0.35 --intensity-scaling 0.3 --intensity-shift 0.2 "
+    "--noise-sd 0.05"
+)
+SETTINGS = {  # name → options of train.py; the last of two equal options counts
+    "subvolumes": SUBVOLUMES,
+    "patches": PATCHES,
+    "starter": STARTER,
+    "patches, 3 mm": f"{PATCHES} {FINER}",
+    "patches, 3 mm, more augmentation": f"{PATCHES} {FINER} {STRONGER}",
+    "starter, 3 mm": f"{STARTER} {FINER}",
+    "starter, 3 mm, rate 3e-4": f"{STARTER} {FINER} --learning-rate 3e-4",
+    "starter, 3 mm, more augmentation": f"{STARTER} {FINER} {STRONGER}",
+}
+APPLYING = {  # how a network that was trained is applied → options of apply_model.py
+    "as usual": "",
+    "mirrored": "--mirror",
+    "overlap 0.25": "--overlap 0.25",
+    "overlap 0.75": "--overlap 0.75",
+    "without post-processing": "--no-largest-component --no-fill-holes --no-tumour-inside",
+}
+FIGURES = ("dice", "precision", "recall", "hd95_mm")
+
+
+@dataclass
+class Config:
+    """What is compared, and on what."""
+
+    settings: tuple[str, ...] = ("subvolumes", "patches", "starter")  # names in SETTINGS
+    minutes: float = 4.0  # of CPU time on one thread, for one training
+    seeds: tuple[int, ...] = (0,)  # of weights, order and augmentation
+    patients: int = 4  # of the four training patients of a round, how many are used
+    rounds: tuple[int, ...] = (0, 1, 2)
+    source: Path = DATA / "ct"  # real CTs with labels
+    work: Path = Path("data/levers")  # what the scripts write; relative: below the project
+    applying: bool = False  # train nothing: apply what was trained in each way of APPLYING
+    report: bool = False  # run nothing, print the table of what is known
+
+
+def run(*command: object) -> float:
+    """Run one of the scripts on one thread; CPU seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, check=True, env=environment,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def split_patients(config: Config, turn: int, seed: int) -> tuple[list[str], list[str]]:
+    """Training and held-out patients of a round; another seed begins with another patient."""
+    names = sorted(p.name[:-7] for p in (config.source / "imagesTr").glob("[!.]*.nii.gz"))
+    held_out = names[turn::3]
+    others = [name for name in names if name not in held_out]
+    first = seed % len(others)
+    return (others[first:] + others[:first])[: config.patients], held_out
+
+
+def prepare(config: Config, training: list[str], held_out: list[str], patches: bool) -> Path:
+    """Prepared data of a round, made once."""
+    name = "_".join(["patches" if patches else "subvolumes", *training, "without", *held_out])
+    data = config.work / "prepared" / name
+    if not (ROOT / data / "dataset.json").exists():
+        split = ROOT / config.work / f"{name}.json"
+        split.parent.mkdir(parents=True, exist_ok=True)
+        everyone = {p.name[:-7] for p in (config.source / "imagesTr").glob("[!.]*.nii.gz")}
+        unused = sorted(everyone - {*training, *held_out})
+        split.write_text(json.dumps({"training": training, "validation": held_out, "test": unused}))
+        run("prepare.py", config.source, "--destination", data, "--split", split,
+            "--subvolume-depth", 0 if patches else 16)  # fmt: skip
+    return data
+
+
+def fit(options: str, data: Path, folder: Path, seed: int, epochs: int) -> float:
+    """One training; CPU seconds."""
+    return run(
+        "train.py", "--data", data, "--run-folder", folder, "--seed", seed,
+        "--max-epochs", epochs, "--val-interval", epochs, *last_of_each(options),
+    )  # fmt: skip
+
+
+def last_of_each(options: str) -> list[str]:
+    """Options as words; of one that is given twice, the last."""
+    found: dict[str, list[str]] = {}
+    for word in shlex.split(options):
+        if word.startswith("--"):
+            found.pop(word, None)
+            name = word
+            found[name] = []
+        else:
+            found[name].append(word)
+    return [word for name, values in found.items() for word in (name, *values)]
+
+
+def count_samples(data: Path) -> int:
+    """Sub-volumes, or whole cases, of the training split."""
+    prepared = read_json(ROOT / data / "dataset.json")
+    return sum(item["split"] == "training" for item in prepared["subvolumes"])
+
+
+def count_epochs(config: Config, setting: str, data: Path) -> int:
+    """Epochs that fill the minutes, by a trial of the setting that is made once."""
+    path = ROOT / config.work / "rates.json"
+    rates = read_json(path) if path.exists() else {}
+    samples = count_samples(data)
+    if setting not in rates:
+        seconds = [
+            fit(SETTINGS[setting], data, config.work / "trials" / f"{setting}_{epochs}", 0, epochs)
+            for epochs in (1, 4)
+        ]
+        each = (seconds[1] - seconds[0]) / 3
+        rates[setting] = {"fixed": seconds[0] - each, "sample": each / samples}
+        write_json(rates, path)
+    rate = rates[setting]
+    return max(1, round((config.minutes * 60 - rate["fixed"]) / (rate["sample"] * samples)))
+
+
+def name_run(config: Config, setting: str, turn: int, seed: int) -> str:
+    """The folder of a run and of its results."""
+    label = f"{setting}_{config.minutes:g}min_{config.patients}p_{turn}_{seed}"
+    return label.replace(", ", "_").replace(" ", "_")
+
+
+def score(data: Path, held_out: list[str], run_folder: Path, results: Path, how: str = "") -> dict:
+    """Figures of each held-out patient, segmented by the last checkpoint."""
+    run("apply_model.py", "--split", "validation", "--data", data, "--checkpoint",
+        run_folder / "last.pt", "--destination", results, *shlex.split(how))  # fmt: skip
+    rows = {name: read_json(ROOT / results / name / f"{name}.json") for name in held_out}
+    return {
+        name: {key: round(row[f"liver_{key}"], 4) for key in FIGURES} for name, row in rows.items()
+    }
+
+
+def run_once(config: Config, setting: str, turn: int, seed: int) -> dict:
+    """Train, apply to the held-out patients; the row."""
+    training, held_out = split_patients(config, turn, seed)
+    data = prepare(config, training, held_out, "--sampling patches" in SETTINGS[setting])
+    epochs, name = count_epochs(config, setting, data), name_run(config, setting, turn, seed)
+    folder = config.work / "runs" / name
+    seconds = fit(SETTINGS[setting], data, folder, seed, epochs)
+    return {
+        "setting": setting, "minutes": config.minutes, "patients": config.patients,
+        "round": turn, "seed": seed, "training": training, "epochs": epochs,
+        "training_cpu_minutes": round(seconds / 60, 2),
+        "scans": score(data, held_out, folder, config.work / "results" / name),
+    }  # fmt: skip
+
+
+def compare_applying(config: Config) -> dict[str, dict]:
+    """Networks that were trained, applied in several ways: mean Dice, and each scan's."""
+    table: dict[str, dict] = {}
+    for setting in config.settings:
+        for turn, seed in itertools.product(config.rounds, config.seeds):
+            training, held_out = split_patients(config, turn, seed)
+            data = prepare(config, training, held_out, "--sampling patches" in SETTINGS[setting])
+            name = name_run(config, setting, turn, seed)
+            for way, how in APPLYING.items():
+                place = config.work / "applying" / way.replace(" ", "_") / name
+                scans = score(data, held_out, config.work / "runs" / name, place, how)
+                entry = table.setdefault(f"{setting}, {way}", {"dice": {}})
+                entry["dice"] |= {f"{scan} seed {seed}": row["dice"] for scan, row in scans.items()}
+    for entry in table.values():
+        entry["dice_mean"] = round(statistics.mean(entry["dice"].values()), 4)
+        entry["dice_worst"] = min(entry["dice"].values())
+    return table
+
+
+def summarise(rows: list[dict]) -> dict[str, dict]:
+    """Of each setting: mean, worst, spread over seeds, paired difference from `starter`."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        key = f"{row['setting']}, {row['minutes']:g} min, {row['patients']} patients"
+        groups.setdefault(key, []).append(row)
+    table = {}
+    for key, group in groups.items():
+        dice = {
+            (row["seed"], name): scan["dice"]
+            for row in group
+            for name, scan in row["scans"].items()
+        }
+        seeds = sorted({seed for seed, _ in dice})
+        means = [statistics.mean(v for (s, _), v in dice.items() if s == seed) for seed in seeds]
+        base = {
+            (row["seed"], name): scan["dice"]
+            for row in groups.get("starter" + key[len(group[0]["setting"]) :], [])
+            for name, scan in row["scans"].items()
+        }
+        paired = [dice[k] - base[k] for k in dice if k in base]
+        table[key] = {
+            "n": len(dice),
+            "seeds": len(seeds),
+            "dice_mean": round(statistics.mean(dice.values()), 4),
+            "dice_worst": round(min(dice.values()), 4),
+            "dice_of_each_seed": [round(value, 4) for value in means],
+            "hd95_mm_mean": round(
+                statistics.mean(s["hd95_mm"] for r in group for s in r["scans"].values()), 2
+            ),
+            "cpu_minutes_mean": round(
+                statistics.mean(row["training_cpu_minutes"] for row in group), 2
+            ),
+            "minus_starter_mean": round(statistics.mean(paired), 4) if paired else None,
+            "minus_starter_sd": round(statistics.stdev(paired), 4) if len(paired) > 1 else None,
+            "paired": len(paired),
+        }
+    return table
+
+
+def main(config: Config) -> None:
+    path = RESULTS / "levers.json"
+    known = read_json(path) if path.exists() else {"rows": []}
+    if config.applying:
+        known["applying"] = known.get("applying", {}) | compare_applying(config)
+        write_json(known, path)
+    keys = ("setting", "minutes", "patients", "round", "seed")
+    done = {tuple(row[key] for key in keys) for row in known["rows"]}
+    wanted = [
+        (setting, config.minutes, config.patients, turn, seed)
+        for seed in config.seeds for turn in config.rounds for setting in config.settings
+    ]  # fmt: skip
+    for run_key in [] if config.report or config.applying else wanted:
+        if run_key in done:
+            continue
+        setting, _, _, turn, seed = run_key
+        known["rows"].append(run_once(config, setting, turn, seed))
+        known |= {"settings": SETTINGS, "machine": machine(), "summary": summarise(known["rows"])}
+        write_json(known, path)
+    print(json.dumps(summarise(known["rows"]), indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
