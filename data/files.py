@@ -78,8 +78,10 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write rows as CSV, whole or not at all; a column for every key that any row has."""
-    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}  # names of files
-    with atomic_write(path) as temporary, temporary.open("w", **text) as file:
+    with (
+        atomic_write(path) as temporary,  # names of files need be no UTF-8
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)

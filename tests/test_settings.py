@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -25,7 +26,7 @@ import preprocess
 import train
 import utilities
 from data import signals
-from data.files import InputError, atomic_write, lock_folder, read_signed, write_signed
+from data.files import InputError, atomic_write, lock_folder, read_signed, write_csv, write_signed
 from data.metrics import measure_nearest
 from data.settings import LIMITS, SEVERAL, check_settings, format_seconds
 from data.settings import run_script as start_script
@@ -364,3 +365,15 @@ def test_distances_are_those_of_the_tree_and_no_thread_outlives_them(cores, monk
     before = threading.active_count()
     assert measure_nearest(points, cloud) == pytest.approx(expected, abs=1e-6)
     assert threading.active_count() == before
+
+
+def test_names_that_are_no_utf8_reach_tables_and_consoles(tmp_path, monkeypatch):
+    """Also a console that knows no Greek, as on Windows."""
+    name = os.fsdecode(b"caf\xe9") + " \u03b1"
+    write_csv([{"case": name}], tmp_path / "a.csv")
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8").splitlines()[1] == r"caf\udce9 α"
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    start_script(lambda _: print(name), None)
+    console.flush()
+    assert console.buffer.getvalue().decode().strip() == r"caf\udce9 \u03b1"
