@@ -86,13 +86,13 @@ def collect(config: Config) -> dict[str, dict[str, dict[str, Any]]]:
             done[title][patient] = judge_case(model, scan, label)
             write_json(done, path)
             print(title, patient, done[title][patient], flush=True)
-    return done
+    return {title: done[title] for title in ROWS if title in done}
 
 
 def summarise(done: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Mean, worst and failures of each row of the card."""
     card = {}
-    for title, row in ((title, done[title]) for title in ROWS if title in done):
+    for title, row in done.items():
         dice = {patient: figures["dice"] for patient, figures in row.items()}
         worst = min(dice, key=lambda patient: dice[patient])
         card[title] = {
@@ -149,7 +149,7 @@ def main(config: Config) -> None:
         "scans": done,
     }
     write_json(result, path)
-    suffix = "" if config.name == "starter" else f"_{config.name}"
+    suffix = "" if config.name == "starter" else f"_{config.name}"  # of the picture
     draw(done, ROOT / "docs" / "pictures" / f"robustness{suffix}.png")
     for title, row in result[config.name]["card"].items():
         print(f"| {title} | {row['mean']:.3f} | {row['worst']:.3f} | {row['failures']} |")
