@@ -300,7 +300,7 @@ def test_a_bundle_gives_the_same_voxels(kind, checkpoint, whole_cases, raw_phant
     model = apply_model.load_model(checkpoint, "cpu", "fp32")
     folder = tmp_path / "bundle"
     apply_model.main(apply_model.Config(checkpoint=checkpoint, export_bundle=folder))
-    for scan in sorted((raw_phantoms / "imagesTr").iterdir())[1:4:2]:  # LAS, and oblique
+    for scan in sorted((raw_phantoms / "imagesTr").iterdir())[3:4]:  # an oblique one
         ours = apply_model.segment(model, scan)
         theirs, affine = segment_by_bundle(folder, scan)
         assert np.count_nonzero(ours.data != theirs) == 0
