@@ -308,8 +308,9 @@ def predict(
         return slide(model, volume, windows, mirror, look)
     scores = torch.full((len(model.names), *volume.shape[1:]), OUTSIDE)
     box = find_bounding_box((volume[0] > 0).cpu().numpy())
-    if volume[(..., *box)].numel():
-        scores[(..., *box)] = slide(model, volume[(..., *box)], windows, mirror, look)
+    part = volume[(slice(None), *box)]
+    if part.numel():
+        scores[(slice(None), *box)] = slide(model, part, windows, mirror, look)
         if look and look.box:
             look.box = shift(look.box, [edge.start for edge in box])
     return scores

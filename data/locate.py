@@ -55,7 +55,7 @@ class Look:
         """
         ml, found = math.prod(self.spacing_mm) / 1000, []
         for box, scores in answers.values():
-            hit: np.ndarray = np.asarray(scores > 0).any(axis=0)
+            hit = np.any(np.asarray(scores) > 0, axis=0)
             if hit.sum() * ml >= SPECK_ML:
                 inner = find_bounding_box(hit)
                 found.append(shift(inner, [part.start for part in box]))
