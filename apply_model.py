@@ -60,7 +60,7 @@ if __name__ == "__main__":  # help and mistakes are told before anything heavy i
     CONFIG = read_settings(Config, __doc__)
 
 import contextlib
-import math
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,12 +71,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from monai.data.utils import compute_importance_map
+from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch.nn import functional
 from tqdm import tqdm
 
 from data.anatomy import clean, find_doubts
-from data.boxes import Box, find_bounding_box, list_windows
+from data.boxes import Box, find_bounding_box
 from data.cases import hash_files, read_label_map, read_scan
 from data.descriptions import Description
 from data.dicom import write_seg
@@ -106,6 +106,7 @@ from utilities import (
 )
 
 RUN_BUNDLE = "python -m monai.bundle run --config_file configs/inference.json"
+Answer = tuple[Box, torch.Tensor]  # a window, or part of one, and its scores (C − 1, x, y, z)
 OUTSIDE = -20.0  # score of what the network is not asked about: surely background
 
 
@@ -308,13 +309,14 @@ def predict(
     as the volume, so they slide along the slices alone; patches slide along all axes, over the box
     in which there is anything but air, as prepare.py cut it. A smaller volume is padded with air.
     `mirror` averages with the front-back mirror image; never left-right, because the side is the
-    best clue against the spleen. With `look` the organ is located first, and only its box is
+    best clue against the spleen. Where memory does not suffice, batches get smaller, and at last
+    the CPU takes over. With `look` the organ is located first, and only its box is
     segmented: what lies outside is background.
     """
+    if model.chain.sampling == "subvolumes":
+        return slide(model, volume, windows, mirror, look)
     scores = torch.full((len(model.names), *volume.shape[1:]), OUTSIDE)
-    box = tuple(slice(0, size) for size in volume.shape[1:])
-    if model.chain.sampling == "patches":
-        box = find_bounding_box((volume[0] > 0).cpu().numpy())
+    box = find_bounding_box((volume[0] > 0).cpu().numpy())
     part = volume[(slice(None), *box)]
     if part.numel():
         scores[(slice(None), *box)] = slide(model, part, windows, mirror, look)
@@ -327,54 +329,41 @@ def slide(
     model: Model, volume: torch.Tensor, windows: int, mirror: bool, look: Look | None = None
 ) -> torch.Tensor:
     """`predict` of all of `volume`, air or not."""
-    window, overlap = model.inference["window"], model.inference["overlap"]
-    size = volume.shape[1:]
-    missing = [max(width - along, 0) for width, along in zip(window, size, strict=True)]
-    before = [gap // 2 for gap in missing]
-    pads = [n for gap, low in zip(missing, before, strict=True) for n in (gap - low, low)]
-    volume = functional.pad(volume, pads[::-1]) if any(missing) else volume
-    boxes = list_windows(volume.shape[1:], window, overlap)
+    window, size = model.inference["window"], volume.shape[1:]
+    gaps = [max(width - along, 0) for width, along in zip(window, size, strict=True)]
+    pads = [(gap // 2, gap - gap // 2) for gap in gaps]
+    if any(gaps):
+        volume = functional.pad(volume, [n for pair in reversed(pads) for n in pair])
+    steps = [max(int(width * (1 - model.inference["overlap"])), 1) for width in window]
+    boxes = dense_patch_slices(volume.shape[1:], window, steps)
     with show_progress(total=len(boxes), unit="window") as bar:
-
-        def ask(some: Iterable[Box]) -> Iterator[tuple[Box, torch.Tensor]]:
-            yield from ask_network(model, volume, list(some), (windows, mirror), bar)
-
-        answers = ask(boxes)
-        if look:
-            answers = locate(look, volume, boxes, (window, overlap), ask)
+        ask = functools.partial(ask_network, model, volume, (windows, mirror), bar)
+        answers = locate(look, volume, boxes, ask) if look else ask(boxes)
         scores = blend(answers, window, volume.shape[1:])
     if look and look.box:
-        look.box = shift(look.box, [-low for low in before])
-    parts = [slice(low, low + along) for low, along in zip(before, size, strict=True)]
+        look.box = shift(look.box, [-low for low, _ in pads])
+    parts = [slice(low, low + along) for (low, _), along in zip(pads, size, strict=True)]
     return scores[(slice(None), *parts)]
 
 
 def locate(
-    look: Look,
-    volume: torch.Tensor,
-    boxes: Sequence[Box],
-    sliding: tuple[Sequence[int], float],
-    ask: Callable[[Iterable[Box]], Iterable[tuple[Box, torch.Tensor]]],
-) -> Iterator[tuple[Box, torch.Tensor]]:
+    look: Look, volume: torch.Tensor, boxes: Sequence[Box], ask: Callable[..., Iterable[Answer]]
+) -> Iterator[Answer]:
     """Answers of the windows that are looked at first, and of those that the organ's box needs."""
-    body = find_bounding_box((volume[0] > 0).cpu().numpy())
-    first = look.choose_first(volume.shape[1:], *sliding)
-    todo, asked = {i: look.cut(boxes[i], body) for i in first}, 0
-    answers: dict[int, tuple[Box, torch.Tensor]] = {}
+    body, asked = find_bounding_box((volume[0] > 0).cpu().numpy()), 0
+    todo = {number: look.cut(boxes[number], body) for number in look.choose_first(boxes)}
+    answers: dict[int, Answer] = {}
     while todo:
-        answers |= dict(zip(todo, ask(todo.values()), strict=True))
-        asked += sum(scores[0].numel() for _, scores in (answers[i] for i in todo))
+        answers |= dict(zip(todo, ask(list(todo.values())), strict=True))
+        asked += sum(answers[number][1][0].numel() for number in todo)
         todo = look.choose_next(boxes, answers, body)
-    look.share = asked / (len(boxes) * math.prod(sliding[0]))
-    yield from (answers[i] for i in sorted(answers))
+    look.share = asked / sum(volume[0][box].numel() for box in boxes)
+    yield from (answers[number] for number in sorted(answers))
 
 
-def blend(
-    answers: Iterable[tuple[Box, torch.Tensor]], window: Sequence[int], size: Sequence[int]
-) -> torch.Tensor:
-    """Scores (C − 1, X, Y, Z) of a volume: the mean of its windows' answers, weighed by a Gaussian
-    around each window's middle; OUTSIDE where there is none. An answer may be of part of a window.
-    """
+def blend(answers: Iterable[Answer], window: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+    """Mean of the windows' answers, weighed by a Gaussian around each window's middle; OUTSIDE
+    where there is none. An answer may be of part of a window."""
     weight = compute_importance_map(tuple(window), mode="gaussian")
     total, weights = torch.empty(0), torch.zeros(*size)
     for box, scores in answers:
@@ -389,12 +378,9 @@ def blend(
 
 
 def ask_network(
-    model: Model, volume: torch.Tensor, boxes: Sequence[Box], how: tuple[int, bool], bar: tqdm
-) -> Iterator[tuple[Box, torch.Tensor]]:
-    """Yield each box and what the network finds in it, (C − 1, x, y, z) above the background.
-
-    Where memory does not suffice, batches get smaller, and at last the CPU takes over.
-    """
+    model: Model, volume: torch.Tensor, how: tuple[int, bool], bar: tqdm, boxes: Sequence[Box]
+) -> Iterator[Answer]:
+    """Yield each box and what the network finds in it; `how`: windows at a time, mirrored too."""
 
     def above_background(batch: torch.Tensor) -> torch.Tensor:
         with autocast(model.device, model.precision):
@@ -402,22 +388,20 @@ def ask_network(
         model.windows += len(batch) * len(getattr(model.network, "networks", [0]))
         return logits[:, 1:] - logits[:, :1]
 
-    windows, mirror = how
-    windows, done = windows or (1 if model.device.type == "cpu" else 4), 0
+    windows, done = how[0] or (1 if model.device.type == "cpu" else 4), 0
     while done < len(boxes):
         some = boxes[done : done + windows]
         try:
             batch = torch.stack([volume[(slice(None), *box)] for box in some]).to(model.device)
             scores = above_background(batch)
-            if mirror:
+            if how[1]:
                 scores = (scores + above_background(batch.flip(3)).flip(3)) / 2
-            scores = scores.cpu()
         except torch.OutOfMemoryError:
             if windows == 1 and model.device.type == "cpu":
                 raise
             windows = make_room(model, windows)
             continue
-        yield from zip(some, scores, strict=True)
+        yield from zip(some, scores.cpu(), strict=True)
         done += len(some)
         bar.update(len(some))
 

@@ -71,7 +71,7 @@ from data.files import InputError, atomic_write
 from data.labels import IGNORED, IMAGE, LABEL, Labels
 from data.pictures import draw_inputs, save_figure, spread
 from data.settings import human_bytes, show_progress
-from data.volumes import SLAB, Volume, find_bounding_box, list_slabs, read_file
+from data.volumes import SLAB, Volume, list_slabs, read_file
 from utilities import hide_ignored, rank_and_size
 
 SLICE_MM = "slice_mm"  # meta data: distance of slices
@@ -330,10 +330,8 @@ Box = Sequence[tuple[int, int]]  # first voxel and the one behind the last, alon
 
 
 def to_source_grid(scores: torch.Tensor, to_network: np.ndarray, box: Box) -> torch.Tensor:
-    """Interpolate scores (C, X, Y, Z) on the network's grid at a box of the source's RAS grid.
-
-    Returns (C, *box). Linear interpolation is separable: two small matrix products per slice.
-    """
+    """Scores (C, X, Y, Z) on the network's grid, interpolated at a box of the source's RAS grid:
+    (C, *box). Linear interpolation is separable: two small matrix products per slice."""
     weights = []
     for axis, (first, last) in enumerate(box):
         position = to_network[axis, axis] * np.arange(first, last) + to_network[axis, 3]
@@ -348,16 +346,16 @@ def to_source_grid(scores: torch.Tensor, to_network: np.ndarray, box: Box) -> to
 
 
 def find_source_box(scores: torch.Tensor, to_network: np.ndarray, shape: Sequence[int]) -> Box:
-    """Where on the source's grid (`shape`) scores (C, X, Y, Z) may be above 0; empty if nowhere.
-
-    Between network voxels none of which is above 0 no interpolated score is either.
-    """
-    box, found = [], find_bounding_box((scores > 0).any(dim=0).cpu().numpy())
-    for axis, (part, size) in enumerate(zip(found, shape, strict=True)):
+    """Where on the source's grid (`shape`) scores (C, X, Y, Z) may be above 0: between network
+    voxels none of which is, no interpolated one is either. Empty if nowhere."""
+    box, found = [], (scores > 0).any(dim=0)
+    for axis, size in enumerate(shape):
+        used = found.any(dim=tuple({0, 1, 2} - {axis})).nonzero()
         position = to_network[axis, axis] * np.arange(size) + to_network[axis, 3]
         position = np.clip(position, 0, scores.shape[axis + 1] - 1)
-        near = np.flatnonzero((position > part.start - 1) & (position < part.stop))
-        box.append((int(near[0]), int(near[-1]) + 1) if part.stop and near.size else (0, 0))
+        low, high = (int(used[0]), int(used[-1])) if len(used) else (1, -1)
+        near = np.flatnonzero((position > low - 1) & (position < high + 1))
+        box.append((int(near[0]), int(near[-1]) + 1) if near.size else (0, 0))
     return box
 
 
@@ -367,8 +365,8 @@ def classes_on_grid(
     """Class indices (X, Y, Z) uint8 on the scan's RAS grid, of scores on the network's."""
     classes = np.zeros(ras_shape, np.uint8, order="F")
     x, y, z = find_source_box(scores, source_to_network, ras_shape)
-    for first, last in list_slabs(z[1] - z[0], SLAB):
-        slab = (z[0] + first, z[0] + last)
+    for first in range(*z, SLAB):
+        slab = (first, min(first + SLAB, z[1]))
         fine = to_source_grid(scores, source_to_network, (x, y, slab))
         best, index = fine.max(dim=0) if len(fine) > 1 else (fine[0], 0)
         found = (best > 0).to(torch.uint8) * (torch.as_tensor(index) + 1).to(torch.uint8)

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import tyro
 from machine import DATA, RESULTS, ROOT, machine, name_command, peak_mb
+from monai.data.utils import dense_patch_slices
 from monai.transforms import Compose
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -39,7 +40,6 @@ import apply_model
 import preprocess
 import utilities
 from data import make_phantoms
-from data.boxes import list_windows
 from data.evaluate import evaluate
 from data.files import read_json, write_json
 from data.labels import IMAGE, LABEL, USUAL_LABELS, index_classes
@@ -259,8 +259,8 @@ def arithmetic(shape: tuple[int, int, int]) -> dict:
     theirs = DynUNet(
         3, 1, 3, [3] * 6, [1, 2, 2, 2, 2, 2], [2] * 5, [32, 64, 128, 256, 320, 320]
     )  # fmt: skip
-    windows = len(list_windows((256, 256, shape[2]), **INFERENCE))
-    patches = len(list_windows(shape, (128, 128, 128), 0.5))
+    windows = len(dense_patch_slices((256, 256, shape[2]), (256, 256, 16), (256, 256, 8)))
+    patches = len(dense_patch_slices(shape, (128, 128, 128), (64, 64, 64)))
     each, patch = teraflops(unet(), (1, 1, 256, 256, 16)), teraflops(theirs, (1, 1, 128, 128, 128))
     return {
         "ours": {"network_evaluations": windows, "tflop_each": round(each, 3),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import cc3d
 import numpy as np
@@ -40,11 +41,10 @@ def clean(
             continue
         if largest_component or tumours:
             good, pieces = _judge_pieces(body, in_organ if tumours else body, largest_component)
-            if not good.all():
-                outside = ~good[pieces]
-                part[in_organ & outside] = 0
-                if in_tumour is not None and tumour_inside:
-                    part[in_tumour & outside] = 0
+            outside = ~good[pieces]
+            part[in_organ & outside] = 0
+            if in_tumour is not None and tumour_inside:
+                part[in_tumour & outside] = 0
         if fill_holes:
             _fill(part, organ, [organ, *tumours])
     result = np.zeros_like(classes)  # memory that nobody writes to is not taken
@@ -52,9 +52,7 @@ def clean(
     return result
 
 
-def _judge_pieces(
-    body: np.ndarray, organ: np.ndarray, largest_component: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def _judge_pieces(body: np.ndarray, organ: np.ndarray, largest: bool) -> tuple[Any, Any]:
     """Which connected pieces of `body` stay, by their number, and the number of each voxel's."""
     pieces, count = cc3d.connected_components(body, connectivity=26, return_N=True)
     sizes = np.bincount(pieces.ravel("K"), minlength=count + 1)
@@ -62,9 +60,8 @@ def _judge_pieces(
     if organ is not body:  # a piece without organ is no candidate
         sizes[np.bincount(pieces[organ], minlength=len(sizes)) == 0] = 0
     good = sizes > 0
-    if largest_component and good.any():
+    if largest and good.any():
         good = np.arange(len(sizes)) == sizes.argmax()
-    good[0] = True  # of what is not body nothing goes
     return good, pieces
 
 

@@ -1,24 +1,10 @@
-"""Boxes of voxels: slabs of slices, the box around what is found, windows that slide."""
+"""Boxes of voxels: the one around what is found, the one around others."""
 
 from __future__ import annotations
-
-import itertools
-from collections.abc import Sequence
 
 import numpy as np
 
 Box = tuple[slice, ...]  # a part of a volume: first voxel and the one behind the last, by axis
-
-
-def list_slabs(depth: int, step: int, reach_back: bool = False) -> list[tuple[int, int]]:
-    """(first, last) of consecutive slabs of `step` slices.
-
-    With `reach_back` the last one reaches back over its neighbour to be full.
-    """
-    if reach_back:
-        firsts = [max(0, min(first, depth - step)) for first in range(0, depth, step)]
-        return [(first, min(first + step, depth)) for first in firsts]
-    return [(first, min(first + step, depth)) for first in range(0, depth, step)]
 
 
 def find_bounding_box(mask: np.ndarray) -> Box:
@@ -38,20 +24,3 @@ def enclose(*boxes: Box) -> Box:
         slice(min(part.start for part in parts), max(part.stop for part in parts))
         for parts in zip(*full, strict=True)
     )
-
-
-def list_starts(size: Sequence[int], window: Sequence[int], overlap: float) -> list[list[int]]:
-    """First voxels of the windows along each axis of a volume; the last one ends with it."""
-    starts = []
-    for along, width in zip(size, window, strict=True):
-        step, rest = max(int(width * (1 - overlap)), 1), max(along - width, 0)
-        starts.append([*range(0, rest, step), rest])
-    return starts
-
-
-def list_windows(size: Sequence[int], window: Sequence[int], overlap: float) -> list[Box]:
-    """Windows that slide along the axes of a volume of `size` voxels, the last axis fastest."""
-    return [
-        tuple(slice(start, start + width) for start, width in zip(corner, window, strict=True))
-        for corner in itertools.product(*list_starts(size, window, overlap))
-    ]

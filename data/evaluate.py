@@ -100,7 +100,7 @@ def evaluate(predicted: Volume, truth: Volume, names: Sequence[str]) -> dict[str
         ours, true = (np.where(unknown, np.uint8(0), array) for array in (ours, true))
         total -= int(np.count_nonzero(unknown))
     counts = overlap_counts(ours, true, len(names) + 1)
-    some_p, some_t = np.count_nonzero(ours), np.count_nonzero(true)
+    some_p, some_t = int(np.count_nonzero(ours)), int(np.count_nonzero(true))
     neither = total - int(np.count_nonzero((ours | true) > 0))
     row: dict[str, Any] = {"accuracy": (neither + int(counts[0].sum())) / total}
     ious = [divide(neither, 2 * total - some_p - some_t - neither)]

@@ -6,7 +6,6 @@ touch it follow, in plane cut to it, on the same grid and scale, until nothing i
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data.boxes import Box, enclose, find_bounding_box, list_starts
+from data.boxes import Box, enclose, find_bounding_box
 
 GAP_MM = 25.0  # between the windows of the first look: no organ is shorter
 MARGIN_MM = (30.0, 30.0, 10.0)  # around what is found, along x, y, z: what the network needs to see
@@ -30,15 +29,20 @@ class Look:
     box: Box | None = None  # that was segmented, in voxels of the network's grid; None: everything
     share: float = 1.0  # of the voxels that all windows have: what the network was asked
 
-    def choose_first(self, size: Sequence[int], window: Sequence[int], overlap: float) -> list[int]:
-        """Numbers of the windows (in the order of `list_windows`) that are looked at first."""
-        axes, chosen = list_starts(size, window, overlap), []
-        for starts, width, mm in zip(axes, window, self.spacing_mm, strict=True):
+    def choose_first(self, windows: Sequence[Box]) -> list[int]:
+        """Numbers of the windows that are looked at first: every n-th, and the last, by axis."""
+        chosen = []
+        for axis, mm in enumerate(self.spacing_mm):
+            starts = sorted({window[axis].start for window in windows})
             step = starts[1] - starts[0] if len(starts) > 1 else 1
+            width = windows[0][axis].stop - windows[0][axis].start
             every = max(int((width + GAP_MM / mm) / step), 1)
-            chosen.append({*range(0, len(starts), every), len(starts) - 1})
-        numbers = itertools.product(*(range(len(starts)) for starts in axes))
-        return [i for i, at in enumerate(numbers) if all(map(set.__contains__, chosen, at))]
+            chosen.append({*starts[::every], starts[-1]})
+        return [
+            number
+            for number, window in enumerate(windows)
+            if all(part.start in some for part, some in zip(window, chosen, strict=True))
+        ]
 
     def choose_next(
         self, windows: Sequence[Box], answers: Mapping[int, tuple[Box, Any]], body: Box
@@ -51,7 +55,7 @@ class Look:
         """
         ml, found = math.prod(self.spacing_mm) / 1000, []
         for box, scores in answers.values():
-            hit: np.ndarray = np.asarray(scores > 0).any(axis=0)
+            hit = np.any(np.asarray(scores) > 0, axis=0)
             if hit.sum() * ml >= SPECK_ML:
                 inner = find_bounding_box(hit)
                 found.append(shift(inner, [part.start for part in box]))

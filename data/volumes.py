@@ -16,10 +16,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from isal import isal_zlib
-from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
 from data.boxes import find_bounding_box as find_bounding_box
-from data.boxes import list_slabs as list_slabs
 from data.files import InputError, atomic_write
 from data.itk_files import read_itk
 from data.nifti_files import NIFTI_SUFFIXES, find_pair, make_header, read_nifti, write_stream
@@ -197,10 +196,8 @@ class Volume:
 
     def from_ras(self, array: np.ndarray) -> Volume:
         """`array`, whose axes run R, A, S, on exactly this grid, in its own axes."""
-        box = find_bounding_box(array)
-        turned = np.zeros(self.shape, array.dtype, order="F")  # memory is taken where there is more
-        apply_orientation(turned, self.orientation)[box] = array[box]
-        return self.like(turned)
+        turn = ornt_transform(RAS, self.orientation)
+        return self.like(np.asfortranarray(apply_orientation(array, turn)))
 
     def crop(self, box: Sequence[slice]) -> Volume:
         """The part in `box` (a slice with bounds and step, or `slice(None)`, per axis)."""
@@ -322,6 +319,17 @@ def list_data_files(path: Path) -> list[Path]:
     head, data = find_pair(path)
     matrix = head.with_suffix(".mat")  # SPM's affine, beside an Analyze pair
     return list(dict.fromkeys([head, data, *[matrix] * (head != data and matrix.is_file())]))
+
+
+def list_slabs(depth: int, step: int, reach_back: bool = False) -> list[tuple[int, int]]:
+    """(first, last) of consecutive slabs of `step` slices.
+
+    With `reach_back` the last one reaches back over its neighbour to be full.
+    """
+    if reach_back:
+        firsts = [max(0, min(first, depth - step)) for first in range(0, depth, step)]
+        return [(first, min(first + step, depth)) for first in firsts]
+    return [(first, min(first + step, depth)) for first in range(0, depth, step)]
 
 
 # ---------------------------------------------------------------------------------------
