@@ -60,7 +60,7 @@ def signals_ignored() -> Iterator[None]:
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Both raise KeyboardInterrupt, once; what follows it is left alone, to the program's end."""
-    before = set_handlers(Interrupt())
+    before: dict[signal.Signals, Any] = set_handlers(Interrupt())
     atexit.register(set_handlers, signal.SIG_IGN)  # Python's own end would die of the next one
     try:
         yield
@@ -69,7 +69,8 @@ def interruptible() -> Iterator[None]:
         raise
     finally:
         for kind, handler in before.items():
-            signal.signal(kind, USUAL[kind] if handler is leave_unbegun else handler)
+            after: Any = USUAL[kind] if handler is leave_unbegun else handler
+            signal.signal(kind, after)
 
 
 def leave_unbegun(*_: Any) -> None:
