@@ -1,5 +1,5 @@
-# docker build -t liver .                           torch for the CPU
-# docker build -t liver --build-arg TORCH=cu126 .   for NVIDIA's GPUs; run it with --gpus all
+# docker build -t liver .                            torch for NVIDIA's GPUs; run it with --gpus all
+# docker build -t liver --build-arg INDEX=URL .      URL: what pytorch.org names for "CPU", smaller
 # docker run --rm liver                             the demo
 # docker run --rm -v "$PWD:/scans" liver python apply_model.py /scans/ct.nii.gz \
 #     --checkpoint checkpoints/starter.pt --destination /scans/results
@@ -12,10 +12,9 @@ RUN apt-get update \
 
 WORKDIR /liver
 COPY requirements.txt .
-ARG TORCH=cpu
+ARG INDEX
 RUN python -m venv .venv \
-    && .venv/bin/pip install --no-cache-dir "$(grep ^torch= requirements.txt)" \
-        --index-url "https://download.pytorch.org/whl/$TORCH" \
+    && .venv/bin/pip install --no-cache-dir "$(grep ^torch= requirements.txt)" ${INDEX:+--index-url "$INDEX"} \
     && .venv/bin/pip install --no-cache-dir -r requirements.txt \
     && touch .venv/installed
 ENV PATH="/liver/.venv/bin:$PATH" MPLBACKEND=Agg
