@@ -181,7 +181,10 @@ def say_next(records: list[dict[str, Any]], config: Config) -> None:
     if picture and picture.is_file():
         print(f"look at {picture} and its neighbours, one for each case")
     if sound and not config.check_only:
-        print(f"next: python preprocess.py --data {destination}")
+        whole = config.subvolume_depth == 0  # which only recipes of patches take
+        print(
+            f"next: python {'train.py laptop' if whole else 'preprocess.py'} --data {destination}"
+        )
     if left_out := len(records) - len(sound):
         elsewhere = f"; the others are in {destination}"
         raise InputError(

@@ -392,6 +392,8 @@ def test_leaving_out_is_told_and_never_everything(raw, capsys):
     told = capsys.readouterr().out
     assert "--leave-out case_7: there is no such case" in told
     assert "next: python preprocess.py --data" in told and "look at" in told
+    run(raw, leave_out=("case_1",), subvolume_depth=0, **two)
+    assert "next: python train.py laptop --data" in capsys.readouterr().out
 
 
 def test_pairs_are_listed_before_the_check(raw, capsys):
