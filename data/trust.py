@@ -84,11 +84,16 @@ def weigh_scores(
         for axis, part in enumerate(box)
         for at in (part.start, part.stop)
     ]
-    likely = np.exp(scores[(slice(None), *box)].clip(None, 30))
-    likely /= 1 + likely.sum(axis=0)
+    likely, limits = scores[(slice(None), *box)], (SURE, UNSURE)
+    if len(likely) == 1:  # a single score says as much as its probability, and is there already
+        limits = (math.log(SURE / (1 - SURE)), math.log(UNSURE / (1 - UNSURE)))
+    else:
+        likely = np.exp(likely.clip(None, 30))
+        likely /= 1 + likely.sum(axis=0)
     for body in group_bodies(names):
-        p = likely[[index - 1 for index in body]].sum(axis=0)
-        sure, unsure = p > SURE, p > UNSURE
+        some = [likely[index - 1] for index in body]
+        p = some[0] if len(some) == 1 else sum(some)
+        sure, unsure = (p > limit for limit in limits)
         counts = np.count_nonzero(sure), np.count_nonzero(unsure)
         known = Evidence(tuple(names[index - 1] for index in body), edges=tuple(edges[:4]))
         if counts[1]:
