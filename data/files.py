@@ -130,8 +130,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     mine = {"pid": process.pid, "started": process.create_time(), "host": socket.gethostname()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with path.open("x") as stream:
-            json.dump(mine, stream)
+        _make_lock(mine, path)
     except FileExistsError as error:
         if not folder.is_dir():
             raise InputError(
@@ -161,6 +160,17 @@ def lock_folder(folder: Path) -> Iterator[None]:
         if new:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def _make_lock(mine: dict[str, Any], path: Path) -> None:
+    """Write a lock that is not there yet; on a full disk none is left that nobody owns."""
+    with path.open("x") as stream:
+        try:
+            json.dump(mine, stream)
+            stream.flush()
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def _read_lock(path: Path) -> dict[str, Any]:

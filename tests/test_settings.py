@@ -1,5 +1,6 @@
 """Settings, files, locks and signals: what was given wrongly is one line, what is begun is kept."""
 
+import errno
 import functools
 import hashlib
 import io
@@ -180,6 +181,19 @@ def test_a_folder_is_kept_for_one_and_taken_over_from_the_dead(tmp_path):
     ):
         pass
     assert lock.exists()
+
+
+def test_a_full_disk_leaves_no_lock_that_nobody_owns(tmp_path, monkeypatch):
+    def fail(_, stream):
+        stream.write("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("data.files.json.dump", fail)
+    with pytest.raises(InputError, match="No space left"), lock_folder(tmp_path):
+        pass
+    monkeypatch.undo()
+    with lock_folder(tmp_path):
+        pass
 
 
 def test_a_second_training_into_a_run_folder_is_refused(prepared, tmp_path):
