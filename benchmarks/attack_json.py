@@ -97,7 +97,8 @@ def read_for_training(folder: Path) -> None:
 
 def read_for_applying(folder: Path) -> None:
     for split in ("training", "validation", "test"):
-        apply_model.find_cases(apply_model.Config(split=split, data=folder))
+        config = apply_model.Config(split=split, data=folder)
+        apply_model.find_cases(config, lambda _: 0)
 
 
 def prepare_again(demo: Demo) -> None:
