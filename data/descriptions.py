@@ -16,6 +16,7 @@ from data.labels import (
     LARGEST_VALUE,
     USUAL_LABELS,
     Labels,
+    as_labels,
     describe_labels,
 )
 from data.names import name_files, show_path
@@ -249,6 +250,12 @@ def read_prepared(folder: Path) -> dict[str, Any]:
             + ("it comes from a later version, update this program" if newer else remedy)
         )
     check_types(prepared, PREPARED, str(path), remedy)
+    try:
+        as_labels(prepared["labels"])
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: labels must be whole numbers, got {prepared['labels']}; {remedy}"
+        ) from error
     for record in prepared["subvolumes"]:
         check_types(record, SUBVOLUME, f"{path}: a sub-volume", remedy)
         for key in (IMAGE, LABEL):

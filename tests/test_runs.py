@@ -169,6 +169,14 @@ def test_a_dataset_json_that_lacks_something(prepared, tmp_path, key):
         read_prepared(tmp_path)
 
 
+@pytest.mark.parametrize("values", [["x", "x"], "liver", None, [[1]], {"a": 1}])
+def test_labels_that_are_no_numbers_are_refused(prepared, tmp_path, values):
+    labels = {"background": 0, "liver": values}
+    folder = edit_prepared(prepared, tmp_path / "data", labels=labels)
+    with pytest.raises(InputError, match=r"labels must be whole numbers, .*prepare the data again"):
+        read_prepared(folder)
+
+
 @pytest.mark.parametrize(
     "path", ["../other/image.nii", "/etc/image.nii", "a/../../b.nii", "C:\\a.nii", "..\\a.nii", 7]
 )
