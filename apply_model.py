@@ -63,6 +63,7 @@ import contextlib
 import functools
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -77,11 +78,12 @@ from tqdm import tqdm
 
 from data.anatomy import clean, find_doubts
 from data.boxes import Box, find_bounding_box
+from data.bundles import write_configuration
 from data.cases import hash_files, read_label_map, read_scan
 from data.descriptions import Description
 from data.dicom import write_seg
 from data.evaluate import describe_truths, evaluate, measure
-from data.files import InputError, lock_folder
+from data.files import InputError, atomic_write, lock_folder
 from data.jobs import Case, find_cases, fingerprint
 from data.judges import judge_hu
 from data.labels import IMAGE, LABEL, PRED, USUAL_LABELS, Labels, translate_classes
@@ -97,7 +99,6 @@ from utilities import (
     GRAINS,
     autocast,
     build_network,
-    export_bundle,
     find_checkpoint,
     load_checkpoint,
     on_device,
@@ -534,6 +535,20 @@ def do_case(model: Model, case: Case, weights: str, config: Config) -> None:
     write_record(row, record)
 
 
+def export_bundle(model: Model, folder: Path) -> None:
+    """Write a network (on the CPU) as a MONAI bundle, which needs no code of this project.
+
+    It is TorchScript, which torch calls deprecated: of what bundles may hold, only it brings
+    networks along that MONAI does not have.
+    """
+    (folder / "models").mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "models" / "model.ts") as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        window = torch.zeros(1, 1, *model.inference["window"])
+        torch.jit.trace(model.network, window).save(str(temporary))
+    write_configuration(folder, asdict(model.chain), model.inference, model.modality)
+
+
 def read_fold(checkpoint: Path) -> int:
     """The fold that a training left out."""
     return load_checkpoint(checkpoint)["config"].get("fold", 0)
@@ -542,8 +557,7 @@ def read_fold(checkpoint: Path) -> int:
 def main(config: Config) -> None:
     if config.export_bundle:
         model = load_model((config.checkpoint, *config.folds), "cpu", overlap=config.overlap)
-        how = asdict(model.chain), model.inference, model.modality
-        export_bundle(model.network, config.export_bundle, *how)
+        export_bundle(model, config.export_bundle)
         print(f"{config.export_bundle}: a MONAI bundle; its input/ is segmented by: {RUN_BUNDLE}")
         return
     cases = find_cases(config, read_fold)

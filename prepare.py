@@ -181,10 +181,9 @@ def say_next(records: list[dict[str, Any]], config: Config) -> None:
     if picture and picture.is_file():
         print(f"look at {picture} and its neighbours, one for each case")
     if sound and not config.check_only:
-        whole = config.subvolume_depth == 0  # which only recipes of patches take
-        print(
-            f"next: python {'train.py laptop' if whole else 'preprocess.py'} --data {destination}"
-        )
+        # whole cases are what recipes of patches take
+        script = "preprocess.py" if config.subvolume_depth else "train.py laptop"
+        print(f"next: python {script} --data {destination}")
     if left_out := len(records) - len(sound):
         elsewhere = f"; the others are in {destination}"
         raise InputError(

@@ -66,6 +66,7 @@ from monai.transforms import (
 )
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data.boxes import Box, find_bounding_box
 from data.cases import hash_files
 from data.files import InputError, atomic_write
 from data.labels import IGNORED, IMAGE, LABEL, Labels
@@ -326,15 +327,12 @@ def interpolation_matrix(position: np.ndarray, size: int) -> torch.Tensor:
     return torch.from_numpy(matrix)
 
 
-Box = Sequence[tuple[int, int]]  # first voxel and the one behind the last, along x, y and z
-
-
 def to_source_grid(scores: torch.Tensor, to_network: np.ndarray, box: Box) -> torch.Tensor:
     """Scores (C, X, Y, Z) on the network's grid, interpolated at a box of the source's RAS grid:
     (C, *box). Linear interpolation is separable: two small matrix products per slice."""
     weights = []
-    for axis, (first, last) in enumerate(box):
-        position = to_network[axis, axis] * np.arange(first, last) + to_network[axis, 3]
+    for axis, part in enumerate(box):
+        position = to_network[axis, axis] * np.arange(part.start, part.stop) + to_network[axis, 3]
         position = np.clip(position, 0, scores.shape[axis + 1] - 1)
         low, high = int(position[0]), math.ceil(position[-1]) + 1
         scores = scores.narrow(axis + 1, low, high - low)
@@ -348,15 +346,14 @@ def to_source_grid(scores: torch.Tensor, to_network: np.ndarray, box: Box) -> to
 def find_source_box(scores: torch.Tensor, to_network: np.ndarray, shape: Sequence[int]) -> Box:
     """Where on the source's grid (`shape`) scores (C, X, Y, Z) may be above 0: between network
     voxels none of which is, no interpolated one is either. Empty if nowhere."""
-    box, found = [], (scores > 0).any(dim=0)
-    for axis, size in enumerate(shape):
-        used = found.any(dim=tuple({0, 1, 2} - {axis})).nonzero()
+    box, found = [], find_bounding_box((scores > 0).any(dim=0).numpy())
+    for axis, (part, size) in enumerate(zip(found, shape, strict=True)):
         position = to_network[axis, axis] * np.arange(size) + to_network[axis, 3]
         position = np.clip(position, 0, scores.shape[axis + 1] - 1)
-        low, high = (int(used[0]), int(used[-1])) if len(used) else (1, -1)
-        near = np.flatnonzero((position > low - 1) & (position < high + 1))
-        box.append((int(near[0]), int(near[-1]) + 1) if near.size else (0, 0))
-    return box
+        near = np.flatnonzero((position > part.start - 1) & (position < part.stop))
+        some = part.stop > part.start and near.size > 0
+        box.append(slice(int(near[0]), int(near[-1]) + 1) if some else slice(0, 0))
+    return tuple(box)
 
 
 def classes_on_grid(
@@ -365,12 +362,12 @@ def classes_on_grid(
     """Class indices (X, Y, Z) uint8 on the scan's RAS grid, of scores on the network's."""
     classes = np.zeros(ras_shape, np.uint8, order="F")
     x, y, z = find_source_box(scores, source_to_network, ras_shape)
-    for first in range(*z, SLAB):
-        slab = (first, min(first + SLAB, z[1]))
+    for first in range(z.start, z.stop, SLAB):
+        slab = slice(first, min(first + SLAB, z.stop))
         fine = to_source_grid(scores, source_to_network, (x, y, slab))
         best, index = fine.max(dim=0) if len(fine) > 1 else (fine[0], 0)
         found = (best > 0).to(torch.uint8) * (torch.as_tensor(index) + 1).to(torch.uint8)
-        classes[slice(*x), slice(*y), slice(*slab)] = found.numpy()
+        classes[x, y, slab] = found.numpy()
     return classes
 
 
@@ -379,9 +376,9 @@ def probability_on_grid(
 ) -> np.ndarray:
     """Probability that a voxel is not background, as uint8 in steps of 1/255, RAS (X, Y, Z)."""
     probability = np.empty(ras_shape, np.uint8, order="F")
-    x, y, z = ((0, size) for size in ras_shape)
-    for first, last in list_slabs(z[1], SLAB):
-        fine = to_source_grid(scores, source_to_network, (x, y, (first, last)))
+    x, y, _ = (slice(0, size) for size in ras_shape)
+    for first, last in list_slabs(ras_shape[2], SLAB):
+        fine = to_source_grid(scores, source_to_network, (x, y, slice(first, last)))
         # softmax: 1 − p(background) = sigmoid(log Σ exp(logit − background's logit))
         some = torch.logsumexp(fine, dim=0).sigmoid()
         probability[..., first:last] = (some * 255).round().to(torch.uint8).numpy()

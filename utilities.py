@@ -13,7 +13,6 @@ import os
 import time
 import types
 import typing
-import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,6 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from data.bundles import write_configuration
 from data.files import InputError, atomic_write, write_csv
 from data.labels import IGNORED, IMAGE, LABEL, PRED
 from data.metrics import dice_metric, list_overlaps, mean_dice, nan_mean, overlap_counts
@@ -323,25 +321,6 @@ def refuse_non_finite(weights: dict[str, Any], path: Path) -> None:
                 f"{path}: its weights are not numbers (NaN or infinite in {name}); use an earlier "
                 "checkpoint, or train again with a lower --learning-rate or --precision fp32"
             )
-
-
-def export_bundle(
-    network: nn.Module,
-    folder: Path,
-    preprocessing: dict[str, Any],
-    inference: dict[str, Any],
-    modality: str,
-) -> None:
-    """Write a network (on the CPU) as a MONAI bundle, which needs no code of this project.
-
-    The rest is as a checkpoint has it. The network is TorchScript, which torch calls deprecated:
-    of what bundles may hold, only it brings networks along that MONAI does not have.
-    """
-    (folder / "models").mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / "models" / "model.ts") as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.trace(network, torch.zeros(1, 1, *inference["window"])).save(str(temporary))
-    write_configuration(folder, preprocessing, inference, modality)
 
 
 # ---------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ import numpy as np
 from nibabel.affines import from_matvec
 from scipy.ndimage import gaussian_filter, gaussian_filter1d, rotate
 
-from data.volumes import Volume, find_bounding_box
+from data.boxes import find_bounding_box
+from data.volumes import Volume
 
 AIR = -1000.0
 

@@ -9,8 +9,9 @@ from typing import Any
 import cc3d
 import numpy as np
 
+from data.boxes import find_bounding_box
 from data.labels import group_tumours
-from data.volumes import Volume, find_bounding_box
+from data.volumes import Volume
 
 PLAUSIBLE_ML = {"liver": (500, 4000)}  # volumes of adults
 RIGHT_SIDED = ("liver",)  # organs on the patient's right

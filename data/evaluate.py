@@ -20,7 +20,7 @@ import cc3d
 import numpy as np
 import tyro
 
-from data.boxes import enclose
+from data.boxes import enclose, find_bounding_box
 from data.cases import Masks, find_scans, read_label_map, read_volume
 from data.descriptions import Description, read_description
 from data.files import InputError, write_json
@@ -46,7 +46,7 @@ from data.summary import (
     tell_worst,
     write_table,
 )
-from data.volumes import Volume, find_bounding_box
+from data.volumes import Volume
 
 NSD_MM = 2.0  # tolerance of the normalised surface Dice
 LESION_OVERLAP = 0.1  # a lesion counts as found when this part of it is covered

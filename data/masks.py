@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from data.boxes import find_bounding_box
 from data.files import InputError
 from data.headers import read_header, read_text
 from data.labels import IGNORED, Labels, find_label, is_tumour
 from data.names import natural
-from data.volumes import Volume, find_bounding_box, list_slabs
+from data.volumes import Volume, list_slabs
 
 Masks = tuple[tuple[str, Path], ...]  # name of a structure, its file, series or stack of PNGs
 # Grey values of the organs in one stack of PNGs, as CHAOS draws them on MR.

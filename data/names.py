@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -181,15 +181,26 @@ def name_apart(parts: Sequence[Sequence[str]]) -> list[str]:
 
 
 def name_scans(paths: Sequence[Path], root: Path | None = None) -> list[str]:
-    """Unique safe case names: the last name, with the folders below `root` where it comes twice."""
+    """Unique safe case names: the last name, with the folders below `root` where it comes twice.
+
+    A name that is only a word of the tables, such as ct or scan, is that of its folder below
+    `root`, as prepare.py has it, unless it has such a neighbour there.
+    """
     there = os.path.abspath  # a link has its own name, and may lead nowhere
     top = Path("/") if root is None else Path(there(root))
-    parts = []
+    parts, wordy = [], []
     for path in map(Path, map(there, paths)):
         inside = path.is_relative_to(top) and path != top
         folders = path.relative_to(top).parts[:-1] if inside else path.parts[1:-1]
         parts.append((*folders, name_case(path)))
-    return name_apart(parts)
+        wordy.append(root is not None and inside and not strip_words(parts[-1][-1])[0])
+    alone = Counter(part[:-1] for part, only in zip(parts, wordy, strict=True) if only)
+    return name_apart(
+        [
+            part[:-1] if only and part[:-1] and alone[part[:-1]] == 1 else part
+            for part, only in zip(parts, wordy, strict=True)
+        ]
+    )
 
 
 def natural(name: str) -> list[tuple[bool, int, str]]:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from isal import isal_zlib
 
+from data.boxes import find_bounding_box
 from data.destination import read_record, writing
 from data.labels import IMAGE, LABEL
-from data.volumes import Volume, find_bounding_box
+from data.volumes import Volume
 
 BODY_HU = -500  # between lung and fat
 

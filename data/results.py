@@ -17,13 +17,14 @@ import scipy.ndimage as ndi
 from nibabel.affines import apply_affine
 from skimage.measure import find_contours
 
+from data.boxes import find_bounding_box
 from data.cases import find_scans, lay_on_grid, name_case, read_label_map, read_scan
 from data.files import InputError, read_json
 from data.labels import BACKGROUND, USUAL_LABELS, Labels, group_tumours, is_tumour
 from data.masks import Masks, name_label, restore_label
 from data.metrics import measure_nearest
 from data.pictures import HU_WINDOW, TRUTH_COLOUR, choose_hu_window, class_colour
-from data.volumes import AIR_HU, Volume, find_bounding_box
+from data.volumes import AIR_HU, Volume
 
 STAND_IN_HU = {"liver": 100, "tumour": 40}  # taken where there is no scan
 SKIN_HU = -300  # between air and fat

@@ -71,11 +71,11 @@ def check_settings(settings: Any, where: str = "") -> None:
         option = f"{where}--{name.replace('_', '-')}"
         if name == "device" and not DEVICES.fullmatch(str(value)):
             raise InputError(f"{option} must be auto, cpu, cuda, cuda:1 or mps, got {value}")
-        files = isinstance(value, tuple) and all(isinstance(item, Path) for item in value)
-        median = (name, value) == ("spacing", "median") and not isinstance(settings, Mapping)
-        if (
-            name not in LIMITS or value is None or files or median
-        ):  # the --folds of apply_model.py are files
+        if name not in LIMITS or value is None:
+            continue
+        if name == "folds" and isinstance(value, tuple):  # checkpoints, of apply_model.py
+            continue
+        if value == "median" and name == "spacing" and values is not settings:  # of train.py
             continue
         low, above, _, below, high = LIMITS[name].split()
         several = name in SEVERAL and isinstance(value, tuple | list)
@@ -213,7 +213,8 @@ def read_saved(words: Sequence[str], config_class: type, parse: Callable[..., An
         raise InputError(f"{path}: must be a JSON object of settings, got {content!r:.60}")
     if unknown := sorted(content.keys() - {item.name for item in dataclasses.fields(config_class)}):
         raise InputError(f"{path}: no such setting: {', '.join(unknown)}; correct it, see --help")
-    check_settings(content, f"{path}: ")
+    # of "median", which only a whole config may have, the command line decides
+    check_settings({n: v for n, v in content.items() if v != "median"}, f"{path}: ")
     options = {name: spell_option(name, value) for name, value in content.items()}
     try:
         parse([word for option in options.values() for word in option], console_outputs=False)

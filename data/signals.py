@@ -68,9 +68,7 @@ def interruptible() -> Iterator[None]:
         before = {}
         raise
     finally:
-        for kind, handler in before.items():
-            after: Any = USUAL[kind] if handler is leave_unbegun else handler
-            signal.signal(kind, after)
+        restore_handlers({k: USUAL[k] if h is leave_unbegun else h for k, h in before.items()})
 
 
 def leave_unbegun(*_: Any) -> None:

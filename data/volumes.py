@@ -18,7 +18,6 @@ import numpy as np
 from isal import isal_zlib
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
-from data.boxes import find_bounding_box as find_bounding_box
 from data.files import InputError, atomic_write
 from data.itk_files import read_itk
 from data.nifti_files import NIFTI_SUFFIXES, find_pair, make_header, read_nifti, write_stream

@@ -22,6 +22,7 @@ from data.cases import read_label_map
 from data.dicom import find_dicom, list_series_files, read_seg, read_series, write_seg
 from data.files import InputError
 from data.labels import USUAL_LABELS, index_classes
+from data.layouts import find_pairs
 from data.volumes import Volume, read_file
 
 CLASSES = {"background": (0,), "liver": (1,), "tumour": (2,)}
@@ -65,6 +66,19 @@ def test_series_with_seg_and_nifti_labels_are_prepared_and_nothing_private_is_wr
         content = path.read_bytes() if path.is_file() else b""
         for secret in (*SECRETS.values(), "ID-4712", "19700101"):
             assert secret not in path.name and secret.encode() not in content
+
+
+@pytest.mark.parametrize("form", ["{}", "{}/scan", "{}/CT", "{}/portal"])
+def test_a_series_has_one_name_for_preparing_and_for_applying(tmp_path, form):
+    raw = tmp_path / "raw"
+    for index in range(3):
+        scan, label = part_arrays(index, 20)
+        slices = write_phantom_series(raw / form.format(f"pat{index}"), scan)
+        write_phantom_seg(raw / f"pat{index}" / "seg.dcm", slices, label)
+    prepared = [case.name for case in find_pairs(raw).cases]
+    asked = apply_model.Config(paths=(raw,))
+    assert [case.name for case in apply_model.find_cases(asked, apply_model.read_fold)] == prepared
+    assert len(set(prepared)) == 3
 
 
 OTHER_VALUES = {"background": (0,), "spleen": (9,), "liver": (1,), "Left Kidney": (4,)}

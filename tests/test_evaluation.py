@@ -20,12 +20,12 @@ from scipy import ndimage
 
 from data import evaluate as evaluation
 from data.anatomy import clean, find_doubts
+from data.boxes import find_bounding_box
 from data.check import judge_hu
 from data.evaluate import evaluate, measure, pair_truths, score_lesions
 from data.files import InputError
 from data.labels import IGNORED
 from data.summary import describe_values, print_summary, summarise, write_table
-from data.volumes import find_bounding_box
 
 NAMES = ["liver", "tumour"]
 BLANK = pytest.mark.usefixtures("blank_pictures")

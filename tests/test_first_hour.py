@@ -137,6 +137,8 @@ def test_the_settings_of_a_run_are_fed_back_and_options_win(run, tmp_path, monke
         expected = {**saved, "loss": "ce", "run_folder": str(tmp_path), "resume": None}
         assert again.plain() == expected | {"max_epochs": 2}
         assert {"loss", "hu_window", "base_channels"} <= again.list_given()
+    (tmp_path / "own.json").write_text('{"spacing": "median"}')
+    assert read(monkeypatch, "--config", tmp_path / "own.json").spacing == "median"
     laptop = read(monkeypatch, "laptop", "--config", run, recipes=train.RECIPES)
     assert laptop.input_size == tuple(saved["input_size"])
 

@@ -879,6 +879,9 @@ def test_scans_are_named_by_their_last_names_or_whole_paths(tmp_path):
     names = ("A/x.nii.gz", "B/x.NII.GZ", "y.mha", "..z.nii")
     assert name_scans(paths(tmp_path, *names), tmp_path) == ["A_x", "B_x", "y", "z"]
     assert name_scans(paths(tmp_path, "A/x.nii")) == ["x"]
+    words = paths(tmp_path, "1/ct.nii.gz", "2/ct.nii.gz", "2/scan.nii.gz", "3/image")
+    assert name_scans(words, tmp_path) == ["1", "ct", "scan", "3"]
+    assert name_scans(words[:1], words[0]) == name_scans(words[:1]) == ["ct"]
 
 
 def test_scans_are_found_at_any_depth_and_in_any_letters(tmp_path):

@@ -307,6 +307,17 @@ def test_a_signal_while_libraries_are_loaded_is_one_line(tmp_path, number):
     assert errors == "interrupted before anything was begun; run the same command again\n"
 
 
+def fork_busy(target):
+    """A child that has begun its work, and the pipe into which it tells."""
+    context = multiprocessing.get_context("fork")
+    begun, (read, write) = context.Event(), os.pipe()
+    child = context.Process(target=target, args=(begun, write))
+    child.start()
+    os.close(write)
+    assert begun.wait(300)
+    return child, read
+
+
 def watched(begun, told: int) -> None:
     """In a child process: busy in compiled code, as torch is; Python's handlers wait for it."""
     sys.stderr = os.fdopen(told, "w")
@@ -317,12 +328,7 @@ def watched(begun, told: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_interrupt_is_told_at_once_and_the_second_stops(number):
-    context = multiprocessing.get_context("fork")
-    begun, (read, write) = context.Event(), os.pipe()
-    child = context.Process(target=watched, args=(begun, write))
-    child.start()
-    os.close(write)
-    assert begun.wait(300)
+    child, read = fork_busy(watched)
     os.kill(child.pid, number)
     with os.fdopen(read) as told:
         assert told.readline() == "\n"
@@ -356,12 +362,7 @@ def caching(begun, told: int) -> None:
 
 def test_an_interrupt_while_volumes_are_cached_ends_in_order():
     """Its threads are waited for: torch would abort the process under them."""
-    context = multiprocessing.get_context("fork")
-    begun, (read, write) = context.Event(), os.pipe()
-    child = context.Process(target=caching, args=(begun, write))
-    child.start()
-    os.close(write)
-    assert begun.wait(300)
+    child, read = fork_busy(caching)
     for _ in range(2):
         os.kill(child.pid, signal.SIGINT)
         time.sleep(0.05)
