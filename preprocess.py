@@ -28,7 +28,6 @@ if __name__ == "__main__":  # the values of Chain and Augment have one home, and
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -481,52 +480,27 @@ def single(sample: Any) -> dict[str, Any]:
     return sample[0] if isinstance(sample, list) else sample
 
 
-class Tiles(Dataset):
-    """Whole cached volumes as tiles of `window` (x, y, z) voxels that do not overlap.
-
-    Every voxel is in one tile, so that validation counts it once; the last tiles are filled up with
-    air. Items as those of `Subvolumes`.
-    """
+class WholeCases(Subvolumes):
+    """Cached whole cases, as validation takes them; a preview shows `window` (x, y, z) of them."""
 
     def __init__(self, cached: CachedVolumes, window: Sequence[int]):
-        self.cached, self.window = cached, tuple(window)
-        self.places = [
-            (index, corner)
-            for index, item in enumerate(cached[i] for i in range(len(cached)))
-            for corner in itertools.product(
-                *(range(0, n, step) for n, step in zip(item[IMAGE].shape[1:], window, strict=True))
-            )
-        ]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.cut(*self.places[index])
-
-    def cut(self, place: int, corner: Sequence[int]) -> dict[str, Any]:
-        """The tile of case number `place` that begins at voxel `corner`."""
-        item = {key: value for key, value in self.cached[place].items() if key != INDICES}
-        item["first_slice"] = corner[2]  # of the resampled volume
-        box = tuple(slice(a, a + n) for a, n in zip(corner, self.window, strict=True))
-        for key in (IMAGE, LABEL):
-            tile = item[key][(slice(None), *box)]
-            fill = [(0, n - m) for m, n in zip(tile.shape[1:], self.window, strict=True)]
-            item[key] = torch.nn.functional.pad(tile, [*fill[2], *fill[1], *fill[0]])
-        return {**item, IMAGE: item[IMAGE].float()}
+        super().__init__(cached)
+        self.window = tuple(window)
 
     def examples(self, count: int) -> list[dict[str, Any]]:
-        """Of some cases the tile around their last class, the tumour where there is one."""
+        """Of some cases the window around their last class, the tumour where there is one."""
         found = []
-        for place in spread(len(self.cached), count):
-            label = hide_ignored(self.cached[place][LABEL][0])
+        for item in super().examples(count):
+            label = hide_ignored(item[LABEL][0])
             centre = torch.nonzero(label == max(int(label.max()), 1)).float().mean(dim=0)
-            middle = centre.nan_to_num().int().tolist()
-            corner = [
-                max(0, min(at - width // 2, size - width))
-                for at, width, size in zip(middle, self.window, label.shape, strict=True)
-            ]
-            found.append(self.cut(place, corner))
+            box = []
+            for at, width, size in zip(
+                centre.nan_to_num().int().tolist(), self.window, label.shape, strict=True
+            ):
+                start = max(0, min(at - width // 2, size - width))
+                box.append(slice(start, start + width))
+            cut = {key: item[key][(slice(None), *box)] for key in (IMAGE, LABEL)}
+            found.append({**item, **cut, "first_slice": box[2].start})  # of the resampled volume
         return found
 
 
@@ -556,7 +530,7 @@ class SubvolumeLoader(DataLoader):
     """
 
     def __init__(
-        self, data: Subvolumes | Tiles, batch_size: int, shuffle: bool, seed: int, pin: bool = False
+        self, data: Subvolumes, batch_size: int, shuffle: bool, seed: int, pin: bool = False
     ):
         self.order = EpochOrder(len(data), batch_size, shuffle, seed)
         super().__init__(data, batch_size=batch_size, sampler=self.order, pin_memory=pin)

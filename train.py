@@ -222,7 +222,7 @@ from preprocess import (
     Chain,
     SubvolumeLoader,
     Subvolumes,
-    Tiles,
+    WholeCases,
     augmentation,
     cache_split,
     show_inputs,
@@ -510,7 +510,8 @@ def load_data(
     if not validated:
         return train_loader, None
     validation = cache_split(prepared, config.data, "validation", *cache)
-    known = Tiles(validation, window) if patches else Subvolumes(validation)
+    known = WholeCases(validation, window) if patches else Subvolumes(validation)
+    loading |= {"batch_size": 1} if patches else {}  # whole cases differ in size
     return train_loader, SubvolumeLoader(known, shuffle=False, **loading)
 
 
@@ -524,12 +525,9 @@ def build_run(
     """Network, optimizer and schedule, as they begin or as `saved` has them."""
     window = config.window(prepared["subvolume_depth"])
     network_args: dict[str, Any] = {
-        "name": config.network,
-        "in_channels": 1,
-        "out_channels": len(chain.labels),
-        "base_channels": config.base_channels,
-        "input_size": window,
-    }
+        "name": config.network, "in_channels": 1, "out_channels": len(chain.labels),
+        "base_channels": config.base_channels, "input_size": window,
+    }  # fmt: skip
     network_args |= {"dropout": config.dropout} if config.dropout else {}
     network_args |= {"projections": True} if config.encoder_weights else {}
     model = on_device(build_network(**network_args), device)
@@ -587,15 +585,10 @@ def fit(
         print(f"{config.network}: {parameters:,} parameters, {used} on {processes} × {device}")
         write_json(config.plain() | {"resume": None}, config.run_folder / "config.json")
     train(
-        run,
-        train_loader,
-        val_loader,
-        loss_function,
-        max_epochs=config.max_epochs,
-        val_interval=config.val_interval,
-        gradient_clip=config.gradient_clip,
+        run, train_loader, val_loader, loss_function, max_epochs=config.max_epochs,
+        val_interval=config.val_interval, gradient_clip=config.gradient_clip,
         patience=config.patience,
-    )
+    )  # fmt: skip
     if rank == 0:
         split = "validation" if prepared["settings"].get("folds") else "test"
         scans = "SCAN" if config.fold == "all" else f"--split {split} --data {config.data}"

@@ -412,6 +412,7 @@ def gathered(value: Any) -> list[Any]:
 # Training
 # ---------------------------------------------------------------------------------------
 
+VALIDATION_OVERLAP = 0.25  # of the windows of a whole case; 0.5 takes up to three times as long
 LONG_SECONDS = 1800  # of training on a CPU; from there on the smaller recipe is named
 TIMING = ("samples_per_s", "data_wait_percent", "peak_memory_mb", "epoch_seconds")  # of a history
 
@@ -461,6 +462,21 @@ class Run:
         parallel = nn.parallel.DistributedDataParallel
         network = parallel(self.model) if dist.is_initialized() else self.model
         return cast(nn.Module, torch.compile(network)) if self.compile_network else network
+
+    def predict(self, image: torch.Tensor) -> torch.Tensor:
+        """Logits (B, C, X, Y, Z) in float32 of what is kept; of whole cases blended from windows as
+        inference does it, and left where the case lies: a large one may not fit on a GPU."""
+        from monai.inferers import sliding_window_inference
+
+        def ask(part: torch.Tensor) -> torch.Tensor:
+            with autocast(self.device, self.precision):
+                return self.kept(move_image(part, self.device)).float()
+
+        if tuple(image.shape[2:]) == (window := tuple(self.carried["inference"]["window"])):
+            return ask(image)
+        places = {"sw_device": self.device, "device": image.device}
+        blending = (VALIDATION_OVERLAP, "gaussian")
+        return sliding_window_inference(image, window, 1, ask, *blending, **places)
 
     def save(self, name: str) -> None:
         """Write best.pt (what applying needs) or last.pt (also all that resuming needs)."""
@@ -630,7 +646,8 @@ def train_step(
     run: Run, network: nn.Module, batch: dict[str, Any], loss_function: nn.Module, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward, backward and update; loss and `overlap_counts` of the batch, still on the device."""
-    image, label = move_batch(batch, run.device)
+    image = move_image(batch[IMAGE], run.device)
+    label = batch[LABEL].to(run.device, non_blocking=True)
     run.optimizer.zero_grad(set_to_none=True)
     with autocast(run.device, run.precision):
         logits = network(image)
@@ -648,11 +665,10 @@ def train_step(
     return loss.detach(), torch.stack([torch.stack(numbers) for numbers in counts], dim=1)
 
 
-def move_batch(batch: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image and label of a batch on the device, in the layout that is fastest there."""
+def move_image(image: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Images (B, 1, X, Y, Z) on the device, in the layout that is fastest there."""
     layout = torch.preserve_format if device.type == "mps" else torch.channels_last_3d
-    image = batch[IMAGE].to(device, non_blocking=True, memory_format=layout)
-    return image, batch[LABEL].to(device, non_blocking=True)
+    return image.to(device, non_blocking=True, memory_format=layout)
 
 
 def tell_pace(
@@ -691,14 +707,14 @@ def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float
     names, losses = run.class_names, []
     counts: dict[str, Any] = defaultdict(int)
     for batch in show_progress(loader, desc="validation", unit="batch"):
-        image, label = move_batch(batch, run.device)
-        with autocast(run.device, run.precision):
-            logits = run.kept(image)
+        logits = run.predict(batch[IMAGE])
+        label = batch[LABEL].to(logits.device)
         if hide_ignored(label).any():  # the Dice of nothing is nearly always 0: it would drown all
-            losses.append(loss_function(logits.float(), label).item())
+            losses.append(loss_function.to(logits.device)(logits, label).item())
         found = predicted_classes(logits).masked_fill(label[:, 0] == IGNORED, 0)
         for case, predicted, true in zip(batch["case"], found, label[:, 0], strict=True):
             counts[case] += overlap_counts(predicted, true, len(names) + 1)
+    loss_function.to(run.device)
     merged: dict[str, Any] = defaultdict(int)  # a patient's sub-volumes may be in other processes
     for part in gathered(dict(counts)):
         for case, count in part.items():
@@ -814,8 +830,7 @@ def preview_figure(run: Run, loader: Any) -> Any:
     for axes in grid[len(examples) :]:
         axes.axis("off")
     for axes, item in zip(grid, examples, strict=False):
-        with autocast(run.device, run.precision):
-            logits = run.kept(item[IMAGE][None].to(run.device))
+        logits = run.predict(item[IMAGE][None])
         truth = hide_ignored(item[LABEL][0])
         middle = find_busiest_slice(as_array(truth == max(int(truth.max()), 1)))
         drawn = {**item, LABEL: truth, PRED: predicted_classes(logits)[0]}

@@ -15,15 +15,17 @@ import train
 from data.descriptions import read_prepared
 from data.files import InputError
 from data.labels import IMAGE, LABEL
+from data.metrics import dice_metric
 from data.volumes import read_file
 from preprocess import (
+    SubvolumeLoader,
     Subvolumes,
-    Tiles,
+    WholeCases,
     augmentation,
     deterministic_chain,
     preprocess_volume,
 )
-from utilities import build_network, load_checkpoint
+from utilities import Run, build_network, load_checkpoint, validate
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
@@ -132,13 +134,29 @@ def test_patches_show_a_rare_class_as_often_as_a_common_one(whole_cases):
     assert tumours > 0.45  # half of them are centred on it
 
 
-def test_tiles_hold_every_voxel_once(whole_cases):
-    _, known = cached_patches(whole_cases)
-    tiles = Tiles(known, (32, 32, 16))
-    for value in (1, 2):
-        in_tiles = sum(int((tiles[n][LABEL] == value).sum()) for n in range(len(tiles)))
-        assert in_tiles == sum(int((item[LABEL] == value).sum()) for item in known)
-    assert {tuple(tiles[n][IMAGE].shape) for n in range(len(tiles))} == {(1, 32, 32, 16)}
+def test_patches_are_validated_as_whole_cases(whole_cases, tmp_path):
+    """The Dice of validation is that of the whole case: windows are blended, no edge spoils it."""
+    config, known = cached_patches(whole_cases)
+    labels, window = chain_of(config).labels, (16, 16, 8)
+    loader = SubvolumeLoader(WholeCases(known, window), batch_size=1, shuffle=False, seed=0)
+    carried = {"inference": {"window": window}, "preprocessing": {"labels": labels}}
+
+    class Neighbours(torch.nn.Module):
+        """Finds what is bright around a voxel: at the edge of a window half of that is missing."""
+
+        def forward(self, x):
+            smooth = torch.nn.functional.avg_pool3d(x, 5, stride=1, padding=2)
+            return torch.cat([0.45 - smooth, smooth - 0.45, torch.full_like(x, -9)], dim=1)
+
+    run = Run(Neighbours(), None, None, tmp_path, torch.device("cpu"), torch.float32, carried)
+    row, whole = validate(run, loader, train.LOSSES["dice"](None)), []
+    for item in known:
+        found = run.kept(item[IMAGE][None].float()).argmax(dim=1)[0]
+        whole.append(dice_metric(found, item[LABEL][0], 3)[0])
+    assert row["val_dice_liver"] == pytest.approx(np.mean(whole), abs=0.01)
+    shown = loader.dataset.examples(2)
+    assert all(item[IMAGE].shape == item[LABEL].shape == (1, *window) for item in shown)
+    assert all((item[LABEL] > 0).any() for item in shown)
 
 
 def test_patch_training_resumes_exactly(whole_cases, tmp_path):
