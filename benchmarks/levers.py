@@ -53,6 +53,13 @@ SETTINGS = {  # name → options of train.py; the last of two equal options coun
     "starter, 3 mm": f"{STARTER} {FINER}",
     "starter, 3 mm, rate 3e-4": f"{STARTER} {FINER} --learning-rate 3e-4",
     "starter, 3 mm, more augmentation": f"{STARTER} {FINER} {STRONGER}",
+    # the recipe `laptop`, and one thing changed
+    "laptop": f"{STARTER} {FINER} {STRONGER}",
+    "laptop, averaged weights": f"{STARTER} {FINER} {STRONGER} --ema-decay 0.98",
+    "laptop, noise up to 45 HU": f"{STARTER} {FINER} {STRONGER} --noise-sd 0.1",
+    "laptop, SGD": f"{STARTER} {FINER} {STRONGER} --optimizer sgd --schedule poly "
+    "--learning-rate 1e-2",
+    "laptop, Dice alone": f"{STARTER} {FINER} {STRONGER} --loss dice",
 }
 APPLYING = {  # how a network that was trained is applied → options of apply_model.py
     "as usual": "",
@@ -71,6 +78,7 @@ class Config:
     settings: tuple[str, ...] = ("subvolumes", "patches", "starter")  # names in SETTINGS
     minutes: float = 4.0  # of CPU time on one thread, for one training
     seeds: tuple[int, ...] = (0,)  # of weights, order and augmentation
+    epochs: int | None = None  # the same for all, whatever minutes they take; None: by the minutes
     patients: int = 4  # of the four training patients of a round, how many are used
     rounds: tuple[int, ...] = (0, 1, 2)
     source: Path = DATA / "ct"  # real CTs with labels
@@ -179,7 +187,8 @@ def run_once(config: Config, setting: str, turn: int, seed: int) -> dict:
     """Train, apply to the held-out patients; the row."""
     training, held_out = split_patients(config, turn, seed)
     data = prepare(config, training, held_out, "--sampling patches" in SETTINGS[setting])
-    epochs, name = count_epochs(config, setting, data), name_run(config, setting, turn, seed)
+    epochs = config.epochs or count_epochs(config, setting, data)
+    name = name_run(config, setting, turn, seed)
     folder = config.work / "runs" / name
     seconds = fit(SETTINGS[setting], data, folder, seed, epochs)
     return {
