@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data.cases import Case
 from data.descriptions import Description, find_description, read_patients, read_split
+from data.destination import read_record
 from data.dicom import DicomItem, choose_segment_values, find_dicom
 from data.files import InputError
 from data.labels import BACKGROUND, Labels, describe_labels, find_label, list_values
@@ -120,6 +121,7 @@ class Search:
         if not root.is_dir():
             raise InputError(f"{show_path(root)}: no such folder; give the one with the scans")
         files = list_below(root, self.exclude)
+        files = files if kind else self.leave_own(files)
         volumes = keep_volumes(files)
         known = set(volumes)
         items = find_dicom([f for f in files if f not in known and f.suffix.lower() != ".png"])
@@ -136,6 +138,17 @@ class Search:
             if any("Ts" in split_words(part) for part in one.path.relative_to(root).parts[:-1]):
                 continue  # imagesTs, labelsTs: the test cases of a challenge
             (self.labels if one.kind == "label" else self.scans).append(one)
+
+    def leave_own(self, files: Sequence[Path]) -> list[Path]:
+        """Files but those of cases that this program prepared or segmented: they are no data set,
+        and label maps that a network made would pass for drawn ones. Says so."""
+        own = {f.parent for f in files if f.name in ("case.json", f"{f.parent.name}.json")
+               and read_record(f)}  # fmt: skip
+        if own:
+            self.notes.append(
+                f"left out: {len(own)} cases that this program wrote, such as {show_path(min(own))}"
+            )
+        return [file for file in files if file.parent not in own]
 
     def _name_layout(self, pairing: Pairing) -> str:
         folders = {part for named in self.seen for part in named.path.parts[:-1]}

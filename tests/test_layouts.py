@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pydicom
 import pytest
 from PIL import Image
 
+import apply_model
+import prepare
 from data.cases import find_scans, hash_inputs, name_scans, pair_by_name, read_label_map, read_scan
 from data.dicom import write_seg, write_series
 from data.files import InputError
@@ -238,6 +241,21 @@ def test_lits_with_its_test_scans(tmp_path):
         save(scan_of(patient), tmp_path / f"test/test-volume-{patient}.nii")
     data = check(tmp_path, {"volume-0": 0, "volume-1": 1})
     assert (data.layout, len(data.unused)) == ("lits", 2)
+
+
+def test_what_this_program_wrote_is_no_data_set(raw_phantoms, checkpoint, tmp_path, blank_pictures):
+    """Results and prepared data below the source are left out and told."""
+    raw = shutil.copytree(raw_phantoms, tmp_path / "raw")
+    names = [case.name for case in find_pairs(raw).cases]
+    prepare.main(prepare.Config(source=raw, destination=raw / "prepared", workers=1))
+    scan = min((raw / "imagesTr").iterdir())
+    results = raw / "results"
+    apply_model.main(apply_model.Config(
+        paths=(scan,), checkpoint=checkpoint, destination=results, device="cpu",
+    ))  # fmt: skip
+    data = find_pairs(raw)
+    assert [case.name for case in data.cases] == names
+    assert any(f"left out: {len(names) + 1} cases" in line for line in describe_data_set(data))
 
 
 def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
