@@ -228,6 +228,7 @@ from preprocess import (
     show_inputs,
 )
 from utilities import (
+    GRAINS,
     Run,
     build_network,
     find_checkpoint,
@@ -318,6 +319,12 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
         raise InputError(
             "the network's input must be a multiple of 8 along each axis (three poolings), got "
             f"{window} voxels; change --input-size, or prepare.py's --subvolume-depth"
+        )
+    grain, slices = GRAINS.get(config.network, 16), [window[2]] if flat else []
+    if math.prod([max(n // grain, 1) for n in window[: 3 - len(slices)]] + slices) < 2:
+        raise InputError(
+            f"{window} voxels are a single one after the poolings of {config.network}, and "
+            f"normalisation needs two; give --input-size of more than {grain} along an axis"
         )
     if config.encoder_weights and not flat:
         raise InputError("--encoder-weights: only --network resnet34_unet has that encoder")

@@ -84,6 +84,7 @@ def test_help_explains_the_recipes_and_a_wrong_name_is_refused(capsys):
         ({"sampling": "patches"}, "--subvolume-depth 0"),
         ({"spacing": (1.0, 1.0, 1.0)}, "--spacing of subvolumes must be x y"),
         ({"input_size": (100, 100)}, "multiple of 8"),
+        ({"input_size": (16, 16), "network": "unet"}, "a single one after the poolings"),
     ],
 )
 def test_settings_that_do_not_fit_the_data_are_refused(prepared, tmp_path, change, message):
