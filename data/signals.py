@@ -117,7 +117,13 @@ def _watch_signals(stream: socket.socket, numbers: tuple[int, ...]) -> None:
             continue
         if first is None:
             first = time.monotonic()
-            print("\nfinishing this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+            _tell("\nfinishing this step; Ctrl-C again stops at once")
         elif time.monotonic() - first > ECHO_SECONDS:
-            print("stopped at once; run again with --resume", file=sys.stderr, flush=True)
+            _tell("stopped at once; run again with --resume")
             os._exit(130)
+
+
+def _tell(line: str) -> None:
+    """A line on standard error, if anybody still reads it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)

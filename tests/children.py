@@ -5,13 +5,17 @@ This module stays small, because every such process imports it.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO
 
 import ddp
 import numpy as np
@@ -21,22 +25,69 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import apply_model
 import data.summary
+import preprocess
 import train
 import utilities
+from data import signals
+from data.settings import run_script as start_script
 
 HANGS = 300  # seconds after which a process counts as hanging
 
 
-def run_child(target: Callable[..., None], *given: object) -> int:
-    """Run a function of this module in a process of its own; its exit code."""
+def open_server() -> Any:
+    """Where processes come from: not forked from a test's own, whose threads torch waits for."""
     context = multiprocessing.get_context("forkserver")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server finds it nowhere else
     context.set_forkserver_preload(["children"])
-    child = context.Process(target=target, args=given)
+    return context
+
+
+def start_busy(target: Callable[..., None], *given: object) -> tuple[Any, TextIO]:
+    """A process that has begun its work, and what it will have said when it ends."""
+    context = open_server()
+    begun, (read, write) = context.Event(), context.Pipe(duplex=False)
+    child = context.Process(target=target, args=(begun, write, *given))
+    child.start()
+    write.close()
+    assert begun.wait(HANGS)
+    return child, os.fdopen(os.dup(read.fileno()))
+
+
+def run_child(target: Callable[..., None], *given: object) -> int:
+    """Run a function of this module in a process of its own; its exit code."""
+    child = open_server().Process(target=target, args=given)
     child.start()
     child.join(HANGS)
     assert child.exitcode is not None, f"{target.__name__} hangs"
     return child.exitcode
+
+
+def watched(begun: Any, told: Any, echo: float) -> None:
+    """Busy in compiled code, as torch is; Python's handlers wait for it."""
+    signals.ECHO_SECONDS = echo
+    sys.stderr = os.fdopen(os.dup(told.fileno()), "w")
+    with signals.delayed_interrupt():
+        begun.set()
+        hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1)
+
+
+def slowly(begun: Any, item: int) -> dict[str, torch.Tensor]:
+    """A sub-volume, after some tenths of a second in torch."""
+    begun.set()
+    for _ in range(20):
+        torch.randn(64, 64) @ torch.randn(64, 64)
+        time.sleep(0.01)
+    return {"image": torch.zeros(item + 1)}
+
+
+def caching(begun: Any, told: Any) -> None:
+    """What train.py does first."""
+    sys.stderr = os.fdopen(os.dup(told.fileno()), "w")
+    prepare = functools.partial(slowly, begun)
+    try:
+        start_script(lambda _: preprocess.CachedVolumes(range(1000), prepare), None)
+    finally:
+        sys.stderr.flush()
 
 
 def write_blank(figure: Figure, path: Path | str, **how: object) -> None:

@@ -1,12 +1,9 @@
 """Settings, files, locks and signals: what was given wrongly is one line, what is begun is kept."""
 
 import errno
-import functools
-import hashlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import signal
 import socket
@@ -19,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import HANGS, caching, start_busy, watched
 from conftest import ROOT, run_here, run_script
 from helpers import small_config
 
@@ -26,7 +24,6 @@ import apply_model
 import preprocess
 import train
 import utilities
-from data import signals
 from data.files import InputError, atomic_write, lock_folder, read_signed, write_csv, write_signed
 from data.metrics import measure_nearest
 from data.settings import LIMITS, SEVERAL, check_settings, format_seconds
@@ -307,68 +304,32 @@ def test_a_signal_while_libraries_are_loaded_is_one_line(tmp_path, number):
     assert errors == "interrupted before anything was begun; run the same command again\n"
 
 
-def fork_busy(target):
-    """A child that has begun its work, and the pipe into which it tells."""
-    context = multiprocessing.get_context("fork")
-    begun, (read, write) = context.Event(), os.pipe()
-    child = context.Process(target=target, args=(begun, write))
-    child.start()
-    os.close(write)
-    assert begun.wait(300)
-    return child, read
-
-
-def watched(begun, told: int) -> None:
-    """In a child process: busy in compiled code, as torch is; Python's handlers wait for it."""
-    sys.stderr = os.fdopen(told, "w")
-    with signals.delayed_interrupt():
-        begun.set()
-        hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_interrupt_is_told_at_once_and_the_second_stops(number):
-    child, read = fork_busy(watched)
-    os.kill(child.pid, number)
-    with os.fdopen(read) as told:
-        assert told.readline() == "\n"
-        assert told.readline() == "finishing this step; Ctrl-C again stops at once\n"
-        os.kill(child.pid, number)  # at once: systems send one twice
-        time.sleep(signals.ECHO_SECONDS)
-        assert child.is_alive()
-        os.kill(child.pid, number)
-    child.join(300)
-    assert child.exitcode == 130
-
-
-def slowly(begun, item: int) -> dict[str, torch.Tensor]:
-    """A sub-volume, after some tenths of a second in torch."""
-    begun.set()
-    for _ in range(20):
-        torch.randn(64, 64) @ torch.randn(64, 64)
-        time.sleep(0.01)
-    return {"image": torch.zeros(item + 1)}
-
-
-def caching(begun, told: int) -> None:
-    """In a child process: what train.py does first."""
-    sys.stderr = os.fdopen(told, "w")
-    prepare = functools.partial(slowly, begun)
+@pytest.mark.parametrize("echo", [0.0, math.inf])
+def test_the_first_interrupt_is_told_at_once_and_the_second_stops(number, echo):
+    """But not an echo: what comes so soon after the first one is the same."""
+    child, said = start_busy(watched, echo)
     try:
-        start_script(lambda _: preprocess.CachedVolumes(range(1000), prepare), None)
+        os.kill(child.pid, number)
+        with said as told:
+            assert told.readline() == "\n"
+            assert told.readline() == "finishing this step; Ctrl-C again stops at once\n"
+        os.kill(child.pid, number)  # nobody reads any more what it says
+        child.join(1 if echo else HANGS)
+        assert child.exitcode == (None if echo else 130)
     finally:
-        sys.stderr.flush()
+        child.kill()
 
 
 def test_an_interrupt_while_volumes_are_cached_ends_in_order():
     """Its threads are waited for: torch would abort the process under them."""
-    child, read = fork_busy(caching)
+    child, said = start_busy(caching)
     for _ in range(2):
         os.kill(child.pid, signal.SIGINT)
         time.sleep(0.05)
     child.join(300)
     assert child.exitcode == 130
-    with os.fdopen(read) as told:
+    with said as told:
         assert told.read() == "interrupted; run the same command again to go on\n"
 
 

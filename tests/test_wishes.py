@@ -98,10 +98,17 @@ def test_single_slices_with_liver_train_the_2d_network_and_are_applied(
         utilities, "build_resnet34", lambda i, o, *_: SliceBySlice(UNet(2, i, o, (4, 8), (2,)))
     )
     config = small_config(
-        data, run, network="resnet34_unet", overlap=0.0, batch_size=4, max_epochs=1
+        data,
+        run,
+        network="resnet34_unet",
+        overlap=0.0,
+        batch_size=4,
+        max_epochs=1,
+        input_size=(64, 32),
+        spacing=(4.0, 4.0),
     )
     train.main(config)
-    assert load_checkpoint(run)["inference"]["window"] == (16, 16, 1)
+    assert load_checkpoint(run)["inference"]["window"] == (64, 32, 1)
     apply_model.main(apply_model.Config(
         split="test", data=data, checkpoint=run, destination=results, device="cpu", precision="fp32"
     ))  # fmt: skip
