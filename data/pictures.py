@@ -79,8 +79,12 @@ def draw_plane(
     for colour, mask in (outlines or {}).items():
         flat = picture(mask)
         if flat.any() and not flat.all():
+            # contours keep three numbers for each pixel: of those around the mask only
+            box = [slice(max(b.start - 1, 0), b.stop + 1) for b in find_bounding_box(flat)]
+            y, x = (np.arange(size)[part] for size, part in zip(flat.shape, box, strict=True))
             levels = np.arange(0.5, int(flat.max()))
-            axes.contour(flat, levels=levels, colors=[colour] * len(levels), linewidths=1.2)
+            lines = {"levels": levels, "colors": [colour] * len(levels), "linewidths": 1.2}
+            axes.contour(x, y, flat[tuple(box)], **lines)
     marks = {left: (0.02, 0.5), right: (0.98, 0.5), top: (0.5, 0.97), bottom: (0.5, 0.03)}
     for letter, (x, y) in marks.items():
         axes.text(
