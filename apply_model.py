@@ -19,6 +19,7 @@ from typing import Literal
 
 import tyro
 
+from data.files import InputError, find_checkpoint
 from data.settings import read_settings, run_script
 
 
@@ -56,8 +57,16 @@ class Config(Options):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: what is fast here
 
 
+def refuse_missing(config: Config) -> None:
+    """Raise InputError where a checkpoint, or every scan, is missing."""
+    if config.paths and not any(path.exists() for path in config.paths):
+        raise InputError(f"{config.paths[0]}: no such file or folder; check the path")
+    for path in (config.checkpoint, *config.folds):
+        find_checkpoint(path)
+
+
 if __name__ == "__main__":  # help and mistakes are told before anything heavy is loaded
-    CONFIG = read_settings(Config, __doc__)
+    CONFIG = read_settings(Config, __doc__, check=refuse_missing)
 
 import contextlib
 import functools
@@ -83,7 +92,7 @@ from data.cases import hash_files, read_label_map, read_scan
 from data.descriptions import Description
 from data.dicom import write_seg
 from data.evaluate import describe_truths, evaluate, measure
-from data.files import InputError, atomic_write, lock_folder
+from data.files import atomic_write, lock_folder
 from data.jobs import Case, find_cases, fingerprint
 from data.judges import judge_hu
 from data.labels import IMAGE, LABEL, PRED, USUAL_LABELS, Labels, translate_classes
@@ -93,19 +102,12 @@ from data.pictures import draw_planes, save_figure
 from data.settings import check_settings, show_progress
 from data.summary import do_each, is_finished, refuse_failures, report_all, tell_row, write_record
 from data.trust import Evidence, draw_doubt, judge_trust, weigh_scores
-from data.volumes import AIR_HU, SLAB, Volume, list_slabs, write_masked
-from preprocess import (
-    Chain,
-    allocate,
-    classes_on_grid,
-    preprocess_volume,
-    probability_on_grid,
-)
+from data.volumes import AIR_HU, SLAB, Volume, write_masked
+from preprocess import Chain, classes_on_grid, preprocess_volume, probability_on_grid
 from utilities import (
     GRAINS,
     autocast,
     build_network,
-    find_checkpoint,
     load_checkpoint,
     on_device,
     pick_device,
@@ -376,19 +378,18 @@ def blend(answers: Iterable[Answer], window: Sequence[int], size: Sequence[int])
     total, known = torch.empty(0), []
     for box, scores in answers:
         if not len(total):
-            total = allocate((len(scores), *size), scores.device).zero_()
+            total = torch.from_numpy(np.zeros((len(scores), *size), np.float32))  # in large pages
         ranges = zip(box, window, strict=True)  # a part: of a window that begins where volume does
         weight = gaussian[tuple(p if p.stop - p.start < n else slice(None) for p, n in ranges)]
         total[(slice(None), *box)] += scores * weight
         known.append((box, weight))
-    for first, last in list_slabs(size[0], SLAB):  # the weights' sum needs no volume of its own
-        weights = torch.zeros(last - first, *size[1:])
+    for number, part in enumerate(total.split(SLAB, dim=1)):  # all weights at once take much room
+        weights, first = torch.zeros(part.shape[1:]), number * SLAB
         for (x, y, z), weight in known:
-            low, high = max(x.start, first), min(x.stop, last)
-            if low < high:
+            if (low := max(x.start, first)) < (high := min(x.stop, first + SLAB)):
                 weights[low - first : high - first, y, z] += weight[low - x.start : high - x.start]
-        total[:, first:last] /= weights
-        total[:, first:last].masked_fill_(weights == 0, OUTSIDE)
+        part /= weights
+        part.masked_fill_(weights == 0, OUTSIDE)
     return total
 
 
@@ -497,8 +498,7 @@ def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
     save_figure(figure, place.with_name(f"{case.name}_preview.png"))
     draw_doubt(drawn, trust, place.with_name(f"{case.name}_doubt.png"))
     trace.lap("preview")
-    row |= trace.located
-    row |= {f"seconds_{stage}": round(spent, 2) for stage, spent in trace.seconds.items()}
+    row |= trace.located | {f"seconds_{key}": round(s, 2) for key, s in trace.seconds.items()}
     row["seconds"] = round(sum(trace.seconds.values()), 2)
     row["network_windows"] = trace.windows
     row["classes"], row["trust_image_grid"] = label.classes, case.trust_grid
@@ -569,15 +569,16 @@ def read_fold(checkpoint: Path) -> int:
 
 
 def main(config: Config) -> None:
+    checkpoints = (config.checkpoint, *config.folds)
     if config.export_bundle:
-        model = load_model((config.checkpoint, *config.folds), "cpu", overlap=config.overlap)
+        model = load_model(checkpoints, "cpu", overlap=config.overlap)
         export_bundle(model, config.export_bundle)
         print(f"{config.export_bundle}: a MONAI bundle; its input/ is segmented by: {RUN_BUNDLE}")
         return
     cases = find_cases(config, read_fold)
     # Under torchrun every process takes its share; nobody waits, the last one's table is complete.
     rank, processes = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    mine, checkpoints = cases[rank::processes], (config.checkpoint, *config.folds)
+    mine = cases[rank::processes]
     model = load_model(checkpoints, config.device, config.precision, config.overlap)
     weights = hash_files(find_checkpoint(path) for path in checkpoints)
     lock = contextlib.nullcontext() if "RANK" in os.environ else lock_folder(config.destination)

@@ -302,7 +302,7 @@ def preprocess_volume(
     for first, slab in volume.slabs(list_slabs(volume.ras_shape[2], SLAB)):
         part = steps({IMAGE: to_tensor(slab, volume)})[IMAGE]
         if not len(slices):  # all at once, so that no second copy is needed
-            slices = allocate((volume.ras_shape[2], *part.shape[1:]), part.device)
+            slices = torch.empty((volume.ras_shape[2], *part.shape[1:]), device=part.device)
         slices[first : first + len(part)] = part.as_tensor()
     in_plane = part.affine.cpu().numpy()  # network pixel → mm
     x, y, z = np.linalg.norm(volume.ras_affine[:3, :3], axis=0)
@@ -314,25 +314,10 @@ def preprocess_volume(
     return slices.permute(1, 2, 0)[None].to(device), to_network  # a view: windows are turned
 
 
-def allocate(shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    """A tensor (float32) without content, for a whole volume. Memory comes from numpy, which asks
-    the system for large pages: they are there five times as soon as torch's small ones."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.empty(shape, np.float32))
-    return torch.empty(*shape, device=device)
-
-
 def interpolation_matrix(position: np.ndarray, size: int) -> torch.Tensor:
     """(len(position), size) weights of linear interpolation among `size` samples, edges held."""
-    position = np.clip(position, 0, size - 1)
-    lower = np.minimum(position.astype(int), max(size - 2, 0))
-    fraction = position - lower
-    matrix = np.zeros((len(position), size), np.float32)
-    rows = np.arange(len(position))
-    matrix[rows, lower] = 1 - fraction
-    if size > 1:
-        matrix[rows, lower + 1] = fraction
-    return torch.from_numpy(matrix)
+    distance = np.abs(np.clip(position, 0, size - 1)[:, None] - np.arange(size))
+    return torch.from_numpy(np.maximum(1 - distance, 0).astype(np.float32))
 
 
 def to_source_grid(scores: torch.Tensor, to_network: np.ndarray, box: Box) -> torch.Tensor:

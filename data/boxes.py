@@ -9,18 +9,16 @@ Box = tuple[slice, ...]  # a part of a volume: first voxel and the one behind th
 
 def find_bounding_box(mask: np.ndarray) -> Box:
     """Smallest box around what is not 0; of no voxels where nothing is."""
-    turns = [-1 if step < 0 else 1 for step in mask.strides]
-    mask = mask[tuple(slice(None, None, turn) for turn in turns)]  # as stored: ten times faster
     box = [slice(0, size) for size in mask.shape]
     for axis in reversed(range(mask.ndim)):  # each axis looks at what the ones before left
         others = tuple(other for other in range(mask.ndim) if other != axis)
-        used = np.flatnonzero(mask[tuple(box)].any(axis=others))
+        part = mask[tuple(box)]
+        part = np.flip(
+            part, [n for n in others if part.strides[n] < 0]
+        )  # as stored: 10 times faster
+        used = np.flatnonzero(part.any(axis=others))
         box[axis] = slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 0)
-    sides = zip(box, mask.shape, turns, strict=True)
-    return tuple(
-        slice(size - part.stop, size - part.start) if turn < 0 and part.stop else part
-        for part, size, turn in sides
-    )
+    return tuple(box)
 
 
 def enclose(*boxes: Box) -> Box:
