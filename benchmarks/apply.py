@@ -62,7 +62,8 @@ class Config:
     before: str = "13f3dc4"  # commit to compare with; empty: none
     network: bool = True  # also time windows of the network of the defaults
     checkpoint: Path | None = None  # of a trained network, for the parts that need one
-    options: str = ""  # of apply_model.py of this commit, in the part "command"
+    # Ways to call apply_model.py of this commit, each in quotes, in the part "command".
+    options: tuple[str, ...] = ("", "--locate")
     part: str = ""  # one alone, or internal: what a process of its own measures
 
 
@@ -295,9 +296,9 @@ def apart(config: Config, part: str, root: Path = ROOT) -> dict:
 
 
 def start_up(root: Path, words: Sequence[str]) -> float:
-    """CPU seconds of apply_model.py with some words."""
+    """CPU seconds of Python with some words."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "apply_model.py", *words]
+    command = [sys.executable, *words]
     subprocess.run(command, cwd=root, capture_output=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -326,11 +327,12 @@ def compare(config: Config) -> tuple[dict[str, list[dict]], dict[str, Any]]:
         for _ in range(config.repeats):
             for name, root in roots.items():
                 run = apart(config, "case", root)
-                run["help_s"] = start_up(root, ["--help"])
-                run["until_checkpoint_s"] = start_up(root, ["none.nii.gz", "--checkpoint", "none"])
+                run["help_s"] = start_up(root, ["apply_model.py", "--help"])
+                run["missing_told_s"] = start_up(root, ["apply_model.py", "none.nii.gz"])
+                run["imports_s"] = start_up(root, ["-c", "import apply_model"])
                 runs.setdefault(name, []).append(run)
     keys = ("all_but_network_and_evaluation_s", "evaluation_s",
-            "help_s", "until_checkpoint_s", "peak_mb")  # fmt: skip
+            "help_s", "missing_told_s", "imports_s", "peak_mb")  # fmt: skip
     return runs, describe({k: [{x: run[x] for x in keys} for run in r] for k, r in runs.items()})
 
 
@@ -342,14 +344,14 @@ def keep(config: Config, key: str, found: dict) -> dict:
 
 
 def describe(runs: dict[str, list[dict]]) -> dict[str, Any]:
-    """Of each figure of some runs of several kinds the medians; of two kinds also their ratio."""
+    """Of each figure of some runs of several kinds the medians, and their ratios to the first's."""
     figures: dict[str, Any] = {}
     for key in next(iter(runs.values()))[0]:
         medians = {kind: statistics.median(run[key] for run in some) for kind, some in runs.items()}
+        first, *others = medians
         figures[key] = {kind: round(value, 3) for kind, value in medians.items()}
-        if len(medians) == 2:
-            before, now = medians.values()
-            figures[key]["ratio"] = round(now / before, 3) if before else None
+        for other in others if medians[first] else ():
+            figures[key][f"{other} / {first}"] = round(medians[other] / medians[first], 3)
     return figures
 
 
@@ -376,17 +378,18 @@ def whole_command(config: Config) -> dict:
     words = [str(scan.resolve()), "--truth", str(truth.resolve()), "--destination", str(results),
              "--checkpoint", str(config.checkpoint.resolve()), "--device", "cpu"]  # fmt: skip
     with checked_out(config) as roots:
+        ways = {"before": (roots["before"], "")} if "before" in roots else {}
+        ways |= {f"now {more}".strip(): (roots["now"], more) for more in config.options}
         for _ in range(config.repeats):
-            for name, root in roots.items():
-                more = config.options.split() if name == "now" else []
-                run = measure_command(root, [*words, *more])
+            for way, (root, more) in ways.items():
+                run = measure_command(root, [*words, *more.split()])
                 (row,) = read_json(results / "results.json")
                 run |= {"liver_dice": row["liver_dice"], "windows": row["network_windows"]}
-                runs.setdefault(name, []).append(run | {"network_s": row["seconds_network"]})
+                runs.setdefault(way, []).append(run | {"network_s": row["seconds_network"]})
     network = torch.load(config.checkpoint, weights_only=True)["network_args"]
     about = {"command": name_command(), "network": network, "before": config.before}
-    key = f"whole_command{' ' * bool(config.options)}{config.options}"
-    return keep(config, key, {**about, **describe(runs), "runs": runs, "machine": machine()})
+    found = {**about, **describe(runs), "runs": runs, "machine": machine()}
+    return keep(config, "whole_command", found)
 
 
 def processes(config: Config) -> dict:
