@@ -19,6 +19,7 @@ from typing import Literal
 
 import tyro
 
+from data.files import InputError, find_checkpoint
 from data.settings import read_settings, run_script
 
 
@@ -26,7 +27,7 @@ from data.settings import read_settings, run_script
 class Options:
     """How a scan is segmented, beside what the checkpoint says."""
 
-    windows: int = 0  # windows per network call; 0: 4 on a GPU, 1 on the CPU (4 are no faster)
+    windows: int = 0  # windows per network call; 0: up to 4, on the CPU only of small ones
     mirror: bool = False  # average with the front-back mirror image; twice the time
     largest_component: bool = True  # keep the largest piece of an organ; not for paired organs
     fill_holes: bool = True  # close cavities inside an organ
@@ -56,11 +57,20 @@ class Config(Options):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: what is fast here
 
 
+def refuse_missing(config: Config) -> None:
+    """Raise InputError where a checkpoint, or every scan, is missing."""
+    if config.paths and not any(path.exists() for path in config.paths):
+        raise InputError(f"{config.paths[0]}: no such file or folder; check the path")
+    for path in (config.checkpoint, *config.folds):
+        find_checkpoint(path)
+
+
 if __name__ == "__main__":  # help and mistakes are told before anything heavy is loaded
-    CONFIG = read_settings(Config, __doc__)
+    CONFIG = read_settings(Config, __doc__, check=refuse_missing)
 
 import contextlib
 import functools
+import math
 import os
 import time
 import warnings
@@ -83,7 +93,7 @@ from data.cases import hash_files, read_label_map, read_scan
 from data.descriptions import Description
 from data.dicom import write_seg
 from data.evaluate import describe_truths, evaluate, measure
-from data.files import InputError, atomic_write, lock_folder
+from data.files import atomic_write, lock_folder
 from data.jobs import Case, find_cases, fingerprint
 from data.judges import judge_hu
 from data.labels import IMAGE, LABEL, PRED, USUAL_LABELS, Labels, translate_classes
@@ -93,13 +103,12 @@ from data.pictures import draw_planes, save_figure
 from data.settings import check_settings, show_progress
 from data.summary import do_each, is_finished, refuse_failures, report_all, tell_row, write_record
 from data.trust import Evidence, draw_doubt, judge_trust, weigh_scores
-from data.volumes import AIR_HU, Volume, write_masked
+from data.volumes import AIR_HU, SLAB, Volume, write_masked
 from preprocess import Chain, classes_on_grid, preprocess_volume, probability_on_grid
 from utilities import (
     GRAINS,
     autocast,
     build_network,
-    find_checkpoint,
     load_checkpoint,
     on_device,
     pick_device,
@@ -109,6 +118,7 @@ from utilities import (
 RUN_BUNDLE = "python -m monai.bundle run --config_file configs/inference.json"
 Answer = tuple[Box, torch.Tensor]  # a window, or part of one, and its scores (C − 1, x, y, z)
 OUTSIDE = -20.0  # score of what the network is not asked about: surely background
+AT_ONCE = 1_200_000  # voxels for a CPU; torch takes 4 times as long for a small window alone
 
 
 # ---------------------------------------------------------------------------------------
@@ -248,6 +258,7 @@ def segment(
     trace.lap("preprocess")
     look = open_look(model, scan, to_network) if options.locate else None
     scores = predict(model, tensor, options.windows, options.mirror, look)
+    del tensor  # as large as the scores; what follows needs the room
     trace.windows, model.windows = model.windows, 0
     trace.located = look.describe(to_network, scan.ras_shape) if look else {}
     trace.lap("network")
@@ -258,7 +269,7 @@ def segment(
     if options.probability:
         likely = probability_on_grid(scores, to_network, scan.ras_shape)
         trace.probability = scan.from_ras(likely)
-    del scores, tensor
+    del scores
     trace.lap("project")
     classes = clean(
         classes,
@@ -310,8 +321,7 @@ def predict(
     as the volume, so they slide along the slices alone; patches slide along all axes, over the box
     in which there is anything but air, as prepare.py cut it. A smaller volume is padded with air.
     `mirror` averages with the front-back mirror image; never left-right, because the side is the
-    best clue against the spleen. Where memory does not suffice, batches get smaller, and at last
-    the CPU takes over. With `look` the organ is located first, and only its box is
+    best clue against the spleen. With `look` the organ is located first, and only its box is
     segmented: what lies outside is background.
     """
     if model.chain.sampling == "subvolumes":
@@ -365,17 +375,23 @@ def locate(
 def blend(answers: Iterable[Answer], window: Sequence[int], size: Sequence[int]) -> torch.Tensor:
     """Mean of the windows' answers, weighed by a Gaussian around each window's middle; OUTSIDE
     where there is none. An answer may be of part of a window."""
-    weight = compute_importance_map(tuple(window), mode="gaussian")
-    total, weights = torch.empty(0), torch.zeros(*size)
+    gaussian = compute_importance_map(tuple(window), mode="gaussian")
+    total, known = torch.empty(0), []
     for box, scores in answers:
         if not len(total):
-            total = torch.zeros(len(scores), *size)
+            total = torch.from_numpy(np.zeros((len(scores), *size), np.float32))  # in large pages
         ranges = zip(box, window, strict=True)  # a part: of a window that begins where volume does
-        part = weight[tuple(p if p.stop - p.start < n else slice(None) for p, n in ranges)]
-        total[(slice(None), *box)] += scores * part
-        weights[box] += part
-    total /= weights
-    return total.masked_fill_(weights == 0, OUTSIDE)
+        weight = gaussian[tuple(p if p.stop - p.start < n else slice(None) for p, n in ranges)]
+        total[(slice(None), *box)] += scores * weight
+        known.append((box, weight))
+    for number, part in enumerate(total.split(SLAB, dim=1)):  # all weights at once take much room
+        weights, first = torch.zeros(part.shape[1:]), number * SLAB
+        for (x, y, z), weight in known:
+            if (low := max(x.start, first)) < (high := min(x.stop, first + SLAB)):
+                weights[low - first : high - first, y, z] += weight[low - x.start : high - x.start]
+        part /= weights
+        part.masked_fill_(weights == 0, OUTSIDE)
+    return total
 
 
 def ask_network(
@@ -389,9 +405,10 @@ def ask_network(
         model.windows += len(batch) * len(getattr(model.network, "networks", [0]))
         return logits[:, 1:] - logits[:, :1]
 
-    windows, done = how[0] or (1 if model.device.type == "cpu" else 4), 0
-    while done < len(boxes):
-        some = boxes[done : done + windows]
+    most = AT_ONCE // math.prod(model.inference["window"]) if model.device.type == "cpu" else 4
+    windows, done = how[0] or min(max(most, 1), 4), 0
+    while left := len(boxes) - done:
+        some = boxes[done : done + math.ceil(left / math.ceil(left / windows))]  # none left alone
         try:
             batch = torch.stack([volume[(slice(None), *box)] for box in some]).to(model.device)
             scores = above_background(batch)
@@ -483,8 +500,7 @@ def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
     save_figure(figure, place.with_name(f"{case.name}_preview.png"))
     draw_doubt(drawn, trust, place.with_name(f"{case.name}_doubt.png"))
     trace.lap("preview")
-    row |= trace.located
-    row |= {f"seconds_{stage}": round(spent, 2) for stage, spent in trace.seconds.items()}
+    row |= trace.located | {f"seconds_{key}": round(s, 2) for key, s in trace.seconds.items()}
     row["seconds"] = round(sum(trace.seconds.values()), 2)
     row["network_windows"] = trace.windows
     row["classes"], row["trust_image_grid"] = label.classes, case.trust_grid
@@ -555,15 +571,16 @@ def read_fold(checkpoint: Path) -> int:
 
 
 def main(config: Config) -> None:
+    checkpoints = (config.checkpoint, *config.folds)
     if config.export_bundle:
-        model = load_model((config.checkpoint, *config.folds), "cpu", overlap=config.overlap)
+        model = load_model(checkpoints, "cpu", overlap=config.overlap)
         export_bundle(model, config.export_bundle)
         print(f"{config.export_bundle}: a MONAI bundle; its input/ is segmented by: {RUN_BUNDLE}")
         return
     cases = find_cases(config, read_fold)
     # Under torchrun every process takes its share; nobody waits, the last one's table is complete.
     rank, processes = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    mine, checkpoints = cases[rank::processes], (config.checkpoint, *config.folds)
+    mine = cases[rank::processes]
     model = load_model(checkpoints, config.device, config.precision, config.overlap)
     weights = hash_files(find_checkpoint(path) for path in checkpoints)
     lock = contextlib.nullcontext() if "RANK" in os.environ else lock_folder(config.destination)

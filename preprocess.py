@@ -315,15 +315,8 @@ def preprocess_volume(
 
 def interpolation_matrix(position: np.ndarray, size: int) -> torch.Tensor:
     """(len(position), size) weights of linear interpolation among `size` samples, edges held."""
-    position = np.clip(position, 0, size - 1)
-    lower = np.minimum(position.astype(int), max(size - 2, 0))
-    fraction = position - lower
-    matrix = np.zeros((len(position), size), np.float32)
-    rows = np.arange(len(position))
-    matrix[rows, lower] = 1 - fraction
-    if size > 1:
-        matrix[rows, lower + 1] = fraction
-    return torch.from_numpy(matrix)
+    distance = np.abs(np.clip(position, 0, size - 1)[:, None] - np.arange(size))
+    return torch.from_numpy(np.maximum(1 - distance, 0).astype(np.float32))
 
 
 def to_source_grid(scores: torch.Tensor, to_network: np.ndarray, box: Box) -> torch.Tensor:

@@ -211,7 +211,7 @@ import torch
 from monai import losses
 
 from data.descriptions import read_prepared
-from data.files import InputError, lock_folder, write_json
+from data.files import InputError, find_checkpoint, lock_folder, write_json
 from data.labels import IGNORED, IMAGE, LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
 from data.logs import keep_log
 from data.settings import check_settings, is_first_process, pick
@@ -231,7 +231,6 @@ from utilities import (
     GRAINS,
     Run,
     build_network,
-    find_checkpoint,
     load_checkpoint,
     on_device,
     pick_device,

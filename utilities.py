@@ -30,7 +30,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from data.files import InputError, atomic_write, write_csv
+from data.files import InputError, atomic_write, find_checkpoint, write_csv
 from data.labels import IGNORED, IMAGE, LABEL, PRED
 from data.metrics import dice_metric, list_overlaps, mean_dice, nan_mean, overlap_counts
 from data.pictures import (
@@ -258,12 +258,6 @@ def save_checkpoint(
         torch.save({"schema": SCHEMA, **content, "versions": versions}, temporary)
 
 
-def find_checkpoint(path: Path, names: Sequence[str] = ("best.pt", "last.pt")) -> Path:
-    """The checkpoint that a path stands for: itself, or of a run's folder the first of `names`."""
-    found = [path / name for name in names if (path / name).is_file()]
-    return (found[0] if found else path / names[0]) if path.is_dir() else path
-
-
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, or of a run's folder best.pt; else one InputError.
 
@@ -271,8 +265,6 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     numbers, and the ranges of its settings.
     """
     path = find_checkpoint(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint; train one first, or check --checkpoint")
     remedy = "the file is damaged or foreign, use another one"
     try:
         with zipfile.ZipFile(path) as archive:

@@ -8,8 +8,12 @@ preprocessing, the way back to the scan's grid, post-processing, writing, previe
 against itself, moved, gives the evaluation's time on 512 × 512 × 300.
 The same is measured of an earlier commit, checked out beside this one (`--before`), in turns with
 it, in CPU seconds of one thread, which other programs on the machine disturb least: the ratios.
-Arithmetic is counted by torch on the real network, without running it. `--part round_trip` measures
-what a perfect network loses on the way to its grid and back. Writes benchmarks/results/apply.json.
+Arithmetic is counted by torch on the real network, without running it. Writes
+benchmarks/results/apply.json. Parts of their own, each kept beside what the file holds:
+
+    --part round_trip                   what a perfect network loses on the way to its grid and back
+    --part command --checkpoint X.pt    the whole command of both commits, start of Python included
+    --part processes --checkpoint X.pt  six real CTs by two processes of one thread, by one of two
 """
 
 from __future__ import annotations
@@ -57,7 +61,10 @@ class Config:
     every: int = 1  # of the LiTS masks in the round trip each such one
     before: str = "13f3dc4"  # commit to compare with; empty: none
     network: bool = True  # also time windows of the network of the defaults
-    part: str = ""  # "round_trip" alone, or internal: what a process of its own measures
+    checkpoint: Path | None = None  # of a trained network, for the parts that need one
+    # Ways to call apply_model.py of this commit, each in quotes, in the part "command".
+    options: tuple[str, ...] = ("", "--locate")
+    part: str = ""  # one alone, or internal: what a process of its own measures
 
 
 CHAIN = preprocess.Chain(
@@ -228,8 +235,7 @@ def round_trip(config: Config) -> dict:
         "meaning": "hard: the label as training has it, back by linear interpolation of ±1; soft: "
         "the mask through the image's path; Dice on the label's own grid, no post-processing",
     }
-    known = read_json(config.results) if config.results.exists() else {}
-    write_json({**known, "round_trip": about | parts}, config.results)
+    keep(config, "round_trip", about | parts)
     return {
         name: {kind: {**part[kind], "each": None} for kind in ("hard", "soft")}
         for name, part in parts.items()
@@ -290,9 +296,9 @@ def apart(config: Config, part: str, root: Path = ROOT) -> dict:
 
 
 def start_up(root: Path, words: Sequence[str]) -> float:
-    """CPU seconds of apply_model.py with some words."""
+    """CPU seconds of Python with some words."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "apply_model.py", *words]
+    command = [sys.executable, *words]
     subprocess.run(command, cwd=root, capture_output=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -321,24 +327,91 @@ def compare(config: Config) -> tuple[dict[str, list[dict]], dict[str, Any]]:
         for _ in range(config.repeats):
             for name, root in roots.items():
                 run = apart(config, "case", root)
-                run["help_s"] = start_up(root, ["--help"])
-                run["until_checkpoint_s"] = start_up(root, ["none.nii.gz", "--checkpoint", "none"])
+                run["help_s"] = start_up(root, ["apply_model.py", "--help"])
+                run["missing_told_s"] = start_up(root, ["apply_model.py", "none.nii.gz"])
+                run["imports_s"] = start_up(root, ["-c", "import apply_model"])
                 runs.setdefault(name, []).append(run)
-    figures: dict[str, Any] = {}
     keys = ("all_but_network_and_evaluation_s", "evaluation_s",
-            "help_s", "until_checkpoint_s", "peak_mb")  # fmt: skip
-    for key in keys:
-        medians = {name: statistics.median(run[key] for run in some) for name, some in runs.items()}
-        figures[key] = {name: round(value, 2) for name, value in medians.items()}
-        if "before" in medians:
-            figures[key]["ratio"] = round(medians["now"] / medians["before"], 3)
-    return runs, figures
+            "help_s", "missing_told_s", "imports_s", "peak_mb")  # fmt: skip
+    return runs, describe({k: [{x: run[x] for x in keys} for run in r] for k, r in runs.items()})
+
+
+def keep(config: Config, key: str, found: dict) -> dict:
+    """Write what a part found beside what is known; returns it."""
+    known = read_json(config.results) if config.results.exists() else {}
+    write_json({**known, key: found}, config.results)
+    return found
+
+
+def describe(runs: dict[str, list[dict]]) -> dict[str, Any]:
+    """Of each figure of some runs of several kinds the medians, and their ratios to the first's."""
+    figures: dict[str, Any] = {}
+    for key in next(iter(runs.values()))[0]:
+        medians = {kind: statistics.median(run[key] for run in some) for kind, some in runs.items()}
+        first, *others = medians
+        figures[key] = {kind: round(value, 3) for kind, value in medians.items()}
+        for other in others if medians[first] else ():
+            figures[key][f"{other} / {first}"] = round(medians[other] / medians[first], 3)
+    return figures
+
+
+def measure_command(root: Path, words: Sequence[str], threads: int = 1, ranks: int = 1) -> dict:
+    """Wall and CPU seconds of apply_model.py with some words, in processes that share the scans."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
+    some = []
+    for rank in range(ranks):
+        shared = {"RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+        alone = os.environ | {"OMP_NUM_THREADS": str(threads)} | shared
+        command = [sys.executable, "apply_model.py", *words, "--overwrite"]
+        some.append(subprocess.Popen(command, cwd=root, env=alone, stdout=subprocess.DEVNULL))
+    if any(process.wait() for process in some):
+        raise SystemExit("apply_model.py failed, see above")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"cpu_s": round(cpu, 2), "wall_s": round(time.time() - start, 2)}
+
+
+def whole_command(config: Config) -> dict:
+    """apply_model.py on the large scan as a user runs it, of both commits in turns."""
+    scan, truth = paint(config)
+    results, runs = config.work.resolve() / "command", dict[str, list[dict]]()
+    words = [str(scan.resolve()), "--truth", str(truth.resolve()), "--destination", str(results),
+             "--checkpoint", str(config.checkpoint.resolve()), "--device", "cpu"]  # fmt: skip
+    with checked_out(config) as roots:
+        ways = {"before": (roots["before"], "")} if "before" in roots else {}
+        ways |= {f"now {more}".strip(): (roots["now"], more) for more in config.options}
+        for _ in range(config.repeats):
+            for way, (root, more) in ways.items():
+                run = measure_command(root, [*words, *more.split()])
+                (row,) = read_json(results / "results.json")
+                run |= {"liver_dice": row["liver_dice"], "windows": row["network_windows"]}
+                runs.setdefault(way, []).append(run | {"network_s": row["seconds_network"]})
+    network = torch.load(config.checkpoint, weights_only=True)["network_args"]
+    about = {"command": name_command(), "network": network, "before": config.before}
+    found = {**about, **describe(runs), "runs": runs, "machine": machine()}
+    return keep(config, "whole_command", found)
+
+
+def processes(config: Config) -> dict:
+    """All six real CTs by one process of two threads, and by two of one, in turns."""
+    results, ways = config.work.resolve() / "processes", {"one of two threads": (2, 1)}
+    ways["two of one thread"] = (1, 2)
+    words = [str(DATA / "ct" / "imagesTr"), "--destination", str(results), "--device", "cpu",
+             "--checkpoint", str(config.checkpoint.resolve())]  # fmt: skip
+    runs: dict[str, list[dict]] = {way: [] for way in ways}
+    for _ in range(config.repeats):
+        for way, (threads, ranks) in ways.items():
+            runs[way].append(measure_command(ROOT, words, threads, ranks))
+    about = {"command": name_command(), "load": os.getloadavg()[0], "machine": machine()}
+    return keep(config, "processes", {**about, **describe(runs), "runs": runs})
 
 
 PARTS = {
     "case": whole_case,
     "evaluation": evaluation,
     "round_trip": round_trip,
+    "command": whole_command,
+    "processes": processes,
     "network": lambda config: whole_case(
         config, unet().eval().to(memory_format=torch.channels_last_3d)
     ),
@@ -361,11 +434,9 @@ def main(config: Config) -> None:
     }
     found = {"figures": figures, "arithmetic": arithmetic((512, 512, 450))}
     known = read_json(config.results) if config.results.exists() else {}
-    kept = ["round_trip"] if config.network else ["round_trip", "with_network"]
     if config.network:
         found["with_network"] = apart(config, "network")
-    rest = {key: known[key] for key in kept if key in known}
-    write_json({**about, **found, "runs": runs, **rest}, config.results)
+    write_json({**known, **about, **found, "runs": runs}, config.results)
     print(json.dumps(found, indent=1))
 
 

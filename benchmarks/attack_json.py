@@ -23,12 +23,12 @@ import train
 from data.cases import find_scans
 from data.descriptions import read_description, read_patients, read_prepared, read_split
 from data.destination import claim_destination
-from data.files import lock_folder, read_json
+from data.files import find_checkpoint, lock_folder, read_json
 from data.labels import as_labels, resolve_classes
 from data.results import find_files, find_result
 from data.summary import is_finished, report_all
 from preprocess import subvolume_items
-from utilities import find_checkpoint, load_checkpoint
+from utilities import load_checkpoint
 
 ODD = (None, True, -1, 0, 1.5, 1e400, 10**30, "", "x", "../x", [], {}, [None], {"x": 1}, ["x"] * 3)
 

@@ -30,6 +30,14 @@ class InputError(ValueError):
         self.kind = kind
 
 
+def find_checkpoint(path: Path, names: Sequence[str] = ("best.pt", "last.pt")) -> Path:
+    """The checkpoint that a path stands for: itself, or of a run's folder the first of `names`."""
+    files = [path / name for name in names] if path.is_dir() else [path]
+    if found := [file for file in files if file.is_file()]:
+        return found[0]
+    raise InputError(f"{files[0]}: no such checkpoint; train one first, or check --checkpoint")
+
+
 def read_json(path: Path, what: str = "a JSON object") -> Any:
     """Content of a JSON file, with or without a byte order mark; InputError where it is none."""
     try:

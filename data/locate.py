@@ -17,7 +17,8 @@ from data.boxes import Box, enclose, find_bounding_box
 
 GAP_MM = 25.0  # between the windows of the first look: no organ is shorter
 MARGIN_MM = (30.0, 30.0, 10.0)  # around what is found, along x, y, z: what the network needs to see
-SPECK_ML = 0.5  # a window in which less is found does not widen the box
+SPECK_ML = 0.5  # a window in which less is found does not widen the box,
+SPECK_PART = 0.05  # nor one with less than this part of what the fullest window has
 
 
 @dataclass
@@ -53,18 +54,20 @@ class Look:
         is. Where nothing was found all windows follow, cut to the `body`. A window is asked again
         only where less than half of the margin is left around what was found.
         """
-        ml, found = math.prod(self.spacing_mm) / 1000, []
-        for box, scores in answers.values():
-            hit = np.any(np.asarray(scores) > 0, axis=0)
-            if hit.sum() * ml >= SPECK_ML:
-                inner = find_bounding_box(hit)
-                found.append(shift(inner, [part.start for part in box]))
+        hits = [np.any(np.asarray(scores) > 0, axis=0) for _, scores in answers.values()]
+        counts = [int(np.count_nonzero(hit)) for hit in hits]
+        least = max(1000 * SPECK_ML / math.prod(self.spacing_mm), SPECK_PART * max(counts))
+        found = [
+            shift(find_bounding_box(hit), [part.start for part in box])
+            for (box, _), hit, count in zip(answers.values(), hits, counts, strict=True)
+            if count >= least
+        ]
         self.box = self.grow(enclose(*found), windows) if found else None
         near, wanted = self.box or body, {}
-        least = self.grow(enclose(*found), windows, 0.5) if found else body
+        enough = self.grow(enclose(*found), windows, 0.5) if found else body
         for number, window in enumerate(windows):
             if self.box is None or is_overlapping(window, near):
-                asked, needed = answers.get(number, (None, None))[0], self.cut(window, least)
+                asked, needed = answers.get(number, (None, None))[0], self.cut(window, enough)
                 if asked is None or enclose(needed, asked) != asked:
                     wanted[number] = self.cut(window, near)
         return wanted

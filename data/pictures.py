@@ -67,7 +67,6 @@ def draw_plane(
     too; `spacing` is in mm per voxel.
     """
     cut, letters = PLANES[plane]
-    left, right, top, bottom = list(letters)
     across, up = (step for axis, step in enumerate(spacing) if axis != cut)
 
     def picture(array: np.ndarray) -> np.ndarray:  # first axis runs leftwards, second one up
@@ -79,17 +78,20 @@ def draw_plane(
     for colour, mask in (outlines or {}).items():
         flat = picture(mask)
         if flat.any() and not flat.all():
+            # contours keep three numbers for each pixel: of those around the mask only
+            box = [slice(max(b.start - 1, 0), b.stop + 1) for b in find_bounding_box(flat)]
+            y, x = (np.arange(size)[part] for size, part in zip(flat.shape, box, strict=True))
             levels = np.arange(0.5, int(flat.max()))
-            axes.contour(flat, levels=levels, colors=[colour] * len(levels), linewidths=1.2)
-    marks = {left: (0.02, 0.5), right: (0.98, 0.5), top: (0.5, 0.97), bottom: (0.5, 0.03)}
-    for letter, (x, y) in marks.items():
+            lines = {"levels": levels, "colors": [colour] * len(levels), "linewidths": 1.2}
+            axes.contour(x, y, flat[tuple(box)], **lines)
+    sides = (0.02, 0.5), (0.98, 0.5), (0.5, 0.97), (0.5, 0.03)  # left, right, top, bottom
+    for letter, (x, y) in zip(letters, sides, strict=True):
         axes.text(
             x, y, letter, transform=axes.transAxes, color="white", fontsize=9, weight="bold",
             ha={0.02: "left", 0.98: "right"}.get(x, "center"),
             va={0.97: "top", 0.03: "bottom"}.get(y, "center"),
         )  # fmt: skip
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
 
 
 def outlines_of(

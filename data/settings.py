@@ -100,12 +100,14 @@ def read_settings(
     config_class: type,
     description: str | None,
     recipes: dict[str, tuple[str, Any]] | None = None,
+    check: Callable[[Any], Any] | None = None,
 ) -> Any:
     """The config that a command line asks for; `--help` and mistakes end the program here.
 
     Scripts call it before they load what is heavy, so that nobody waits for a typing error.
     `recipes` maps a name, which may be the first word of the command line, to an explanation and
-    the config whose values the options then override. The first recipe is the default.
+    the config whose values the options then override. The first recipe is the default. `check`
+    raises InputError for a config that asks for what is not there.
     """
     set_handlers(leave_unbegun)
     words, default = [word for word in sys.argv[1:] if word != "--debug"], None
@@ -122,6 +124,8 @@ def read_settings(
         words = [*read_saved(words, config_class, parse), *words]
         config = parse(words)
         check_settings(config)
+        if check:
+            check(config)
     except InputError as error:
         sys.exit(f"error: {error}")
     if hasattr(config_class, "given"):

@@ -216,10 +216,11 @@ class Device(torch.nn.Module):
 @pytest.mark.parametrize(
     ("holds", "begin", "refused"),
     [
-        ({"cpu": 3}, "cpu", [("cpu", 8), ("cpu", 4)]),
-        ({"cpu": 1}, "cpu", [("cpu", 8), ("cpu", 4), ("cpu", 2)]),
+        # nine windows, of which none is left alone where there may be several
+        ({"cpu": 3}, "cpu", [("cpu", 5)]),
+        ({"cpu": 1}, "cpu", [("cpu", 5), ("cpu", 3), ("cpu", 2)]),
         # "meta" stands for a GPU: windows go there, and not even one of them fits
-        ({"meta": 0, "cpu": 1}, "meta", [("meta", n) for n in (8, 4, 2, 1)]),
+        ({"meta": 0, "cpu": 1}, "meta", [("meta", n) for n in (5, 3, 2, 1)]),
     ],
 )
 def test_too_little_memory_makes_smaller_batches_and_then_the_cpu(
@@ -237,6 +238,17 @@ def test_too_little_memory_makes_smaller_batches_and_then_the_cpu(
     told = capsys.readouterr().out
     assert told.count("out of memory") == len(refused)
     assert ("the CPU takes over" in told) == (begin != "cpu")
+
+
+@pytest.mark.parametrize(
+    ("size", "slices", "sizes"), [(32, 72, [4, 4]), (32, 40, [4]), (256, 24, [1, 1])]
+)
+def test_a_cpu_is_given_small_windows_together(checkpoint, size, slices, sizes):
+    model, given = apply_model.load_model(checkpoint, "cpu", "fp32"), []
+    model.inference = {"window": (size, size, 16), "overlap": 0.5}
+    model.network = lambda x: given.append(len(x)) or torch.cat([x, x], dim=1)
+    apply_model.predict(model, torch.rand(1, size, size, slices))
+    assert given == sizes
 
 
 def test_too_little_memory_for_one_window_on_the_cpu_fails_the_scan_alone(checkpoint):

@@ -94,25 +94,39 @@ def test_grouped_options_are_flat_on_the_command_line(monkeypatch):
         assert read(monkeypatch, name, recipes=train.RECIPES) == recipe
 
 
-@pytest.mark.parametrize(
-    "script", ["prepare", "train", "apply_model", "visualize_3d", "preprocess"]
-)
-def test_help_takes_no_time_and_names_the_next_script(script):
-    """Below 0.7 s of CPU on the machine it was measured on; what costs seconds is not loaded."""
+def run_lightly(script, *words):
+    """What a script prints, without having loaded anything that costs seconds."""
     code = (
-        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--help']\n"
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {['x', *words]}\n"
         "try:\n"
         f"    runpy.run_path({str(ROOT / script)!r} + '.py', run_name='__main__')\n"
-        "except SystemExit:\n    pass\n"
+        "except SystemExit as end:\n    print(end)\n"
         "heavy = {'torch', 'monai', 'vedo', 'scipy', 'matplotlib', 'nibabel'} & set(sys.modules)\n"
         "print('heavy:', *heavy)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    *_, last = done.stdout.strip().splitlines()
+    *told, last = done.stdout.strip().splitlines()
     assert last == "heavy:"
+    return "\n".join(told)
+
+
+@pytest.mark.parametrize(
+    "script", ["prepare", "train", "apply_model", "visualize_3d", "preprocess"]
+)
+def test_help_takes_no_time_and_names_the_next_script(script):
+    """Below 0.7 s of CPU on the machine it was measured on."""
+    told = run_lightly(script, "--help")
     following = {"prepare": "preprocess.py", "apply_model": "visualize_3d.py"}
     following |= {"preprocess": "apply_model.py", "train": "apply_model.py"}
-    assert following.get(script, "") in done.stdout
+    assert following.get(script, "") in told
+
+
+def test_a_missing_scan_or_checkpoint_is_told_at_once(tmp_path):
+    none = str(tmp_path / "none")
+    assert "none: no such file or folder" in run_lightly("apply_model", none)
+    told = run_lightly("apply_model", str(tmp_path), "--checkpoint", none)
+    assert told.startswith("error: ")
+    assert "none: no such checkpoint" in told
 
 
 # ---------------------------------------------------------------------------------------

@@ -79,6 +79,16 @@ def test_all_of_an_organ_is_found_whatever_its_place(organs, sampling):
         assert all(n % 8 == 0 for shape in model.network.shapes for n in shape)
 
 
+def test_a_false_finding_far_away_does_not_widen_the_box():
+    """A little beside the organ's many voxels; the organ itself is found whole."""
+    speck, look = ((44, 50), (8, 14), (4, 8)), Look(MM, 8)
+    found = apply_model.predict(model_of(), body_with(LIVER, speck), look=look) > 0
+    alone = body_with(LIVER) > 0.5
+    assert torch.equal(found & alone, alone)
+    assert look.box[2].start > 40
+    assert look.share < 0.65
+
+
 def test_where_the_first_look_finds_nothing_the_whole_scan_is_segmented():
     """An organ so short that it lies between the windows of the first look, and no organ."""
     short = body_with(((20, 40), (20, 40), (17, 23)))

@@ -16,10 +16,10 @@ import preprocess
 import train
 import utilities
 from data.descriptions import read_prepared
-from data.files import InputError
+from data.files import InputError, find_checkpoint
 from data.settings import list_given, pick
 from preprocess import Augment, Chain
-from utilities import describe_epoch, find_checkpoint, load_checkpoint, save_checkpoint
+from utilities import describe_epoch, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
