@@ -1,7 +1,8 @@
 """Liver Dice of networks that learnt from every k-th slice, against fully drawn labels.
 
     python benchmarks/label_every.py      # phantoms, 20 CPU minutes
-    python benchmarks/label_every.py --real ../shared/data/ct      # real CTs
+    python benchmarks/label_every.py --real ../shared/data/ct --every 1 2 4 8      # real CTs
+    python benchmarks/label_every.py --real ../shared/data/ct --every 1 8 --epochs 20 --from-noise
 
 Each k: the labels to learn from keep every k-th slice (`prepare.py --label-every k`), the network
 is trained for equally many steps, and the last checkpoint segments phantoms that it never
@@ -31,7 +32,7 @@ TRAIN = (
     "--learning-rate 2e-3 --val-interval 100"
 )
 REAL = (
-    "--pretrained checkpoints/starter.pt --sampling patches --spacing 4 4 4 --input-size 80 80 48 "
+    "--sampling patches --spacing 4 4 4 --input-size 80 80 48 "
     "--network unet --base-channels 16 --loss dice_ce --learning-rate 1e-3 --val-interval 10"
 )
 
@@ -45,6 +46,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1)  # of the weights and the order
     real: Path | None = None  # real CTs with labels instead of phantoms
     epochs: int = 10  # of a round on real CTs
+    from_noise: bool = False  # on real CTs, instead of from the starter weights
     name: str = "label_every"  # of the result file
 
 
@@ -107,11 +109,12 @@ def main(config: Config) -> None:
         with tempfile.TemporaryDirectory() as folder:
             compare_phantoms(config, Path(folder))
         return
+    start = "" if config.from_noise else " --pretrained checkpoints/starter.pt"
     for every in config.every:
         given = real_ct.Config(
-            source=config.real, epochs=config.epochs, train_options=REAL, label_every=every,
-            prepare_options="--subvolume-depth 0", keep_empty=0.0, name=config.name,
-            entry=f"real_ct_every_{every}",
+            source=config.real, epochs=config.epochs, train_options=REAL + start,
+            label_every=every, prepare_options="--subvolume-depth 0", keep_empty=0.0,
+            name=config.name, entry=f"real_ct_every_{every}{'_from_noise' * config.from_noise}",
         )  # fmt: skip
         real_ct.main(given)
 
