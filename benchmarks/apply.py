@@ -13,6 +13,7 @@ benchmarks/results/apply.json. Parts of their own, each kept beside what the fil
 
     --part round_trip                   what a perfect network loses on the way to its grid and back
     --part command --checkpoint X.pt    the whole command of both commits, start of Python included
+    --part located                      what --locate asks of a network that finds the liver
     --part processes --checkpoint X.pt  six real CTs by two processes of one thread, by one of two
 """
 
@@ -392,6 +393,28 @@ def whole_command(config: Config) -> dict:
     return keep(config, "whole_command", found)
 
 
+class Knowing(torch.nn.Module):
+    """Finds the liver as it is: what it is given has it as second channel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([0.5 - x[:, 1:], x[:, 1:] - 0.5], dim=1)
+
+
+def located(config: Config) -> dict:
+    """What `--locate` asks of the network of the defaults, if that finds the liver as it is."""
+    scan, truth = (read_file(path) for path in paint(config))
+    volume, to_network = preprocess.preprocess_volume(scan, CHAIN, "cpu")
+    liver, _ = preprocess.preprocess_volume(as_ct(truth), CHAIN, "cpu")
+    cpu, grain = torch.device("cpu"), utilities.GRAINS["unet3d"]
+    model = apply_model.Model(Knowing(), CHAIN, INFERENCE, cpu, torch.float32, grain=grain)
+    look = apply_model.open_look(model, scan, to_network)
+    scores = apply_model.predict(model, torch.cat([volume, liver]), look=look)
+    missed = int(((scores[0] <= 0) & (liver[0] > 0.5)).sum())
+    row = look.describe(to_network, scan.ras_shape) | {"liver_voxels_missed": missed}
+    meaning = "network_share: of all windows' voxels, as which its time goes"
+    return keep(config, "located", {"command": name_command(), "meaning": meaning, **row})
+
+
 def processes(config: Config) -> dict:
     """All six real CTs by one process of two threads, and by two of one, in turns."""
     results, ways = config.work.resolve() / "processes", {"one of two threads": (2, 1)}
@@ -411,6 +434,7 @@ PARTS = {
     "evaluation": evaluation,
     "round_trip": round_trip,
     "command": whole_command,
+    "located": located,
     "processes": processes,
     "network": lambda config: whole_case(
         config, unet().eval().to(memory_format=torch.channels_last_3d)

@@ -15,10 +15,10 @@ import numpy as np
 
 from data.boxes import Box, enclose, find_bounding_box
 
-GAP_MM = 25.0  # between the windows of the first look: no organ is shorter
-MARGIN_MM = (30.0, 30.0, 10.0)  # around what is found, along x, y, z: what the network needs to see
+GAP_MM = 40.0  # between the windows of the first look: an organ is longer
+MARGIN_MM = (45.0, 45.0, 10.0)  # around what is found, along x, y, z: what the network needs to see
 SPECK_ML = 0.5  # a window in which less is found does not widen the box,
-SPECK_PART = 0.05  # nor one with less than this part of what the fullest window has
+SPECK_PART = 0.05  # nor one with less of each class than this part of its fullest window
 
 
 @dataclass
@@ -54,14 +54,13 @@ class Look:
         is. Where nothing was found all windows follow, cut to the `body`. A window is asked again
         only where less than half of the margin is left around what was found.
         """
-        hits = [np.any(np.asarray(scores) > 0, axis=0) for _, scores in answers.values()]
-        counts = [int(np.count_nonzero(hit)) for hit in hits]
-        least = max(1000 * SPECK_ML / math.prod(self.spacing_mm), SPECK_PART * max(counts))
-        found = [
-            shift(find_bounding_box(hit), [part.start for part in box])
-            for (box, _), hit, count in zip(answers.values(), hits, counts, strict=True)
-            if count >= least
-        ]
+        found, speck = [], 1000 * SPECK_ML / math.prod(self.spacing_mm)
+        counts = [[np.count_nonzero(one > 0) for one in scores] for _, scores in answers.values()]
+        least = np.maximum(SPECK_PART * np.max(counts, axis=0), speck)  # of each class
+        for (box, scores), own in zip(answers.values(), counts, strict=True):
+            if (own >= least).any():
+                inner = find_bounding_box(np.any(np.asarray(scores) > 0, axis=0))
+                found.append(shift(inner, [part.start for part in box]))
         self.box = self.grow(enclose(*found), windows) if found else None
         near, wanted = self.box or body, {}
         enough = self.grow(enclose(*found), windows, 0.5) if found else body

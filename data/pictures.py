@@ -80,10 +80,10 @@ def draw_plane(
         if flat.any() and not flat.all():
             # contours keep three numbers for each pixel: of those around the mask only
             box = [slice(max(b.start - 1, 0), b.stop + 1) for b in find_bounding_box(flat)]
-            y, x = (np.arange(size)[part] for size, part in zip(flat.shape, box, strict=True))
+            ys, xs = (np.arange(size)[part] for size, part in zip(flat.shape, box, strict=True))
             levels = np.arange(0.5, int(flat.max()))
             lines = {"levels": levels, "colors": [colour] * len(levels), "linewidths": 1.2}
-            axes.contour(x, y, flat[tuple(box)], **lines)
+            axes.contour(xs, ys, flat[tuple(box)], **lines)
     sides = (0.02, 0.5), (0.98, 0.5), (0.5, 0.97), (0.5, 0.03)  # left, right, top, bottom
     for letter, (x, y) in zip(letters, sides, strict=True):
         axes.text(

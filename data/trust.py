@@ -78,7 +78,7 @@ def weigh_scores(
         to_network: 4×4, voxel of the scan (RAS) → of the network; no rotation.
         slices: of the scan.
     """
-    box, evidence = find_bounding_box((scores > FAINT).any(axis=0)), []
+    box, evidence = find_bounding_box(np.asarray((scores > FAINT).any(axis=0))), []
     edges = [  # of the box, in voxels of the scan
         (at - 0.5 - to_network[axis, 3]) / to_network[axis, axis]
         for axis, part in enumerate(box)
