@@ -224,7 +224,7 @@ def main(config: Config) -> None:
     known = read_json(config.results) if config.results.exists() else {"rows": []}
     ours = find_ours(read_json(RESULTS / "levers.json")["rows"])
     done = {tuple(row[key] for key in KEYS) for row in known["rows"]}
-    wanted = [(p, t, s) for s in config.seeds for t in config.rounds for p in config.peers]
+    wanted = [(p, t, s) for s in config.seeds for p in config.peers for t in config.rounds]
     for peer, turn, seed in [] if config.report else wanted:
         if (*PEERS[peer], config.minutes, turn, seed) in done:
             continue
