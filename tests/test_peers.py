@@ -15,7 +15,8 @@ def test_the_table_of_other_programs_is_that_of_the_benchmark():
             program = f"| {row['program']}, `{row['configuration']}`"
             dice = [f"{scan[way]['dice']:.3f}" for way in ("as_it_is", "largest_component")]
             ours = find_ours(row["round"], row["seed"], name)
-            assert f"{program} | {name} | {dice[0]} | {dice[1]} | {ours:.3f} |" in table
+            start = f"{program} | {name} | {dice[0]} | {dice[1]} | {ours:.3f} |"
+            assert any(line.startswith(start) for line in table), start
 
 
 def find_ours(turn: int, seed: int, name: str) -> float:
