@@ -50,6 +50,11 @@ SCRIPTS = {"nnU-Net": "peer_nnunet.py", "MONAI tutorial": "peer_monai.py"}
 LIVER = {BACKGROUND: (0,), "liver": (1, 2)}  # with its tumours
 WAYS = ("as_it_is", "largest_component")
 MEMORY_GB = 1.0  # that nnU-Net plans for; its usual 8 are minutes for one iteration on one thread
+CONDITIONS = {
+    "ours": f"{OURS}: {OURS_MINUTES:g} minutes and 16 for the starter weights",
+    "nnU-Net": f"planned for {MEMORY_GB:g} GB, fold all, windows step by half, no mirroring",
+    "MONAI tutorial": "the liver's HU window, padded to a patch, the last weights",
+}
 KEYS = ("program", "configuration", "minutes", "round", "seed")
 
 
@@ -230,9 +235,10 @@ def main(config: Config) -> None:
             continue
         known["rows"].append(run_once(config, peer, turn, seed))
         known |= {
-            "ours": f"{OURS}: {OURS_MINUTES:g} minutes and 16 for the starter weights",
-            "machine": machine(), "summary": summarise(known["rows"], ours),
-        }  # fmt: skip
+            "conditions": CONDITIONS,
+            "machine": machine(),
+            "summary": summarise(known["rows"], ours),
+        }
         write_json(known, config.results)
     print(json.dumps(summarise(known["rows"], ours), indent=1))
 
