@@ -1,12 +1,13 @@
 # make demo   install, make phantoms, train a small network, segment unseen ones, draw one in 3D
 # make test   install and run all tests
 # make reliability   attack everything: bad files, kills, full disks, two at once (hours); --quick: minutes
+# make peers   nnU-Net and MONAI's tutorial in the same CPU minutes as ours (hours)
 # make starter   the starter weights from seeds, and their Dice on real CTs (docs/starter.md)
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := data/demo
 
-.PHONY: demo starter test lint pictures reliability system-packages
+.PHONY: demo starter peers test lint pictures reliability system-packages
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -32,6 +33,15 @@ demo: .venv/installed
 # Weights from synthetic bodies alone: 160 of them, 912 steps; scored on ../shared/data/ct.
 starter: .venv/installed
 	$(BIN)/python benchmarks/starter.py
+
+# nnU-Net lives in its own environment: ours takes none of its versions.
+.venv-peers/installed:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet nnunetv2==2.8.1 torch==2.14.1
+	touch $@
+
+peers: .venv/installed .venv-peers/installed
+	$(BIN)/python benchmarks/peers.py
 
 # One torch thread per test process: two processes fill two cores without fighting.
 test: .venv/installed
