@@ -120,7 +120,9 @@ def test_a_run_that_began_with_other_weights_resumes_without_them(few, first, tm
     assert resumed["config"]["pretrained"] == half["config"]["pretrained"] == str(start)
 
 
-@pytest.mark.parametrize("change", [{"base_channels": 8}, {"network": "unet"}])
+@pytest.mark.parametrize(
+    "change", [{"base_channels": 8}, {"network": "unet", "input_size": (32, 32)}]
+)
 def test_weights_of_another_network_are_refused(few, first, tmp_path, change):
     with pytest.raises(InputError, match=r"last\.pt: --pretrained must be the same network"):
         small_run(few, tmp_path / "other", pretrained=first / "last.pt", **change)
