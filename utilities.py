@@ -466,9 +466,11 @@ class Run:
 
         if tuple(image.shape[2:]) == (window := tuple(self.carried["inference"]["window"])):
             return ask(image)
-        places = {"sw_device": self.device, "device": image.device}
-        blending = (VALIDATION_OVERLAP, "gaussian")
-        return sliding_window_inference(image, window, 1, ask, *blending, **places)
+        logits = sliding_window_inference(
+            image, window, 1, ask, VALIDATION_OVERLAP, "gaussian", sw_device=self.device,
+            device=image.device,
+        )  # fmt: skip
+        return cast(torch.Tensor, logits)
 
     def save(self, name: str) -> None:
         """Write best.pt (what applying needs) or last.pt (also all that resuming needs)."""

@@ -13,7 +13,7 @@ def find_bounding_box(mask: np.ndarray) -> Box:
     for axis in reversed(range(mask.ndim)):  # each axis looks at what the ones before left
         others = tuple(other for other in range(mask.ndim) if other != axis)
         part = mask[tuple(box)]
-        turned = [other for other in others if part.strides[other] < 0]
+        turned = tuple(other for other in others if part.strides[other] < 0)
         # read in the order in which it is stored: 10 times faster
         used = np.flatnonzero(np.flip(part, turned).any(axis=others))
         box[axis] = slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 0)
