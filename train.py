@@ -319,7 +319,8 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
             "the network's input must be a multiple of 8 along each axis (three poolings), got "
             f"{window} voxels; change --input-size, or prepare.py's --subvolume-depth"
         )
-    grain, slices = GRAINS.get(config.network, 16), [window[2]] if flat else []
+    grain = {**GRAINS, "dynunet": 16}.get(config.network, 8)
+    slices = [window[2]] if flat else []  # a 2D network's normalisation sees them together
     if math.prod([max(n // grain, 1) for n in window[: 3 - len(slices)]] + slices) < 2:
         raise InputError(
             f"{window} voxels are a single one after the poolings of {config.network}, and "
