@@ -130,6 +130,7 @@ def read_settings(
         sys.exit(f"error: {error}")
     if hasattr(config_class, "given"):
         config.given = list_given(words, config, default)
+    tell_loading()
     return config
 
 
@@ -252,6 +253,7 @@ def run_script(main: Callable[[Any], None], config: Any) -> None:
     for stream in (sys.stdout, sys.stderr):  # names of files need be no UTF-8, nor a console
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    tell_loading(done=True)
     try:
         with interruptible():
             main(config)
@@ -265,6 +267,16 @@ def run_script(main: Callable[[Any], None], config: Any) -> None:
             sys.exit(f"error: {error}")
         what = f"{type(error).__name__}: {error}"
         sys.exit(f"error: {what}; run again with LIVER_DEBUG=1 for the traceback")
+
+
+LOADING = "loading the libraries ..."
+
+
+def tell_loading(done: bool = False) -> None:
+    """On a terminal, say (or unsay) that the seconds before the first bar are those of imports."""
+    if is_first_process() and sys.stderr.isatty():
+        text = f"\r{' ' * len(LOADING)}\r" if done else LOADING
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 def list_given(words: Sequence[str], config: Any, recipe: Any = None) -> frozenset[str]:

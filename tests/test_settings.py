@@ -1,10 +1,12 @@
 """Settings, files, locks and signals: what was given wrongly is one line, what is begun is kept."""
 
+import contextlib
 import errno
 import io
 import json
 import math
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -26,7 +28,7 @@ import train
 import utilities
 from data.files import InputError, atomic_write, lock_folder, read_signed, write_csv, write_signed
 from data.metrics import measure_nearest
-from data.settings import LIMITS, SEVERAL, check_settings, format_seconds
+from data.settings import LIMITS, LOADING, SEVERAL, check_settings, format_seconds
 from data.settings import run_script as start_script
 from utilities import pick_device
 
@@ -353,3 +355,22 @@ def test_names_that_are_no_utf8_reach_tables_and_consoles(tmp_path, monkeypatch)
     start_script(lambda _: print(name), None)
     console.flush()
     assert console.buffer.getvalue().decode().strip() == r"caf\udce9 \u03b1"
+
+
+def test_on_a_terminal_the_seconds_of_loading_are_told_and_told_no_more(tmp_path):
+    """The libraries take seconds, and no bar can be shown before them."""
+    (tmp_path / "empty.pt").touch()
+    words = ["apply_model.py", str(tmp_path / "empty.pt"), "--checkpoint", str(tmp_path)]
+    (tmp_path / "best.pt").write_bytes(b"no checkpoint")
+    master, terminal = pty.openpty()
+    child = subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=terminal)
+    os.close(terminal)
+    said = b""
+    with contextlib.suppress(OSError):  # the end of a terminal is an error
+        while part := os.read(master, 1000):
+            said += part
+    os.close(master)
+    assert child.wait() == 1
+    told, blank, *_ = said.decode().split("\r")
+    assert told == LOADING and blank == " " * len(LOADING)
+    assert "error:" in said.decode()
