@@ -20,7 +20,7 @@ from typing import Literal
 import tyro
 
 from data.files import InputError, find_checkpoint
-from data.settings import read_settings, run_script
+from data.settings import NETWORK_LIBRARIES, read_settings, run_script
 
 
 @dataclass
@@ -66,7 +66,7 @@ def refuse_missing(config: Config) -> None:
 
 
 if __name__ == "__main__":  # help and mistakes are told before anything heavy is loaded
-    CONFIG = read_settings(Config, __doc__, check=refuse_missing)
+    CONFIG = read_settings(Config, __doc__, check=refuse_missing, libraries=NETWORK_LIBRARIES)
 
 import contextlib
 import functools

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from data.labels import LIVER_WITH_TUMOURS
-from data.settings import Classes, read_settings, run_script
+from data.settings import NETWORK_LIBRARIES, Classes, read_settings, run_script
 
 NetworkName = Literal[
     "unet3d", "unet", "attention_unet", "segresnet", "vnet", "unetr", "dynunet", "swin_unetr",
@@ -196,7 +196,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
 
 
 if __name__ == "__main__":  # help and mistakes are told before anything heavy is loaded
-    CONFIG = read_settings(Config, __doc__, RECIPES)
+    CONFIG = read_settings(Config, __doc__, RECIPES, libraries=NETWORK_LIBRARIES)
 
 import contextlib
 import math

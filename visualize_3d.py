@@ -43,7 +43,7 @@ class Config:
 
 
 if __name__ == "__main__":  # help and mistakes are told before anything heavy is loaded
-    CONFIG = read_settings(Config, __doc__)
+    CONFIG = read_settings(Config, __doc__, libraries=("vedo",))
 
 import functools
 import os

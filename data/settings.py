@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import io
 import operator
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 Kind = TypeVar("Kind", bound="DataclassInstance")
 
+
+NETWORK_LIBRARIES = ("nibabel", "torch", "monai")  # seconds, of a script that runs a network
 
 # The range of every setting of every script; of several numbers each must lie in it.
 RANGES = {
@@ -101,13 +104,15 @@ def read_settings(
     description: str | None,
     recipes: dict[str, tuple[str, Any]] | None = None,
     check: Callable[[Any], Any] | None = None,
+    libraries: Sequence[str] = (),
 ) -> Any:
     """The config that a command line asks for; `--help` and mistakes end the program here.
 
     Scripts call it before they load what is heavy, so that nobody waits for a typing error.
     `recipes` maps a name, which may be the first word of the command line, to an explanation and
     the config whose values the options then override. The first recipe is the default. `check`
-    raises InputError for a config that asks for what is not there.
+    raises InputError for a config that asks for what is not there. `libraries` take seconds, and
+    are loaded here last, under the first bar.
     """
     set_handlers(leave_unbegun)
     words, default = [word for word in sys.argv[1:] if word != "--debug"], None
@@ -130,7 +135,7 @@ def read_settings(
         sys.exit(f"error: {error}")
     if hasattr(config_class, "given"):
         config.given = list_given(words, config, default)
-    tell_loading()
+    load_libraries(libraries)
     return config
 
 
@@ -253,7 +258,6 @@ def run_script(main: Callable[[Any], None], config: Any) -> None:
     for stream in (sys.stdout, sys.stderr):  # names of files need be no UTF-8, nor a console
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    tell_loading(done=True)
     try:
         with interruptible():
             main(config)
@@ -267,16 +271,6 @@ def run_script(main: Callable[[Any], None], config: Any) -> None:
             sys.exit(f"error: {error}")
         what = f"{type(error).__name__}: {error}"
         sys.exit(f"error: {what}; run again with LIVER_DEBUG=1 for the traceback")
-
-
-LOADING = "loading the libraries ..."
-
-
-def tell_loading(done: bool = False) -> None:
-    """On a terminal, say (or unsay) that the seconds before the first bar are those of imports."""
-    if is_first_process() and sys.stderr.isatty():
-        text = f"\r{' ' * len(LOADING)}\r" if done else LOADING
-        print(text, end="", file=sys.stderr, flush=True)
 
 
 def list_given(words: Sequence[str], config: Any, recipe: Any = None) -> frozenset[str]:
@@ -321,11 +315,22 @@ def format_seconds(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
+LOADING = "{desc} |{bar:10}| {n_fmt}/{total_fmt}"  # no rate: libraries take unlike times
+
+
 def show_progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
     """A progress bar on a terminal, in the first process; none in a log, nor with TQDM_DISABLE."""
     hidden = not is_first_process() or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
     how: dict[str, Any] = {"disable": hidden or None, "leave": False}  # None: asks for a terminal
     return tqdm(iterable, **how, **options)
+
+
+def load_libraries(names: Sequence[str]) -> None:
+    """Import, under a bar, what the imports below then find loaded."""
+    with show_progress(names, unit="library", bar_format=LOADING) as bar:
+        for name in bar:
+            bar.set_description(f"loading {name}")
+            importlib.import_module(name)
 
 
 def is_first_process() -> bool:

@@ -75,7 +75,7 @@ def leave_unbegun(*_: Any) -> None:
     """Handler while a script loads its libraries: there is nothing to clean up."""
     told = "interrupted before anything was begun; run the same command again\n"
     with contextlib.suppress(OSError):
-        os.write(2, (b"\r" if os.isatty(2) else b"") + told.encode())  # over LOADING
+        os.write(2, (b"\r" if os.isatty(2) else b"") + told.encode())  # over the bar
     os._exit(130)
 
 
