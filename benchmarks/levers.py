@@ -59,6 +59,7 @@ SETTINGS = {  # name → options of train.py; the last of two equal options coun
     # the recipe `laptop`, and one thing changed
     "laptop": f"{STARTER} {FINER} {STRONGER}",
     "laptop, averaged weights": f"{STARTER} {FINER} {STRONGER} --ema-decay 0.98",
+    "laptop, averaged weights, 0.995": f"{STARTER} {FINER} {STRONGER} --ema-decay 0.995",
     "laptop, noise up to 45 HU": f"{STARTER} {FINER} {STRONGER} --noise-sd 0.1",
     "laptop, SGD": f"{STARTER} {FINER} {STRONGER} --optimizer sgd --schedule poly "
     "--learning-rate 1e-2",
@@ -69,7 +70,9 @@ APPLYING = {  # how a network that was trained is applied → options of apply_m
     "mirrored": "--mirror",
     "overlap 0.25": "--overlap 0.25",
     "overlap 0.75": "--overlap 0.75",
-    "without post-processing": "--no-largest-component --no-fill-holes --no-tumour-inside",
+    "without dropping what is dark": "--no-drop-dark",
+    "without post-processing": "--no-drop-dark --no-largest-component --no-fill-holes "
+    "--no-tumour-inside",
 }
 FAILURE = 0.8  # a Dice below it
 FIGURES = ("dice", "precision", "recall", "hd95_mm")

@@ -24,8 +24,8 @@ from data.names import make_safe, name_case, name_scans
 from data.splits import choose_fold
 
 CHANGING = (  # settings that change a result
-    "background", "largest_component", "fill_holes", "tumour_inside", "mirror", "probability",
-    "precision", "dicom_seg", "overlap", "locate",
+    "background", "drop_dark", "largest_component", "fill_holes", "tumour_inside", "mirror",
+    "probability", "precision", "dicom_seg", "overlap", "locate",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff
 from scipy import ndimage
 
 from data import evaluate as evaluation
-from data.anatomy import clean, find_doubts
+from data.anatomy import clean, drop_dark, find_doubts
 from data.boxes import find_bounding_box
 from data.check import judge_hu
 from data.evaluate import evaluate, measure, pair_truths, score_lesions
@@ -204,6 +204,51 @@ def test_post_processing_agrees_with_scipy(seed):
     sizes = ndimage.sum_labels(classes, labels, range(1, count + 1))
     largest = ndimage.binary_fill_holes(labels == 1 + int(np.argmax(sizes)))
     assert np.array_equal(clean(classes, ["liver"]) > 0, largest)
+
+
+def draw_bile(names=("liver",), noise=5.0, dark=15):
+    """Scores and HU of a liver at 100 HU: a dark tumour in it, bile at its edge; where both are."""
+    shape, rng = (60, 40, 40), np.random.default_rng(0)
+    liver, bile = ball(shape, (20, 20, 20), 14), ball(shape, (33, 20, 20), 5)
+    tumour = ball(shape, (16, 20, 20), 4)
+    hu = np.where(liver & ~tumour & ~bile, 100, dark) + rng.normal(0, noise, shape)
+    depth = ndimage.distance_transform_edt(liver | bile)
+    scores = np.where(liver | bile, np.minimum(depth, 8) - 0.5, -6)
+    scores[bile] = scores[bile].clip(max=1)
+    return np.repeat(scores[None], len(names), 0).astype(np.float32), hu, tumour, bile
+
+
+def test_a_dark_edge_is_no_liver_and_a_dark_tumour_stays():
+    scores, hu, tumour, bile = draw_bile()
+    before = scores.copy()
+    drop_dark(scores, hu, ["liver"])
+    changed = scores != before
+    assert (changed[0] <= bile).all() and (scores[0][bile] < 0).all()
+    assert (scores[0][tumour] > 0).all()
+    scaled = before.copy()
+    drop_dark(scaled, (hu + 200) / 450, ["liver"], 450)
+    assert np.array_equal(scaled, scores)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"names": ["kidney"]},  # whose marrow is dark beside its cortex
+        {"names": ["tumour"]},
+        {"dark": 45},  # a fatty rim, a poorly filled one
+        {"noise": 60.0},  # of which a voxel is no edge
+    ],
+)
+def test_nothing_else_is_taken_for_a_dark_edge(case):
+    names = case.get("names", ["liver"])
+    scores, hu, *_ = draw_bile(**case)
+    before = scores.copy()
+    drop_dark(scores, hu, names)
+    lost = (before > 0) & (scores < 0)
+    assert lost.sum() < 0.01 * (before > 0).sum()
+    nothing = np.full_like(before, -6)
+    drop_dark(nothing, hu, names)
+    assert (nothing == -6).all()
 
 
 def test_what_is_implausible_is_told():
