@@ -206,7 +206,7 @@ def test_post_processing_agrees_with_scipy(seed):
     assert np.array_equal(clean(classes, ["liver"]) > 0, largest)
 
 
-def draw_bile(names=("liver",), noise=5.0, dark=15):
+def draw_bile(names=("liver",), noise=5.0, dark=5):
     """Scores and HU of a liver at 100 HU: a dark tumour in it, bile at its edge; where both are."""
     shape, rng = (60, 40, 40), np.random.default_rng(0)
     liver, bile = ball(shape, (20, 20, 20), 14), ball(shape, (33, 20, 20), 5)
