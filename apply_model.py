@@ -29,7 +29,7 @@ class Options:
 
     windows: int = 0  # windows per network call; 0: up to 4, on the CPU only of small ones
     mirror: bool = False  # average with the front-back mirror image; twice the time
-    drop_dark: bool = True  # of a liver in CT: leave out an edge of fat, bile or bowel, by its HU
+    trim_by_hu: bool = True  # of a liver in CT: drop an edge whose HU are far from its inside's
     largest_component: bool = True  # keep the largest piece of an organ; not for paired organs
     fill_holes: bool = True  # close cavities inside an organ
     tumour_inside: bool = True  # drop tumours that touch no kept organ
@@ -87,7 +87,7 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch.nn import functional
 from tqdm import tqdm
 
-from data.anatomy import clean, drop_dark, find_doubts
+from data.anatomy import clean, find_doubts, trim_by_hu
 from data.boxes import Box, find_bounding_box
 from data.bundles import write_configuration
 from data.cases import hash_files, read_label_map, read_scan
@@ -259,9 +259,9 @@ def segment(
     trace.lap("preprocess")
     look = open_look(model, scan, to_network) if options.locate else None
     scores = predict(model, tensor, options.windows, options.mirror, look)
-    if options.drop_dark and model.chain.hu_window and model.modality == "CT":
+    if options.trim_by_hu and model.chain.hu_window and model.modality == "CT":
         low, high = model.chain.hu_window  # are 0 and 1 of the network's input
-        drop_dark(scores.numpy(), tensor[0].cpu().numpy(), model.names, high - low)
+        trim_by_hu(scores.numpy(), tensor[0].cpu().numpy(), model.names, high - low)
     del tensor  # as large as the scores; what follows needs the room
     trace.windows, model.windows = model.windows, 0
     trace.located = look.describe(to_network, scan.ras_shape) if look else {}

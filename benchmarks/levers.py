@@ -70,8 +70,8 @@ APPLYING = {  # how a network that was trained is applied → options of apply_m
     "mirrored": "--mirror",
     "overlap 0.25": "--overlap 0.25",
     "overlap 0.75": "--overlap 0.75",
-    "without dropping what is dark": "--no-drop-dark",
-    "without post-processing": "--no-drop-dark --no-largest-component --no-fill-holes "
+    "without trimming by HU": "--no-trim-by-hu",
+    "without post-processing": "--no-trim-by-hu --no-largest-component --no-fill-holes "
     "--no-tumour-inside",
 }
 FAILURE = 0.8  # a Dice below it

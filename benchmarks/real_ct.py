@@ -42,7 +42,7 @@ from utilities import load_checkpoint
 
 VARIANTS = {  # post-processing → options of apply_model.py
     "with": "",
-    "without": "--no-drop-dark --no-largest-component --no-fill-holes --no-tumour-inside",
+    "without": "--no-trim-by-hu --no-largest-component --no-fill-holes --no-tumour-inside",
 }
 FIGURES = ("dice", "false_positive_ml", "false_positive_ml_in_empty_slices")
 

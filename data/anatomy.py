@@ -8,6 +8,7 @@ from typing import Any
 
 import cc3d
 import numpy as np
+from scipy.ndimage import binary_fill_holes
 
 from data.boxes import find_bounding_box
 from data.labels import group_tumours
@@ -15,34 +16,39 @@ from data.volumes import Volume
 
 PLAUSIBLE_ML = {"liver": (500, 4000)}  # volumes of adults
 RIGHT_SIDED = ("liver",)  # organs on the patient's right
-# How much darker than an organ's inside its edge may be, in HU, of organs of one brightness: fat,
-# bile and bowel are. On six patients anything from 50 to 90 helps (docs/few_patients.md).
-DARKER_HU = {"liver": 70.0}
+# How far from the HU of its inside an organ's edge may be, of organs of one brightness: fat, bile
+# and bowel are darker, heart and kidney often brighter. On six patients all from 50 to 100 helps.
+HU_REACH = {"liver": 70.0}
 NOISE = 3.0  # times the noise's SD, where that is more: noise is no edge
 DROPPED = -3.0  # score of what is taken away: surely background
 
 
-def drop_dark(
+def trim_by_hu(
     scores: np.ndarray, image: np.ndarray, names: Sequence[str], hu_per_unit: float = 1.0
 ) -> None:
-    """Take from an organ the edge that is far darker than its inside; in place.
+    """Take from an organ the edge whose HU are far from those of its inside; in place.
 
-    The inside is the half that the network is surer of; it stays whole, dark tumours too.
+    The inside is the half that the network is surer of. It stays, as does what the rest encloses
+    in its slice: tumours, cysts, vessels.
 
     Args:
         scores: (C − 1, X, Y, Z) logits of the classes `names` above the background's.
         image: (X, Y, Z) of a CT on the same grid, in units of so many HU.
     """
     for every, name in zip(scores, names, strict=True):
-        if name not in DARKER_HU or not (every > 0).any():
+        if name not in HU_REACH or not (every > 0).any():
             continue
         box = find_bounding_box(every > DROPPED)
-        score, own = every[box], image[box]
+        score, hu = every[box], image[box]
         inside = score >= np.median(score[score > 0])
-        usual = np.median(own[inside])
-        noise = 1.4826 * np.median(np.abs(own[inside] - usual))  # SD, if it is a normal one
-        dark = own < usual - max(DARKER_HU[name] / hu_per_unit, NOISE * noise)
-        np.minimum(score, DROPPED, out=score, where=dark & ~inside)
+        usual = np.median(hu[inside])
+        away = np.abs(hu - usual)
+        noise = 1.4826 * np.median(away[inside])  # SD, if it is a normal one
+        far = (away > max(HU_REACH[name] / hu_per_unit, NOISE * noise)) & ~inside
+        left = (score > 0) & ~far
+        for part, there in zip(np.moveaxis(far, 2, 0), np.moveaxis(left, 2, 0), strict=True):
+            part &= ~binary_fill_holes(there)
+        np.minimum(score, DROPPED, out=score, where=far)
 
 
 def clean(

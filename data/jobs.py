@@ -24,7 +24,7 @@ from data.names import make_safe, name_case, name_scans
 from data.splits import choose_fold
 
 CHANGING = (  # settings that change a result
-    "background", "drop_dark", "largest_component", "fill_holes", "tumour_inside", "mirror",
+    "background", "trim_by_hu", "largest_component", "fill_holes", "tumour_inside", "mirror",
     "probability", "precision", "dicom_seg", "overlap", "locate",
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff
 from scipy import ndimage
 
 from data import evaluate as evaluation
-from data.anatomy import clean, drop_dark, find_doubts
+from data.anatomy import clean, find_doubts, trim_by_hu
 from data.boxes import find_bounding_box
 from data.check import judge_hu
 from data.evaluate import evaluate, measure, pair_truths, score_lesions
@@ -206,27 +206,30 @@ def test_post_processing_agrees_with_scipy(seed):
     assert np.array_equal(clean(classes, ["liver"]) > 0, largest)
 
 
-def draw_bile(names=("liver",), noise=5.0, dark=5):
-    """Scores and HU of a liver at 100 HU: a dark tumour in it, bile at its edge; where both are."""
+def draw_neighbour(names=("liver",), noise=5.0, hu=5):
+    """Scores and HU of a liver of 100 HU; what touches it is liver too, if less surely. Two of its
+    tumours are as dark as bile: a sure one, and one at the edge of a slice but one."""
     shape, rng = (60, 40, 40), np.random.default_rng(0)
-    liver, bile = ball(shape, (20, 20, 20), 14), ball(shape, (33, 20, 20), 5)
-    tumour = ball(shape, (16, 20, 20), 4)
-    hu = np.where(liver & ~tumour & ~bile, 100, dark) + rng.normal(0, noise, shape)
-    depth = ndimage.distance_transform_edt(liver | bile)
-    scores = np.where(liver | bile, np.minimum(depth, 8) - 0.5, -6)
-    scores[bile] = scores[bile].clip(max=1)
-    return np.repeat(scores[None], len(names), 0).astype(np.float32), hu, tumour, bile
+    liver, neighbour = ball(shape, (20, 20, 20), 14), ball(shape, (33, 20, 20), 5)
+    tumours = ball(shape, (16, 20, 20), 4) | ball(shape, (20, 20, 31), 2)
+    image = np.where(liver & ~tumours & ~neighbour, 100, np.where(tumours, 5, hu))
+    depth = ndimage.distance_transform_edt(liver | neighbour)
+    scores = np.where(liver | neighbour, np.minimum(depth, 8) - 0.5, -6)
+    scores[neighbour] = scores[neighbour].clip(max=1)
+    every = np.repeat(scores[None], len(names), 0).astype(np.float32)
+    return every, image + rng.normal(0, noise, shape), tumours, neighbour
 
 
-def test_a_dark_edge_is_no_liver_and_a_dark_tumour_stays():
-    scores, hu, tumour, bile = draw_bile()
+@pytest.mark.parametrize("hu", [5, 220])  # bile, the heart
+def test_an_edge_of_other_hu_is_no_liver_and_dark_tumours_stay(hu):
+    scores, image, tumours, neighbour = draw_neighbour(hu=hu)
     before = scores.copy()
-    drop_dark(scores, hu, ["liver"])
-    changed = scores != before
-    assert (changed[0] <= bile).all() and (scores[0][bile] < 0).all()
-    assert (scores[0][tumour] > 0).all()
+    trim_by_hu(scores, image, ["liver"])
+    assert ((scores != before)[0] <= neighbour).all()
+    assert (scores[0][neighbour] < 0).all()
+    assert (scores[0][tumours] > 0).all()
     scaled = before.copy()
-    drop_dark(scaled, (hu + 200) / 450, ["liver"], 450)
+    trim_by_hu(scaled, (image + 200) / 450, ["liver"], 450)
     assert np.array_equal(scaled, scores)
 
 
@@ -235,19 +238,19 @@ def test_a_dark_edge_is_no_liver_and_a_dark_tumour_stays():
     [
         {"names": ["kidney"]},  # whose marrow is dark beside its cortex
         {"names": ["tumour"]},
-        {"dark": 45},  # a fatty rim, a poorly filled one
+        {"hu": 55},  # a fatty rim, a poorly filled one
         {"noise": 60.0},  # of which a voxel is no edge
     ],
 )
-def test_nothing_else_is_taken_for_a_dark_edge(case):
+def test_nothing_else_is_trimmed(case):
     names = case.get("names", ["liver"])
-    scores, hu, *_ = draw_bile(**case)
+    scores, image, *_ = draw_neighbour(**case)
     before = scores.copy()
-    drop_dark(scores, hu, names)
+    trim_by_hu(scores, image, names)
     lost = (before > 0) & (scores < 0)
     assert lost.sum() < 0.01 * (before > 0).sum()
     nothing = np.full_like(before, -6)
-    drop_dark(nothing, hu, names)
+    trim_by_hu(nothing, image, names)
     assert (nothing == -6).all()
 
 
