@@ -259,13 +259,14 @@ def segment(
     trace.lap("preprocess")
     look = open_look(model, scan, to_network) if options.locate else None
     scores = predict(model, tensor, options.windows, options.mirror, look)
+    trace.lap("network")
     if options.trim_by_hu and model.chain.hu_window and model.modality == "CT":
         low, high = model.chain.hu_window  # are 0 and 1 of the network's input
         trim_by_hu(scores.numpy(), tensor[0].cpu().numpy(), model.names, high - low)
     del tensor  # as large as the scores; what follows needs the room
     trace.windows, model.windows = model.windows, 0
     trace.located = look.describe(to_network, scan.ras_shape) if look else {}
-    trace.lap("network")
+    trace.lap("trim")
     if asked:
         trace.evidence = weigh_scores(scores.numpy(), to_network, scan.ras_shape[2], model.names)
     trace.lap("trust")

@@ -47,6 +47,7 @@ STRONGER = (
     "--rotation-degrees 25 --scaling 0.35 --intensity-scaling 0.3 --intensity-shift 0.2 "
     "--noise-sd 0.05"
 )
+LAPTOP = f"{STARTER} {FINER} {STRONGER} --ema-decay 0.995"
 SETTINGS = {  # name → options of train.py; the last of two equal options counts
     "subvolumes": SUBVOLUMES,
     "patches": PATCHES,
@@ -57,13 +58,13 @@ SETTINGS = {  # name → options of train.py; the last of two equal options coun
     "starter, 3 mm, rate 3e-4": f"{STARTER} {FINER} --learning-rate 3e-4",
     "starter, 3 mm, more augmentation": f"{STARTER} {FINER} {STRONGER}",
     # the recipe `laptop`, and one thing changed
-    "laptop": f"{STARTER} {FINER} {STRONGER}",
-    "laptop, averaged weights": f"{STARTER} {FINER} {STRONGER} --ema-decay 0.98",
-    "laptop, averaged weights, 0.995": f"{STARTER} {FINER} {STRONGER} --ema-decay 0.995",
-    "laptop, noise up to 45 HU": f"{STARTER} {FINER} {STRONGER} --noise-sd 0.1",
-    "laptop, SGD": f"{STARTER} {FINER} {STRONGER} --optimizer sgd --schedule poly "
-    "--learning-rate 1e-2",
-    "laptop, Dice alone": f"{STARTER} {FINER} {STRONGER} --loss dice",
+    "laptop": LAPTOP,
+    "laptop, last weights": f"{LAPTOP} --ema-decay 0",
+    "laptop, averaged by 0.98": f"{LAPTOP} --ema-decay 0.98",
+    "laptop, averaged by 0.997": f"{LAPTOP} --ema-decay 0.997",
+    "laptop, noise up to 45 HU": f"{LAPTOP} --noise-sd 0.1",
+    "laptop, SGD": f"{LAPTOP} --optimizer sgd --schedule poly --learning-rate 1e-2",
+    "laptop, Dice alone": f"{LAPTOP} --loss dice",
 }
 APPLYING = {  # how a network that was trained is applied → options of apply_model.py
     "as usual": "",

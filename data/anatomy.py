@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import cc3d
 import numpy as np
-from scipy.ndimage import binary_fill_holes
 
 from data.boxes import find_bounding_box
 from data.labels import group_tumours
@@ -38,16 +37,18 @@ def trim_by_hu(
     for every, name in zip(scores, names, strict=True):
         if name not in HU_REACH or not (every > 0).any():
             continue
-        box = find_bounding_box(every > DROPPED)
-        score, hu = every[box], image[box]
-        inside = score >= np.median(score[score > 0])
-        usual = np.median(hu[inside])
-        away = np.abs(hu - usual)
+        near = every > DROPPED
+        box = find_bounding_box(near)
+        score, near = every[box], near[box]
+        known, hu = score[near], image[box][near]
+        inside = known >= np.median(known[known > 0])
+        away = np.abs(hu - np.median(hu[inside]))
         noise = 1.4826 * np.median(away[inside])  # SD, if it is a normal one
-        far = (away > max(HU_REACH[name] / hu_per_unit, NOISE * noise)) & ~inside
+        far = np.zeros_like(near)
+        far[near] = (away > max(HU_REACH[name] / hu_per_unit, NOISE * noise)) & ~inside
         left = (score > 0) & ~far
-        for part, there in zip(np.moveaxis(far, 2, 0), np.moveaxis(left, 2, 0), strict=True):
-            part &= ~binary_fill_holes(there)
+        for number in np.flatnonzero(far.any(axis=(0, 1))):
+            far[:, :, number] &= ~find_holes(left[:, :, number])
         np.minimum(score, DROPPED, out=score, where=far)
 
 
@@ -104,11 +105,16 @@ def _fill(part: np.ndarray, organ: int, body: Sequence[int]) -> None:
     """Give to `organ` the background that the classes of `body` enclose; in place."""
     inside = part == body[0] if len(body) == 1 else np.isin(part, body)
     box = find_bounding_box(inside)
-    around = np.pad(~inside[box], 1, constant_values=True)
-    spaces, count = cc3d.connected_components(around, connectivity=6, return_N=True)
-    if count > 1:
-        holes = (around & (spaces != spaces[0, 0, 0]))[1:-1, 1:-1, 1:-1]
-        part[box][holes & (part[box] == 0)] = organ
+    part[box][find_holes(inside[box]) & (part[box] == 0)] = organ
+
+
+def find_holes(mask: np.ndarray) -> np.ndarray:
+    """What a mask of two or three axes encloses on all sides, corners not counted."""
+    around = np.pad(~mask, 1, constant_values=True)
+    sides: Literal[4, 6] = 4 if mask.ndim == 2 else 6
+    spaces, count = cc3d.connected_components(around, connectivity=sides, return_N=True)
+    inner = (slice(1, -1),) * mask.ndim
+    return (around & (spaces != spaces.flat[0]))[inner] if count > 1 else np.zeros_like(mask)
 
 
 def find_doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str]:
