@@ -189,7 +189,7 @@ def there_and_back(slab: Volume, size: int) -> tuple[np.ndarray, np.ndarray]:
     """
     chain = preprocess.Chain(**{**vars(CHAIN), "input_size": (size, size)})
     soft, to_network = preprocess.preprocess_volume(as_ct(slab), chain, "cpu")
-    raw = preprocess.to_tensor(slab.read().astype(np.float32), slab.affine)
+    raw = preprocess.to_tensor(slab.read().astype(np.float32), slab)
     steps = [*preprocess.in_plane_chain(chain, "cpu"), *preprocess.slice_chain(chain)]
     hard = Compose(steps)({key: raw for key in (IMAGE, LABEL)})[LABEL]
     soft_back, hard_back = (

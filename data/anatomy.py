@@ -17,7 +17,7 @@ PLAUSIBLE_ML = {"liver": (500, 4000)}  # volumes of adults
 RIGHT_SIDED = ("liver",)  # organs on the patient's right
 # How far from the HU of its inside an organ's edge may be, of organs of one brightness: fat, bile
 # and bowel are darker, heart and kidney often brighter. On six patients all from 50 to 100 helps.
-HU_REACH = {"liver": 70.0}
+HU_REACH = {"liver": 80.0}
 NOISE = 3.0  # times the noise's SD, where that is more: noise is no edge
 DROPPED = -3.0  # score of what is taken away: surely background
 
