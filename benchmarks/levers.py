@@ -91,7 +91,8 @@ class Config:
     rounds: tuple[int, ...] = (0, 1, 2)
     source: Path = DATA / "ct"  # real CTs with labels
     work: Path = Path("data/levers")  # what the scripts write; relative: below the project
-    applying: bool = False  # train nothing: apply what was trained in each way of APPLYING
+    applying: bool = False  # train nothing: apply what was trained in some ways
+    ways: tuple[str, ...] = tuple(APPLYING)  # names in APPLYING
     painted: Path | None = None  # train nothing: apply what was trained to these bodies with labels
     report: bool = False  # run nothing, print the table of what is known
 
@@ -209,21 +210,23 @@ def run_once(config: Config, setting: str, turn: int, seed: int) -> dict:
 
 
 def compare_applying(config: Config) -> dict[str, dict]:
-    """Networks that were trained, applied in several ways: mean Dice, and each scan's."""
+    """Networks that were trained, applied in several ways: means, and the figures of each scan."""
     table: dict[str, dict] = {}
     for setting in config.settings:
         for turn, seed in itertools.product(config.rounds, config.seeds):
             training, held_out = split_patients(config, turn, seed)
             data = prepare(config, training, held_out, "--sampling patches" in SETTINGS[setting])
             name = name_run(config, setting, turn, seed)
-            for way, how in APPLYING.items():
+            for way in config.ways:
                 place = config.work / "applying" / way.replace(" ", "_") / name
-                scans = score(data, held_out, config.work / "runs" / name, place, how)
-                entry = table.setdefault(f"{setting}, {way}", {"dice": {}})
-                entry["dice"] |= {f"{scan} seed {seed}": row["dice"] for scan, row in scans.items()}
+                scans = score(data, held_out, config.work / "runs" / name, place, APPLYING[way])
+                entry = table.setdefault(f"{setting}, {way}", {"dice": {}, "hd95_mm": {}})
+                for key in ("dice", "hd95_mm"):
+                    entry[key] |= {f"{scan} seed {seed}": row[key] for scan, row in scans.items()}
     for entry in table.values():
         entry["dice_mean"] = round(statistics.mean(entry["dice"].values()), 4)
         entry["dice_worst"] = min(entry["dice"].values())
+        entry["hd95_mm_mean"] = round(statistics.mean(entry["hd95_mm"].values()), 2)
     return table
 
 
