@@ -239,10 +239,11 @@ def score_painted(config: Config) -> dict[str, dict]:
         checkpoint = config.work / "runs" / name_run(config, setting, turn, seed) / "last.pt"
         networks[f"{setting}, round {turn}, seed {seed}"] = checkpoint
     table: dict[str, dict] = {}
-    for name, checkpoint in networks.items():
+    for (name, checkpoint), way in itertools.product(networks.items(), config.ways):
+        name = f"{name}, {way}"
         results = config.work / "painted" / name.replace(", ", "_").replace(" ", "_")
         run("apply_model.py", images, "--truth", labels, "--checkpoint", checkpoint,
-            "--destination", results)  # fmt: skip
+            "--destination", results, *shlex.split(APPLYING[way]))  # fmt: skip
         rows = {row["case"]: row for row in read_json(ROOT / results / "results.json")}
         dice = {case: round(row["liver_dice"], 4) for case, row in rows.items()}
         table[name] = {
