@@ -77,6 +77,8 @@ class Config:
     # No deep supervision: it has not been measured to help here.
     base_channels: int = 32  # width; 32 is the paper's 19 M parameters, 8 trains on a laptop
     pretrained: Path | None = None  # a checkpoint of the same network, whose weights to begin with
+    pretrained_share: float = 0.0  # so much of the weights kept stays as they began; the rest is
+    # learnt. On few patients 0.5 keeps what they would unlearn.
     encoder_weights: Path | None = None  # ResNet-34 of ImageNet (torchvision, smp): resnet34_unet
     dropout: float = 0.0  # part of the features that training leaves out, where the network has it
 
@@ -329,6 +331,10 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
         )
     if config.encoder_weights and not flat:
         raise InputError("--encoder-weights: only --network resnet34_unet has that encoder")
+    if config.pretrained_share and not config.pretrained:
+        raise InputError(
+            "--pretrained-share: there is no --pretrained to keep a share of; give one"
+        )
     if config.optimizer == "sgd" and config.amsgrad:
         raise InputError("--amsgrad is of adam and adamw, got --optimizer sgd; leave it out")
     if config.resume is None and not config.show and (config.run_folder / "last.pt").exists():
@@ -404,10 +410,11 @@ def class_weights(prepared: dict[str, Any], labels: Labels) -> torch.Tensor:
     return torch.tensor(inverse / inverse.mean(), dtype=torch.float32)
 
 
-def begin_with(network: torch.nn.Module, network_args: dict[str, Any], path: Path) -> None:
+def begin_with(network: torch.nn.Module, network_args: dict[str, Any], path: Path) -> bool:
     """Load the weights of a checkpoint; of another number of classes, all but the head's.
 
-    Raises InputError where it holds another network.
+    Returns whether all are loaded: of a network with a new head no share can be kept. Raises
+    InputError where it holds another network.
     """
     saved, own = load_checkpoint(path), network.state_dict()
     given, classes = saved["network_state"], saved["network_args"].get("out_channels")
@@ -426,7 +433,11 @@ def begin_with(network: torch.nn.Module, network_args: dict[str, Any], path: Pat
         )
     network.load_state_dict({n: v for n, v in given.items() if n not in other}, strict=False)
     if other and is_first_process():
-        print(f"{path}: {classes} classes; begins anew: {', '.join(sorted(other))}")
+        print(
+            f"{path}: {classes} classes; begins anew: {', '.join(sorted(other))}; "
+            "so --pretrained-share is 0"
+        )
+    return not other
 
 
 def begin_with_encoder(network: torch.nn.Module, path: Path) -> None:
@@ -539,8 +550,11 @@ def build_run(
     network_args |= {"dropout": config.dropout} if config.dropout else {}
     network_args |= {"projections": True} if config.encoder_weights else {}
     model = on_device(build_network(**network_args), device)
-    if config.pretrained and saved is None:
-        begin_with(model, network_args, config.pretrained)
+    share = config.pretrained_share
+    if saved is not None:
+        share *= bool((saved["averaging_state"] or {}).get("first"))
+    elif config.pretrained:
+        share *= begin_with(model, network_args, config.pretrained)
     if config.encoder_weights and saved is None:
         begin_with_encoder(model, config.encoder_weights)
     if config.sync_batch_norm and rank_and_size()[1] > 1:
@@ -562,7 +576,7 @@ def build_run(
         "config": config.plain(),
     }
     precision = pick_precision(safe_precision(config, device, window), device)
-    how = (config.ema_decay, config.compile, config.tensorboard)
+    how = (config.ema_decay, share, config.compile, config.tensorboard)
     run = Run(model, optimizer, scheduler, config.run_folder, device, precision, carried, *how)
     if saved is not None:
         run.restore(saved)

@@ -7,6 +7,7 @@ needs no network, and no torch, lives in `data/`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 import os
@@ -425,6 +426,8 @@ class Run:
     # Validate and keep, as best.pt, an exponential moving average of the weights, with this decay
     # per step; 0 uses the weights as they are.
     ema_decay: float = 0.0
+    # Of the weights that are kept, so much stays what they were at first; the rest is learnt.
+    pretrained_share: float = 0.0
     compile_network: bool = False  # run the network through torch.compile
     tensorboard: bool = False  # also write the history as TensorBoard event files
     history: list[dict[str, float]] = field(default_factory=list)  # a row per epoch
@@ -438,11 +441,31 @@ class Run:
         moving = get_ema_multi_avg_fn(self.ema_decay)
         averaged = functools.partial(AveragedModel, multi_avg_fn=moving, use_buffers=True)
         self.average = averaged(self.model) if self.ema_decay else None
+        self.mixed = copy.deepcopy(self.model) if self.pretrained_share else None
+        self.first = copy.deepcopy(self.model.state_dict()) if self.mixed else None
+
+    @property
+    def learnt(self) -> nn.Module:
+        """The network with the latest weights, or with their average."""
+        return self.average.module if self.average else self.model
 
     @property
     def kept(self) -> nn.Module:
         """What is validated, saved and applied later."""
-        return self.average.module if self.average else self.model
+        return self.mixed or self.learnt
+
+    def mix(self) -> None:
+        """Lay what is kept between the first weights and those learnt since.
+
+        It keeps what few patients would unlearn: Wortsman et al. 2022, arXiv:2109.01903.
+        """
+        if self.mixed and self.first:
+            learnt = self.learnt.state_dict()
+            self.mixed.load_state_dict({
+                name: new.lerp(self.first[name], self.pretrained_share)
+                if new.is_floating_point() else new
+                for name, new in learnt.items()
+            })  # fmt: skip
 
     @property
     def class_names(self) -> list[str]:
@@ -474,6 +497,7 @@ class Run:
 
     def save(self, name: str) -> None:
         """Write best.pt (what applying needs) or last.pt (also all that resuming needs)."""
+        self.mix()
         state: dict[str, Any] = {
             "network_state": self.kept.state_dict(),
             "epoch": len(self.history),
@@ -484,8 +508,7 @@ class Run:
             state |= {
                 "step_losses": self.losses,
                 "step_counts": np.asarray(self.counts).tolist() if self.losses else None,
-                "averaging_state": self.average
-                and {"weights": self.model.state_dict(), "steps": int(self.average.n_averaged)},
+                "averaging_state": self.hold_back(),
                 "optimizer_state": self.optimizer.state_dict(),
                 "scheduler_state": self.scheduler.state_dict(),
                 "scaler_state": self.scaler.state_dict(),
@@ -493,15 +516,28 @@ class Run:
             }
         save_checkpoint(self.folder / name, **self.carried, **state)
 
+    def hold_back(self) -> dict[str, Any] | None:
+        """What resuming needs where the weights kept are not those that are trained."""
+        if self.kept is self.model:
+            return None
+        return {
+            "weights": self.model.state_dict(),
+            "average": self.average.module.state_dict() if self.average else None,
+            "steps": int(self.average.n_averaged) if self.average else 0,
+            "first": self.first,
+        }
+
     def restore(self, saved: dict[str, Any]) -> None:
         """Put everything back as it was when a last.pt was written."""
         if saved["optimizer_state"] is None:
             raise InputError("a best.pt holds no optimizer state; resume from the run's last.pt")
-        self.model.load_state_dict(saved["network_state"])
+        held = saved["averaging_state"]
+        self.model.load_state_dict(held["weights"] if held else saved["network_state"])
         if self.average:
-            self.average.module.load_state_dict(saved["network_state"])
-            self.average.n_averaged.fill_(saved["averaging_state"]["steps"])
-            self.model.load_state_dict(saved["averaging_state"]["weights"])
+            self.average.module.load_state_dict(held["average"])
+            self.average.n_averaged.fill_(held["steps"])
+        if self.first:
+            self.first = held["first"]
         self.optimizer.load_state_dict(saved["optimizer_state"])
         self.scheduler.load_state_dict(saved["scheduler_state"])
         self.scaler.load_state_dict(saved["scaler_state"])
@@ -697,6 +733,7 @@ def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float
     Dice: voxels counted per patient, then the mean over patients. NaN for a class that no patient
     has: what the network finds of it says nothing about it.
     """
+    run.mix()
     run.kept.eval()
     names, losses = run.class_names, []
     counts: dict[str, Any] = defaultdict(int)

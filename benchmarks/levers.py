@@ -47,7 +47,7 @@ STRONGER = (
     "--rotation-degrees 25 --scaling 0.35 --intensity-scaling 0.3 --intensity-shift 0.2 "
     "--noise-sd 0.05"
 )
-LAPTOP = f"{STARTER} {FINER} {STRONGER} --ema-decay 0.995"
+LAPTOP = f"{STARTER} {FINER} {STRONGER} --pretrained-share 0.5"
 SETTINGS = {  # name → options of train.py; the last of two equal options counts
     "subvolumes": SUBVOLUMES,
     "patches": PATCHES,
@@ -59,19 +59,22 @@ SETTINGS = {  # name → options of train.py; the last of two equal options coun
     "starter, 3 mm, more augmentation": f"{STARTER} {FINER} {STRONGER}",
     # the recipe `laptop`, and one thing changed
     "laptop": LAPTOP,
-    "laptop, last weights": f"{LAPTOP} --ema-decay 0",
-    "laptop, averaged by 0.98": f"{LAPTOP} --ema-decay 0.98",
-    "laptop, averaged by 0.997": f"{LAPTOP} --ema-decay 0.997",
+    "laptop, no share": f"{LAPTOP} --pretrained-share 0",
+    "laptop, averaged by 0.98": f"{LAPTOP} --pretrained-share 0 --ema-decay 0.98",
+    "laptop, averaged by 0.995": f"{LAPTOP} --pretrained-share 0 --ema-decay 0.995",
+    "laptop, averaged by 0.997": f"{LAPTOP} --pretrained-share 0 --ema-decay 0.997",
+    "laptop, averaged by 0.998": f"{LAPTOP} --pretrained-share 0 --ema-decay 0.998",
     "laptop, noise up to 45 HU": f"{LAPTOP} --noise-sd 0.1",
     "laptop, SGD": f"{LAPTOP} --optimizer sgd --schedule poly --learning-rate 1e-2",
     "laptop, Dice alone": f"{LAPTOP} --loss dice",
 }
+UNTRIMMED = "--no-trim-by-hu"  # of all rows, which tell of networks
 APPLYING = {  # how a network that was trained is applied → options of apply_model.py
     "as usual": "",
     "mirrored": "--mirror",
     "overlap 0.25": "--overlap 0.25",
     "overlap 0.75": "--overlap 0.75",
-    "without trimming by HU": "--no-trim-by-hu",
+    "without trimming by HU": UNTRIMMED,
     "without post-processing": "--no-trim-by-hu --no-largest-component --no-fill-holes "
     "--no-tumour-inside",
 }
@@ -205,7 +208,7 @@ def run_once(config: Config, setting: str, turn: int, seed: int) -> dict:
         "setting": setting, "minutes": config.minutes, "patients": config.patients,
         "round": turn, "seed": seed, "training": training, "epochs": epochs,
         "training_cpu_minutes": round(seconds / 60, 2),
-        "scans": score(data, held_out, folder, config.work / "results" / name),
+        "scans": score(data, held_out, folder, config.work / "results" / name, UNTRIMMED),
     }  # fmt: skip
 
 

@@ -41,7 +41,7 @@ RANGES = {
     "window size",
     "0 <= x <= 1": "keep_empty training validation test foreground_sampling augment_probability "
     "translation flip_probability",
-    "0 <= x < 1": "scaling ema_decay overlap dropout",
+    "0 <= x < 1": "scaling ema_decay pretrained_share overlap dropout",
     "0 < x < inf": "learning_rate",
     "0 <= x <= 180": "rotation_degrees",
     "0.05 <= x <= 50": "spacing",
