@@ -333,7 +333,8 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
         raise InputError("--encoder-weights: only --network resnet34_unet has that encoder")
     if config.pretrained_share and not config.pretrained:
         raise InputError(
-            "--pretrained-share: there is no --pretrained to keep a share of; give one"
+            f"--pretrained-share is {config.pretrained_share}, but there is no --pretrained; give "
+            "one, or --pretrained-share 0"
         )
     if config.optimizer == "sgd" and config.amsgrad:
         raise InputError("--amsgrad is of adam and adamw, got --optimizer sgd; leave it out")

@@ -311,8 +311,13 @@ def test_mr_is_trained_without_a_hu_window_unless_one_is_given(capsys):
 
 def test_weights_to_begin_with_of_other_classes_leave_the_head_out(run, few, tmp_path, capsys):
     two = {"liver": ("liver",), "tumour": ("tumour",)}
-    train.main(small_config(few, tmp_path / "run", max_epochs=1, labels=two, pretrained=run))
-    assert "2 classes; begins anew: head.bias, head.weight" in capsys.readouterr().out
+    begin = {"pretrained": run, "pretrained_share": 0.5}  # of a new head none can be kept
+    train.main(small_config(few, tmp_path / "run", max_epochs=1, labels=two, **begin))
+    told = capsys.readouterr().out
+    assert "2 classes; begins anew: head.bias, head.weight; so --pretrained-share is 0" in told
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["averaging_state"]["first"] is None
+    with pytest.raises(InputError, match=r"share is 0\.5, but there is no --pretrained"):
+        train.main(small_config(few, tmp_path / "none", pretrained_share=0.5))
     other = small_config(few, tmp_path / "other", base_channels=8, pretrained=run)
     with pytest.raises(InputError, match="must be the same network"):
         train.main(other)

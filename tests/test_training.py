@@ -53,9 +53,8 @@ def test_same_seed_same_run_and_another_seed_another(finished, few, tmp_path):
     assert comparable(other)[0] != comparable(load_checkpoint(finished / "last.pt")["history"])[0]
 
 
-def test_resume_ends_as_the_unbroken_run(finished, few, tmp_path, monkeypatch):
-    """Interrupted inside the second epoch, then resumed: the same weights, bit for bit."""
-    run = tmp_path / "broken"
+def break_off(config, monkeypatch):
+    """Train, interrupted inside the second epoch; then resume."""
     original, calls = preprocess.Subvolumes.__getitem__, []
 
     def interrupted(self, index):
@@ -66,11 +65,34 @@ def test_resume_ends_as_the_unbroken_run(finished, few, tmp_path, monkeypatch):
 
     monkeypatch.setattr(preprocess.Subvolumes, "__getitem__", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train.main(small_config(few, run, **QUICK))
+        train.main(config)
     monkeypatch.undo()
-    assert len(load_checkpoint(run / "last.pt")["history"]) == 1
-    train.main(train.Config(resume=run, device="cpu"))
-    assert_same_run(finished, run)
+    assert len(load_checkpoint(config.run_folder / "last.pt")["history"]) == 1
+    train.main(train.Config(resume=config.run_folder, device="cpu"))
+
+
+def test_resume_ends_as_the_unbroken_run(finished, few, tmp_path, monkeypatch):
+    """The same weights, bit for bit."""
+    break_off(small_config(few, tmp_path / "broken", **QUICK), monkeypatch)
+    assert_same_run(finished, tmp_path / "broken")
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_share_of_the_pretrained_weights_stays(ema_decay, finished, few, tmp_path, monkeypatch):
+    """What is kept lies between the weights of the beginning and those learnt; resume is exact."""
+    how = QUICK | {"pretrained": finished, "pretrained_share": 0.25, "ema_decay": ema_decay}
+    train.main(small_config(few, tmp_path / "whole", **how))
+    saved, begun = load_checkpoint(tmp_path / "whole" / "last.pt"), load_checkpoint(finished)
+    held = saved["averaging_state"]
+    for name, learnt in (held["average"] or held["weights"]).items():
+        kept, first = saved["network_state"][name], begun["network_state"][name]
+        expected = 0.25 * first + 0.75 * learnt if learnt.is_floating_point() else learnt
+        assert torch.allclose(kept, expected, atol=1e-6), name
+        assert "weight" not in name or not torch.equal(first, learnt)
+    best = load_checkpoint(tmp_path / "whole")
+    assert best["averaging_state"] is None
+    break_off(small_config(few, tmp_path / "broken", **how), monkeypatch)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_a_resumed_run_keeps_its_settings(finished):
