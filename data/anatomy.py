@@ -9,7 +9,7 @@ from typing import Any, Literal
 import cc3d
 import numpy as np
 
-from data.boxes import find_bounding_box
+from data.boxes import find_bounding_box, grow_box
 from data.labels import group_tumours
 from data.volumes import Volume
 
@@ -37,9 +37,9 @@ def trim_by_hu(
     for every, name in zip(scores, names, strict=True):
         if name not in HU_REACH or not (every > 0).any():
             continue
-        near = every > DROPPED
-        box = find_bounding_box(near)
-        score, near = every[box], near[box]
+        box = grow_box(find_bounding_box(every > 0), every.shape)  # and what its edge is mixed of
+        score = every[box]
+        near = score > DROPPED
         known, hu = score[near], image[box][near]
         inside = known >= np.median(known[known > 0])
         away = np.abs(hu - np.median(hu[inside]))
