@@ -29,7 +29,7 @@ class Options:
 
     windows: int = 0  # windows per network call; 0: up to 4, on the CPU only of small ones
     mirror: bool = False  # average with the front-back mirror image; twice the time
-    trim_by_hu: bool = True  # of a liver in CT: drop an edge whose HU are far from its inside's
+    trim_by_hu: bool = True  # of a liver in CT: drop an edge that is far darker than its inside
     largest_component: bool = True  # keep the largest piece of an organ; not for paired organs
     fill_holes: bool = True  # close cavities inside an organ
     tumour_inside: bool = True  # drop tumours that touch no kept organ

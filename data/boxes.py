@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 Box = tuple[slice, ...]  # a part of a volume: first voxel and the one behind the last, by axis
@@ -28,12 +26,4 @@ def enclose(*boxes: Box) -> Box:
     return tuple(
         slice(min(part.start for part in parts), max(part.stop for part in parts))
         for parts in zip(*full, strict=True)
-    )
-
-
-def grow_box(box: Box, shape: Sequence[int], by: int = 1) -> Box:
-    """A box with so many voxels more on each side, within an array."""
-    return tuple(
-        slice(max(part.start - by, 0), min(part.stop + by, size))
-        for part, size in zip(box, shape, strict=True)
     )

@@ -220,9 +220,8 @@ def draw_neighbour(names=("liver",), noise=5.0, hu=5):
     return every, image + rng.normal(0, noise, shape), tumours, neighbour
 
 
-@pytest.mark.parametrize("hu", [-15, 220])  # bile, the heart
-def test_an_edge_of_other_hu_is_no_liver_and_dark_tumours_stay(hu):
-    scores, image, tumours, neighbour = draw_neighbour(hu=hu)
+def test_a_dark_edge_is_no_liver_and_dark_tumours_stay():
+    scores, image, tumours, neighbour = draw_neighbour(hu=-15)
     before = scores.copy()
     trim_by_hu(scores, image, ["liver"])
     assert ((scores != before)[0] <= neighbour).all()
@@ -239,6 +238,7 @@ def test_an_edge_of_other_hu_is_no_liver_and_dark_tumours_stay(hu):
         {"names": ["kidney"]},  # whose marrow is dark beside its cortex
         {"names": ["tumour"]},
         {"hu": 50},  # a fatty rim, a poorly filled one
+        {"hu": 220},  # a tumour that is full of contrast
         {"noise": 60.0},  # of which a voxel is no edge
     ],
 )
