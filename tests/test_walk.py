@@ -21,7 +21,7 @@ def test_segmenting_a_scan_is_a_short_walk(checkpoint, raw_phantoms):
     scan = min((raw_phantoms / "imagesTr").iterdir())
     apply_model.segment(model, scan)  # what is made once is made
     walk = measure_walk(ROOT, lambda: apply_model.segment(model, scan))
-    assert walk.lines <= 860, walk.describe()
+    assert walk.lines <= 870, walk.describe()
     assert walk.changes <= 62, walk.describe()
 
 
@@ -40,4 +40,4 @@ def test_the_five_steps_are_a_bounded_walk(raw_phantoms, tmp_path):
         ))  # fmt: skip
         case = next(path for path in results.iterdir() if path.is_dir())
         visualize_3d.main(visualize_3d.Config(paths=(case,), screenshot=tmp_path / "view.png"))
-    assert walk.lines <= 5760, walk.describe()
+    assert walk.lines <= 5800, walk.describe()
