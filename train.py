@@ -553,7 +553,7 @@ def build_run(
     model = on_device(build_network(**network_args), device)
     share = config.pretrained_share
     if saved is not None:
-        share *= bool((saved["averaging_state"] or {}).get("first"))
+        share *= bool((saved.get("averaging_state") or {}).get("first"))
     elif config.pretrained:
         share *= begin_with(model, network_args, config.pretrained)
     if config.encoder_weights and saved is None:
