@@ -531,8 +531,8 @@ class Run:
         """Put everything back as it was when a last.pt was written."""
         if saved["optimizer_state"] is None:
             raise InputError("a best.pt holds no optimizer state; resume from the run's last.pt")
-        held = saved.get("averaging_state")
-        self.model.load_state_dict(held["weights"] if held else saved["network_state"])
+        held = saved.get("averaging_state") or {}
+        self.model.load_state_dict(held.get("weights") or saved["network_state"])
         if self.average:
             self.average.module.load_state_dict(held["average"])
             self.average.n_averaged.fill_(held["steps"])
