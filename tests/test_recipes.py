@@ -2,20 +2,22 @@
 
 import csv
 import dataclasses
+import re
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import run_here
+from conftest import ROOT, run_here
 from helpers import augment_of, cached, chain_of, tiny
 
 import apply_model
 import train
 from data.descriptions import read_prepared
-from data.files import InputError
+from data.files import InputError, read_json
 from data.labels import IMAGE, LABEL
 from data.metrics import dice_metric
+from data.settings import parse_words
 from data.volumes import read_file
 from preprocess import (
     SubvolumeLoader,
@@ -68,6 +70,24 @@ def test_a_recipe_by_name_on_the_command_line(whole_cases, tmp_path):
     assert config["labels"] == {"liver": ("1",), "tumour": ("2",)}
     preprocessing = load_checkpoint(run / "best.pt")["preprocessing"]
     assert preprocessing["labels"] == {"background": (0,), "liver": (1,), "tumour": (2,)}
+
+
+def test_the_recipe_laptop_is_the_setting_that_was_measured():
+    """The figures of docs/few_patients.md are those of what a user gets."""
+    result = read_json(ROOT / "benchmarks" / "results" / "levers.json")
+    options: dict[str, list[str]] = {}  # the last of two equal ones counts
+    for option in re.split(r"(?:^| )--", result["settings"]["laptop"])[1:]:
+        name, *values = option.split()
+        options[name] = [f"--{name}", *values]
+    words = [word for option in options.values() for word in option]
+    measured = dataclasses.asdict(parse_words(train.Config, train.Config(), None, words))
+    recipe = dataclasses.asdict(train.RECIPES["laptop"][1])
+    places = {"data", "run_folder", "max_epochs"}
+    assert {n: v for n, v in measured.items() if n not in places} == {
+        n: v for n, v in recipe.items() if n not in places
+    }
+    epochs = {row["epochs"] for row in result["rows"] if row["setting"] == "laptop"}
+    assert epochs == {recipe["max_epochs"]}
 
 
 def test_help_explains_the_recipes_and_a_wrong_name_is_refused(capsys):
