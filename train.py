@@ -434,10 +434,7 @@ def begin_with(network: torch.nn.Module, network_args: dict[str, Any], path: Pat
         )
     network.load_state_dict({n: v for n, v in given.items() if n not in other}, strict=False)
     if other and is_first_process():
-        print(
-            f"{path}: {classes} classes; begins anew: {', '.join(sorted(other))}; "
-            "so --pretrained-share is 0"
-        )
+        print(f"{path}: {classes} classes; begins anew: {', '.join(sorted(other))}")
     return not other
 
 
@@ -554,8 +551,10 @@ def build_run(
     share = config.pretrained_share
     if saved is not None:
         share *= bool((saved.get("averaging_state") or {}).get("first"))
-    elif config.pretrained:
-        share *= begin_with(model, network_args, config.pretrained)
+    elif config.pretrained and not begin_with(model, network_args, config.pretrained) and share:
+        share = 0.0
+        if is_first_process():
+            print("--pretrained-share is 0: there is no share of a layer that begins anew")
     if config.encoder_weights and saved is None:
         begin_with_encoder(model, config.encoder_weights)
     if config.sync_batch_norm and rank_and_size()[1] > 1:

@@ -314,7 +314,8 @@ def test_weights_to_begin_with_of_other_classes_leave_the_head_out(run, few, tmp
     begin = {"pretrained": run, "pretrained_share": 0.5}  # of a new head none can be kept
     train.main(small_config(few, tmp_path / "run", max_epochs=1, labels=two, **begin))
     told = capsys.readouterr().out
-    assert "2 classes; begins anew: head.bias, head.weight; so --pretrained-share is 0" in told
+    assert "2 classes; begins anew: head.bias, head.weight" in told
+    assert "--pretrained-share is 0: there is no share" in told
     assert load_checkpoint(tmp_path / "run" / "last.pt")["averaging_state"]["first"] is None
     with pytest.raises(InputError, match=r"share is 0\.5, but there is no --pretrained"):
         train.main(small_config(few, tmp_path / "none", pretrained_share=0.5))
