@@ -520,9 +520,10 @@ class Run:
         """What resuming needs where the weights kept are not those that are trained."""
         if self.kept is self.model:
             return None
+        apart = self.average and self.mixed  # else the average is what is kept
         return {
             "weights": self.model.state_dict(),
-            "average": self.average.module.state_dict() if self.average else None,
+            "average": self.learnt.state_dict() if apart else None,
             "steps": int(self.average.n_averaged) if self.average else 0,
             "first": self.first,
         }
@@ -534,7 +535,7 @@ class Run:
         held = saved.get("averaging_state") or {}
         self.model.load_state_dict(held.get("weights") or saved["network_state"])
         if self.average:
-            self.average.module.load_state_dict(held["average"])
+            self.average.module.load_state_dict(held.get("average") or saved["network_state"])
             self.average.n_averaged.fill_(held["steps"])
         if self.first:
             self.first = held["first"]
