@@ -498,7 +498,10 @@ def main(config: Config) -> None:
         # training leaves some sub-volumes alone; a picture should not
         augment = pick(Augment, config, classes=len(labels), augment_probability=1.0)
         picture = show_inputs(config.data, prepared, chain, augment, device)
-        print(f"look at {picture}: does the outline lie on the organ? Then: python train.py")
+        print(
+            f"look at {picture}: does the outline lie on the organ? "
+            "Then train with the same words: python train.py …"
+        )
         return
     with process_group(device), contextlib.ExitStack() as first:
         if is_first_process():
