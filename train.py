@@ -215,6 +215,7 @@ from monai import losses
 
 from data.descriptions import read_prepared
 from data.files import InputError, find_checkpoint, lock_folder, write_json
+from data.history import validations_since_best
 from data.labels import IGNORED, IMAGE, LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
 from data.logs import keep_log
 from data.settings import check_settings, is_first_process, pick
@@ -242,7 +243,6 @@ from utilities import (
     rank_and_size,
     refuse_non_finite,
     train,
-    validations_since_best,
 )
 
 
@@ -332,10 +332,7 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
     if config.encoder_weights and not flat:
         raise InputError("--encoder-weights: only --network resnet34_unet has that encoder")
     if config.pretrained_share and not config.pretrained:
-        raise InputError(
-            f"--pretrained-share is {config.pretrained_share}, but there is no --pretrained; give "
-            "one, or --pretrained-share 0"
-        )
+        raise InputError("--pretrained-share keeps a share of --pretrained; give it, or share 0")
     if config.optimizer == "sgd" and config.amsgrad:
         raise InputError("--amsgrad is of adam and adamw, got --optimizer sgd; leave it out")
     if config.resume is None and not config.show and (config.run_folder / "last.pt").exists():
@@ -498,10 +495,7 @@ def main(config: Config) -> None:
         # training leaves some sub-volumes alone; a picture should not
         augment = pick(Augment, config, classes=len(labels), augment_probability=1.0)
         picture = show_inputs(config.data, prepared, chain, augment, device)
-        print(
-            f"look at {picture}: does the outline lie on the organ? "
-            "Then train with the same words: python train.py …"
-        )
+        print(f"look at {picture}: is the outline on the organ? Then: train.py, same options")
         return
     with process_group(device), contextlib.ExitStack() as first:
         if is_first_process():

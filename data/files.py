@@ -141,9 +141,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         _make_lock(mine, path)
     except FileExistsError as error:
         if not folder.is_dir():
-            raise InputError(
-                f"{folder}: cannot be written (it is a file); choose a folder"
-            ) from error
+            raise InputError(f"{folder}: cannot be written (a file); choose a folder") from error
         owner = _read_lock(path)
         if _is_alive(owner, mine["host"]):
             raise InputError(
@@ -153,9 +151,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         write_json(mine, path)
         time.sleep(0.1)  # another process may take it over at the same moment: the last one has it
         if _read_lock(path) != mine:
-            raise InputError(
-                f"{folder}: another process began to write here; wait for it"
-            ) from None
+            raise InputError(f"{folder}: another process began to write here; wait") from None
     except OSError as error:
         raise InputError(
             f"{folder}: cannot be written ({error.strerror}); choose a folder that is writable"

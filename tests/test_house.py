@@ -30,7 +30,7 @@ FLOORS = (  # imports run down only; within the store-room in the order of its o
         "data.processes",
     ),
     ("data.voxel_files", "data.pictures", "data.bundles"),
-    ("data.itk_files", "data.nifti_files", "data.summary"),
+    ("data.itk_files", "data.nifti_files", "data.summary", "data.history"),
     ("data.volumes",),
     (
         "data.anatomy",
