@@ -373,9 +373,7 @@ def make_surface_scene(case: Case, config: Config) -> Scene:
         shown[0] = surfaces.make(value)
         panel.AddViewProp(shown[0].actor)
 
-    legend = {
-        "bone, vessels: over the surface value" if bare else "organ: over the surface value": colour
-    }
+    legend = {f"{'bone and vessels' if bare else 'organ'} above the slider's value": colour}
     slider = Slider(f"surface at {unit}", low + 1, high - 1, first, UPRIGHT, change, True)
     return Scene([panel], legend, sliders=[slider], brief=False)
 
