@@ -4,6 +4,8 @@
     python benchmarks/levers.py --settings starter patches --minutes 4 --patients 1
     python benchmarks/levers.py --settings "starter, 3 mm" --seeds 0 --applying
     python benchmarks/levers.py --settings "starter, 3 mm" --painted data/raw_painted
+    python benchmarks/levers.py --settings subvolumes --crop-to-body
+    python benchmarks/levers.py --settings "laptop, no share" --join data/raw_painted --bodies 4
     python benchmarks/levers.py --report
 
 Three rounds over the six patients of `--source`: four train (or the first `--patients` of them),
@@ -13,6 +15,7 @@ so that seeds and rounds of a setting take equally many steps, and the minutes t
 used stand in each row. The held-out patients are in the validation split, and the LAST checkpoint
 is applied: nothing is chosen by looking at them. Whole volumes, on the scan's own grid.
 Each row is written as soon as it is known, and what is known is not run again.
+`--join` lets painted bodies train beside the patients, for as many steps.
 `--painted` takes networks that were trained to bodies that `data/make_phantoms.py --livers MASKS
 --size 160` painted around real livers of others: many, where real patients are six.
 Writes benchmarks/results/levers.json.
@@ -28,11 +31,12 @@ import shlex
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 from machine import DATA, RESULTS, ROOT, machine
+from sources import PAINTED, crop_to_body, join_painted
 
 from data.files import read_json, write_json
 
@@ -96,6 +100,9 @@ class Config:
     work: Path = Path("data/levers")  # what the scripts write; relative: below the project
     applying: bool = False  # train nothing: apply what was trained in some ways
     ways: tuple[str, ...] = tuple(APPLYING)  # names in APPLYING
+    crop_to_body: bool = False  # the CTs lose the air beside the body before anything else
+    join: Path | None = None  # painted bodies that train too
+    bodies: int = 4  # how many of them
     painted: Path | None = None  # train nothing: apply what was trained to these bodies with labels
     report: bool = False  # run nothing, print the table of what is known
 
@@ -114,22 +121,48 @@ def run(*command: object) -> float:
 
 def split_patients(config: Config, turn: int, seed: int) -> tuple[list[str], list[str]]:
     """Training and held-out patients of a round; another seed begins with another patient."""
-    names = sorted(p.name[:-7] for p in (config.source / "imagesTr").glob("[!.]*.nii.gz"))
-    held_out = names[turn::3]
-    others = [name for name in names if name not in held_out]
-    first = seed % len(others)
-    return (others[first:] + others[:first])[: config.patients], held_out
+    names = list_cases(config.source)
+    patients = [name for name in names if not name.startswith(PAINTED)]
+    held_out = patients[turn::3]
+    others = [name for name in patients if name not in held_out]
+    first, bodies = seed % len(others), [name for name in names if name.startswith(PAINTED)]
+    return [*(others[first:] + others[:first])[: config.patients], *bodies], held_out
+
+
+def list_cases(source: Path) -> list[str]:
+    """Names of all cases of a data set."""
+    return sorted(p.name[:-7] for p in (source / "imagesTr").glob("[!.]*.nii.gz"))
+
+
+def change_source(config: Config) -> Config:
+    """The same comparison on cropped patients, or on patients with painted ones beside them."""
+    if config.crop_to_body:
+        config = replace(config, source=crop_to_body(config.source, ROOT / config.work / "cropped"))
+    if config.join:
+        joined = ROOT / config.work / f"joined_{config.bodies}"
+        config = replace(
+            config, source=join_painted(config.source, config.join, config.bodies, joined)
+        )
+    return config
+
+
+def name_setting(config: Config, setting: str) -> str:
+    """A setting with what was done to the patients, as it stands in a row."""
+    cropped = ", cropped to the body" if config.crop_to_body else ""
+    return f"{setting}{cropped}{f', {config.bodies} painted bodies' if config.join else ''}"
 
 
 def prepare(config: Config, training: list[str], held_out: list[str], patches: bool) -> Path:
     """Prepared data of a round, made once."""
-    name = "_".join(["patches" if patches else "subvolumes", *training, "without", *held_out])
+    kind = name_setting(config, "patches" if patches else "subvolumes")
+    kind = kind.replace(", ", "_").replace(" ", "_")
+    patients = [name for name in training if not name.startswith(PAINTED)]
+    name = "_".join([kind, *patients, "without", *held_out])
     data = config.work / "prepared" / name
     if not (ROOT / data / "dataset.json").exists():
         split = ROOT / config.work / f"{name}.json"
         split.parent.mkdir(parents=True, exist_ok=True)
-        everyone = {p.name[:-7] for p in (config.source / "imagesTr").glob("[!.]*.nii.gz")}
-        unused = sorted(everyone - {*training, *held_out})
+        unused = sorted({*list_cases(config.source)} - {*training, *held_out})
         split.write_text(json.dumps({"training": training, "validation": held_out, "test": unused}))
         run("prepare.py", config.source, "--destination", data, "--split", split,
             "--subvolume-depth", 0 if patches else 16)  # fmt: skip
@@ -182,7 +215,9 @@ def count_epochs(config: Config, setting: str, data: Path) -> int:
 
 def name_run(config: Config, setting: str, turn: int, seed: int) -> str:
     """The folder of a run and of its results."""
-    label = f"{setting}_{config.minutes:g}min_{config.patients}p_{turn}_{seed}"
+    label = (
+        f"{name_setting(config, setting)}_{config.minutes:g}min_{config.patients}p_{turn}_{seed}"
+    )
     return label.replace(", ", "_").replace(" ", "_")
 
 
@@ -201,12 +236,15 @@ def run_once(config: Config, setting: str, turn: int, seed: int) -> dict:
     training, held_out = split_patients(config, turn, seed)
     data = prepare(config, training, held_out, "--sampling patches" in SETTINGS[setting])
     epochs = config.epochs or count_epochs(config, setting, data)
+    if config.join:  # as many steps as the patients alone would take
+        epochs = max(1, round(epochs * (len(training) - config.bodies) / len(training)))
     name = name_run(config, setting, turn, seed)
     folder = config.work / "runs" / name
     seconds = fit(SETTINGS[setting], data, folder, seed, epochs)
     return {
-        "setting": setting, "minutes": config.minutes, "patients": config.patients,
-        "round": turn, "seed": seed, "training": training, "epochs": epochs,
+        "setting": name_setting(config, setting), "minutes": config.minutes,
+        "patients": config.patients, "round": turn, "seed": seed,
+        "training": training, "epochs": epochs,
         "training_cpu_minutes": round(seconds / 60, 2),
         "scans": score(data, held_out, folder, config.work / "results" / name, UNTRIMMED),
     }  # fmt: skip
@@ -299,6 +337,7 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
 
 
 def main(config: Config) -> None:
+    config = change_source(config)
     path = RESULTS / "levers.json"
     known = read_json(path) if path.exists() else {"rows": []}
     if config.applying:
@@ -309,14 +348,11 @@ def main(config: Config) -> None:
         write_json(known, path)
     keys = ("setting", "minutes", "patients", "round", "seed")
     done = {tuple(row[key] for key in keys) for row in known["rows"]}
-    wanted = [
-        (setting, config.minutes, config.patients, turn, seed)
-        for seed in config.seeds for turn in config.rounds for setting in config.settings
-    ]  # fmt: skip
-    for run_key in [] if config.report or config.applying or config.painted else wanted:
+    wanted = itertools.product(config.seeds, config.rounds, config.settings)
+    for seed, turn, setting in [] if config.report or config.applying or config.painted else wanted:
+        run_key = (name_setting(config, setting), config.minutes, config.patients, turn, seed)
         if run_key in done:
             continue
-        setting, _, _, turn, seed = run_key
         known["rows"].append(run_once(config, setting, turn, seed))
         known |= {"settings": SETTINGS, "machine": machine(), "summary": summarise(known["rows"])}
         write_json(known, path)
