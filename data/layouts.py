@@ -99,6 +99,13 @@ def find_pairs(
     return data
 
 
+def find_own(files: Sequence[Path]) -> dict[Path, list[str]]:
+    """Folders of cases that this program wrote, and what it wrote of each result."""
+    marks = [file for file in files if file.name in ("case.json", f"{file.parent.name}.json")]
+    records = {mark.parent: read_record(mark) for mark in marks}
+    return {folder: list(record.get("files", ())) for folder, record in records.items() if record}
+
+
 @dataclass
 class Search:
     """What `find_pairs` has found so far below `source`."""
@@ -121,7 +128,10 @@ class Search:
         if not root.is_dir():
             raise InputError(f"{show_path(root)}: no such folder; give the one with the scans")
         files = list_below(root, self.exclude)
-        files = files if kind else self.leave_own(files)
+        if kind == "label":
+            files = self.choose_drafts(files)
+        elif not kind:
+            files = self.leave_own(files)
         volumes = keep_volumes(files)
         known = set(volumes)
         items = find_dicom([f for f in files if f not in known and f.suffix.lower() != ".png"])
@@ -142,13 +152,22 @@ class Search:
     def leave_own(self, files: Sequence[Path]) -> list[Path]:
         """Files but those of cases that this program prepared or segmented: they are no data set,
         and label maps that a network made would pass for drawn ones. Says so."""
-        own = {f.parent for f in files if f.name in ("case.json", f"{f.parent.name}.json")
-               and read_record(f)}  # fmt: skip
-        if own:
+        if own := find_own(files):
             self.notes.append(
                 f"left out: {len(own)} cases that this program wrote, such as {show_path(min(own))}"
             )
         return [file for file in files if file.parent not in own]
+
+    def choose_drafts(self, files: Sequence[Path]) -> list[Path]:
+        """Of a folder named for its label maps, without what was written beside a network's."""
+        written = {folder / name for folder, names in find_own(files).items() for name in names}
+        drafts = {file for file in written if file.name == f"{file.parent.name}_label.nii.gz"}
+        if drafts:
+            self.notes.append(
+                f"{len(drafts)} label maps are drafts of a network, such as "
+                f"{show_path(min(drafts))}: were they corrected?"
+            )
+        return [file for file in files if file not in written - drafts]
 
     def _name_layout(self, pairing: Pairing) -> str:
         folders = {part for named in self.seen for part in named.path.parts[:-1]}

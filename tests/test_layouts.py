@@ -258,6 +258,22 @@ def test_what_this_program_wrote_is_no_data_set(raw_phantoms, checkpoint, tmp_pa
     assert any(f"left out: {len(names) + 1} cases" in line for line in describe_data_set(data))
 
 
+def test_results_named_as_labels_are_drafts(raw_phantoms, checkpoint, tmp_path, blank_pictures):
+    """The label map of each result counts, as it is or corrected; nothing else beside it."""
+    results, scans = tmp_path / "results", sorted((raw_phantoms / "imagesTr").iterdir())[:2]
+    apply_model.main(apply_model.Config(
+        paths=tuple(scans), checkpoint=checkpoint, destination=results, device="cpu",
+        probability=True,
+    ))  # fmt: skip
+    names = [path.name.removesuffix(".nii.gz") for path in scans]
+    drawn = raw_phantoms / "labelsTr" / scans[0].name
+    shutil.copyfile(drawn, results / names[0] / f"{names[0]}_label.nii.gz")
+    data = find_pairs(raw_phantoms, images=raw_phantoms / "imagesTr", labels=results)
+    paired = {case.name: case.label for case in data.cases if case.label}
+    assert paired == {name: results / name / f"{name}_label.nii.gz" for name in names}
+    assert any("2 label maps are drafts" in line for line in describe_data_set(data))
+
+
 def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
     save(scan_of(0), tmp_path / "a/ct.nii.gz")
     save(label_of(0), tmp_path / "a/label.nii.gz")
