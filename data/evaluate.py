@@ -220,10 +220,15 @@ def score_lesions(
 # ---------------------------------------------------------------------------------------
 
 
+def find_labels(path: Path) -> list[Path]:
+    """The label maps that a path stands for: those of apply_model.py's results, or any volumes."""
+    return sorted(path.glob("*/*_label.nii.gz")) or find_scans(path)
+
+
 def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | None]:
     """A label map for each scan: of a folder the one of equal name, else one by one."""
     if len(truth) == 1 and truth[0].is_dir():
-        known = find_scans(truth[0])
+        known = find_labels(truth[0])
         if len(scans) > 1 or known != [truth[0]]:
             pairs = pair_by_name(scans, known)
             missing = [path.name for path, pair in zip(scans, pairs, strict=True) if pair is None]
@@ -340,10 +345,14 @@ def find_pairs(config: Config) -> list[tuple[str, Path, Path]]:
     """(case, prediction, truth) of two files, or of two folders by names."""
     if not config.predictions.is_dir() and not config.truths.is_dir():
         return [(name_case(config.predictions), config.predictions, config.truths)]
-    results = sorted(config.predictions.glob("*/*_label.nii.gz"))  # as apply_model.py writes them
-    predictions, truths = results or find_scans(config.predictions), find_scans(config.truths)
+    predictions, truths = find_labels(config.predictions), find_labels(config.truths)
     pairs = pair_by_name(predictions, truths)
-    names = [p.parent.name for p in results] or name_scans(predictions, config.predictions)
+    results = all(path.name == f"{path.parent.name}_label.nii.gz" for path in predictions)
+    names = (
+        [p.parent.name for p in predictions]
+        if results
+        else name_scans(predictions, config.predictions)
+    )
     for path, truth in zip(predictions, pairs, strict=True):
         if truth is None:
             print(f"{path}: no truth of this name; not evaluated")

@@ -375,6 +375,14 @@ def test_results_of_apply_model_are_evaluated_by_case(folders, tmp_path, capsys)
     assert "no truth of this name" in capsys.readouterr().out
 
 
+def test_results_of_apply_model_are_truths_too(tmp_path):
+    """As they are after a correction, or to compare two networks."""
+    scans = [tmp_path / f"{name}.nii.gz" for name in "ab"]
+    results = write_maps(tmp_path / "results", {f"{n}/{n}_label": blobs(0) for n in "ab"})
+    write_maps(results, {f"{n}/{n}_masked": blobs(0) for n in "ab"})
+    assert pair_truths(scans, [results]) == [results / n / f"{n}_label.nii.gz" for n in "ab"]
+
+
 @BLANK
 def test_two_files_are_a_pair_whatever_their_names(folders):
     pair = [folder / f"liver_{n}.nii.gz" for n, folder in enumerate(folders)]
