@@ -32,7 +32,7 @@ def test_the_five_steps_are_a_bounded_walk(raw_phantoms, tmp_path):
         prepare.main(prepare.Config(source=raw_phantoms, destination=data, workers=1))
         train.main(train.Config(data=data, show=True, **small, device="cpu"))
         train.main(train.Config(
-            data=data, run_folder=run, **small, base_channels=4, max_epochs=4,
+            data=data, run_folder=run, **small, base_channels=4, max_epochs=1,
             learning_rate=5e-3, device="cpu", precision="fp32",
         ))  # fmt: skip
         apply_model.main(apply_model.Config(

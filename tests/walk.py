@@ -25,6 +25,7 @@ class Walk:
                         self.spans[str(path), node.name, line] = span
         self.passed: list[tuple[str, str, int]] = []
         self.generators: list[FrameType] = []
+        self.keys: dict[int, tuple[str, str, int] | None] = {}
 
     def __enter__(self) -> Walk:
         sys.setprofile(self)
@@ -34,9 +35,13 @@ class Walk:
         sys.setprofile(None)
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
+        if event != "call":
+            return
         code = frame.f_code
-        key = (code.co_filename, code.co_name, code.co_firstlineno)
-        if event != "call" or key not in self.spans:
+        if id(code) not in self.keys:  # looked up once; torch and matplotlib call a million others
+            key = (code.co_filename, code.co_name, code.co_firstlineno)
+            self.keys[id(code)] = key if key in self.spans else None
+        if (key := self.keys[id(code)]) is None:
             return
         if code.co_flags & inspect.CO_GENERATOR:  # resumed for every item, passed once
             if any(frame is known for known in self.generators):
