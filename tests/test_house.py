@@ -114,7 +114,7 @@ def test_no_test_imports_another():
 
 IMPORTING = """
 import contextlib, importlib, io, os, sys
-import monai, nibabel, pydicom, torch, vedo  # once; every module is then the first in a copy of that
+import monai, nibabel, pydicom, torch, vedo  # once; each module is then the first in a copy
 sys.path.insert(0, sys.argv[1])
 for module in sys.argv[2:]:
     if not os.fork():
