@@ -560,8 +560,13 @@ def export_bundle(model: Model, folder: Path) -> None:
     """Write a network (on the CPU) as a MONAI bundle, which needs no code of this project.
 
     It is TorchScript, which torch calls deprecated: of what bundles may hold, only it brings
-    networks along that MONAI does not have.
+    networks along that MONAI does not have. Raises InputError for a network of cropped slices.
     """
+    if model.chain.crop_to_body:
+        raise InputError(
+            "--export-bundle: the network was trained with prepare.py --crop-to-body, which no "
+            "transform of MONAI's repeats; train one without it for a bundle"
+        )
     (folder / "models").mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "models" / "model.ts") as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")

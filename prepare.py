@@ -34,6 +34,8 @@ class Config:
     modality: Literal["CT", "MR"] = "CT"  # MR: intensities are no HU; kept in dataset.json
     label_every: int = 1  # only every so many-th slice was drawn; those between are not counted
     subvolume_depth: int = 16  # axial slices per sub-volume; 0 keeps cases whole, for patches
+    crop_to_body: bool = False  # of a CT: sub-volumes lose the air beside the body, so that the
+    # network's pixels lie on the patient; on few patients measured better
     keep_empty: float = 0.0  # fraction of the sub-volumes without foreground that is kept
     training: float = 0.70  # fraction of the patients that the network is fitted to
     validation: float = 0.15  # fraction of the patients that choose the checkpoint
@@ -71,6 +73,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from data.boxes import enclose, find_bounding_box
 from data.cases import Case, hash_inputs, read_scan
 from data.check import (
     FOREGROUND,
@@ -97,7 +100,7 @@ from data.findings import count_words, describe_fault, list_errors, print_table,
 from data.judges import Finding, count_per_slice, undo_flips
 from data.labels import IMAGE, LABEL, as_plain
 from data.masks import describe_label, list_cuts, mark_undrawn, restore_label
-from data.pieces import find_written, frame_body, pad_slices, write_piece
+from data.pieces import find_body, find_written, frame_body, pad_slices, write_piece
 from data.processes import open_pool, run_cases
 from data.settings import check_settings
 from data.splits import (
@@ -148,6 +151,11 @@ def refuse_settings(config: Config) -> None:
         raise InputError(
             "--training, --validation and --test must add up to 1, training above 0, got "
             f"{fractions}"
+        )
+    if config.crop_to_body and (config.modality != "CT" or not config.subvolume_depth):
+        raise InputError(
+            "--crop-to-body is of sub-volumes of CT (whole cases lose their air anyway, MR has no "
+            "HU to know it by); leave it out"
         )
     try:
         re.compile(config.patient_pattern)
@@ -230,6 +238,7 @@ def fingerprint(case: Case, config: Config, terms: Terms) -> str:
     settings = [SCHEMA, CUT, as_plain(terms.labels), terms.foreground, terms.trust_grid]
     settings += [terms.modality, terms.depth, terms.ignore, terms.label_every, config.compress]
     settings += [config.subvolume_depth, config.keep_empty, config.keep_empty and config.seed]
+    settings += ["body"] * config.crop_to_body
     try:
         content = hash_inputs((case.image, case.label))
     except (OSError, InputError):
@@ -300,10 +309,11 @@ def write_subvolumes(
     entries, covered = [], np.zeros(record["slices"], np.int64)
     outlines = choose_outlines(label, record, config, terms)
     wanted = [(first, first + outline.shape[2]) for first, (outline, _) in outlines.items()]
+    frame = choose_frame(scan, [outline for outline, _ in outlines.values()], config)
     for first, slab in scan.slabs(wanted):
         outline, counts = outlines.pop(first)
         covered[first : first + depth] = sum(counts.get(v, 0) for v in terms.foreground)
-        box = frame_body(slab, outline) if not config.subvolume_depth else (slice(None),) * 2
+        box = frame if config.subvolume_depth else frame_body(slab, outline)
         corner = [box[0].start or 0, box[1].start or 0, first]
         entry = {"case": record["case"], "first_slice": first}
         entry |= {"padded_slices": depth - slab.shape[2]}
@@ -320,6 +330,13 @@ def write_subvolumes(
         "covered_foreground_voxels": int(covered.sum()),
         "subvolumes": sorted(entries, key=lambda entry: entry["first_slice"]),
     }
+
+
+def choose_frame(scan: Volume, outlines: list[np.ndarray], config: Config) -> tuple[slice, ...]:
+    """The part of each slice that sub-volumes hold: all, or body and whatever is outlined."""
+    if not config.crop_to_body:
+        return (slice(None),) * 2
+    return enclose(find_body(scan), *(find_bounding_box(outline)[:2] for outline in outlines))
 
 
 def choose_outlines(

@@ -70,6 +70,7 @@ from data.cases import hash_files
 from data.files import InputError, atomic_write
 from data.labels import IGNORED, IMAGE, LABEL, Labels
 from data.pictures import draw_inputs, save_figure, spread
+from data.pieces import find_body
 from data.settings import human_bytes, show_progress
 from data.volumes import SLAB, Volume, list_slabs, read_file
 from utilities import hide_ignored, rank_and_size
@@ -94,6 +95,7 @@ class Chain:
     input_size: tuple[int, ...]  # voxels of the network's input along x and y (and z, of patches)
     labels: Labels  # class name → raw label values, background first; the order is the class index
     ignore: tuple[int, ...]  # raw values of voxels that nobody judged, as the data have them
+    crop_to_body: bool = False  # each slice of a CT loses the air beside the body before all else
 
 
 @dataclass(frozen=True)
@@ -296,10 +298,11 @@ def preprocess_volume(
         Tensor (1, X, Y, Z) in 0..1, slices from inferior to superior, and the 4×4 map from
         RAS-ordered source voxel (i, j, k, 1) to network voxel, which has no rotation.
     """
+    box = find_body(volume) if chain.crop_to_body else (slice(0, None), slice(0, None))
     steps = Compose(in_plane_chain(chain, resampling_device(torch.device(device))))
     slices = torch.empty(0)
     for first, slab in volume.slabs(list_slabs(volume.ras_shape[2], SLAB)):
-        part = steps({IMAGE: to_tensor(slab, volume)})[IMAGE]
+        part = steps({IMAGE: to_tensor(slab[box], volume)})[IMAGE]
         if not len(slices):  # all at once, so that no second copy is needed
             slices = torch.empty((volume.ras_shape[2], *part.shape[1:]), device=part.device)
         slices[first : first + len(part)] = part.as_tensor()
@@ -308,6 +311,7 @@ def preprocess_volume(
     step = chain.spacing[2] if chain.sampling == "patches" else z
     to_network = np.diag([1.0, 1.0, z / step, 1.0])
     to_network[np.ix_([0, 1, 3], [0, 1, 3])] = np.linalg.inv(in_plane) @ np.diag([x, y, 1.0])
+    to_network[:2, 3] -= np.diag(to_network)[:2] * [edge.start for edge in box]
     for turn in slice_chain(chain)[:-1]:
         slices = turn({IMAGE: MetaTensor(slices, meta=part.meta)})[IMAGE]
     return slices.permute(1, 2, 0)[None].to(device), to_network  # a view: windows are turned
@@ -335,15 +339,14 @@ def to_source_grid(scores: torch.Tensor, to_network: np.ndarray, box: Box) -> to
     return torch.einsum("xu,cuvz,yv->cxyz", along_x, scores, along_y)
 
 
-def find_source_box(scores: torch.Tensor, to_network: np.ndarray, shape: Sequence[int]) -> Box:
-    """Where on the source's grid (`shape`) scores (C, X, Y, Z) may be above 0: between network
-    voxels none of which is, no interpolated one is either. Empty if nowhere."""
-    box, found = [], find_bounding_box((scores > 0).any(dim=0).numpy())
-    for axis, (part, size) in enumerate(zip(found, shape, strict=True)):
+def find_source_box(part: Box, to_network: np.ndarray, shape: Sequence[int]) -> Box:
+    """The part of the source's grid (`shape`) less than a network voxel from a box of the network's
+    grid; empty if nothing is."""
+    box = []
+    for axis, (inside, size) in enumerate(zip(part, shape, strict=True)):
         position = to_network[axis, axis] * np.arange(size) + to_network[axis, 3]
-        position = np.clip(position, 0, scores.shape[axis + 1] - 1)
-        near = np.flatnonzero((position > part.start - 1) & (position < part.stop))
-        some = part.stop > part.start and near.size > 0
+        near = np.flatnonzero((position > inside.start - 1) & (position < inside.stop))
+        some = inside.stop > inside.start and near.size > 0
         box.append(slice(int(near[0]), int(near[-1]) + 1) if some else slice(0, 0))
     return tuple(box)
 
@@ -353,7 +356,8 @@ def classes_on_grid(
 ) -> np.ndarray:
     """Class indices (X, Y, Z) uint8 on the scan's RAS grid, of scores on the network's."""
     classes = np.zeros(ras_shape, np.uint8, order="F")
-    x, y, z = find_source_box(scores, source_to_network, ras_shape)
+    positive = find_bounding_box((scores > 0).any(dim=0).numpy())  # between others none is either
+    x, y, z = find_source_box(positive, source_to_network, ras_shape)
     for first in range(z.start, z.stop, SLAB):
         slab = slice(first, min(first + SLAB, z.stop))
         fine = to_source_grid(scores, source_to_network, (x, y, slab))
@@ -367,13 +371,14 @@ def probability_on_grid(
     scores: torch.Tensor, source_to_network: np.ndarray, ras_shape: Sequence[int]
 ) -> np.ndarray:
     """Probability that a voxel is not background, as uint8 in steps of 1/255, RAS (X, Y, Z)."""
-    probability = np.empty(ras_shape, np.uint8, order="F")
-    x, y, _ = (slice(0, size) for size in ras_shape)
+    probability = np.zeros(ras_shape, np.uint8, order="F")
+    seen = tuple(slice(0, size) for size in scores.shape[1:])
+    x, y, _ = find_source_box(seen, source_to_network, ras_shape)
     for first, last in list_slabs(ras_shape[2], SLAB):
         fine = to_source_grid(scores, source_to_network, (x, y, slice(first, last)))
         # softmax: 1 − p(background) = sigmoid(log Σ exp(logit − background's logit))
         some = torch.logsumexp(fine, dim=0).sigmoid()
-        probability[..., first:last] = (some * 255).round().to(torch.uint8).numpy()
+        probability[x, y, first:last] = (some * 255).round().to(torch.uint8).numpy()
     return probability
 
 

@@ -490,7 +490,8 @@ def main(config: Config) -> None:
         config = choose_spacing(config, prepared)
     check(config, prepared)
     labels = resolve_classes(config.labels, as_labels(prepared["labels"]))
-    chain = pick(Chain, config, labels=labels, ignore=tuple(prepared.get("ignore", ())))
+    ignore, crop = tuple(prepared.get("ignore", ())), prepared["settings"].get("crop_to_body")
+    chain = pick(Chain, config, labels=labels, ignore=ignore, crop_to_body=bool(crop))
     if config.show:
         # training leaves some sub-volumes alone; a picture should not
         augment = pick(Augment, config, classes=len(labels), augment_probability=1.0)

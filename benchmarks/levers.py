@@ -28,6 +28,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -36,7 +37,6 @@ from pathlib import Path
 
 import tyro
 from machine import DATA, RESULTS, ROOT, machine
-from sources import PAINTED, crop_to_body, join_painted
 
 from data.files import read_json, write_json
 
@@ -82,6 +82,7 @@ APPLYING = {  # how a network that was trained is applied → options of apply_m
     "without post-processing": "--no-trim-by-hu --no-largest-component --no-fill-holes "
     "--no-tumour-inside",
 }
+PAINTED = "painted_"  # before the names of bodies that are no patients
 FAILURE = 0.8  # a Dice below it
 FIGURES = ("dice", "precision", "recall", "hd95_mm")
 
@@ -100,7 +101,7 @@ class Config:
     work: Path = Path("data/levers")  # what the scripts write; relative: below the project
     applying: bool = False  # train nothing: apply what was trained in some ways
     ways: tuple[str, ...] = tuple(APPLYING)  # names in APPLYING
-    crop_to_body: bool = False  # the CTs lose the air beside the body before anything else
+    crop_to_body: bool = False  # prepare.py's
     join: Path | None = None  # painted bodies that train too
     bodies: int = 4  # how many of them
     painted: Path | None = None  # train nothing: apply what was trained to these bodies with labels
@@ -134,16 +135,20 @@ def list_cases(source: Path) -> list[str]:
     return sorted(p.name[:-7] for p in (source / "imagesTr").glob("[!.]*.nii.gz"))
 
 
-def change_source(config: Config) -> Config:
-    """The same comparison on cropped patients, or on patients with painted ones beside them."""
-    if config.crop_to_body:
-        config = replace(config, source=crop_to_body(config.source, ROOT / config.work / "cropped"))
-    if config.join:
-        joined = ROOT / config.work / f"joined_{config.bodies}"
-        config = replace(
-            config, source=join_painted(config.source, config.join, config.bodies, joined)
-        )
-    return config
+def join_painted(config: Config) -> Config:
+    """The same comparison on copies of the patients, painted bodies beside them."""
+    if config.join is None:
+        return config
+    joined = ROOT / config.work / f"joined_{config.bodies}"
+    bodies = sorted((config.join / "imagesTr").glob("[!.]*.nii.gz"))[: config.bodies]
+    for part in ("imagesTr", "labelsTr"):
+        (joined / part).mkdir(parents=True, exist_ok=True)
+        for path in (config.source / part).glob("[!.]*.nii.gz"):
+            shutil.copyfile(path, joined / part / path.name)
+        for path in bodies:
+            other = config.join / part / path.name
+            shutil.copyfile(other, joined / part / f"{PAINTED}{path.name}")
+    return replace(config, source=joined)
 
 
 def name_setting(config: Config, setting: str) -> str:
@@ -165,7 +170,7 @@ def prepare(config: Config, training: list[str], held_out: list[str], patches: b
         unused = sorted({*list_cases(config.source)} - {*training, *held_out})
         split.write_text(json.dumps({"training": training, "validation": held_out, "test": unused}))
         run("prepare.py", config.source, "--destination", data, "--split", split,
-            "--subvolume-depth", 0 if patches else 16)  # fmt: skip
+            "--subvolume-depth", 0 if patches else 16, *["--crop-to-body"] * config.crop_to_body)  # fmt: skip
     return data
 
 
@@ -337,7 +342,7 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
 
 
 def main(config: Config) -> None:
-    config = change_source(config)
+    config = join_painted(config)
     path = RESULTS / "levers.json"
     known = read_json(path) if path.exists() else {"rows": []}
     if config.applying:

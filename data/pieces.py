@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 from isal import isal_zlib
+from scipy import ndimage
 
-from data.boxes import find_bounding_box
+from data.boxes import Box, find_bounding_box
 from data.destination import read_record, writing
 from data.labels import IMAGE, LABEL
 from data.volumes import Volume
@@ -20,6 +21,26 @@ def frame_body(image: np.ndarray, label: np.ndarray) -> tuple[slice, ...]:
     """In-plane box around what is denser than lung, in HU, and around all foreground."""
     body = np.asarray((image > BODY_HU).any(axis=2) | (label > 0).any(axis=2))
     return find_bounding_box(body) if body.any() else (slice(None), slice(None))
+
+
+def find_body(scan: Volume) -> Box:
+    """In-plane box of the patient in a CT (RAS voxels), without table and air: around the largest
+    thing denser than lung, looked at every 3 mm, along z every 5 mm. All where there is none."""
+    sizes = scan.ras.spacing_mm
+    x, y, z = (max(1, round(mm / size)) for mm, size in zip((3, 3, 5), sizes, strict=True))
+    slabs = scan.slabs([(first, first + 1) for first in range(0, scan.ras_shape[2], z)])
+    body = np.concatenate([slab[::x, ::y] > BODY_HU for _, slab in slabs], axis=2)
+    solid = ndimage.binary_opening(body, np.ones((3, 3, 1)))  # a table is thin, or hangs on thin
+    pieces, number = ndimage.label(solid)
+    sides = scan.ras_shape[:2]
+    if not number:
+        return tuple(slice(0, side) for side in sides)
+    largest = np.bincount(pieces.ravel())[1:].argmax() + 1
+    box = zip(find_bounding_box(pieces == largest), (x, y), sides, strict=False)  # not along z
+    return tuple(
+        slice(max(part.start - 1, 0) * step, min((part.stop + 1) * step, side))
+        for part, step, side in box
+    )
 
 
 def pad_slices(array: np.ndarray, depth: int, fill: int) -> np.ndarray:

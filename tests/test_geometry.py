@@ -14,12 +14,13 @@ from monai.data import MetaTensor
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
 import data.volumes
-from apply_model import Model, open_scan, segment
+from apply_model import Model, Options, Trace, open_scan, segment
 from data.cases import read_volume
 from data.files import InputError
 from data.labels import IMAGE, LABEL
 from data.metrics import dice_metric
 from data.names import name_case
+from data.pieces import find_body
 from data.volumes import Volume, mask_scan
 from preprocess import (
     Chain,
@@ -40,7 +41,10 @@ SETTINGS = Chain(
 )
 PATCHES = replace(SETTINGS, sampling="patches", spacing=(1.1, 1.1, 1.3), input_size=(32, 24, 16))
 WINDOWS = {"subvolumes": (96, 96, 16), "patches": PATCHES.input_size}
-BOTH = pytest.mark.parametrize("settings", [SETTINGS, PATCHES], ids=["subvolumes", "patches"])
+CROPPED = replace(SETTINGS, crop_to_body=True)
+BOTH = pytest.mark.parametrize(
+    "settings", [SETTINGS, PATCHES, CROPPED], ids=["subvolumes", "patches", "cropped"]
+)
 
 
 class Threshold(torch.nn.Module):
@@ -101,6 +105,45 @@ def test_segmentation_lies_on_the_organ(tmp_path, slices, shear, settings):
     written = read_volume(tmp_path / "a_label.nii.gz")
     assert written.dtype == np.uint8
     assert np.allclose(written.affine, image.affine, atol=1e-4)
+
+
+def lying_body(shape, seed=0) -> np.ndarray:
+    """`blob` in a body of −50 HU with lungs, off centre in air; a table that touches nothing."""
+    x, y, z = np.meshgrid(*map(np.arange, shape), indexing="ij")
+    body = ((x - 0.6 * shape[0]) / (0.3 * shape[0])) ** 2 + (
+        (y - 0.55 * shape[1]) / (0.25 * shape[1])
+    ) ** 2 < 1
+    array = np.where(body, -50, -1000)
+    array[body & (z > 0.8 * shape[2]) & (x > 0.6 * shape[0])] = -800
+    organ = blob(shape, seed) > 0
+    array[organ & body] = 150
+    array[:, : max(2, shape[1] // 40)] = 60
+    return array
+
+
+@pytest.mark.parametrize("spacing", [(0.9, 0.8, 2.0), (2.5, 3.0, 5.0), (4.0, 4.0, 0.7)])
+def test_a_scan_cropped_to_the_body_is_segmented_in_place(spacing):
+    """Table and air are cut off, the organ stays where it is, whichever way the scan is stored."""
+    image = ct_image(lying_body((120, 100, 24)), np.diag([*spacing, 1.0]))
+    box = find_body(open_scan(image))
+    assert [box[0].start > 10, box[0].stop > 105, box[1].start > 10, box[1].stop < 95] == [True] * 4
+    truth = np.asarray(image.dataobj) == 150
+    cropped = segment(known_model(CROPPED), image)
+    assert dice_metric(cropped.read(), truth)[0] > 0.97
+    for orientation in itertools.islice(all_orientations(), 0, 48, 5):
+        array = np.ascontiguousarray(apply_orientation(np.asarray(image.dataobj), orientation))
+        turned = ct_image(array, image.affine @ inv_ornt_aff(orientation, image.shape))
+        assert np.array_equal(segment(known_model(CROPPED), turned).ras.data, cropped.ras.data)
+
+
+def test_beside_the_crop_nothing_is_found_and_nothing_likely():
+    """Also where the organ reaches the edge of what the network saw."""
+    array = np.full((90, 80, 16), -1000)
+    array[30:60, 20:60] = 150  # all of the body is liver
+    trace, scan = Trace(), Volume(array, np.diag([2.0, 2.0, 3.0, 1.0]))
+    found = segment(known_model(CROPPED), scan, Options(probability=True), trace)
+    assert np.count_nonzero(found.read()) == pytest.approx(30 * 40 * 16, rel=0.1)
+    assert trace.probability.read()[:20].max() == trace.probability.read()[70:].max() == 0
 
 
 def test_an_array_with_its_affine_is_segmented_as_the_image_is():

@@ -33,9 +33,11 @@ def raw(tmp_path):
 # ---------------------------------------------------------------------------------------
 
 
-def test_every_voxel_keeps_its_value_and_its_place_in_the_patient(tmp_path):
+@pytest.mark.parametrize("crop", [False, True], ids=["whole slices", "cropped to the body"])
+def test_every_voxel_keeps_its_value_and_its_place_in_the_patient(tmp_path, crop):
     affines = (SHEARED, COLUMNS_FIRST, None, np.diag([5.0, -5, -5, 1]))
-    dataset = run(write_patients(tmp_path / "raw", affines=affines), accept=("mirrored",))
+    raw = write_patients(tmp_path / "raw", affines=affines)
+    dataset = run(raw, accept=("mirrored",), crop_to_body=crop)
     cases = {case["case"]: case for case in dataset["cases"]}
     assert [case["orientation"] for case in cases.values()] == ["LPS", "PIR", "RAS", "RPI"]
     for entry in dataset["subvolumes"]:
@@ -64,6 +66,43 @@ def test_no_foreground_is_lost_and_subvolumes_without_it_are_dropped(raw):
         depth = label.shape[2]
         wanted = {min(first, depth - 16) for first in range(0, depth, 16)}
         assert set(firsts) == {f for f in wanted if label[:, :, f : f + 16].any()}
+
+
+def test_cropped_to_the_body_no_foreground_is_lost(raw):
+    """Slices lose air and table; what is outlined beside the body stays inside."""
+    path = raw / "labelsTr" / "case_1.nii.gz"
+    image = nib.load(path)
+    label = np.asanyarray(image.dataobj).copy()
+    inside = np.argwhere(label)[0]
+    label[0, 0, inside[2]] = 1  # a slip of the pen, in a corner
+    nib.save(nib.Nifti1Image(label, image.affine), path)
+    dataset = run(raw, crop_to_body=True)
+    sizes = {entry["case"]: entry["shape"][:2] for entry in dataset["subvolumes"]}
+    assert all(max(sizes[case]) < 48 for case in ("case_0", "case_2"))
+    assert sizes["case_1"] > sizes["case_0"]
+    for case in dataset["cases"]:
+        assert case["covered_foreground_voxels"] == case["foreground_voxels"]
+        pieces = [e for e in dataset["subvolumes"] if e["case"] == case["case"]]
+        held = {v for e in pieces for v in held_places(raw.parent / "prepared" / e["label"])}
+        source = nib.load(case["label"])
+        assert held == places(source, np.asanyarray(source.dataobj))
+
+
+def places(image, array) -> set[tuple[int, ...]]:
+    """Where a label map is not 0, in tenths of patient mm."""
+    at = nib.affines.apply_affine(image.affine, np.argwhere(array))
+    return set(map(tuple, (at * 10).round().astype(int)))
+
+
+def held_places(path) -> set[tuple[int, ...]]:
+    image = nib.load(path)
+    return places(image, np.asanyarray(image.dataobj))
+
+
+@pytest.mark.parametrize("settings", [{"modality": "MR"}, {"subvolume_depth": 0}])
+def test_what_has_no_body_to_crop_to_is_refused(raw, settings):
+    with pytest.raises(InputError, match=r"--crop-to-body is of sub-volumes of CT"):
+        run(raw, crop_to_body=True, **settings)
 
 
 def test_the_last_subvolume_reaches_back_over_its_neighbour(tmp_path):
