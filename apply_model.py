@@ -213,7 +213,7 @@ def load_model(
         check_settings({"overlap": overlap}, "--")
         inference["overlap"] = overlap
     try:
-        chain = Chain(**first["preprocessing"])
+        chain = Chain(**{"crop_to_body": False} | first["preprocessing"])  # older ones lack it
     except TypeError as error:
         raise InputError(f"{paths[0]}: preprocessing: {error}; train it again") from error
     dtype = pick_precision(precision, where)

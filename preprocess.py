@@ -95,7 +95,7 @@ class Chain:
     input_size: tuple[int, ...]  # voxels of the network's input along x and y (and z, of patches)
     labels: Labels  # class name → raw label values, background first; the order is the class index
     ignore: tuple[int, ...]  # raw values of voxels that nobody judged, as the data have them
-    crop_to_body: bool = False  # each slice of a CT loses the air beside the body before all else
+    crop_to_body: bool  # each slice of a CT loses the air beside the body before all else
 
 
 @dataclass(frozen=True)

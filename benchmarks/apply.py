@@ -29,7 +29,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,17 @@ class Config:
     part: str = ""  # one alone, or internal: what a process of its own measures
 
 
-CHAIN = preprocess.Chain(
-    sampling="subvolumes",
-    spacing=(1.0, 1.0),
-    hu_window=(-200.0, 250.0),
-    input_size=(256, 256),
-    labels={"background": (0,), "liver": (1, 2)},
-    ignore=(),
-)
+SETTINGS = {
+    "sampling": "subvolumes",
+    "spacing": (1.0, 1.0),
+    "hu_window": (-200.0, 250.0),
+    "input_size": (256, 256),
+    "labels": {"background": (0,), "liver": (1, 2)},
+    "ignore": (),
+    "crop_to_body": False,
+}
+KNOWN = {item.name for item in fields(preprocess.Chain)}  # an earlier commit may lack some
+CHAIN = preprocess.Chain(**{key: value for key, value in SETTINGS.items() if key in KNOWN})
 INFERENCE = {"window": (256, 256, 16), "overlap": 0.5}
 
 

@@ -198,7 +198,9 @@ def _cache_target(folder: Path) -> Target:
     scan = Volume(rng.integers(-200, 250, (16, 16, 8)).astype(np.int16), np.diag([2, 2, 2, 1]))
     scan.write(folder / "image.nii")
     scan.like((scan.read() > 100).astype(np.uint8)).write(folder / "label.nii")
-    chain = pick(Chain, train.Config(input_size=(16, 16)), labels=USUAL_LABELS, ignore=())
+    chain = pick(
+        Chain, train.Config(input_size=(16, 16)), labels=USUAL_LABELS, ignore=(), crop_to_body=False
+    )
     item = {IMAGE: str(folder / "image.nii"), LABEL: str(folder / "label.nii"), "content": "x"}
     item["index"] = 0
     cpu = torch.device("cpu")

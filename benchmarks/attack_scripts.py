@@ -87,7 +87,7 @@ def list_steps(demo: Demo) -> list[Step]:
             (folder / "subvolumes").symlink_to(demo.prepared / "subvolumes")
         prepared, config = read_prepared(demo.prepared), train.Config(**SMALL)
         labels = resolve_classes(config.labels, as_labels(prepared["labels"]))
-        chain = pick(Chain, config, labels=labels, ignore=())
+        chain = pick(Chain, config, labels=labels, ignore=(), crop_to_body=False)
         for split in ("training", "validation"):
             cache_split(prepared, folder, split, chain, "cpu", disk_cache=True)
 

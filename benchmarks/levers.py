@@ -170,7 +170,8 @@ def prepare(config: Config, training: list[str], held_out: list[str], patches: b
         unused = sorted({*list_cases(config.source)} - {*training, *held_out})
         split.write_text(json.dumps({"training": training, "validation": held_out, "test": unused}))
         run("prepare.py", config.source, "--destination", data, "--split", split,
-            "--subvolume-depth", 0 if patches else 16, *["--crop-to-body"] * config.crop_to_body)  # fmt: skip
+            "--subvolume-depth", 0 if patches else 16,
+            *["--crop-to-body"] * config.crop_to_body)  # fmt: skip
     return data
 
 

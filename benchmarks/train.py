@@ -236,7 +236,7 @@ def main(config: Config) -> None:
     settings = train.Config(data=config.data, input_size=config.input_size)
     prepared = read_prepared(config.data)
     labels = resolve_classes(settings.labels, as_labels(prepared["labels"]))
-    chain = pick(Chain, settings, labels=labels, ignore=())
+    chain = pick(Chain, settings, labels=labels, ignore=(), crop_to_body=False)
     items = subvolume_items(prepared, config.data, "training")
     cache, cached = measure_caches(config, items, settings, chain, device)
     loops: dict[str, Callable[[], dict]] = {

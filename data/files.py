@@ -154,7 +154,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
             raise InputError(f"{folder}: another process began to write here; wait") from None
     except OSError as error:
         raise InputError(
-            f"{folder}: cannot be written ({error.strerror}); choose a folder that is writable"
+            f"{folder}: cannot be written ({error.strerror}); choose another"
         ) from error
     try:
         yield

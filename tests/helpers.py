@@ -288,7 +288,8 @@ def chain_of(config: train.Config) -> Chain:
     """The deterministic chain of a training, its classes resolved with the data's labels."""
     prepared = read_prepared(config.data)
     labels = resolve_classes(config.labels, as_labels(prepared["labels"]))
-    return pick(Chain, config, labels=labels, ignore=tuple(prepared.get("ignore", ())))
+    ignore, crop = tuple(prepared.get("ignore", ())), prepared["settings"]["crop_to_body"]
+    return pick(Chain, config, labels=labels, ignore=ignore, crop_to_body=crop)
 
 
 def augment_of(config: train.Config, **changes) -> Augment:

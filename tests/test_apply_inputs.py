@@ -33,6 +33,7 @@ CHAIN = Chain(
     (48, 48),
     {"background": (0,), "liver": (1, 2)},
     ignore=(),
+    crop_to_body=False,
 )
 INFERENCE = {"window": (48, 48, 16), "overlap": 0.5}
 

@@ -38,6 +38,7 @@ SETTINGS = Chain(
     input_size=(96, 96),
     labels={"background": (0,), "liver": (1, 2)},
     ignore=(),
+    crop_to_body=False,
 )
 PATCHES = replace(SETTINGS, sampling="patches", spacing=(1.1, 1.1, 1.3), input_size=(32, 24, 16))
 WINDOWS = {"subvolumes": (96, 96, 16), "patches": PATCHES.input_size}

@@ -92,7 +92,7 @@ def test_slices_that_are_all_judged_give_the_nearest_one():
 
 def test_raw_values_become_ignored():
     chain = Chain(
-        "subvolumes", (1.0, 1.0), None, (8, 8), {"background": (0,), "liver": (1, 2)}, (9,)
+        "subvolumes", (1.0, 1.0), None, (8, 8), {"background": (0,), "liver": (1, 2)}, (9,), False
     )
     raw = torch.tensor([[0.0, 1, 2, 9, 7]])
     classes = ValuesToClassesd(["label"], chain)({"label": raw})["label"]

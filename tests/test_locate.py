@@ -31,7 +31,7 @@ class Bright(torch.nn.Module):
 def model_of(sampling="subvolumes", window=(64, 64, 16), grain=8, overlap=0.5):
     spacing = MM if sampling == "patches" else MM[:2]
     labels = {"background": (0,), "liver": (1,)}
-    chain = Chain(sampling, spacing, (-200.0, 250.0), window[: len(spacing)], labels, ())
+    chain = Chain(sampling, spacing, (-200.0, 250.0), window[: len(spacing)], labels, (), False)
     inference = {"window": window, "overlap": overlap}
     cpu = torch.device("cpu")
     return apply_model.Model(Bright(), chain, inference, cpu, torch.float32, grain=grain)

@@ -16,12 +16,39 @@ import apply_model
 import prepare
 import train
 import utilities
+from data.cases import read_volume
 from data.descriptions import read_prepared
 from data.files import InputError, read_json
+from data.pieces import find_body
 from data.settings import check_settings
 from utilities import SliceBySlice, build_network, load_checkpoint
 
 ARGUMENTS = {"in_channels": 1, "out_channels": 2, "base_channels": 16, "input_size": (32, 32, 32)}
+
+# ---------------------------------------------------------------------------------------
+# prepare.py --crop-to-body
+# ---------------------------------------------------------------------------------------
+
+
+def test_a_network_of_cropped_slices_crops_what_it_is_applied_to(raw_phantoms, tmp_path):
+    """The checkpoint says so; the result lies on the whole scan, with the organ in its place."""
+    data, run, results = (tmp_path / name for name in ("prepared", "run", "results"))
+    with without_pictures():
+        prepare.main(prepare.Config(raw_phantoms, data, workers=1, crop_to_body=True))
+    train.main(small_config(data, run, max_epochs=1))
+    model = apply_model.load_model(run / "last.pt", "cpu", "fp32")
+    assert model.chain.crop_to_body
+    scan = read_volume(min((raw_phantoms / "imagesTr").iterdir()))
+    tensor, to_network = apply_model.preprocess_volume(scan, model.chain, "cpu")
+    box = find_body(scan)
+    edges = np.array([[part.start, part.stop - 1] for part in box])
+    ends = np.diag(to_network)[:2, None] * edges + to_network[:2, 3, None]
+    assert np.abs(ends - [[0, n - 1] for n in tensor.shape[1:3]]).max() < 1  # network voxels
+    assert apply_model.segment(model, scan).shape == scan.shape
+    with pytest.raises(InputError, match="--crop-to-body"):
+        apply_model.export_bundle(model, results)
+    assert not results.exists()
+
 
 # ---------------------------------------------------------------------------------------
 # --spacing median
