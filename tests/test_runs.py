@@ -414,7 +414,7 @@ def test_settings_of_preprocessing_have_no_values_of_their_own():
         fields = dataclasses.fields(kind)
         assert all(field.default is dataclasses.MISSING for field in fields)
         assert {f.name for f in fields} <= {f.name for f in dataclasses.fields(train.Config)} | {
-            "classes", "ignore"  # of the data
+            "classes", "ignore", "crop_to_body"  # of the data
         }  # fmt: skip
     with pytest.raises(AttributeError):
         pick(Augment, train.Config())  # the number of classes is not a setting
