@@ -12,7 +12,7 @@ def test_the_table_of_other_programs_is_that_of_the_benchmark():
     assert result["rows"]
     for row in result["rows"]:
         for name, scan in row.get("scans", {}).items():  # none where nnU-Net made no plan
-            program = f"| {row['program']}, `{row['configuration']}`"
+            program = f"| {row['program']}, `{row['configuration']}`, seed {row['seed']}"
             dice = [f"{scan[way]['dice']:.3f}" for way in ("as_it_is", "largest_component")]
             ours = find_ours(row["round"], row["seed"], name)
             start = f"{program} | {name} | {dice[0]} | {dice[1]} | {ours:.3f} |"
