@@ -199,6 +199,8 @@ def load_model(
     where = pick_device(device)
     loaded = [load_checkpoint(Path(path), where) for path in paths]
     first = loaded[0]
+    for saved in loaded:
+        saved["preprocessing"].setdefault("crop_to_body", False)  # older ones lack it
     for path, saved in zip(paths, loaded, strict=True):
         for key in ("preprocessing", "inference"):
             if saved[key] != first[key]:
@@ -213,7 +215,7 @@ def load_model(
         check_settings({"overlap": overlap}, "--")
         inference["overlap"] = overlap
     try:
-        chain = Chain(**{"crop_to_body": False} | first["preprocessing"])  # older ones lack it
+        chain = Chain(**first["preprocessing"])
     except TypeError as error:
         raise InputError(f"{paths[0]}: preprocessing: {error}; train it again") from error
     dtype = pick_precision(precision, where)

@@ -1,6 +1,7 @@
 """Options that other programs have: median spacing, single slices, ImageNet, dropout."""
 
 import dataclasses
+import inspect
 import json
 from typing import get_args
 
@@ -48,6 +49,16 @@ def test_a_network_of_cropped_slices_crops_what_it_is_applied_to(raw_phantoms, t
     with pytest.raises(InputError, match="--crop-to-body"):
         apply_model.export_bundle(model, results)
     assert not results.exists()
+
+
+def test_a_checkpoint_that_knows_no_cropping_is_averaged_with_one_that_does(checkpoint, tmp_path):
+    saved = load_checkpoint(checkpoint)
+    del saved["preprocessing"]["crop_to_body"]
+    names = inspect.signature(utilities.save_checkpoint).parameters
+    content = {name: value for name, value in saved.items() if name in names}
+    utilities.save_checkpoint(tmp_path / "old.pt", **content)
+    model = apply_model.load_model([tmp_path / "old.pt", checkpoint], "cpu", "fp32")
+    assert model.chain == apply_model.load_model(checkpoint, "cpu", "fp32").chain
 
 
 # ---------------------------------------------------------------------------------------
