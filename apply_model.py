@@ -71,15 +71,20 @@ if __name__ == "__main__":  # help and mistakes are told before anything heavy i
 
 import contextlib
 import functools
+import hashlib
+import json
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import cc3d
 import nibabel as nib
 import numpy as np
 import torch
@@ -87,24 +92,56 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch.nn import functional
 from tqdm import tqdm
 
-from data.anatomy import clean, find_doubts, trim_by_hu
-from data.boxes import Box, find_bounding_box
-from data.bundles import write_configuration
-from data.cases import hash_files, read_label_map, read_scan
-from data.descriptions import Description
-from data.dicom import write_seg
-from data.evaluate import describe_truths, evaluate, measure
-from data.files import atomic_write, lock_folder
-from data.jobs import Case, find_cases, fingerprint
-from data.judges import judge_hu
-from data.labels import IMAGE, LABEL, PRED, USUAL_LABELS, Labels, translate_classes
-from data.locate import Look, shift
-from data.masks import describe_label, mark_undrawn, resolve_label
+from data.check import judge_hu
+from data.datasets import describe_truths, find_scans, name_scans, pair_truths
+from data.evaluate import (
+    do_each,
+    evaluate,
+    is_finished,
+    measure,
+    refuse_failures,
+    report_all,
+    tell_row,
+    write_record,
+)
+from data.files import atomic_write, lock_folder, make_safe, write_json
+from data.labels import (
+    IMAGE,
+    LABEL,
+    PRED,
+    USUAL_LABELS,
+    Description,
+    Labels,
+    as_labels,
+    group_tumours,
+    translate_classes,
+)
 from data.pictures import draw_planes, save_figure
+from data.scans import (
+    Masks,
+    describe_label,
+    hash_files,
+    hash_inputs,
+    mark_undrawn,
+    read_label_map,
+    read_scan,
+    resolve_label,
+    restore_label,
+)
+from data.seg import write_seg
 from data.settings import check_settings, show_progress
-from data.summary import do_each, is_finished, refuse_failures, report_all, tell_row, write_record
+from data.splits import choose_fold, read_prepared
 from data.trust import Evidence, draw_doubt, judge_trust, weigh_scores
-from data.volumes import AIR_HU, SLAB, Volume, write_masked
+from data.volumes import (
+    AIR_HU,
+    SLAB,
+    Box,
+    Volume,
+    enclose,
+    find_bounding_box,
+    name_case,
+    write_masked,
+)
 from preprocess import Chain, classes_on_grid, preprocess_volume, probability_on_grid
 from utilities import (
     GRAINS,
@@ -608,6 +645,485 @@ def main(config: Config) -> None:
     if mine:
         place = config.destination / mine[0].name
         print(f"look at {place / mine[0].name}_preview.png\n3D: python visualize_3d.py {place}")
+
+
+CHANGING = (  # settings that change a result
+    "background", "trim_by_hu", "largest_component", "fill_holes", "tumour_inside", "mirror",
+    "probability", "precision", "dicom_seg", "overlap", "locate",
+)  # fmt: skip
+
+
+@dataclass
+class Case:
+    """A scan to segment, its truth, and what its data set says about both."""
+
+    name: str
+    image: Path
+    label: Path | Masks | None = None
+    described: Description | None = None  # what the truth's values mean, if its data say so
+    trust_grid: bool = False  # prepare.py laid the truth voxel on voxel
+    modality: str = ""
+    warnings: tuple[str, ...] = ()  # what prepare.py told of it, accepted findings too
+    accepted: tuple[str, ...] = ()  # kinds of findings that prepare.py was told to accept
+    drawn: tuple[int, int] = (0, 1)  # a slice (RAS) of the truth that was drawn; every n-th was
+    alone: bool = True  # no other case beside it
+
+
+def find_cases(config: Any, read_fold: Callable[[Path], int]) -> list[Case]:
+    """Everything that was asked for, each under a name of its own.
+
+    `read_fold` tells of a checkpoint which fold its training left out.
+    """
+    if config.split:
+        return find_prepared(config, read_fold)
+    if not config.paths:
+        raise InputError("nothing to segment: give CT volumes, or --split test")
+    scans = [scan for path in config.paths for scan in find_scans(path)]
+    if twice := [scan for scan, n in Counter(map(os.path.realpath, scans)).items() if n > 1]:
+        name = name_case(Path(twice[0]))
+        raise InputError(f"two volumes are called {name}: {twice[0]} is given twice")
+    names = name_scans(scans, config.paths[0] if len(config.paths) == 1 else None)
+    cases = zip(names, scans, pair_truths(scans, config.truth), strict=True)
+    return [Case(*case, alone=len(scans) == 1) for case in cases]
+
+
+def find_prepared(config: Any, read_fold: Callable[[Path], int]) -> list[Case]:
+    """The cases of one split of prepared data, with what prepare.py was told about them."""
+    prepared, path = read_prepared(config.data), config.data / "dataset.json"
+    if (settings := prepared["settings"]).get("folds"):  # the network knows which it has not seen
+        prepared = choose_fold(prepared, read_fold(config.checkpoint), config.data)
+    try:
+        described = Description(as_labels(prepared["labels"]), tuple(prepared.get("ignore", ())))
+        chosen = [record for record in prepared["cases"] if record["split"] == config.split]
+        cases = [
+            Case(
+                record["case"], Path(record[IMAGE]), restore_label(record[LABEL]), described,
+                bool(settings.get("trust_image_grid")), settings.get("modality") or "",
+                tuple(record.get("warnings", ())),
+                tuple(record.get("accepted", settings.get("accept") or ())),
+                (int(record.get("drawn_slice", 0)), int(settings.get("label_every") or 1)),
+                len(chosen) == 1,
+            )
+            for record in chosen
+        ]  # fmt: skip
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: must be as prepare.py writes it, got {error!r}; prepare the data again"
+        ) from error
+    if not cases:
+        raise InputError(f"{path}: no case in the {config.split} split; choose another split")
+    if odd := [case.name for case in cases if make_safe(case.name) != case.name]:
+        raise InputError(f"{path}: {odd[0]!r} is no case name; prepare the data again")
+    return cases
+
+
+def fingerprint(case: Case, weights: str, config: Any) -> str:
+    """Changes whenever the scan, its truth, the networks or a setting of the result change."""
+    settings = [getattr(config, key) for key in CHANGING]
+    settings += [case.trust_grid, case.accepted, case.drawn]
+    meant = case.described or (case.label and describe_truths(case.label))
+    settings.append(meant and [meant.labels, meant.ignore])
+    inputs = [hash_inputs([path]) if path else None for path in (case.image, case.label)]
+    return hashlib.sha256(json.dumps([inputs, weights, settings]).encode()).hexdigest()
+
+
+GAP_MM = 40.0  # between the windows of the first look: an organ is longer
+MARGIN_MM = (45.0, 45.0, 10.0)  # around what is found, along x, y, z: what the network needs to see
+SPECK_ML = 0.5  # a window in which less is found does not widen the box,
+SPECK_PART = 0.05  # nor one with less of each class than this part of its fullest window
+
+
+@dataclass
+class Look:
+    """How a preprocessed volume is searched, and what came of it."""
+
+    spacing_mm: tuple[float, float, float]  # of the network's grid
+    grain: int  # pictures of multiples of so many voxels are taken in plane; 0: only whole windows
+    box: Box | None = None  # that was segmented, in voxels of the network's grid; None: everything
+    share: float = 1.0  # of the voxels that all windows have: what the network was asked
+
+    def choose_first(self, windows: Sequence[Box]) -> list[int]:
+        """Numbers of the windows that are looked at first: every n-th, and the last, by axis."""
+        chosen = []
+        for axis, mm in enumerate(self.spacing_mm):
+            starts = sorted({window[axis].start for window in windows})
+            step = starts[1] - starts[0] if len(starts) > 1 else 1
+            width = windows[0][axis].stop - windows[0][axis].start
+            every = max(int((width + GAP_MM / mm) / step), 1)
+            chosen.append({*starts[::every], starts[-1]})
+        return [
+            number
+            for number, window in enumerate(windows)
+            if all(part.start in some for part, some in zip(window, chosen, strict=True))
+        ]
+
+    def choose_next(
+        self, windows: Sequence[Box], answers: Mapping[int, tuple[Box, Any]], body: Box
+    ) -> dict[int, Box]:
+        """Number and box of each window that is still to be asked, by the `answers` so far.
+
+        `answers`: number of a window → its box and its scores (C, x, y, z), above 0 where an organ
+        is. Where nothing was found all windows follow, cut to the `body`. A window is asked again
+        only where less than half of the margin is left around what was found.
+        """
+        found, speck = [], 1000 * SPECK_ML / math.prod(self.spacing_mm)
+        counts = [[np.count_nonzero(one > 0) for one in scores] for _, scores in answers.values()]
+        least = np.maximum(SPECK_PART * np.max(counts, axis=0), speck)  # of each class
+        for (box, scores), own in zip(answers.values(), counts, strict=True):
+            if (own >= least).any():
+                inner = find_bounding_box(np.any(np.asarray(scores) > 0, axis=0))
+                found.append(shift(inner, [part.start for part in box]))
+        self.box = self.grow(enclose(*found), windows) if found else None
+        near, wanted = self.box or body, {}
+        enough = self.grow(enclose(*found), windows, 0.5) if found else body
+        for number, window in enumerate(windows):
+            if self.box is None or is_overlapping(window, near):
+                asked, needed = answers.get(number, (None, None))[0], self.cut(window, enough)
+                if asked is None or enclose(needed, asked) != asked:
+                    wanted[number] = self.cut(window, near)
+        return wanted
+
+    def grow(self, box: Box, windows: Sequence[Box], part_of_margin: float = 1.0) -> Box:
+        """A box with (a part of) the margin around it, within the volume."""
+        grown = []
+        for part, size, margin, mm in zip(
+            box, enclose(*windows), MARGIN_MM, self.spacing_mm, strict=True
+        ):
+            reach = math.ceil(part_of_margin * margin / mm)
+            grown.append(slice(max(part.start - reach, 0), min(part.stop + reach, size.stop)))
+        return tuple(grown)
+
+    def cut(self, window: Box, near: Box) -> Box:
+        """The part of a window, in plane, that holds `near`: its corners on the network's grain, so
+        that pooling takes the same voxels together."""
+        parts = list(window)
+        for axis in (0, 1) if self.grain else ():
+            part = window[axis]
+            if (part.stop - part.start) % self.grain == 0 and near[axis].stop > near[axis].start:
+                low, high = near[axis].start - part.start, near[axis].stop - part.start
+                first, last = low // self.grain, -(-high // self.grain)
+                start, stop = part.start + first * self.grain, part.start + last * self.grain
+                parts[axis] = slice(max(start, part.start), min(stop, part.stop))
+        return tuple(parts)
+
+    def describe(self, to_network: np.ndarray, shape: Sequence[int]) -> dict[str, Any]:
+        """For a case's record: the box in voxels of the scan in RAS order (`shape`), counted from
+        1, what part of the scan lies outside, and what part of all windows' voxels was asked."""
+        row: dict[str, Any] = {"located_box": "nothing found at first look: the whole scan"}
+        inside, told = 1.0, []
+        for axis, size in enumerate(shape) if self.box else ():
+            part = self.box[axis]  # type: ignore[index]  # it is there
+            scale, offset = to_network[axis, axis], to_network[axis, 3]
+            first = max(math.ceil((part.start - offset) / scale), 0)
+            last = min(math.floor((part.stop - 1 - offset) / scale) + 1, size)
+            inside *= (last - first) / size
+            told.append(f"{'xyz'[axis]} {first + 1}-{last} of {size}")
+        if told:
+            row["located_box"] = ", ".join(told)
+        return row | {
+            "outside_box_percent": round(100 * (1 - inside), 1),
+            "network_share": round(self.share, 3),
+        }
+
+
+def shift(box: Box, by: Sequence[int]) -> Box:
+    """A box moved by so many voxels along each axis."""
+    return tuple(slice(p.start + n, p.stop + n) for p, n in zip(box, by, strict=True))
+
+
+def is_overlapping(one: Box, other: Box) -> bool:
+    """Whether two boxes share a voxel."""
+    return all(a.start < b.stop and b.start < a.stop for a, b in zip(one, other, strict=True))
+
+
+PLAUSIBLE_ML = {"liver": (500, 4000)}  # volumes of adults
+RIGHT_SIDED = ("liver",)  # organs on the patient's right
+# How much darker than its inside an organ's edge may be, in HU, of organs of one brightness: fat,
+# bile and bowel are darker still. A voxel half of which is fat is 100 darker than a liver of 100.
+DARKER_HU = {"liver": 80.0}
+NOISE = 3.0  # times the noise's SD, where that is more: noise is no edge
+
+
+def trim_by_hu(
+    scores: np.ndarray, image: np.ndarray, names: Sequence[str], hu_per_unit: float = 1.0
+) -> None:
+    """Take from an organ the edge that is far darker than its inside; in place.
+
+    The inside is the half that the network is surer of. It stays, as does what the rest encloses
+    in its slice: tumours, cysts.
+
+    Args:
+        scores: (C − 1, X, Y, Z) logits of the classes `names` above the background's.
+        image: (X, Y, Z) of a CT on the same grid, in units of so many HU.
+    """
+    for every, name in zip(scores, names, strict=True):
+        if name not in DARKER_HU or not (every > 0).any():
+            continue
+        box = find_bounding_box(every > 0)
+        score = every[box]
+        found = score > 0
+        known, hu = score[found], image[box][found]
+        inside = known >= np.median(known)
+        below = np.median(hu[inside]) - hu
+        noise = 1.4826 * np.median(np.abs(below[inside]))  # SD, if it is a normal one
+        dark = np.zeros_like(found)
+        dark[found] = (below > max(DARKER_HU[name] / hu_per_unit, NOISE * noise)) & ~inside
+        left = found & ~dark
+        for number in np.flatnonzero(dark.any(axis=(0, 1))):
+            dark[:, :, number] &= ~find_holes(left[:, :, number])
+        np.negative(score, out=score, where=dark)  # as surely not: the edge lies in the middle
+
+
+def clean(
+    classes: np.ndarray,
+    names: Sequence[str],
+    *,
+    largest_component: bool = True,
+    fill_holes: bool = True,
+    tumour_inside: bool = True,
+) -> np.ndarray:
+    """Remove what anatomy excludes. An organ and the tumours in it are one body.
+
+    Args:
+        classes: class indices (X, Y, Z), which stay; `names` are those of the classes 1, 2, …
+        largest_component: of an organ's voxels only those in its largest body stay.
+        fill_holes: background that an organ encloses on all sides becomes organ.
+        tumour_inside: tumours that touch no kept organ are dropped; of those that do all stay.
+    """
+    box = find_bounding_box(classes)
+    part = classes[box].copy(order="K")
+    for organ, tumours in group_tumours(names).items():
+        in_organ, in_tumour = part == organ, np.isin(part, tumours) if tumours else None
+        body = in_organ if in_tumour is None else in_organ | in_tumour
+        if not body.any():
+            continue
+        if largest_component or tumours:
+            good, pieces = _judge_pieces(body, in_organ if tumours else body, largest_component)
+            outside = ~good[pieces]
+            part[in_organ & outside] = 0
+            if in_tumour is not None and tumour_inside:
+                part[in_tumour & outside] = 0
+        if fill_holes:
+            _fill(part, organ, [organ, *tumours])
+    result = np.zeros_like(classes)  # memory that nobody writes to is not taken
+    result[box] = part
+    return result
+
+
+def _judge_pieces(body: np.ndarray, organ: np.ndarray, largest: bool) -> tuple[Any, Any]:
+    """Which connected pieces of `body` stay, by their number, and the number of each voxel's."""
+    pieces, count = cc3d.connected_components(body, connectivity=26, return_N=True)
+    sizes = np.bincount(pieces.ravel("K"), minlength=count + 1)
+    sizes[0] = 0
+    if organ is not body:  # a piece without organ is no candidate
+        sizes[np.bincount(pieces[organ], minlength=len(sizes)) == 0] = 0
+    good = sizes > 0
+    if largest and good.any():
+        good = np.arange(len(sizes)) == sizes.argmax()
+    return good, pieces
+
+
+def _fill(part: np.ndarray, organ: int, body: Sequence[int]) -> None:
+    """Give to `organ` the background that the classes of `body` enclose; in place."""
+    inside = part == body[0] if len(body) == 1 else np.isin(part, body)
+    box = find_bounding_box(inside)
+    part[box][find_holes(inside[box]) & (part[box] == 0)] = organ
+
+
+def find_holes(mask: np.ndarray) -> np.ndarray:
+    """What a mask of two or three axes encloses on all sides, corners not counted."""
+    around = np.pad(~mask, 1, constant_values=True)
+    sides: Literal[4, 6] = 4 if mask.ndim == 2 else 6
+    spaces, count = cc3d.connected_components(around, connectivity=sides, return_N=True)
+    inner = (slice(1, -1),) * mask.ndim
+    return (around & (spaces != spaces.flat[0]))[inner] if count > 1 else np.zeros_like(mask)
+
+
+def find_doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str]:
+    """What is implausible about a segmentation: class indices and HU on one grid."""
+    found, hu, size = [], scan.ras.data, classes.ras_shape
+    outer = find_bounding_box(classes.ras.data)
+    indices = classes.ras.data[outer]
+    for organ, tumours in group_tumours(names).items():
+        name, body = names[organ - 1], indices == organ
+        for tumour in tumours:
+            body |= indices == tumour
+        inner = find_bounding_box(body)
+        if inner[0].stop == 0:
+            found.append(f"no {name} found")
+            continue
+        low, high = PLAUSIBLE_ML.get(name, (0, math.inf))
+        if not low <= (ml := np.count_nonzero(body) * scan.voxel_ml) <= high:
+            found.append(f"{name} of {ml:.0f} ml, expected {low} to {high}")
+        sides = (("left", "right"), ("back", "front"), ("lower", "upper"))
+        box = [
+            slice(a.start + b.start, a.start + b.stop) for a, b in zip(outer, inner, strict=True)
+        ]
+        for part, length, (first, last) in zip(box, size, sides, strict=True):
+            touched = [first] * (part.start == 0) + [last] * (part.stop == length)
+            found += [f"{name} reaches the {end} end of the scan: cut off?" for end in touched]
+        if name in RIGHT_SIDED:
+            patient = hu[:, ::4, box[2]][:, :, ::4] > -300
+            counts = ((0, patient.sum(axis=(1, 2))), (outer[0].start, body.sum(axis=(1, 2))))
+            centre, own = (
+                float(np.arange(begin, begin + len(count)) @ count) / max(int(count.sum()), 1)
+                for begin, count in counts
+            )
+            if own < centre:
+                found.append(f"{name} on the patient's left: are the scan's sides right?")
+    return found
+
+
+TASK = "Segmentation of the liver in CT"
+SCAN = "scan"  # key of the image as it was read
+ANYTHING = "$lambda x: x > 1e-6"  # but air: resampling leaves less of it than that
+BY_MAXIMUM = "$lambda s: torch.clamp(s, min=0) / torch.clamp(s.amax((1, 2), True), min=1e-6)"
+
+
+def write_configuration(
+    folder: Path, preprocessing: Mapping[str, Any], inference: Mapping[str, Any], modality: str
+) -> None:
+    """Write configs/inference.json and configs/metadata.json of a bundle.
+
+    Args:
+        preprocessing, inference: as a checkpoint has them: the settings of `Chain`, and window and
+            overlap.
+    """
+    names = list(preprocessing["labels"])
+    (folder / "configs").mkdir(parents=True, exist_ok=True)
+    configuration = describe_inference(preprocessing, inference)
+    write_json(configuration, folder / "configs" / "inference.json")
+    metadata = describe_network(names, inference["window"], modality)
+    write_json(metadata, folder / "configs" / "metadata.json")
+
+
+def describe_inference(
+    preprocessing: Mapping[str, Any], inference: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of inference.json: from files in `datalist` to label maps in `output_dir`."""
+    infer = "$torch.no_grad()(lambda image: @inferer(image[None].to(@device), @network)[0].cpu())"
+    return {
+        "imports": ["$import glob", "$import os", "$import torch"],
+        "bundle_root": ".",
+        "dataset_dir": "$@bundle_root + '/input'",
+        "output_dir": "$@bundle_root + '/output'",
+        "datalist": "$sorted(glob.glob(os.path.join(@dataset_dir, '*.nii*')))",
+        "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
+        "network_def": "$torch.jit.load(@bundle_root + '/models/model.ts', map_location='cpu')",
+        "network": "$@network_def.to(@device).eval()",
+        "preprocessing": compose(list_steps(preprocessing)),
+        "inferer": {
+            "_target_": "SlidingWindowInferer",
+            "roi_size": list(inference["window"]),
+            "sw_batch_size": 1,
+            "overlap": inference["overlap"],
+            "mode": "gaussian",
+        },
+        "postprocessing": compose(list_steps_back(preprocessing)),
+        "save": {
+            "_target_": "SaveImaged",
+            "keys": PRED,
+            "output_dir": "@output_dir",
+            "output_postfix": "label",
+            "output_dtype": "$torch.uint8",
+            "resample": False,
+        },
+        "infer": infer,
+        "predict": f"$lambda item: @postprocessing(item | {{'{PRED}': @infer(item['{IMAGE}'])}})",
+        "segment": f"$lambda path: @predict(@preprocessing({{'{IMAGE}': path}}))",
+        "run": ["$[@save(@segment(path)) for path in @datalist]"],
+    }
+
+
+def compose(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """MONAI's Compose of some steps."""
+    return {"_target_": "Compose", "transforms": list(steps)}
+
+
+def list_steps(preprocessing: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """From a file to the network's grid: what `preprocess.py` does, in three dimensions at once."""
+    patches, of_image = preprocessing["sampling"] == "patches", {"keys": IMAGE}
+    x, y, *z = preprocessing["spacing"]
+    resampled = {"_target_": "Spacingd", **of_image, "mode": "bilinear", "padding_mode": "border"}
+    steps: list[dict[str, Any]] = [
+        {"_target_": "LoadImaged", **of_image, "ensure_channel_first": True},
+        {"_target_": "CopyItemsd", **of_image, "names": SCAN},  # its grid, to come back to
+        {"_target_": "Orientationd", **of_image, "axcodes": "RAS", "labels": None},
+        {**resampled, "pixdim": [x, y, -1.0]},  # −1: the slices stay where they are
+    ]
+    if preprocessing["hu_window"]:
+        low, high = preprocessing["hu_window"]
+        scaled = {"a_min": low, "a_max": high, "b_min": 0.0, "b_max": 1.0, "clip": True}
+        steps.append({"_target_": "ScaleIntensityRanged", **of_image, **scaled})
+    else:  # each slice by its maximum
+        steps.append({"_target_": "Lambdad", **of_image, "func": BY_MAXIMUM})
+    if patches:  # windows slide over what is not air
+        steps.append({**resampled, "pixdim": [-1.0, -1.0, *z]})  # of what the HU window left
+        cropped = {"source_key": IMAGE, "allow_smaller": True, "select_fn": ANYTHING}
+        steps.append({"_target_": "CropForegroundd", **of_image, **cropped})
+    else:
+        size = [*preprocessing["input_size"], -1]
+        resized = {"spatial_size": size, "mode": "trilinear"}
+        steps.append({"_target_": "Resized", **of_image, **resized})
+    return steps
+
+
+def list_steps_back(preprocessing: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """From the network's scores to raw label values on the scan's grid, cleaned."""
+    labels: Labels = preprocessing["labels"]
+    names, of_result = list(labels)[1:], {"keys": PRED}
+    patches = preprocessing["sampling"] == "patches"
+    # One interpolation straight to the scan's grid, as ours; Invertd would do several. Outside of
+    # the windows all scores are 0, of which argmax takes the background.
+    grid = {"key_dst": SCAN, "mode": "bilinear", "padding_mode": "zeros" if patches else "border"}
+    steps: list[dict[str, Any]] = [
+        {"_target_": "ResampleToMatchd", **of_result, **grid},
+        {"_target_": "AsDiscreted", **of_result, "argmax": True},
+    ]
+    for organ, tumours in group_tumours(names).items():
+        body = {"applied_labels": [organ, *tumours], "independent": False}
+        steps.append({"_target_": "KeepLargestConnectedComponentd", **of_result, **body})
+        steps.append({"_target_": "FillHolesd", **of_result, "applied_labels": [organ]})
+    values = [raw[0] for raw in labels.values()]
+    if values != list(range(len(values))):
+        mapped = {"orig_labels": list(range(len(values))), "target_labels": values}
+        steps.append({"_target_": "MapLabelValued", **of_result, **mapped})
+    return steps
+
+
+def describe_network(names: Sequence[str], window: Sequence[int], modality: str) -> dict[str, Any]:
+    """The content of metadata.json: what goes into the network and what comes out."""
+    shared = {"spatial_shape": list(window), "dtype": "float32", "is_patch_data": True}
+    channels = dict(enumerate(names))
+    return {
+        "schema": "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/"
+        "0.8.1/meta_schema_20240725.json",
+        "version": "1.0.0",
+        "changelog": {"1.0.0": "exported"},
+        "monai_version": version("monai"),
+        "pytorch_version": version("torch").partition("+")[0],
+        "numpy_version": version("numpy"),
+        "required_packages_version": {"nibabel": version("nibabel")},
+        "task": TASK,
+        "description": f"{', '.join(names[1:])} in {modality}; a research tool, no medical device",
+        "authors": "",
+        "copyright": "",
+        "network_data_format": {
+            "inputs": {
+                IMAGE: {
+                    "type": "image", "format": "hounsfield" if modality == "CT" else "magnitude",
+                    "modality": modality, "num_channels": 1, "value_range": [0, 1],
+                    "channel_def": {"0": "image"}, **shared,
+                }
+            },
+            "outputs": {
+                PRED: {
+                    "type": "image", "format": "segmentation", "num_channels": len(names),
+                    "value_range": [], "channel_def": channels, **shared,
+                }
+            },
+        },
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

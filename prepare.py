@@ -57,14 +57,22 @@ class Config:
 if __name__ == "__main__":  # help and mistakes are told before anything heavy is loaded
     CONFIG = read_settings(Config, __doc__)
 
+import contextlib
 import hashlib
 import json
+import multiprocessing
+import os
 import re
 import shlex
+import shutil
+import signal
 import sys
+import threading
 import warnings
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,45 +80,55 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from isal import isal_zlib
+from tqdm import tqdm
 
-from data.boxes import enclose, find_bounding_box
-from data.cases import Case, hash_inputs, read_scan
 from data.check import (
-    FOREGROUND,
+    Finding,
     Overlay,
     Terms,
     compare_cases,
+    count_per_slice,
+    count_words,
+    describe_fault,
     draw_overlay,
     inspect_case,
+    list_errors,
+    print_table,
     read_data_set,
     read_terms_label,
+    undo_flips,
+    write_table,
 )
-from data.descriptions import SPLITS
-from data.destination import (
-    DestinationError,
-    claim_destination,
+from data.datasets import Case
+from data.files import (
+    InputError,
+    is_running,
+    lock_folder,
+    read_json,
     read_record,
-    remove_leftovers,
-    remove_orphans,
-    whole_folder,
-    writing,
+    write_json,
+    write_signed,
 )
-from data.files import InputError, lock_folder, write_json, write_signed
-from data.findings import count_words, describe_fault, list_errors, print_table, write_table
-from data.judges import Finding, count_per_slice, undo_flips
-from data.labels import IMAGE, LABEL, as_plain
-from data.masks import describe_label, list_cuts, mark_undrawn, restore_label
-from data.pieces import find_body, find_written, frame_body, pad_slices, write_piece
-from data.processes import open_pool, run_cases
-from data.settings import check_settings
+from data.labels import FOREGROUND, IMAGE, LABEL, as_plain
+from data.scans import (
+    describe_label,
+    hash_inputs,
+    list_cuts,
+    mark_undrawn,
+    read_scan,
+    restore_label,
+)
+from data.settings import check_settings, set_handlers, signals_ignored
 from data.splits import (
+    SPLITS,
     divide_patients,
     name_patients,
     refuse_no_validation,
     seeded,
     split_patients,
 )
-from data.volumes import AIR_HU, Volume
+from data.volumes import AIR_HU, BODY_HU, Volume, enclose, find_body, find_bounding_box
 
 SCHEMA = 1  # of dataset.json
 CUT = 3  # of the sub-volumes: what an earlier version of this file cut is cut again
@@ -438,6 +456,260 @@ def describe_settings(config: Config, terms: Terms) -> dict[str, Any]:
         "foreground": list(terms.foreground),
         "ignore": list(terms.ignore),
     }
+
+
+def open_pool(workers: int, cases: int) -> contextlib.AbstractContextManager:
+    """Processes for `run_cases`, one core each; None for one worker. `workers` 0: one per core.
+
+    Forked from a clean server, which loads the libraries once: forking after threads can hang.
+    """
+    workers = min(workers or os.cpu_count() or 1, cases)
+    if workers <= 1:
+        return one_core()
+    forkserver = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
+    context = multiprocessing.get_context("forkserver" if forkserver else None)
+    if forkserver:
+        from multiprocessing.forkserver import ensure_running
+
+        context.set_forkserver_preload(["data.check"])
+        with signals_ignored():  # whoever is started in here ignores them from its first moment
+            ensure_running()
+    return ProcessPoolExecutor(workers, context, initializer=end_with_parent)
+
+
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """torch's threads would wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def end_with_parent() -> None:
+    """A worker whose parent was killed must not go on writing; it keeps to one core.
+
+    It leaves Ctrl-C and SIGTERM to its parent, which ends it.
+    """
+    set_handlers(signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None  # a worker has one
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_cases(
+    pool: ProcessPoolExecutor | None,
+    work: Callable[..., dict[str, Any]],
+    jobs: Sequence[Any],
+    *arguments: Any,
+    title: str,
+) -> list[dict[str, Any]]:
+    """`work(job, *arguments)` for each job, under one bar; results in the order of the jobs."""
+    results, slices = {}, 0
+    how: dict[str, Any] = {"total": len(jobs), "desc": title, "unit": "case", "disable": None}
+    with tqdm(**how) as bar, workers_ended(pool, title):  # None: a bar on a terminal alone
+        if pool is None:
+            done = ((index, work(job, *arguments)) for index, job in enumerate(jobs))
+        else:
+            futures = {pool.submit(work, job, *arguments): i for i, job in enumerate(jobs)}
+            done = ((futures[future], future.result()) for future in as_completed(futures))
+        for index, result in done:
+            results[index] = result
+            slices += result.get("slices", 0)
+            bar.set_postfix_str(f"{slices / (bar.format_dict['elapsed'] + 1e-9):.0f} slices/s")
+            bar.update()
+    return [results[index] for index in range(len(jobs))]
+
+
+@contextlib.contextmanager
+def workers_ended(pool: ProcessPoolExecutor | None, title: str) -> Iterator[None]:
+    """Whatever ends the work before its time ends the workers too, and nobody waits for them."""
+    try:
+        yield
+    except BaseException as error:
+        if pool:
+            processes = list((pool._processes or {}).values())
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.kill()
+                process.join()
+        if isinstance(error, BrokenProcessPool):
+            raise InputError(
+                f"{title}: a worker process was ended by the system, most likely for memory; run "
+                "the same command again with fewer --workers, finished cases are kept"
+            ) from error
+        raise
+
+
+OURS = re.compile(r"case\.json|(image|label)_\d{4,}\.nii(\.gz)?")  # files of a case's folder
+PARTIAL = re.compile(r"\.(\d+)\.partial\..+")  # unfinished, of the process of this number
+
+
+class DestinationError(InputError):
+    """The destination cannot be written: it ends the run and says nothing about a scan."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What fails in here failed in writing."""
+    try:
+        yield
+    except DestinationError:
+        raise
+    except (OSError, InputError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise DestinationError(
+            f"{path}: cannot be written ({reason or error}); choose a folder that is writable and "
+            "has free space, then run the same command again: finished cases are kept"
+        ) from error
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`; it takes that name once it is complete."""
+    temporary = folder.with_name(f".{os.getpid()}.partial.{folder.name}")
+    try:
+        with writing(folder):
+            temporary.mkdir(parents=True)
+        yield temporary
+        with writing(folder):
+            if folder.is_dir():
+                remove_case(folder)
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_case(folder: Path) -> None:
+    """Remove the folder of a case that an earlier run wrote; refuses anybody else's."""
+    foreign = [path.name for path in sorted(folder.iterdir()) if not OURS.fullmatch(path.name)]
+    if foreign or not (folder / "case.json").is_file():
+        raise DestinationError(
+            f"{folder}: holds {foreign[0] if foreign else 'no case.json'}, so prepare.py did not "
+            "write it; move it away"
+        )
+    shutil.rmtree(folder)
+
+
+def remove_leftovers(destination: Path) -> None:
+    """Remove what processes that were killed left unfinished."""
+    for folder in (destination, destination / "check", destination / "subvolumes"):
+        for path in folder.glob(".*.partial.*"):
+            name = PARTIAL.fullmatch(path.name)
+            if not name or is_running(int(name[1])):
+                continue
+            if path.is_file():
+                path.unlink()
+            elif all(
+                PARTIAL.sub("", f.name) == "" or OURS.fullmatch(f.name) for f in path.iterdir()
+            ):
+                shutil.rmtree(path)
+
+
+def remove_orphans(destination: Path, names: set[str]) -> None:
+    """Remove sub-volumes and pictures of cases that the source does not hold any more."""
+    for folder in sorted((destination / "subvolumes").glob("*/case.json")):
+        if folder.parent.name not in names and read_record(folder):
+            with contextlib.suppress(DestinationError):
+                remove_case(folder.parent)
+    for record in sorted((destination / "check").glob("*.json")):
+        if record.stem not in names and read_record(record):
+            record.with_suffix(".png").unlink(missing_ok=True)
+            record.unlink()
+
+
+def claim_destination(destination: Path, source: Path, overwrite: bool) -> None:
+    """Keep one source per destination; `overwrite` removes what was prepared from another one."""
+    mark = destination / "check" / ".source.json"
+    asked = str(source.resolve())
+    known = read_mark(mark) or read_mark(destination / "dataset.json")
+    if known and known != asked:
+        if not overwrite:
+            raise InputError(
+                f"{destination}: was prepared from {known}, not from {asked}; choose another "
+                "--destination, or give --overwrite to replace it"
+            )
+        (destination / "dataset.json").unlink(missing_ok=True)
+        remove_orphans(destination, set())
+    if known != asked or not mark.is_file():
+        with writing(mark):
+            write_json({"source": asked}, mark)
+
+
+def read_mark(path: Path) -> str:
+    """The source that a destination was prepared from; empty where that is not known."""
+    try:
+        return str(read_json(path)["source"])
+    except (InputError, KeyError, TypeError):
+        return ""
+
+
+def frame_body(image: np.ndarray, label: np.ndarray) -> tuple[slice, ...]:
+    """In-plane box around what is denser than lung, in HU, and around all foreground."""
+    body = np.asarray((image > BODY_HU).any(axis=2) | (label > 0).any(axis=2))
+    return find_bounding_box(body) if body.any() else (slice(None), slice(None))
+
+
+def pad_slices(array: np.ndarray, depth: int, fill: int) -> np.ndarray:
+    """`array` (X, Y, ≤ depth) with slices of `fill` above it, as far as its type can hold that."""
+    if not (missing := depth - array.shape[2]):
+        return array
+    if array.dtype.kind in "iu":
+        fill = max(fill, np.iinfo(array.dtype).min)
+    return np.pad(array, ((0, 0), (0, 0), (0, missing)), constant_values=fill)
+
+
+def write_piece(
+    piece: Volume, key: str, first: int, folder: Path, compress: bool
+) -> dict[str, Any]:
+    """Write the image or label map of a sub-volume; its file, size and checksum, and its grid."""
+    case = folder.name.partition(".partial.")[2]
+    file = f"{key}_{first:04d}{'.nii.gz' if compress or key == LABEL else '.nii'}"
+    with writing(folder / file):
+        checksum = piece.write(folder / file)
+        size = (folder / file).stat().st_size
+    return {
+        key: f"subvolumes/{case}/{file}",
+        f"{key}_bytes": size,
+        f"{key}_crc32": f"{checksum:08x}",
+        "shape": list(piece.shape),
+        "spacing_mm": [round(step, 6) for step in piece.spacing_mm],
+    }
+
+
+def find_written(record: dict[str, Any], destination: Path) -> dict[str, Any]:
+    """What an earlier run wrote of this case, if source, settings and files are the same; else
+    empty. A file that is newer than its record is read again for its checksum."""
+    path = destination / "subvolumes" / record["case"] / "case.json"
+    known = read_record(path)
+    if not known or known["fingerprint"] != record["fingerprint"]:
+        return {}
+    try:
+        written = path.stat().st_mtime_ns
+        for entry in known["subvolumes"]:
+            for key in (IMAGE, LABEL):
+                file = destination / entry[key]
+                state = file.stat()
+                if state.st_size != entry[f"{key}_bytes"]:
+                    return {}
+                if state.st_mtime_ns > written and sum_file(file) != entry[f"{key}_crc32"]:
+                    return {}
+    except (OSError, KeyError, TypeError, AttributeError):
+        return {}
+    return known
+
+
+def sum_file(path: Path) -> str:
+    """CRC-32 of a file's bytes, as `write_piece` notes it."""
+    return f"{isal_zlib.crc32(path.read_bytes()):08x}"
 
 
 if __name__ == "__main__":

@@ -65,14 +65,12 @@ from monai.transforms import (
 )
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.boxes import Box, find_bounding_box
-from data.cases import hash_files
 from data.files import InputError, atomic_write
 from data.labels import IGNORED, IMAGE, LABEL, Labels
 from data.pictures import draw_inputs, save_figure, spread
-from data.pieces import find_body
+from data.scans import hash_files
 from data.settings import human_bytes, show_progress
-from data.volumes import SLAB, Volume, list_slabs, read_file
+from data.volumes import SLAB, Box, Volume, find_body, find_bounding_box, list_slabs, read_file
 from utilities import hide_ignored, rank_and_size
 
 SLICE_MM = "slice_mm"  # meta data: distance of slices

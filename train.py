@@ -213,13 +213,10 @@ from typing import Literal, cast
 import torch
 from monai import losses
 
-from data.descriptions import read_prepared
 from data.files import InputError, find_checkpoint, lock_folder, write_json
-from data.history import validations_since_best
 from data.labels import IGNORED, IMAGE, LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
-from data.logs import keep_log
-from data.settings import check_settings, is_first_process, pick
-from data.splits import check_splits, choose_fold, count_voxels
+from data.settings import check_settings, is_first_process, keep_log, pick
+from data.splits import check_splits, choose_fold, count_voxels, read_prepared
 from data.trust import learn_volumes
 from preprocess import (
     Augment,
@@ -243,6 +240,7 @@ from utilities import (
     rank_and_size,
     refuse_non_finite,
     train,
+    validations_since_best,
 )
 
 

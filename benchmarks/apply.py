@@ -49,8 +49,7 @@ from data import make_phantoms
 from data.evaluate import evaluate
 from data.files import read_json, write_json
 from data.labels import IMAGE, LABEL, USUAL_LABELS, index_classes
-from data.names import name_case
-from data.volumes import Volume, list_slabs, read_file
+from data.volumes import Volume, list_slabs, name_case, read_file
 
 
 @dataclass

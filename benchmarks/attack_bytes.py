@@ -15,7 +15,8 @@ from attempts import REFUSED, SECRET, SOUND, Attempt, Config, Outcome, in_child,
 
 import train
 import utilities
-from data import cases, dicom, volumes
+from data import dicom, volumes
+from data import scans as cases
 from data.files import InputError
 from data.labels import IMAGE, LABEL, USUAL_LABELS
 from data.settings import pick

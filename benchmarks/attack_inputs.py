@@ -23,8 +23,7 @@ import apply_model
 import prepare
 import visualize_3d
 from data import evaluate
-from data.files import read_csv
-from data.names import make_safe
+from data.files import make_safe, read_csv
 
 Pair = tuple[nib.Nifti1Image, nib.Nifti1Image]
 

@@ -20,15 +20,15 @@ from attempts import Attempt, Config, Demo, Outcome, build_demo, judge_refusal, 
 import apply_model
 import prepare
 import train
-from data.cases import find_scans
-from data.descriptions import read_description, read_patients, read_prepared, read_split
-from data.destination import claim_destination
+from data.datasets import find_scans
+from data.evaluate import is_finished, report_all
 from data.files import find_checkpoint, lock_folder, read_json
-from data.labels import as_labels, resolve_classes
-from data.results import find_files, find_result
-from data.summary import is_finished, report_all
+from data.labels import as_labels, read_description, resolve_classes
+from data.splits import read_patients, read_prepared, read_split
+from prepare import claim_destination
 from preprocess import subvolume_items
 from utilities import load_checkpoint
+from visualize_3d import find_files, find_result
 
 ODD = (None, True, -1, 0, 1.5, 1e400, 10**30, "", "x", "../x", [], {}, [None], {"x": 1}, ["x"] * 3)
 

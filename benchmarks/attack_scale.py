@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from attempts import SOUND, Attempt, Config
 
-from data.copies import find_duplicates
-from data.layouts import find_pairs
+from data.check import find_duplicates
+from data.datasets import find_pairs
 from data.volumes import Volume
 
 COUNTS = (500, 5000)  # in the long form; in the quick one a fifth of the first and of the last

@@ -36,11 +36,10 @@ import train
 import utilities
 import visualize_3d
 from data import evaluate, volumes
-from data.descriptions import SPLITS, read_prepared
 from data.files import InputError, read_json, write_json
 from data.labels import as_labels, resolve_classes
-from data.settings import pick, run_script
-from data.signals import signals_ignored
+from data.settings import pick, run_script, signals_ignored
+from data.splits import SPLITS, read_prepared
 from preprocess import Chain, cache_split
 
 sys.path.append(str(ROOT / "tests"))

@@ -15,7 +15,7 @@ from pathlib import Path
 from attempts import SOUND, TINY, WAITING, Attempt, Config, Demo, Outcome, build_demo, environment
 from machine import ROOT
 
-from data.signals import ECHO_SECONDS
+from data.settings import ECHO_SECONDS
 
 COPIES = 60  # of each scan, so that no script is done before it is stopped
 

@@ -30,10 +30,10 @@ from machine import RESULTS, machine, name_command
 from monai.data.utils import dense_patch_slices
 
 import apply_model
-from data.cases import read_label_map, read_volume
 from data.evaluate import evaluate
 from data.files import read_json, write_json
 from data.labels import BACKGROUND, USUAL_LABELS
+from data.scans import read_label_map, read_volume
 from preprocess import preprocess_volume
 
 

@@ -15,8 +15,7 @@ import numpy as np
 from nibabel.affines import from_matvec
 from scipy.ndimage import gaussian_filter, gaussian_filter1d, rotate
 
-from data.boxes import find_bounding_box
-from data.volumes import Volume
+from data.volumes import Volume, find_bounding_box
 
 AIR = -1000.0
 

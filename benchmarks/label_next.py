@@ -31,8 +31,8 @@ sys.path.insert(1, str(ROOT / "data"))  # the makers import each other as script
 
 import make_bodies
 
+from data.evaluate import dice_metric
 from data.files import read_json, write_json
-from data.metrics import dice_metric
 from data.pictures import save_figure
 from data.trust import expect_dice, weigh_scores
 from data.volumes import Volume

@@ -25,10 +25,10 @@ from machine import DATA, RESULTS, machine, name_command
 from monai.data.utils import compute_importance_map
 
 import apply_model
-from data.anatomy import clean
-from data.cases import read_label_map, read_scan
+from apply_model import clean
+from data.evaluate import dice_metric
 from data.files import read_json, write_json
-from data.metrics import dice_metric
+from data.scans import read_label_map, read_scan
 from preprocess import classes_on_grid, preprocess_volume
 
 OVERLAPS = (0.5, 0.25, 0.125)

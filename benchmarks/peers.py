@@ -31,11 +31,11 @@ import levers
 import tyro
 from machine import DATA, RESULTS, ROOT, machine
 
-from data.anatomy import clean
-from data.cases import read_label_map, read_volume
+from apply_model import clean
 from data.evaluate import evaluate
 from data.files import read_json, write_json
 from data.labels import BACKGROUND, USUAL_LABELS
+from data.scans import read_label_map, read_volume
 from data.volumes import Volume
 
 OURS = "laptop"  # the setting of levers.py that is compared

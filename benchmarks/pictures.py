@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import visualize_3d
-from data.cases import read_label_map, read_scan
 from data.labels import IMAGE, LABEL, PRED, USUAL_LABELS
 from data.pictures import (
     LABEL_COLOURS,
@@ -26,6 +25,7 @@ from data.pictures import (
     save_figure,
     show_patient,
 )
+from data.scans import read_label_map, read_scan
 
 DEMO, PICTURES = ROOT / "data" / "demo", ROOT / "docs" / "pictures"
 FINE, FOUND = DEMO / "fine", DEMO / "fine_results"

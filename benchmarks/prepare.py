@@ -35,8 +35,8 @@ import prepare
 from data import make_phantoms
 from data.check import Terms, read_data_set
 from data.files import read_json, write_json
-from data.processes import one_core, open_pool, run_cases
 from data.volumes import Volume, list_slabs, read_file
+from prepare import one_core, open_pool, run_cases
 
 
 @dataclass

@@ -35,9 +35,9 @@ import tyro
 from machine import RESULTS, ROOT, machine
 
 import train
-from data.cases import read_label_map, read_volume
 from data.files import read_json, write_json
 from data.labels import Labels
+from data.scans import read_label_map, read_volume
 from utilities import load_checkpoint
 
 VARIANTS = {  # post-processing → options of apply_model.py

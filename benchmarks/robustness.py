@@ -24,10 +24,10 @@ from machine import DATA, RESULTS, ROOT, machine, name_command
 from trust import GOOD, judge_case, score
 
 from apply_model import load_model
-from data.cases import read_label_map, read_scan
 from data.files import read_json, write_json
 from data.labels import USUAL_LABELS
 from data.pictures import save_figure
+from data.scans import read_label_map, read_scan
 from data.volumes import Volume
 
 ROWS = {  # row of the card → harm, strength

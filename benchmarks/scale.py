@@ -26,10 +26,10 @@ import tyro
 from attack_scale import make_cases, make_marks
 from machine import RESULTS, ROOT, machine, name_command
 
-from data.copies import find_duplicates
+from data.check import find_duplicates
+from data.datasets import find_pairs
+from data.evaluate import is_finished, report_all, write_record
 from data.files import read_json, write_json
-from data.layouts import find_pairs
-from data.summary import is_finished, report_all, write_record
 
 COUNTS = (500, 5000)
 CTS, GPUS = (131, 1000, 10_000), (1, 8, 64)

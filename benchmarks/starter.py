@@ -27,8 +27,8 @@ import torch
 import tyro
 from machine import ROOT, machine
 
-from data.cases import lay_on_grid, read_volume
 from data.files import read_json, write_json
+from data.scans import lay_on_grid, read_volume
 
 CHOSEN_ON = ("ircad_19", "tace_1720")  # real scans that settings were chosen on
 BODIES = "--cases 160 --spacing 4 4 4"

@@ -30,10 +30,10 @@ from monai.data import CacheDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data.descriptions import read_prepared
 from data.files import write_json
 from data.labels import IMAGE, LABEL, as_labels, resolve_classes
 from data.settings import pick
+from data.splits import read_prepared
 from preprocess import (
     Augment,
     Chain,

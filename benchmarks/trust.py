@@ -35,11 +35,10 @@ import make_phantoms
 
 from apply_model import Model, Trace, load_model, segment
 from data import trust
-from data.cases import read_label_map, read_scan
-from data.evaluate import measure
+from data.evaluate import dice_metric, measure
 from data.files import read_json, write_json
-from data.metrics import dice_metric
 from data.pictures import save_figure
+from data.scans import read_label_map, read_scan
 from data.volumes import Volume
 from utilities import load_checkpoint
 

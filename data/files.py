@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
+import re
 import socket
 import time
+import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -209,3 +212,84 @@ def _is_alive(owner: dict[str, Any], host: str) -> bool:
         return is_running(pid) and abs(psutil.Process(pid).create_time() - owner["started"]) < 1
     except (psutil.Error, KeyError, TypeError, ValueError):
         return False
+
+
+LONGEST = 100  # letters of a case name; file systems allow 255 bytes with what is added
+
+
+def show_path(path: Path) -> str:
+    """A path that can be printed, also where its name is not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+# ---------------------------------------------------------------------------------------
+# Case names
+# ---------------------------------------------------------------------------------------
+
+
+def make_safe(text: str) -> str:
+    """A case name that every file system and spreadsheet takes as a name, and nothing else."""
+    text = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode())
+    text = re.sub(r'[\x00-\x1f\x7f/\\:*?"<>|]', "_", text).strip().lstrip(".=+-@ ").rstrip(". ")
+    text = re.sub(r"\.{2,}", ".", text)
+    if len(text.encode()) > LONGEST:
+        mark = hashlib.sha256(text.encode()).hexdigest()[:8]
+        text = text.encode()[: LONGEST - 9].decode("utf-8", "ignore") + "_" + mark
+    return text or "case"
+
+
+def natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sorting key: liver_2 before liver_10."""
+    return [(t.isdecimal(), int(t) if t.isdecimal() else 0, t) for t in re.split(r"(\d+)", name)]
+
+
+# ---------------------------------------------------------------------------------------
+# Lists of files
+# ---------------------------------------------------------------------------------------
+
+
+def list_plain_files(folder: Path) -> list[Path]:
+    """What is not hidden in a folder, nor a folder, in the order of the names.
+
+    Links that lead nowhere too, so that whoever reads them names them.
+    """
+    with os.scandir(folder) as entries:
+        names = [e.name for e in entries if not e.name.startswith(".") and not _is_folder(e)]
+    return [folder / name for name in sorted(names)]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def list_below(folder: Path, exclude: Path | None = None) -> list[Path]:
+    """All files, also through links, each folder listed once; hidden ones (macOS leaves
+    `._x.nii`) and `exclude` are not."""
+
+    def refuse(error: OSError) -> None:  # what cannot be listed must not be missing silently
+        raise InputError(f"{error.filename}: cannot be listed ({error.strerror}); ask its owner")
+
+    files: list[Path] = []
+    seen: set[str] = set()
+    for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder above it
+            subfolders.clear()
+            continue
+        seen.add(real)
+        kept = (n for n in sorted(subfolders) if not n.startswith("."))
+        subfolders[:] = [n for n in kept if Path(place, n) != exclude]
+        files += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+    return files
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record that an earlier run kept; empty where there is none that can be used."""
+    try:
+        content = read_signed(path)
+    except InputError:
+        return {}
+    return content if "fingerprint" in content else {}

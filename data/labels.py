@@ -6,14 +6,17 @@ declares; of a network, one per class, in the order of its channels.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
-
-from data.files import InputError
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # names of labels need no arrays, and `--help` no numpy
     import numpy as np
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from data.files import InputError, read_json
 
 Labels = dict[str, tuple[int, ...]]
 
@@ -198,3 +201,87 @@ def translate_classes(classes: Labels, own: Labels, declared: Labels) -> Labels:
             kind="values",
         )
     return translated
+
+
+EXPECTED_LABELS = (
+    '"labels" as Decathlon {"1": "liver", "2": "tumour"} or nnU-Net {"liver": 1, "tumour": 2} has '
+    "them"
+)
+
+
+@dataclass
+class Description:
+    """What a `dataset.json` says of its label maps."""
+
+    labels: Labels = field(default_factory=lambda: dict(USUAL_LABELS))
+    ignore: tuple[int, ...] = ()  # values of voxels that nobody judged
+    announced: int | None = None  # cases there should be
+    path: Path | None = None
+
+
+def read_description(path: Path) -> Description:
+    """Labels of a `dataset.json` of Decathlon or nnU-Net (1 or 2, also with regions).
+
+    Raises InputError with the expected form where it has another.
+    """
+    content = read_json(path)
+    try:
+        found = _read_labels(content["labels"])
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: must have {EXPECTED_LABELS}, got {type(error).__name__}: {error}; correct "
+            "it, or remove it to use background 0, liver 1, tumour 2"
+        ) from error
+    ignore = tuple(v for name in list(found) if name.lower() == "ignore" for v in found.pop(name))
+    labels = _name_regions(found)
+    both = set(ignore) & {value for some in labels.values() for value in some}
+    if both or 0 in ignore:
+        raise InputError(f"{path}: {sorted(both) or 0} is to be ignored and is a label too; choose")
+    if (zero := next((n for n, v in labels.items() if 0 in v), None)) is None:
+        labels = {BACKGROUND: (0,)} | labels
+    elif len(labels[zero]) > 1:
+        raise InputError(f"{path}: {zero} must be 0 alone, got {labels[zero]}; correct it")
+    announced = content.get("numTraining")
+    whole = isinstance(announced, int) and not isinstance(announced, bool)
+    return Description(labels, ignore, announced if whole else None, path)
+
+
+def _read_labels(entries: dict[str, Any]) -> Labels:
+    """Name → values of either form; several values of one name are one label."""
+
+    def number(value: Any) -> int:
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            raise ValueError(f"{value!r} is no label value")
+        if not 0 <= int(value) <= LARGEST_VALUE:
+            raise ValueError(f"label values must be 0 to {LARGEST_VALUE}, got {value}")
+        return int(value)
+
+    found: dict[str, tuple[int, ...]] = {}
+    by_value = all(str(key).strip().isdigit() for key in entries)
+    for key, content in entries.items():
+        if by_value and not isinstance(content, str):
+            raise ValueError(f"the name of {key} must be a text, got {content!r}")
+        listed = content if isinstance(content, list) else [content]
+        values = [key] if by_value else listed
+        name = str(content if by_value else key)
+        found[name] = tuple(sorted({*found.get(name, ()), *map(number, values)}))
+        if not found[name]:
+            raise ValueError(f"{name} has no value")
+    if not set(sum(found.values(), ())) - {0}:
+        raise ValueError("no label beside the background")
+    return found
+
+
+def _name_regions(found: Labels) -> Labels:
+    """Regions overlap (liver [1, 2], tumour [2]): the smallest that has a value names it."""
+    owner: dict[int, str] = {}
+    for name, values in sorted(found.items(), key=lambda item: len(item[1])):
+        for value in values:
+            if value in owner and len(found[owner[value]]) == len(values):
+                raise InputError(
+                    f"dataset.json: {owner[value]} and {name} both have the value {value}; each "
+                    "value needs one name"
+                )
+            owner.setdefault(value, name)
+    labels = {n: tuple(v for v in values if owner[v] == n) for n, values in found.items()}
+    return {name: values for name, values in labels.items() if values}

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from data.boxes import find_bounding_box
 from data.files import atomic_write
 from data.labels import IGNORED, IMAGE, LABEL, PRED
+from data.volumes import find_bounding_box
 
 HU_WINDOW = (-200.0, 250.0)  # HU window of every picture for people (training has its own setting)
 

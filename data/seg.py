@@ -1,21 +1,29 @@
-"""DICOM SEG ↔ label map on the grid of its scan. Segments are known by name, else by their code."""
+"""DICOM SEG ↔ label map on the grid of its scan. Segments are known by name, else by their code.
+
+As a script it converts:
+
+    python -m data.seg to-nifti SERIES OUT.nii.gz             a series (folder or a slice of it)
+    python -m data.seg to-series SCAN.nii.gz FOLDER           a scan as CT series, of nobody
+    python -m data.seg to-seg LABEL.nii.gz SERIES OUT.dcm     a label map as SEG of a series
+"""
 
 from __future__ import annotations
 
 import itertools
-import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import tyro
 
-from data.files import InputError, atomic_write
-from data.headers import (
+from data.dicom import (
+    SEGMENT_VALUE,
+    _list_segments,
     find_group,
     is_dicom,
     is_seg_header,
@@ -23,72 +31,20 @@ from data.headers import (
     name_object,
     read_numbers,
     read_plane,
+    read_segments,
+    read_series,
     read_text,
     read_whole,
+    write_series,
 )
-from data.labels import WORD, Labels, find_label, index_classes, is_tumour, name_words
+from data.files import InputError, atomic_write
+from data.labels import BACKGROUND, Labels, find_label, index_classes, is_tumour
 from data.pictures import class_colour
-from data.volumes import TO_LPS, Volume
+from data.settings import run_script
+from data.volumes import TO_LPS, Volume, read_file
 
-SEGMENT_VALUE = "label value {}"  # in a DICOM SEG, whose own numbers must run from 1
 TOLERANCE = 0.2  # voxels that a frame may lie beside the voxels of its scan: no shift by a half
 TOLD_APART = 0.01  # voxels from which on it is told that a frame lies beside its slice
-# What a segment is (SegmentedPropertyTypeCode: SNOMED CT, SNOMED RT) where its label does not say.
-CODES = {
-    "10200004": "liver", "T-62000": "liver",
-    "108369006": "tumour", "4147007": "tumour", "52988006": "tumour", "86049000": "tumour",
-    "14799000": "tumour", "25370001": "tumour", "126851005": "tumour", "128462008": "tumour",
-    "M-80000": "tumour", "M-80003": "tumour", "M-03000": "tumour", "M-01000": "tumour",
-}  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------
-# Segments
-# ---------------------------------------------------------------------------------------
-
-
-def read_segments(header: Any, file: Path) -> dict[str, int]:
-    """Name → number of a DICOM SEG's segments; InputError where it has none.
-
-    Numbers must run from 1; where a label value is another one, the segment's description tells it,
-    as `write_seg` writes it.
-    """
-    numbers: dict[str, int] = {}
-    for number, name, value in _list_segments(header, file):
-        numbers.setdefault(name, number if value is None else value)
-    return numbers
-
-
-def _list_segments(header: Any, file: Path) -> list[tuple[int, str, int | None]]:
-    """(number, name, value told by its description) of each segment."""
-    segments = []
-    for item in list_items(header, "SegmentSequence"):
-        number = read_whole(item, file, "SegmentNumber", range(65536))
-        told = re.fullmatch(
-            SEGMENT_VALUE.format(r"(\d{1,5})"), read_text(item, "SegmentDescription")
-        )
-        if number == 0:  # LABELMAP describes its background too
-            continue
-        segments.append((number, _name_segment(item, number), int(told[1]) if told else None))
-    if not segments:
-        raise InputError(
-            f"{file}: SegmentSequence must describe its segments, got none; the file is cut off or "
-            "damaged, export it again"
-        )
-    return segments
-
-
-def _name_segment(item: Any, number: int) -> str:
-    """Its label, if that says something; else what its code means; `Segment 3` for want of both."""
-    from pydicom.sr.codedict import codes
-
-    label = read_text(item, "SegmentLabel")
-    code = (list_items(item, "SegmentedPropertyTypeCodeSequence") or [{}])[0]
-    meaning = CODES.get(read_text(code, "CodeValue"), "")
-    known = set(name_words(label)) & {*WORD.values()} or hasattr(
-        codes.SCT, label.title().replace(" ", "")
-    )
-    return (label if known else meaning or label) or f"Segment {number}"
 
 
 def choose_segment_values(segments: Mapping[str, int], declared: Labels) -> dict[str, int]:
@@ -365,3 +321,94 @@ def _describe_segment(number: int, name: str, values: Sequence[int]) -> Any:
     )
     segment.SegmentDescription = SEGMENT_VALUE.format(values[0])
     return segment
+
+
+# ---------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------
+
+
+def convert_to_nifti(series: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]) -> None:
+    """A series as NIfTI, HU as stored.
+
+    Args:
+        series: folder of the series, or one of its slices.
+        out: .nii.gz or .nii to write.
+    """
+    if not out.name.lower().endswith((".nii", ".nii.gz")):
+        raise InputError(f"{out}: must end in .nii.gz or .nii, got {out.suffix or 'no ending'}")
+    volume = read_series(series)
+    volume.write_checked(out)
+    print("\n".join([*volume.notes, f"{out}: {volume.shape} voxels"]))
+    print(f"next: python apply_model.py {out} --checkpoint checkpoints/starter.pt")
+
+
+def convert_to_series(scan: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path]) -> None:
+    """A scan as CT series with its own UIDs, of a patient named anonymous.
+
+    Args:
+        scan: .nii.gz, .mha, .nrrd: HU in whole numbers.
+        folder: new folder for the slices.
+    """
+    volume = read_file(scan)
+    files = write_series(volume, folder)
+    if not volume.oriented:
+        print(f"{scan}: does not say how its axes lie (form codes 0); check left and right")
+    print(f"{folder}: {len(files)} slices")
+    print(f"next: python apply_model.py {folder} --checkpoint checkpoints/starter.pt --dicom-seg")
+
+
+def convert_to_seg(
+    label: tyro.conf.Positional[Path],
+    series: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    labels: dict[str, int] = {"liver": 1, "tumour": 2},  # noqa: B006 (tyro shows it)
+) -> None:
+    """A label map as DICOM SEG that refers to a series.
+
+    Args:
+        label: .nii.gz of the grid of the series.
+        series: folder of the series, or one of its slices.
+        out: .dcm to write.
+        labels: name and value of each class: liver 1 tumour 2.
+    """
+    scan, label_map = read_series(series), read_file(label)
+    turned = _turn_like(label_map, scan)
+    classes: Labels = {BACKGROUND: (0,), **{name: (value,) for name, value in labels.items()}}
+    if odd := sorted(set(np.unique(turned.read()).tolist()) - {0, *labels.values()}):
+        raise InputError(f"{label}: holds {odd[:5]}, expected {labels}; name them by --labels")
+    turned = turned.like(turned.read().astype(np.uint16))  # of a file that holds 1.0, too
+    if reasons := write_seg(turned, scan, classes, out):
+        raise InputError(f"{out}: {'; '.join(reasons)}")
+    print(f"{out}: {len(labels)} segments of {series}")
+    print(f"next: load {series} and {out} together in your viewer, 3D Slicer for one")
+
+
+def _turn_like(label: Volume, scan: Volume) -> Volume:
+    """A label map of exactly the grid of `scan`, in the scan's axes."""
+    same = label.ras_shape == scan.ras_shape and np.allclose(
+        label.ras_affine, scan.ras_affine, rtol=0, atol=0.01 * min(scan.spacing_mm)
+    )
+    if not same:
+        raise InputError(
+            f"{label.name}: lies not on the grid of {scan.name} ({label.ras_shape} and "
+            f"{scan.ras_shape} voxels); use the label map of this series",
+            kind="grid",
+        )
+    return scan.from_ras(label.ras.data)
+
+
+def main() -> None:
+    """Run the command that was asked for; a user's fault ends in one line, exit code 1."""
+    commands: dict[str, Callable[..., None]] = {
+        "to-nifti": convert_to_nifti,
+        "to-series": convert_to_series,
+        "to-seg": convert_to_seg,
+    }
+    run_script(
+        lambda about: tyro.extras.subcommand_cli_from_dict(commands, description=about), __doc__
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -7,18 +7,23 @@ splits of prepared data.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
-from data.cases import Case
-from data.descriptions import SPLITS, read_patients, read_split
-from data.files import InputError
-from data.labels import Labels
-from data.settings import is_first_process
+from data.datasets import Case, name_files
+from data.files import InputError, read_csv, read_json, show_path
+from data.labels import (
+    IMAGE,
+    LABEL,
+    Labels,
+    as_labels,
+)
+from data.settings import check_types, is_first_process
 
 
 def split_patients(records: Sequence[dict[str, Any]], config: Any) -> dict[str, str]:
@@ -174,3 +179,139 @@ def count_voxels(prepared: dict[str, Any], labels: Labels, split: str) -> np.nda
                 classes = [i for i, values in enumerate(labels.values()) if int(raw) in values]
                 counts[classes[0] if classes else 0] += voxels
     return counts
+
+
+SPLITS = ("training", "validation", "test")
+SPLIT_WORDS = {
+    "training": "training", "train": "training", "validation": "validation", "val": "validation",
+    "valid": "validation", "test": "test", "testing": "test",
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------
+# Splits and patients
+# ---------------------------------------------------------------------------------------
+
+
+def read_split(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """Case or patient of `names` → "training", "validation" or "test".
+
+    From lists of names under these words, nnU-Net's `splits_final.json` (its fold 0) or lists of
+    MONAI ({"training": [{"image": …}]}; `fold` 0 is the validation). Names that are not asked for
+    are left out. Raises InputError for other content and for a name in two splits.
+    """
+    content = read_json(path)
+    if isinstance(content, list) and content and isinstance(content[0], dict):
+        print(f"{path}: nnU-Net's folds; fold 0 of {len(content)} is taken")
+        content = content[0]
+    expected = f"{path}: must be JSON with lists of cases under {', '.join(SPLITS)}"
+    if not isinstance(content, dict):
+        raise InputError(f"{expected}, got {type(content).__name__}")
+    lists = {key: value for key, value in content.items() if isinstance(value, list)}
+    described = any(isinstance(e, dict) for value in lists.values() for e in value)
+    odd = [key for key in lists if key not in SPLIT_WORDS]
+    if not set(lists) & set(SPLIT_WORDS) or (odd and not described):
+        raise InputError(f"{expected}, got {', '.join(map(str, content)) or 'nothing'}")
+    known = _spell_names(names)
+    split: dict[str, str] = {}
+    for key in lists.keys() & SPLIT_WORDS.keys():
+        for entry in lists[key]:
+            where = SPLIT_WORDS[key]
+            if isinstance(entry, dict):
+                where = "validation" if entry.get("fold") == 0 and where == "training" else where
+                entry = entry.get("image", entry.get("label"))
+                entry = entry[0] if isinstance(entry, list) and entry else entry
+            if not isinstance(entry, str):
+                raise InputError(f"{expected}, got {str(entry)[:60]!r} under {key}")
+            for name in known.get(entry) or _match_path(entry, known):
+                if split.setdefault(name, where) != where:
+                    raise InputError(
+                        f"{path}: names {name} in two splits; a case belongs to one split"
+                    )
+    return split
+
+
+def _spell_names(names: Iterable[str]) -> dict[str, set[str]]:
+    """Spelling → names: as they are, and what remains without words of scans and label maps."""
+    exact = {name: {name} for name in names}
+    known: dict[str, set[str]] = {}
+    for name in exact:
+        known.setdefault("_".join(_remains(name)), set()).add(name)
+    return known | exact
+
+
+def _remains(text: str) -> tuple[str, ...]:
+    path = Path(os.sep, *text.replace("\\", "/").split("/"))
+    (named,) = name_files([path], Path(os.sep))
+    return named.parts
+
+
+def _match_path(text: str, known: dict[str, set[str]]) -> set[str]:
+    """The name that the path of a file stands for: by as many of its last parts as are known."""
+    parts = _remains(text)
+    for first in range(len(parts)):
+        found = known.get("_".join(parts[first:]), set())
+        if len(found) > 1:
+            raise InputError(f"{text}: may be {' or '.join(sorted(found))}; write the case's name")
+        if found:
+            return found
+    return set()
+
+
+def read_patients(path: Path) -> dict[str, str]:
+    """Case → patient of a CSV with the columns case,patient, also as Excel writes it."""
+    table: dict[str, str] = {}
+    for row in read_csv(path, ("case", "patient")):
+        case, patient = ((row[key] or "").strip() for key in ("case", "patient"))
+        if not case or not patient:
+            raise InputError(f"{show_path(path)}: a row lacks case or patient: {row}; fill it in")
+        if table.setdefault(case, patient) != patient:
+            raise InputError(f"{show_path(path)}: gives {case} two patients; keep one row")
+    return table
+
+
+# ---------------------------------------------------------------------------------------
+# What prepare.py wrote
+# ---------------------------------------------------------------------------------------
+
+# Of dataset.json: what training reads, and its types; of each sub-volume likewise.
+PREPARED_SCHEMA = 1
+PREPARED = {"labels": dict, "settings": dict, "subvolume_depth": int, "subvolumes": list}
+SUBVOLUME = {
+    "case": str, "split": str, IMAGE: str, LABEL: str, "first_slice": int, "shape": list,
+    "spacing_mm": list, "voxels_per_label": dict,
+}  # fmt: skip
+
+
+def read_prepared(folder: Path) -> dict[str, Any]:
+    """`dataset.json` of a folder that prepare.py has completed, verified; else one InputError."""
+    path = folder / "dataset.json"
+    if not path.is_file():
+        raise InputError(
+            f"{path}: not found; it is written last by prepare.py, so {folder} is not (completely) "
+            "prepared; run `python prepare.py SOURCE` with this folder as --destination"
+        )
+    prepared = read_json(path, "what prepare.py wrote")
+    remedy = "prepare the data again"
+    check_types(prepared, {"schema": int}, str(path), remedy)
+    if (found := prepared["schema"]) != PREPARED_SCHEMA:
+        newer = found > PREPARED_SCHEMA
+        raise InputError(
+            f"{path}: schema must be {PREPARED_SCHEMA}, got {found}; "
+            + ("it comes from a later version, update this program" if newer else remedy)
+        )
+    check_types(prepared, PREPARED, str(path), remedy)
+    try:
+        as_labels(prepared["labels"])
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: labels must be whole numbers, got {prepared['labels']}; {remedy}"
+        ) from error
+    for record in prepared["subvolumes"]:
+        check_types(record, SUBVOLUME, f"{path}: a sub-volume", remedy)
+        for key in (IMAGE, LABEL):
+            parts = PurePosixPath(record[key].replace("\\", "/")).parts
+            rooted = record[key].startswith("/") or PureWindowsPath(record[key]).drive
+            if rooted or ".." in parts:
+                raise InputError(f"{path}: {record[key]} lies outside of {folder}; {remedy}")
+    return prepared

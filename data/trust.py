@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from data.boxes import find_bounding_box
 from data.labels import IMAGE, LABEL, PRED, Labels, group_tumours
 from data.pictures import save_figure, show_patient
+from data.volumes import find_bounding_box
 
 SURE, UNSURE = 0.73, 0.27  # probabilities; logits of 1 and −1
 FAINT = -3.0  # scores below it cannot add up to UNSURE

@@ -24,11 +24,11 @@ from matplotlib.figure import Figure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import apply_model
-import data.summary
+import data.evaluate
 import preprocess
 import train
 import utilities
-from data import signals
+from data import settings
 from data.settings import run_script as start_script
 
 HANGS = 300  # seconds after which a process counts as hanging
@@ -64,9 +64,9 @@ def run_child(target: Callable[..., None], *given: object) -> int:
 
 def watched(begun: Any, told: Any, echo: float) -> None:
     """Busy in compiled code, as torch is; Python's handlers wait for it."""
-    signals.ECHO_SECONDS = echo
+    settings.ECHO_SECONDS = echo
     sys.stderr = os.fdopen(os.dup(told.fileno()), "w")
-    with signals.delayed_interrupt():
+    with settings.delayed_interrupt():
         begun.set()
         hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1)
 
@@ -102,7 +102,7 @@ def draw_nothing(set_attribute: Callable[[object, str, object], None] = setattr)
     """Blank pictures from now on, for whoever looks at none."""
     set_attribute(Figure, "savefig", write_blank)
     set_attribute(apply_model, "draw_planes", lambda *_: Figure())
-    set_attribute(data.summary, "draw_summary", lambda *_: Figure())
+    set_attribute(data.evaluate, "draw_summary", lambda *_: Figure())
     set_attribute(utilities, "curves_figure", lambda *_: Figure())
     set_attribute(utilities, "preview_figure", lambda *_: Figure())
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from children import draw_nothing
 
-from data.signals import USUAL, restore_handlers
+from data.settings import USUAL, restore_handlers
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"

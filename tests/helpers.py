@@ -27,9 +27,9 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 import prepare
 import preprocess
 import train
-from data.descriptions import read_prepared
 from data.labels import as_labels, resolve_classes
 from data.settings import pick
+from data.splits import read_prepared
 from data.volumes import Volume
 from preprocess import Augment, Chain
 from utilities import TIMING, load_checkpoint

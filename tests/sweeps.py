@@ -26,9 +26,10 @@ from helpers import (
     write_phantom_series,
 )
 
-from data.dicom import find_dicom, read_seg, read_series
+from data.dicom import find_dicom, read_series
 from data.files import InputError
 from data.labels import USUAL_LABELS
+from data.seg import read_seg
 from data.volumes import Volume, read_file
 
 T = TypeVar("T")

@@ -16,9 +16,10 @@ from conftest import SHARED_DATA, run_here
 from matplotlib.image import imread
 
 import apply_model
-from data.cases import find_scans, read_volume
+from data.datasets import find_scans
+from data.evaluate import dice_metric
 from data.files import InputError
-from data.metrics import dice_metric
+from data.scans import read_volume
 from data.volumes import AIR_HU
 
 

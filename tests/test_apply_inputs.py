@@ -16,12 +16,12 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff
 
 import apply_model
 from apply_model import Model
-from data.cases import read_volume
 from data.files import InputError
-from data.results import find_result
+from data.scans import read_volume
 from data.volumes import Volume
 from preprocess import Chain
 from utilities import build_network, save_checkpoint
+from visualize_3d import find_result
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 SHAPE = (40, 36, 24)

@@ -14,10 +14,11 @@ import pytest
 from conftest import random_affine
 from helpers import build_field_case
 
-from data.cases import hash_inputs, lay_on_grid, list_files, read_label_map, read_scan, read_volume
-from data.dicom import write_seg, write_series
+from data.dicom import write_series
 from data.files import InputError
 from data.labels import IGNORED, USUAL_LABELS
+from data.scans import hash_inputs, lay_on_grid, list_files, read_label_map, read_scan, read_volume
+from data.seg import write_seg
 from data.volumes import Volume
 
 SHAPE = (8, 6, 5)
@@ -319,12 +320,12 @@ def test_gzip_against_its_name_is_told(tmp_path):
     "error", [MemoryError("8 TB"), RuntimeError("x"), KeyError("y"), OSError(5)]
 )
 def test_whatever_a_reader_raises_is_an_input_error(error, tmp_path, monkeypatch):
-    import data.cases
+    import data.scans
 
     def fail(path):
         raise error
 
-    monkeypatch.setattr(data.cases, "read_file", fail)
+    monkeypatch.setattr(data.scans, "read_file", fail)
     path = write_nifti(tmp_path / "a.nii", HU)
     for read in (read_scan, lambda p: read_label_map(p, SCAN, USUAL_LABELS)):
         with pytest.raises(InputError, match="cannot be read"):
@@ -447,7 +448,7 @@ def test_masks_are_hashed_one_and_all(tmp_path):
     [("json_bom", 1), ("nnunet_regions", 1), ("values_of_dataset_json", 6), ("units_metres", 1)],
 )
 def test_reported_data_sets_are_understood(case, liver, tmp_path):
-    from data.layouts import find_pairs
+    from data.datasets import find_pairs
 
     data = find_pairs(build_field_case(case, tmp_path))
     assert len(data.cases) == 3 and not any(c.faults for c in data.cases)
@@ -459,7 +460,7 @@ def test_reported_data_sets_are_understood(case, liver, tmp_path):
 
 
 def test_reported_pairs_of_other_axes_or_origin(tmp_path):
-    from data.layouts import find_pairs
+    from data.datasets import find_pairs
 
     (case, *_) = find_pairs(build_field_case("label_other_axes", tmp_path / "axes")).cases
     assert read_label_map(case.label, read_scan(case.image), USUAL_LABELS).notes == ()
@@ -484,7 +485,7 @@ def test_reported_truths(tmp_path):
 
 
 def test_reported_splits_and_changed_voxels(tmp_path):
-    from data.layouts import read_split
+    from data.splits import read_split
 
     folder = build_field_case("split_nnunet", tmp_path / "split")
     split = read_split(folder / "splits_final.json", [f"liver_{i}" for i in range(3)])

@@ -9,9 +9,9 @@ from helpers import augment_of, chain_of, tiny
 
 import apply_model
 import train
-from data.descriptions import read_prepared
+from data.evaluate import dice_metric
 from data.labels import IMAGE, LABEL
-from data.metrics import dice_metric
+from data.splits import read_prepared
 from data.volumes import read_file
 from preprocess import Subvolumes, augmentation, cache_split
 from utilities import load_checkpoint

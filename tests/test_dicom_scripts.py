@@ -18,11 +18,12 @@ from helpers import (
 )
 
 import apply_model
-from data.cases import read_label_map
-from data.dicom import find_dicom, list_series_files, read_seg, read_series, write_seg
+from data.datasets import find_pairs
+from data.dicom import find_dicom, list_series_files, read_series
 from data.files import InputError
 from data.labels import USUAL_LABELS, index_classes
-from data.layouts import find_pairs
+from data.scans import read_label_map
+from data.seg import read_seg, write_seg
 from data.volumes import Volume, read_file
 
 CLASSES = {"background": (0,), "liver": (1,), "tumour": (2,)}

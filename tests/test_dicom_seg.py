@@ -19,9 +19,10 @@ from pydicom.sr.codedict import codes
 from sweeps import sweep_seg
 
 import data.seg
-from data.dicom import find_dicom, read_seg, read_series, write_seg, write_series
+from data.dicom import find_dicom, read_series, write_series
 from data.files import InputError
 from data.labels import USUAL_LABELS
+from data.seg import read_seg, write_seg
 from data.volumes import Volume, read_file
 
 DEPTH = 10

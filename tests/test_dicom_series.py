@@ -28,12 +28,12 @@ from data.dicom import (
     is_dicom,
     is_dicom_input,
     list_series_files,
-    read_seg,
     read_series,
     write_series,
 )
 from data.files import InputError
 from data.labels import USUAL_LABELS
+from data.seg import read_seg
 from data.volumes import Volume, read_file
 
 DEPTH = 8
@@ -517,7 +517,7 @@ def test_the_commands_convert_both_ways(tmp_path):
         ("to-nifti", "ct", "again.nii.gz"),
         ("to-seg", "label.nii.gz", "ct", "seg.dcm"),
     ):
-        done = call_script("-m", "data.dicom", command, *(tmp_path / path for path in paths))
+        done = call_script("-m", "data.seg", command, *(tmp_path / path for path in paths))
         assert done.returncode == 0, done.stderr
         assert "next: " in done.stdout
     again, volume = read_file(tmp_path / "again.nii.gz"), read_file(tmp_path / "scan.nii.gz")
@@ -531,7 +531,7 @@ def test_the_commands_convert_both_ways(tmp_path):
         (("to-seg", tmp_path / "scan.nii.gz", tmp_path / "ct", tmp_path / "x.dcm"), "holds"),
         (("to-series", tmp_path / "scan.nii.gz", tmp_path / "ct"), "must be a new folder"),
     ):
-        done = call_script("-m", "data.dicom", *words)
+        done = call_script("-m", "data.seg", *words)
         assert done.returncode == 1
         assert re.search(f"^error: .*{message}", done.stderr, re.MULTILINE), done.stderr
         assert "Traceback" not in done.stderr

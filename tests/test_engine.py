@@ -17,8 +17,8 @@ from helpers import assert_same_run, comparable, small_config
 import apply_model
 import preprocess
 import train
-from data.descriptions import read_prepared
 from data.files import InputError
+from data.splits import read_prepared
 from utilities import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")

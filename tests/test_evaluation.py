@@ -18,14 +18,22 @@ from monai.metrics import (
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 from scipy import ndimage
 
+from apply_model import clean, find_doubts, trim_by_hu
 from data import evaluate as evaluation
-from data.anatomy import clean, find_doubts, trim_by_hu
-from data.boxes import find_bounding_box
 from data.check import judge_hu
-from data.evaluate import evaluate, measure, pair_truths, score_lesions
+from data.datasets import pair_truths
+from data.evaluate import (
+    describe_values,
+    evaluate,
+    measure,
+    print_summary,
+    score_lesions,
+    summarise,
+    write_table,
+)
 from data.files import InputError
 from data.labels import IGNORED
-from data.summary import describe_values, print_summary, summarise, write_table
+from data.volumes import find_bounding_box
 
 NAMES = ["liver", "tumour"]
 BLANK = pytest.mark.usefixtures("blank_pictures")

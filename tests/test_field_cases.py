@@ -10,8 +10,8 @@ import pytest
 from helpers import build_field_case, field_patient, run
 
 import apply_model
-from data.cases import read_scan
 from data.files import InputError
+from data.scans import read_scan
 from data.volumes import read_file
 
 

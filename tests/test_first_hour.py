@@ -18,12 +18,10 @@ from monai.bundle import ConfigParser
 import apply_model
 import prepare
 import train
-from data.cases import read_volume
-from data.descriptions import read_prepared
 from data.files import InputError
-from data.logs import keep_log
-from data.settings import read_comments, read_settings
-from data.splits import choose_fold
+from data.scans import read_volume
+from data.settings import keep_log, read_comments, read_settings
+from data.splits import choose_fold, read_prepared
 from utilities import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")

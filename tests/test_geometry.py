@@ -15,13 +15,11 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff
 
 import data.volumes
 from apply_model import Model, Options, Trace, open_scan, segment
-from data.cases import read_volume
+from data.evaluate import dice_metric
 from data.files import InputError
 from data.labels import IMAGE, LABEL
-from data.metrics import dice_metric
-from data.names import name_case
-from data.pieces import find_body
-from data.volumes import Volume, mask_scan
+from data.scans import read_volume
+from data.volumes import Volume, find_body, mask_scan, name_case
 from preprocess import (
     Chain,
     classes_on_grid,

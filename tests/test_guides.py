@@ -20,10 +20,10 @@ from helpers import as_volume, write_phantom_seg, write_phantom_series
 from monai.losses import DiceLoss
 
 import train
-from data.cases import read_volume
 from data.evaluate import evaluate
 from data.files import InputError
 from data.pictures import choose_hu_window
+from data.scans import read_volume
 from data.settings import read_settings, run_script
 from data.volumes import Volume
 from utilities import load_checkpoint

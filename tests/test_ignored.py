@@ -7,7 +7,7 @@ from monai.data import MetaTensor
 
 import train
 from data.labels import IGNORED
-from data.masks import list_cuts
+from data.scans import list_cuts
 from preprocess import SLICE_MM, Chain, SliceSpacingd, ValuesToClassesd
 from utilities import predicted_classes
 

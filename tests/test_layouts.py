@@ -16,10 +16,20 @@ from PIL import Image
 
 import apply_model
 import prepare
-from data.cases import find_scans, hash_inputs, name_scans, pair_by_name, read_label_map, read_scan
-from data.dicom import write_seg, write_series
+from data.datasets import (
+    DataSet,
+    add_once,
+    describe_data_set,
+    find_pairs,
+    find_scans,
+    name_scans,
+    pair_by_name,
+)
+from data.dicom import write_series
 from data.files import InputError
-from data.layouts import DataSet, add_once, describe_data_set, find_pairs, read_patients, read_split
+from data.scans import hash_inputs, read_label_map, read_scan
+from data.seg import write_seg
+from data.splits import read_patients, read_split
 from data.volumes import Volume
 
 SHAPE = (12, 10, 6)

@@ -9,7 +9,7 @@ import torch
 from monai.inferers import sliding_window_inference
 
 import apply_model
-from data.locate import Look
+from apply_model import Look
 from data.volumes import Volume
 from preprocess import Chain
 

@@ -7,7 +7,7 @@ from conftest import random_affine
 from monai.metrics import DiceMetric
 from scipy.spatial.transform import Rotation
 
-from data.metrics import dice_metric, mean_dice, measure_area, measure_shape
+from data.evaluate import dice_metric, mean_dice, measure_area, measure_shape
 
 
 def test_half_an_organ_scores_two_thirds():

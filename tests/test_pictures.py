@@ -8,7 +8,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from data.history import curves_figure
 from data.labels import IGNORED, IMAGE, LABEL, PRED
 from data.pictures import (
     HU_WINDOW,
@@ -24,6 +23,7 @@ from data.pictures import (
     show_patient,
 )
 from data.volumes import Volume
+from utilities import curves_figure
 
 
 def patient() -> dict:

@@ -315,7 +315,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import prepare
-from data import processes
+import prepare as processes
 
 class Bar(processes.tqdm):
     def __init__(self, *args, **options):

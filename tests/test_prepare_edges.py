@@ -18,7 +18,9 @@ from conftest import ROOT
 from helpers import call_script, ras_arrays, run, save, write_patients
 
 import prepare
-from data import check, copies, destination
+import prepare as destination
+from data import check
+from data import check as copies
 from data.check import judge_hu
 from data.files import InputError, lock_folder
 from prepare import Config

@@ -20,7 +20,7 @@ SMALL = {
     "visualize_3d.py": "--screenshot view.png --size 160 120",
     "data.check": "",
     "data.evaluate": "",
-    "data.dicom": "",
+    "data.seg": "",
 }
 WORDS = 1500  # so that the README fits on a desk
 

@@ -13,11 +13,11 @@ from helpers import augment_of, cached, chain_of, tiny
 
 import apply_model
 import train
-from data.descriptions import read_prepared
+from data.evaluate import dice_metric
 from data.files import InputError, read_json
 from data.labels import IMAGE, LABEL
-from data.metrics import dice_metric
 from data.settings import parse_words
+from data.splits import read_prepared
 from data.volumes import read_file
 from preprocess import (
     SubvolumeLoader,

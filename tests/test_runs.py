@@ -15,12 +15,11 @@ from helpers import chain_of, comparable, small_config
 import preprocess
 import train
 import utilities
-from data.descriptions import read_prepared
 from data.files import InputError, find_checkpoint
-from data.history import describe_epoch
 from data.settings import list_given, pick
+from data.splits import read_prepared
 from preprocess import Augment, Chain
-from utilities import load_checkpoint, save_checkpoint
+from utilities import describe_epoch, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 

@@ -27,8 +27,8 @@ import apply_model
 import preprocess
 import train
 import utilities
+from data.evaluate import measure_nearest
 from data.files import InputError, atomic_write, lock_folder, read_signed, write_csv, write_signed
-from data.metrics import measure_nearest
 from data.settings import LIMITS, NETWORK_LIBRARIES, SEVERAL, check_settings, format_seconds
 from data.settings import run_script as start_script
 from utilities import pick_device

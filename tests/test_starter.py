@@ -6,8 +6,8 @@ from conftest import ROOT
 from helpers import as_volume
 
 import apply_model
+from data.evaluate import dice_metric
 from data.files import read_json
-from data.metrics import dice_metric
 
 STARTER = ROOT / "checkpoints" / "starter.pt"
 

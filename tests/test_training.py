@@ -14,8 +14,8 @@ from helpers import assert_same_run, augment_of, cached, comparable, small_confi
 import apply_model
 import preprocess
 import train
+from data.evaluate import dice_metric
 from data.files import InputError
-from data.metrics import dice_metric
 from utilities import UNet3D, load_checkpoint, predicted_classes, save_checkpoint
 
 QUICK = {"batch_size": 1, "learning_rate": 5e-3}

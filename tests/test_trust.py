@@ -11,8 +11,8 @@ from conftest import ROOT
 
 import apply_model
 from data import trust
+from data.evaluate import write_review
 from data.files import InputError, read_json
-from data.summary import write_review
 from utilities import load_checkpoint
 
 

@@ -21,8 +21,8 @@ from matplotlib.colors import to_rgb
 from nibabel.affines import apply_affine
 from PIL import Image
 
+import visualize_3d as exports
 import visualize_3d as v
-from data import exports
 from data.files import InputError
 from data.pictures import LABEL_COLOURS, TRUTH_COLOUR
 from data.volumes import Volume
@@ -764,7 +764,7 @@ def test_a_full_disk_leaves_nothing_behind(results, tmp_path):
 import resource, signal, sys
 from pathlib import Path
 import visualize_3d as v
-from data import exports
+import visualize_3d as exports
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 v.HTML_TRIANGLES = 2000

@@ -33,13 +33,13 @@ from data.files import InputError
 from data.volumes import (
     VOLUME_SUFFIXES,
     Volume,
+    allocate,
     form_codes,
     list_data_files,
     list_slabs,
     read_file,
     write_slabs,
 )
-from data.voxel_files import allocate
 
 SECRET = "DOE^JANE"
 AXES = [

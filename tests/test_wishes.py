@@ -17,11 +17,11 @@ import apply_model
 import prepare
 import train
 import utilities
-from data.cases import read_volume
-from data.descriptions import read_prepared
 from data.files import InputError, read_json
-from data.pieces import find_body
+from data.scans import read_volume
 from data.settings import check_settings
+from data.splits import read_prepared
+from data.volumes import find_body
 from utilities import SliceBySlice, build_network, load_checkpoint
 
 ARGUMENTS = {"in_channels": 1, "out_channels": 2, "base_channels": 16, "input_size": (32, 32, 32)}
