@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from apply_model import clean, find_doubts, trim_by_hu
 from data import evaluate as evaluation
+from data.check import judge_hu
 from data.datasets import pair_truths
 from data.evaluate import (
     describe_values,
@@ -226,6 +227,21 @@ def test_implausible_livers_are_reported():
     assert "expected 500 to 4000" in doubt(small)[0]
     assert ["upper end" in text for text in doubt(right[:, :, :20], 20)] == [True]
     assert doubt(0 * right) == ["no liver found"]
+
+
+def test_scans_that_are_no_ct_are_reported():
+    ct = np.random.default_rng(0).choice([-1000, -100, 50], (32, 32, 32)).astype(np.int16)
+    assert judge_hu(ct, ct.dtype) == []
+    for array, kind, told in (
+        (ct.astype(np.uint8), "hu", "8 bits"),
+        (ct // 10, "hu", "too narrow"),
+        (ct * 0 + 7, "hu", "every voxel is 7"),
+        (ct + 1024, "hu", "no fat or air"),
+        (np.where(ct < -500, 400, ct), "air", "no air near"),
+        (np.full((8, 8, 8), np.nan), "hu", "finite"),
+    ):
+        ((found, text),) = judge_hu(array, array.dtype)
+        assert found == kind and told in text
 
 
 def test_measurements_in_units():
