@@ -622,7 +622,10 @@ def main(config: Config) -> None:
         for folder, volume in zip(("imagesTr", "labelsTr"), pair, strict=True):
             volume.write(config.destination / folder / name)
     about = {"name": "Bodies", "description": "Synthetic abdominal CT of no patient"}
-    record = about | {"modality": {"0": "CT"}, "labels": LABELS["liver"]}
+    record = about | {
+        "modality": {"0": "CT"},
+        "labels": dict(zip("012", LABELS["liver"], strict=True)),
+    }
     write_json(record, config.destination / "dataset.json")
 
 

@@ -25,21 +25,13 @@ from scipy.ndimage import binary_erosion
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
-from data.datasets import describe_truths, find_labels, name_scans, pair_by_name
+from data.datasets import describe_truths, find_labels, name_scans, pair_truths
 from data.files import InputError, atomic_write, read_record, write_csv, write_json
-from data.labels import (
-    BACKGROUND,
-    IGNORED,
-    USUAL_LABELS,
-    Description,
-    Labels,
-    find_values,
-    is_tumour,
-)
+from data.labels import BACKGROUND, IGNORED, USUAL_LABELS, Description, find_values, is_tumour
 from data.pictures import class_colour, save_figure
 from data.scans import read_label_map, read_volume
 from data.settings import Classes, command_line, show_progress
-from data.volumes import Volume, enclose, find_bounding_box, name_case
+from data.volumes import Volume, enclose, find_bounding_box
 
 FIGURES = {  # metric → which of its values is the worst; the order is that of the tables
     "dice": "low", "iou": "low", "precision": "low", "recall": "low", "specificity": "low",
@@ -54,10 +46,7 @@ PANELS = {  # unit → metrics that are drawn in it
 }
 NSD_MM = 2.0  # tolerance of the normalised surface Dice
 LESION_OVERLAP = 0.1  # a lesion is found if the other mask covers this fraction of it
-LESION_SIZES = {  # diameters in mm
-    "": (0, math.inf), "_0_to_10_mm": (0, 10), "_10_to_20_mm": (10, 20),
-    "_from_20_mm": (20, math.inf),
-}  # fmt: skip
+LESION_SIZES = {"_0_to_10_mm": (0, 10), "_10_to_20_mm": (10, 20), "_from_20_mm": (20, math.inf)}
 WORST_SHOWN = 3  # cases named, and previews in worst.png
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet runs a text that begins so
 UNLISTED = ("files", "classes", "trust_image_grid", "mark")  # of a record: for programs alone
@@ -103,11 +92,7 @@ def nan_mean(values: Iterable[float]) -> float:
     return float(np.mean(known)) if known else math.nan
 
 
-# ---------------------------------------------------------------------------------------
 # Metrics of one patient: class indices on one grid
-# ---------------------------------------------------------------------------------------
-
-
 def measure(classes: Volume, scan: Volume, names: Sequence[str]) -> dict[str, float | None]:
     """Return volume in ml, mean and SD of HU, and extent in mm along x, y, z (RAS) of each class.
 
@@ -213,6 +198,7 @@ def score_lesions(predicted: np.ndarray, truth: np.ndarray, grid: Volume) -> dic
     """
     (sizes, found), (_, right) = group_lesions(truth, predicted), group_lesions(predicted, truth)
     row: dict[str, Any] = {"lesions_predicted": len(right), "lesions_right": int(right.sum())}
+    row |= {"lesions": len(found), "lesions_found": int(found.sum())}
     row["lesion_recall"] = divide(int(found.sum()), len(found))
     row["lesion_precision"] = divide(int(right.sum()), len(right))
     diameters = np.cbrt(6 / np.pi * 1000 * sizes * grid.voxel_ml)
@@ -230,18 +216,16 @@ def group_lesions(mask: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.n
     return sizes, covered >= LESION_OVERLAP * sizes
 
 
-# ---------------------------------------------------------------------------------------
 # Tables and pictures of all patients
-# ---------------------------------------------------------------------------------------
-
-
 def report(
     rows: Sequence[dict[str, Any]], names: Sequence[str], folder: Path, weights: str = ""
 ) -> None:
-    """Write results.csv and results.json; of the evaluated rows summary.json and summary.png.
+    """Write results.csv and .json; of rows of the networks `weights` with a truth the summary.
 
-    Only rows of the networks `weights` count in the summary, which is printed as well.
+    worst.png stacks the previews of the cases with the lowest Dice of the first class.
     """
+    from matplotlib.image import imread, imsave
+
     write_table(rows, folder / "results.csv")
     write_json(rows, folder / "results.json")
     same = [row for row in rows if row.get("truth") and row.get("weights", "") == weights]
@@ -250,7 +234,15 @@ def report(
         write_json(summary | {"weights": weights}, folder / "summary.json")
         save_figure(draw_summary(evaluated, names), folder / "summary.png")
         print_summary(summary, names)
-        show_worst(evaluated, names[0], folder)
+        known = [row for row in evaluated if row[f"{names[0]}_dice"] is not None]
+        worst = [row["case"] for row in sorted(known, key=lambda row: row[f"{names[0]}_dice"])]
+        previews = [folder / case / f"{case}_preview.png" for case in worst]
+        if shown := [path for path in previews if path.exists()][:WORST_SHOWN]:
+            with atomic_write(folder / "worst.png") as temporary:
+                imsave(temporary, np.vstack([imread(path) for path in shown]))
+            print(
+                f"look first at {folder / 'worst.png'}: {', '.join(p.parent.name for p in shown)}"
+            )
 
 
 def summarise(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
@@ -289,7 +281,7 @@ def describe_values(values: dict[str, float], worst: str) -> dict[str, Any]:
 
 
 def print_summary(summary: dict[str, Any], names: Sequence[str]) -> None:
-    """Print the metrics that are reported most, in columns, then empty cases and lesions."""
+    """Print the metrics that are reported most; counts of lesions and of cases without a class."""
     print(f"{'':<28} {'mean ± SD':>16} {'median':>9} {'worst':>9} {'n':>4}  worst case")
     for name, figure in itertools.product(names, PRINTED):
         if (got := summary[name][figure])["n"]:
@@ -297,13 +289,10 @@ def print_summary(summary: dict[str, Any], names: Sequence[str]) -> None:
             print(f"{f'{name} {figure}':<28} {mean:>16} {got['median']:>9.3f}", end=" ")
             print(f"{got['worst']:>9.3f} {got['n']:>4}  {got['worst_case']}")
     for name in names:
-        empty, got = summary[name]["empty"], summary[name].get("lesions")
-        if any(empty.values()):
-            print(f"{name}: absent in {empty['both']}, falsely found in {empty['truth']}", end=", ")
-            print(f"missed in {empty['prediction']} patients; n counts defined metrics alone")
-        if got:
-            print(f"{name}: {got['lesions_found']} of {got['lesions']} lesions found", end=", ")
-            print(f"{got['lesions_right']} of {got['lesions_predicted']} findings right")
+        counts = {f"empty in {key}": n for key, n in summary[name]["empty"].items() if n}
+        counts |= summary[name].get("lesions", {})
+        if counts:
+            print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in counts.items()))
 
 
 def draw_summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Any:
@@ -369,19 +358,6 @@ def write_table(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     write_csv(table, path)
 
 
-def show_worst(rows: Sequence[dict[str, Any]], name: str, folder: Path) -> None:
-    """Write worst.png: the previews of the cases with the lowest Dice, the worst on top."""
-    from matplotlib.image import imread, imsave
-
-    known = [row for row in rows if row[f"{name}_dice"] is not None]
-    known.sort(key=lambda row: row[f"{name}_dice"])
-    paths = [folder / row["case"] / f"{row['case']}_preview.png" for row in known]
-    if shown := [path for path in paths if path.exists()][:WORST_SHOWN]:
-        with atomic_write(folder / "worst.png") as temporary:
-            imsave(temporary, np.vstack([imread(path) for path in shown]))
-        print(f"look first at {folder / 'worst.png'}: {', '.join(p.parent.name for p in shown)}")
-
-
 def do_each(cases: Sequence[T], name: Callable[[T], str], do: Callable[[T], Any]) -> list[str]:
     """Do every case, whatever happens to the others; return a line for each that failed.
 
@@ -394,8 +370,10 @@ def do_each(cases: Sequence[T], name: Callable[[T], str], do: Callable[[T], Any]
         except Exception as error:
             if os.environ.get("LIVER_DEBUG"):
                 traceback.print_exc()
-            known = isinstance(error, InputError)
-            failed.append(str(error) if known else f"{name(case)}: {type(error).__name__}: {error}")
+            kind = (
+                "" if isinstance(error, InputError) else f"{name(case)}: {type(error).__name__}: "
+            )
+            failed.append(f"{kind}{error}")
             if len(cases) > 1:
                 tqdm.write(f"{name(case)}: failed, the others go on")
     return failed
@@ -408,11 +386,7 @@ def refuse_failures(failed: Sequence[str], count: int, what: str) -> None:
         raise InputError("\n".join([*lines, *dict.fromkeys(failed)]))
 
 
-# ---------------------------------------------------------------------------------------
 # Run as a script: label maps of any program
-# ---------------------------------------------------------------------------------------
-
-
 @dataclass
 class Config:
     """Which label maps are compared, what their values mean, and where the tables go."""
@@ -446,18 +420,15 @@ def main(config: Config) -> None:
 
 def find_pairs(config: Config) -> list[tuple[str, Path, Path]]:
     """Return (case, prediction, truth) of two files, or of two folders by names."""
-    if not config.predictions.is_dir() and not config.truths.is_dir():
-        return [(name_case(config.predictions), config.predictions, config.truths)]
-    predictions, truths = find_labels(config.predictions), find_labels(config.truths)
-    pairs = list(zip(predictions, pair_by_name(predictions, truths), strict=True))
-    left = [path for path, truth in pairs if truth is None]
-    left += [truth for truth in truths if truth not in dict(pairs).values()]
-    if left:
-        print(f"{len(left)} files without a partner of the same name, such as {left[0]}; left out")
+    predictions = find_labels(config.predictions)
+    truths = pair_truths(predictions, [config.truths])
+    if config.truths.is_dir() and (unused := set(find_labels(config.truths)) - set(truths)):
+        print(f"{len(unused)} truths without prediction, such as {min(unused)}; not evaluated")
     names = name_scans(predictions, config.predictions)
     if all(path.name == f"{path.parent.name}_label.nii.gz" for path in predictions):
         names = [path.parent.name for path in predictions]  # results of apply_model.py
-    return [(n, p, t) for n, (p, t) in zip(names, pairs, strict=True) if t is not None]
+    pairs = zip(names, predictions, truths, strict=True)
+    return [(name, path, truth) for name, path, truth in pairs if truth is not None]
 
 
 def evaluate_files(prediction: Path, truth: Path, config: Config) -> dict[str, Any]:
@@ -491,16 +462,16 @@ def evaluate_files(prediction: Path, truth: Path, config: Config) -> dict[str, A
     return row
 
 
-def find_class_values(asked: Mapping[str, Sequence[str]], declared: Labels, setting: str) -> Labels:
+def find_class_values(
+    asked: Mapping[str, Sequence[str]], declared: Mapping[str, Any], setting: str
+) -> dict[str, tuple[int, ...]]:
     """Return class name → raw values, background first, of class name → values or names."""
-    classes: Labels = {BACKGROUND: (0,)} if asked else {}
-    for name, words in asked.items():
-        numbers = {word: (int(word),) for word in words if word.isdigit()}
-        classes[name] = find_values(words, declared | numbers, setting)
-        if not name or 0 in classes[name]:
-            told = f"{name}={','.join(words)}"
-            raise InputError(f"{setting} {told}: give a name and values other than 0 (background)")
-    return classes
+    numbers = {word: (int(word),) for words in asked.values() for word in words if word.isdigit()}
+    known = {**declared, **numbers}
+    classes = {name: find_values(words, known, setting) for name, words in asked.items()}
+    if "" in classes or any(0 in values for values in classes.values()):
+        raise InputError(f"{setting}: each class needs a name and values other than 0 (background)")
+    return {BACKGROUND: (0,), **classes} if classes else {}
 
 
 if __name__ == "__main__":

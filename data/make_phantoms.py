@@ -41,14 +41,10 @@ class Config:
     slices: tuple[int, int] = (40, 72)  # fewest and most slices
     tumours: tuple[int, int] = (0, 4)  # fewest and most tumours in a liver
     organ: Literal["liver", "spleen"] = "liver"  # organ of the label map
-    compress: bool = True  # .nii.gz; --no-compress writes .nii
 
 
 # The atlas: HU and reference millimetres (x right, y front, z head)
-LABELS = {
-    "liver": {"0": "background", "1": "liver", "2": "tumour"},
-    "spleen": {"0": "background", "1": "spleen"},
-}
+LABELS = {"liver": ("background", "liver", "tumour"), "spleen": ("background", "spleen")}
 ORIENTATIONS = ("RAS", "LAS", "LPS", "oblique")  # case i takes number i modulo 4
 AIR, GAS, LUNG, TABLE, FAT, WATER, SOFT = -1000, -900, -850, -150, -100, 10, 40
 MUSCLE, DISC, SPONGY, BONE = 55, 85, 190, 320
@@ -437,25 +433,21 @@ def main(config: Config) -> None:
         told = f"--size {config.size} --first {config.first} --cases {config.cases}"
         raise InputError(f"{told}: must be at least 16, 0 and 1")
     for index in show_progress(range(config.first, config.first + config.cases), unit="phantom"):
-        name = f"phantom_{index:03d}.nii" + ".gz" * config.compress
-        image, label = make_phantom(index, config)
-        image.write(config.destination / "imagesTr" / name)
-        label.write(config.destination / "labelsTr" / name)
+        for folder, volume in zip(
+            ("imagesTr", "labelsTr"), make_phantom(index, config), strict=True
+        ):
+            volume.write(config.destination / folder / f"phantom_{index:03d}.nii.gz")
     names = sorted(path.name for path in (config.destination / "labelsTr").glob("[!.]*.nii*"))
     record = {
         "name": "Phantoms",
         "description": "Synthetic abdominal CT of no patient, made by make_phantoms.py",
-        "tensorImageSize": "3D",
         "modality": {"0": "CT"},
-        "labels": LABELS[config.organ],
+        "labels": {str(value): name for value, name in enumerate(LABELS[config.organ])},
         "numTraining": len(names),
-        "numTest": 0,
         "training": [{"image": f"./imagesTr/{n}", "label": f"./labelsTr/{n}"} for n in names],
-        "test": [],
     }
     write_json(record, config.destination / "dataset.json")  # lists cases of earlier calls too
-    print(f"{config.destination}: {config.cases} cases written, dataset.json lists all in it")
-    print(f"next: python prepare.py {config.destination}")
+    print(f"{config.cases} cases written; next: python prepare.py {config.destination}")
 
 
 if __name__ == "__main__":

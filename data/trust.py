@@ -1,8 +1,7 @@
 """Estimate the Dice of a label map without a reference: one number, one word, where to look first.
 
-The expected Dice comes from the network's probabilities, calibrated on scans that were degraded on
-purpose, and from how far the organ's volume lies from those of the training patients. Its
-validation and its limits: `docs/trust.md`.
+It comes from the network's probabilities, calibrated on scans that were degraded on purpose, and
+from the organ's volume. Its validation and its limits: `docs/trust.md`.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ class Evidence:
     @property
     def row(self) -> dict[str, Any]:
         """Return the columns of a case's row; slices are counted from 1, as in pictures."""
-        dice, number = round(self.expected_dice, 3), self.slice + 1
-        return {"expected_dice": dice, "trust": self.word, "least_sure_slice": number}
+        dice = {"expected_dice": round(self.expected_dice, 3), "trust": self.word}
+        return dice | {"least_sure_slice": self.slice + 1}
 
 
 def weigh_scores(

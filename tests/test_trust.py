@@ -6,11 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 import apply_model
 from data import trust
-from data.files import read_json
 from utilities import load_checkpoint
 
 
@@ -115,13 +113,3 @@ def test_results_list_the_least_sure_case_first(
         rows = list(csv.DictReader(file))
     assert [(row["case"], row["trust"]) for row in rows] == [(unsure, "distrust"), (sure, "good")]
     assert all((tmp_path / row["picture"]).is_file() for row in rows)
-
-
-def test_the_figures_of_the_page_are_those_of_the_benchmark():
-    result = read_json(ROOT / "benchmarks" / "results" / "trust.json")
-    page = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
-    used = {"offset": trust.OFFSET, "steadiness": trust.STEADINESS, "volume": trust.VOLUME}
-    assert result["weights_in_use"] == used
-    for figures in result["groups"].values():
-        assert f"{figures['spearman']:.2f}" in page
-        assert f"{figures['mean_absolute_error']:.3f}" in page
