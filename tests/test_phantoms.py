@@ -81,10 +81,8 @@ def test_tumours_are_dark_inside_the_liver_and_as_many_as_asked_for() -> None:
         image, label = make_phantom(index, replace(SMALL, tumours=(2, 2), size=96))
         hu, tumour = image.data, label.data == 2
         assert hu[tumour].mean() < hu[label.data == 1].mean() - 15
-        near = [np.roll(tumour, step, axis) for axis in range(3) for step in (-1, 1)]
-        rim = np.any(near, axis=0) & ~tumour
-        assert (label.data[rim] == 1).mean() > 0.6
-        assert not (make_phantom(index, replace(SMALL, tumours=(0, 0)))[1].data == 2).any()
+        healthy = make_phantom(index, replace(SMALL, tumours=(0, 0), size=96))[1].data
+        assert healthy.max() == 1 and np.array_equal(healthy > 0, label.data > 0)
 
 
 @pytest.mark.parametrize(

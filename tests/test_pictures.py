@@ -73,7 +73,7 @@ def test_a_preview_shows_each_class_and_the_voxels_in_doubt(tmp_path):
 def test_ignored_voxels_are_not_outlined_and_choose_no_slice():
     image, label = np.zeros((32, 32, 16), np.float32), np.zeros((32, 32, 16), np.uint8)
     label[8:20, 8:20, 3] = 1
-    label[:, :, 9:] = IGNORED
+    label[:, :, 9:] = label[24:, :, 3] = IGNORED
     figure = draw_planes({IMAGE: image, LABEL: label}, ["liver"], "case")
     assert figure.axes[0].get_title() == "axial, slice 4 of 16"
     assert sum(len(axes.collections) for axes in figure.axes[3:]) == 6  # slice 4, six times
