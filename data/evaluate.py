@@ -49,7 +49,7 @@ LESION_OVERLAP = 0.1  # a lesion is found if the other mask covers this fraction
 LESION_SIZES = {"_0_to_10_mm": (0, 10), "_10_to_20_mm": (10, 20), "_from_20_mm": (20, math.inf)}
 WORST_SHOWN = 3  # cases named, and previews in worst.png
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet runs a text that begins so
-UNLISTED = ("files", "classes", "trust_image_grid", "mark")  # of a record: for programs alone
+UNLISTED = ("files", "classes", "trust_image_grid")  # of a record: for programs alone
 
 T = TypeVar("T")
 

@@ -133,7 +133,7 @@ def test_mhd_raw_changed(built, segment, tmp_path):
     (built / "decathlon/imagesTr/scan.raw").write_bytes((built / "other.raw").read_bytes())
     assert np.array_equal(read_scan(built / "scan.mhd").ras.data, field_patient(0)[0])
     second = segment(built / "scan.mhd")
-    assert first["scan"]["fingerprint"] != second["scan"]["fingerprint"]
+    assert first["scan"]["mark"] != second["scan"]["mark"]
     segment(built / "scan.mhd", out="fresh")
     after = label_of(tmp_path / "results", "scan")
     assert np.array_equal(after, label_of(tmp_path / "fresh", "scan"))

@@ -76,9 +76,9 @@ def test_the_spleen_is_on_the_left_and_as_bright_as_the_liver() -> None:
         assert abs(hu[0] - hu[1]) < 20
 
 
-def test_tumours_are_dark_inside_the_liver_and_as_many_as_asked_for() -> None:
+def test_tumours_are_dark_and_inside_the_liver() -> None:
     for index in range(3):
-        image, label = make_phantom(index, replace(SMALL, tumours=(2, 2), size=96))
+        image, label = make_phantom(index, replace(SMALL, tumours=(4, 4), size=96))
         hu, tumour = image.data, label.data == 2
         assert hu[tumour].mean() < hu[label.data == 1].mean() - 15
         healthy = make_phantom(index, replace(SMALL, tumours=(0, 0), size=96))[1].data
