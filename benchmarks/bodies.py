@@ -29,36 +29,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script
 
+import data.make_phantoms as atlas
 from data.files import write_json
-from data.make_phantoms import (
-    AIR,
-    ALONG,
-    CAVITY_MM,
-    CAVITY_Y,
-    FAT,
-    GAS,
-    HALF_DEPTH,
-    HALF_WIDTH,
-    LABELS,
-    LIVER_BOX,
-    SOFT,
-    SPINE,
-    VERTEBRA,
-    VERTEBRAE,
-    WATER,
-    Canvas,
-    Layers,
-    Patient,
-    Shape,
-    cavity,
-    draw_patient,
-    draw_waves,
-    ellipsoid,
-    paint_patient,
-    ribs,
-    table,
-    tube,
-)
+from data.make_phantoms import ALONG, GAS, SPINE, Layers, Shape, cavity, draw_waves, ellipsoid, tube
 from data.volumes import Volume
 
 
@@ -108,14 +81,14 @@ def draw_hu(rng: np.random.Generator) -> dict[str, float]:
             hu[name] = hu["liver"] + float(rng.uniform(-12, 12))
     hu["muscle"] = float(rng.uniform(35, 75))
     hu["wall"] = float(rng.uniform(0.6, 1.0) * hu["gland"] + rng.uniform(-5, 25))
-    hu["fat"] = float(FAT + rng.uniform(-15, 12))
+    hu["fat"] = float(atlas.FAT + rng.uniform(-15, 12))
     hu["lung"] = float(rng.uniform(-900, -720))
     hu["bone"], hu["spongy"] = float(rng.uniform(220, 480)), float(rng.uniform(100, 240))
     hu["bile"] = float(rng.choice([rng.uniform(-2, 25), rng.uniform(20, 110)], p=[0.85, 0.15]))
     return hu
 
 
-def draw_body(rng: np.random.Generator) -> tuple[Patient, float, np.ndarray]:
+def draw_body(rng: np.random.Generator) -> tuple[atlas.Patient, float, np.ndarray]:
     """The patient, mm from cavity to skin, and (n, 3) points of the liver in reference mm."""
     hu = draw_hu(rng)
     dome, top = draw_dome(rng)
@@ -139,7 +112,7 @@ def draw_body(rng: np.random.Generator) -> tuple[Patient, float, np.ndarray]:
     bend = [draw_waves(rng, 5, (150, 350), rng.uniform(2, 8), 3)]
     bend += [draw_waves(rng, 4, (60, 140), rng.uniform(0.5, 2.5), 3)]
     layers = [("liver", liver, hu["liver"]), *inner]
-    return Patient(np.vstack(bend), behind, layers, front, skin), skin, points[depth < 0]
+    return atlas.Patient(np.vstack(bend), behind, layers, front, skin), skin, points[depth < 0]
 
 
 # The organs: each function draws one anew
@@ -281,16 +254,16 @@ def draw_bones(rng: np.random.Generator, hu: dict[str, float], skin: float) -> L
         hip = jitter(rng, (side * 84, -20, -400), (56, 66, 84), 8, 0.1)
         wing = hip.without(hip.grown(-7)).within(Shape(lambda x, y, z: y))
         bones += [("psoas", psoas, hu["muscle"]), ("hip", wing, hu["bone"])]
-    for centre, radii, above, value in VERTEBRAE:
+    for centre, radii, above, value in atlas.VERTEBRAE:
         value = hu["spongy"] if value == 190 else hu["bone"] if value == 320 else value
-        cycle = Shape(lambda *p, end=above: 6 * (np.cos(p[2] * (2 * np.pi / VERTEBRA)) - end))
+        cycle = Shape(lambda *p, end=above: 6 * (np.cos(p[2] * (2 * np.pi / atlas.VERTEBRA)) - end))
         bones.append(("spine", ellipsoid(centre, radii).within(cycle), value))
     if rng.random() < 0.7:  # the pillars of the diaphragm
         for side in (1, -1):
             crus = tube((side * 14, -36, -20), (side * 18, -44, -150), *rng.uniform(4, 11, 2))
             bones.append(("crus", crus, hu["muscle"]))
     if rng.random() < 0.15:  # arms beside the body
-        out = HALF_WIDTH + skin + 45
+        out = atlas.HALF_WIDTH + skin + 45
         for side in (1, -1):
             at = np.array([side * out, rng.uniform(-40, 50), 0])
             for radius, value in ((42, hu["fat"]), (34, hu["muscle"]), (11, hu["bone"])):
@@ -305,28 +278,31 @@ def draw_trunk(rng: np.random.Generator, hu: dict[str, float]) -> tuple[Layers, 
 
     @Shape
     def muscle(x, y, z):
-        depth, flank = np.clip((CAVITY_Y - y) * (1 / HALF_DEPTH), 0, 1.2), (x * (1 / 80)) ** 2
+        depth, flank = (
+            np.clip((atlas.CAVITY_Y - y) * (1 / atlas.HALF_DEPTH), 0, 1.2),
+            (x * (1 / 80)) ** 2,
+        )
         level = cavity.level(x, y, z)
         return level - np.float32(wall) - np.float32(back) * depth * depth / (1 + flank * flank)
 
     @Shape
     def skin(x, y, z):
-        side = (y - CAVITY_Y) * np.float32(1 / HALF_DEPTH)
+        side = (y - atlas.CAVITY_Y) * np.float32(1 / atlas.HALF_DEPTH)
         share = 1 + np.float32(behind_fat) * np.clip(-side, 0, 1)
         return muscle.level(x, y, z) - fat * (share + np.float32(front_fat) * np.clip(side, 0, 1))
 
     layers: Layers = []
     if rng.random() < 0.9:
         drop = float(np.float32(wall + back + fat * (1 + behind_fat) - 28 + rng.uniform(0, 8)))
-        layers.append(("table", Shape(lambda x, y, z: table.level(x, y + drop, z)),
+        layers.append(("table", Shape(lambda x, y, z: atlas.table.level(x, y + drop, z)),
                        float(rng.uniform(-700, 150))))  # fmt: skip
-    layers += [("skin", skin, SOFT), ("fat", skin.grown(-2.5), hu["fat"])]
+    layers += [("skin", skin, atlas.SOFT), ("fat", skin.grown(-2.5), hu["fat"])]
     layers += [("muscle", muscle, hu["muscle"])]
     sheet = muscle.grown(-rng.uniform(2, 6)).without(cavity.grown(rng.uniform(2, 5)))
     if rng.random() < 0.5:  # fat between the layers of the wall
         layers.append(("fat", sheet, float(hu["fat"] * rng.uniform(0.3, 0.9))))
     layers.append(("fat", cavity, hu["fat"] + float(rng.uniform(0, 25))))
-    layers.append(("ribs", Shape(ribs.level, np.array([-np.inf, -np.inf, -185])), hu["bone"]))
+    layers.append(("ribs", Shape(atlas.ribs.level, np.array([-np.inf, -np.inf, -185])), hu["bone"]))
     bones = draw_bones(rng, hu, wall + fat)
     return layers + bones, float(wall + fat * (1 + max(behind_fat, front_fat)))
 
@@ -339,7 +315,7 @@ def draw_chest(rng: np.random.Generator, hu: dict[str, float], dome: Shape) -> L
     layers: Layers = [("lung", lung, hu["lung"])]
     for side in (1, -1) * 7:
         end = rng.uniform((60, -70, -70), (120, 70, 70)) * (side, 1, 1)
-        layers.append(("chest", tube((side * 25, -10, 50), end, 6, 1).within(lung), SOFT))
+        layers.append(("chest", tube((side * 25, -10, 50), end, 6, 1).within(lung), atlas.SOFT))
     if rng.random() < 0.25:  # fluid or collapsed lung at the back
         level, tilt = float(rng.uniform(-80, -20)), float(rng.uniform(-0.2, 0.3))
         half = float(rng.choice([-1, 1]))
@@ -446,7 +422,7 @@ def draw_kidneys(rng: np.random.Generator, hu: dict[str, float]) -> Layers:
             pyramid = ellipsoid(centre + (-side * step * 0.25, 0, step), (15, 14, 9))
             layers.append(("kidney", pyramid, hu["medulla"]))
         sinus = ellipsoid(centre + (-side * 14, 4, 0), (15, 9, 20))
-        layers.append(("fat", sinus, float(rng.choice([hu["fat"], WATER, hu["medulla"]]))))
+        layers.append(("fat", sinus, float(rng.choice([hu["fat"], atlas.WATER, hu["medulla"]]))))
         if rng.random() < 0.3:
             size = rng.uniform(8, 26) if rng.random() < 0.7 else rng.uniform(26, 55)
             place = centre + rng.uniform((-20, -15, -50), (20, 25, 50))
@@ -496,7 +472,7 @@ def draw_grid(rng: np.random.Generator, config: Config, skin: float):
     """Shape (Z, Y, X) and the affine from voxels (X, Y, Z) to reference mm of one random scan."""
     scale = rng.uniform(0.86, 1.12) * rng.uniform((0.94, 0.86, 0.8), (1.08, 1.18, 1.08))
     width, depth = (
-        (2 * (half + skin)) * s for half, s in ((HALF_WIDTH, scale[0]), (105, scale[1]))
+        (2 * (half + skin)) * s for half, s in ((atlas.HALF_WIDTH, scale[0]), (105, scale[1]))
     )
     margin = rng.uniform(-50, -10) if rng.random() < 0.12 else rng.uniform(0, 60)  # cut, or air
     top, bottom = rng.uniform(5, 170), rng.uniform(-420, -190)
@@ -514,9 +490,9 @@ def draw_grid(rng: np.random.Generator, config: Config, skin: float):
     return tuple(shape[::-1].tolist()), np.diag([*(1 / scale), 1]) @ affine
 
 
-def scan(rng: np.random.Generator, patient: Patient, shape, to_reference: np.ndarray):
+def scan(rng: np.random.Generator, patient: atlas.Patient, shape, to_reference: np.ndarray):
     """Return image int16 and label uint8, (Z, Y, X): painted, uneven, blurred and noisy."""
-    hu, label = paint_patient(patient, shape, to_reference)
+    hu, label = atlas.paint_patient(patient, shape, to_reference)
     soft = (hu > -150) & (hu < 300)
     for voxels, most in ((4, 7), (1.5, 12)):  # tissue is nowhere even
         field = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), voxels)
@@ -530,7 +506,7 @@ def scan(rng: np.random.Generator, patient: Patient, shape, to_reference: np.nda
         noise = gaussian_filter(noise, (0, kernel, kernel))
     hu += noise * np.float32(np.exp(rng.uniform(np.log(2), np.log(32))) / noise.std())
     hu += np.float32(rng.normal(0, 4))
-    return np.maximum(np.rint(hu), AIR - 24).astype(np.int16), label
+    return np.maximum(np.rint(hu), atlas.AIR - 24).astype(np.int16), label
 
 
 def make_body(index: int, config: Config) -> tuple[Volume, Volume]:
@@ -554,7 +530,7 @@ def paint_around(path: Path, index: int, config: Config) -> tuple[Volume, Volume
     rng, half = np.random.default_rng([config.seed, index]), config.step // 2
     given = nib.load(path).slicer[half :: config.step, half :: config.step]
     mask = np.asanyarray(given.dataobj).T > 0
-    patient = draw_patient(rng)
+    patient = atlas.draw_patient(rng)
     to_reference, points = place_around(mask, given.affine)
     waves = np.cos(points @ patient.bend[:, :3].T + patient.bend[:, 3])
     centres, liver_hu = points + waves @ patient.bend[:, 4:], patient.liver[0][2]
@@ -567,7 +543,7 @@ def paint_around(path: Path, index: int, config: Config) -> tuple[Volume, Volume
     for z, share in enumerate(shares):
         to_fine = np.diag([step, step, 1.0, 1.0])
         to_fine[:3, 3] = ((step - 1) / 2, (step - 1) / 2, z)  # the centre of a coarse voxel
-        canvas = Canvas((1, *share.shape), to_reference @ to_fine, patient.bend)
+        canvas = atlas.Canvas((1, *share.shape), to_reference @ to_fine, patient.bend)
         for _, part, value in patient.behind + patient.front:
             canvas.paint(part, value)
         canvas.hu += share * (liver_hu - canvas.hu)
@@ -579,7 +555,7 @@ def paint_around(path: Path, index: int, config: Config) -> tuple[Volume, Volume
         hu[z], label[z] = fine, mask[z] * np.maximum(tumours, 1)
     noise = gaussian_filter(rng.standard_normal(hu.shape, dtype=np.float32), (0, 0.8, 0.8))
     hu += noise * np.float32(rng.uniform(8, 17) / noise.std())
-    image = np.maximum(np.rint(hu), AIR - 24).astype(np.int16)
+    image = np.maximum(np.rint(hu), atlas.AIR - 24).astype(np.int16)
     header = given.header
     return Volume(image.T, given.affine, header=header), Volume(
         label.T, given.affine, header=header
@@ -599,14 +575,14 @@ def place_around(mask: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.n
     points = apply_affine(affine, voxels)
     low, high = points.min(0), points.max(0)
     middle = (low + high) / 2
-    scale = np.maximum(high - low, 20) / np.diff(LIVER_BOX, axis=0)[0]
+    scale = np.maximum(high - low, 20) / np.diff(atlas.LIVER_BOX, axis=0)[0]
     scale[2] = np.clip(scale[2], 0.7 * scale[0], 1.4 * scale[0])  # a liver may be cut by the scan
     if points[:, 0].mean() < middle[0] - 5:
         scale[0] *= -1
     fit = np.diag([*(1 / scale), 1])
-    fit[:3, 3] = LIVER_BOX.mean(0) - middle / scale
-    fit[2, 3] = LIVER_BOX[1, 2] - high[2] / scale[2]  # its top is the dome
-    reach = cavity.level(*apply_affine(fit, points).T).max() / CAVITY_MM
+    fit[:3, 3] = atlas.LIVER_BOX.mean(0) - middle / scale
+    fit[2, 3] = atlas.LIVER_BOX[1, 2] - high[2] / scale[2]  # its top is the dome
+    reach = cavity.level(*apply_affine(fit, points).T).max() / atlas.CAVITY_MM
     fit = np.diag([1 / (1 + max(0, reach)), 1 / (1 + max(0, reach)), 1, 1]) @ fit  # ribs outside
     return fit @ affine, apply_affine(fit, points)
 
@@ -624,7 +600,7 @@ def main(config: Config) -> None:
     about = {"name": "Bodies", "description": "Synthetic abdominal CT of no patient"}
     record = about | {
         "modality": {"0": "CT"},
-        "labels": dict(zip("012", LABELS["liver"], strict=True)),
+        "labels": dict(zip("012", atlas.LABELS["liver"], strict=True)),
     }
     write_json(record, config.destination / "dataset.json")
 
