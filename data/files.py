@@ -286,10 +286,12 @@ def list_below(folder: Path, exclude: Path | None = None) -> list[Path]:
     return files
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A record that an earlier run kept; empty where there is none that can be used."""
+def read_record(path: Path, mark: Any = None) -> dict[str, Any] | None:
+    """Return the JSON object at `path` whose "mark" equals `mark` (None: any record); else None."""
     try:
-        content = read_signed(path)
+        content = read_json(path)
     except InputError:
-        return {}
-    return content if "fingerprint" in content else {}
+        return None
+    if not isinstance(content, dict) or not {"mark", "fingerprint"} & content.keys():
+        return None
+    return content if mark is None or content.get("mark") == mark else None

@@ -77,7 +77,7 @@ def draw_plane(
     axes.imshow(grey, cmap="gray", vmin=window[0], vmax=window[1], aspect=up / across)
     for colour, mask in (outlines or {}).items():
         flat = picture(mask)
-        if flat.any() and not flat.all():
+        if flat.any() and not flat.all() and min(flat.shape) > 1:  # a line has no outline
             # contours keep three numbers for each pixel: of those around the mask only
             box = [slice(max(b.start - 1, 0), b.stop + 1) for b in find_bounding_box(flat)]
             ys, xs = (np.arange(size)[part] for size, part in zip(flat.shape, box, strict=True))
