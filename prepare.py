@@ -91,7 +91,7 @@ from data.check import (
 from data.datasets import Case
 from data.files import InputError, lock_folder, read_record, write_json
 from data.labels import IMAGE, LABEL, as_plain
-from data.scans import list_cuts, mark_undrawn, restore_label, stamp_inputs
+from data.scans import list_cuts, mark_undrawn, stamp_inputs
 from data.settings import check_settings, show_progress
 from data.splits import (
     PREPARED_SCHEMA,
@@ -102,7 +102,7 @@ from data.splits import (
     seeded,
     split_patients,
 )
-from data.volumes import AIR_HU, BODY_HU, Volume, enclose, find_body, find_bounding_box
+from data.volumes import AIR_HU, BODY_HU, Volume, find_body, find_bounding_box
 
 CUT = 4  # of the sub-volumes: what an earlier version of this file cut is cut again
 UNFINISHED = ".prepare_unfinished"  # folder of the cases that are being cut
@@ -223,7 +223,7 @@ def cut_case(record: Record, config: Config, terms: Terms) -> Record:
         return known
     name, size = record["case"], config.subvolume_depth or record["slices"]
     try:
-        scan, label = read_pair(Path(record[IMAGE]), restore_label(record[LABEL]), terms)
+        scan, label = read_pair(record, terms)
         frame = choose_frame(scan, label.data, config)
         marked = mark_undrawn(label.data, 0, record["drawn_slice"], terms.label_every)
         outline = replace(label, data=marked)
@@ -264,11 +264,12 @@ def choose_frame(scan: Volume, outline: np.ndarray, config: Config) -> tuple[sli
     """Return the in-plane box (RAS) to keep: all, or the body and whatever is annotated."""
     if config.subvolume_depth and not config.crop_to_body:
         return slice(None), slice(None)
-    annotated = np.asarray((outline > 0).any(axis=2))
+    kept = np.asarray((outline > 0).any(axis=2))
     if config.subvolume_depth:
-        return enclose(find_body(scan), find_bounding_box(annotated))
-    body = np.any([annotated, (scan.ras.data > BODY_HU).any(axis=2)], axis=0)
-    return find_bounding_box(body) if body.any() else (slice(None), slice(None))
+        kept[find_body(scan)] = True
+    else:
+        kept |= (scan.ras.data > BODY_HU).any(axis=2)
+    return find_bounding_box(kept) if kept.any() else (slice(None), slice(None))
 
 
 def write_piece(piece: Volume, key: str, entry: Record, folder: Path, config: Config) -> Record:

@@ -37,7 +37,7 @@ from data.labels import (
     list_values,
 )
 from data.pictures import PLANES, choose_hu_window, find_busiest_slice, save_figure, show_patient
-from data.scans import Masks, describe_label, read_label_map, read_scan
+from data.scans import describe_label, read_label_map, read_scan, restore_label
 from data.settings import command_line, show_progress
 from data.volumes import Volume, find_bounding_box
 
@@ -160,7 +160,7 @@ def check_case(case: Case, terms: Terms, folder: Path) -> dict[str, Any]:
     record |= {IMAGE: str(case.image), LABEL: describe_label(case.label)}
     figure = None
     try:
-        figure = None if findings else inspect_case(case, terms, record)
+        figure = None if findings else inspect_case(record, terms)
     except Exception as error:
         findings.append(describe_fault(error))
     if figure:
@@ -177,13 +177,12 @@ def describe_fault(error: Exception) -> Finding:
     return "unreadable", f"{type(error).__name__}: {error}"
 
 
-def inspect_case(case: Case, terms: Terms, record: dict[str, Any]) -> Any:
+def inspect_case(record: dict[str, Any], terms: Terms) -> Any:
     """Add grid, voxel counts and findings to `record`; return the picture of the case.
 
     `record["slice_sums"]`, the checksums of its slices, is there if the case was read to its end.
     """
-    assert case.image and case.label
-    scan, label = read_pair(case.image, case.label, terms)
+    scan, label = read_pair(record, terms)
     hu, outline, findings = scan.ras.data, label.data, record["findings"]
     record["shape"], record["orientation"] = list(scan.shape), scan.axcodes
     record["spacing_mm"] = [round(step, 6) for step in scan.spacing_mm]
@@ -213,16 +212,16 @@ def inspect_case(case: Case, terms: Terms, record: dict[str, Any]) -> Any:
     record["hu_range"] = [round(float(low)), round(float(high))]
     record["foreground_voxels"] = sum(voxels.get(value, 0) for value in terms.foreground)
     record["voxels_per_label"] = {str(value): number for value, number in voxels.items()}
-    figure = draw_overlay(case.name, scan.ras, outline, (x * step, y * step, z), terms.labels)
+    figure = draw_overlay(record["case"], scan.ras, outline, (x * step, y * step, z), terms.labels)
     record["slice_sums"] = sum_slices(coarse)
     return figure
 
 
-def read_pair(image: Path, label_map: Path | Masks, terms: Terms) -> tuple[Volume, Volume]:
+def read_pair(record: dict[str, Any], terms: Terms) -> tuple[Volume, Volume]:
     """Return a scan and its label map (RAS, of the smallest type, slice by slice in memory)."""
-    scan = read_scan(image)
+    scan = read_scan(Path(record[IMAGE]))
     how: dict[str, Any] = {"trust_grid": terms.trust_grid, "ignore": terms.ignore}
-    label = read_label_map(label_map, scan, terms.labels, **how)
+    label = read_label_map(restore_label(record[LABEL]), scan, terms.labels, **how)
     kind = np.min_scalar_type(max(list_raw_values(label, terms)))
     return scan, replace(label.ras, data=np.asfortranarray(label.ras.data, kind))
 

@@ -85,10 +85,10 @@ def test_nothing_is_cut_by_check_only(raw, tmp_path):
 def test_whatever_a_case_raises_the_others_are_done(fault, stage, raw, monkeypatch, capsys):
     real = check.read_pair
 
-    def broken(image, *given):
-        if "case_1" in str(image):
+    def broken(record, terms):
+        if record["case"] == "case_1":
             raise fault
-        return real(image, *given)
+        return real(record, terms)
 
     monkeypatch.setattr(stage, "read_pair", broken)
     with pytest.raises(InputError, match="1 of 3 cases have errors"):
