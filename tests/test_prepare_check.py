@@ -159,8 +159,8 @@ def test_six_real_cases_raise_no_alarm(tmp_path, real_ct):
 AWKWARD = {  # file → part of the one message; None: read, and no CT of a liver for another reason
     "5D_small.nii": "one 3D volume, got shape (1, 2, 3, 1, 3)",
     "functional.nii": "one 3D volume, got shape (17, 21, 3, 20)",
-    "nifti1.hdr": "nifti1.img is missing",
-    "not-nifti.nii": "not a readable NIfTI",
+    "nifti1.hdr": "nifti1.img",
+    "not-nifti.nii": "not-nifti.nii: ",
     "alireza_case2_bigendian_f32.nii": "",
     "niivue_CT_pitch.nii.gz": "8 bits cannot hold HU",
 }
