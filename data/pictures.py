@@ -131,7 +131,7 @@ def draw_outlines(axes: Any, truth: np.ndarray | None, found: np.ndarray | None)
     for value in range(1, 0 if found is None else int(found.max()) + 1):
         outlines[class_colour(value)] = outlines.get(class_colour(value), False) | (found == value)
     for colour, mask in outlines.items():
-        if mask.any() and not mask.all():
+        if mask.any() and not mask.all() and min(mask.shape) > 1:  # a line has no outline
             # contours keep three numbers for each pixel: of those around the mask only
             box = [slice(max(b.start - 1, 0), b.stop + 1) for b in find_bounding_box(mask)]
             ys, xs = (np.arange(size)[part] for size, part in zip(mask.shape, box, strict=True))

@@ -139,7 +139,6 @@ def test_mhd_raw_changed(built, segment, tmp_path):
     assert np.array_equal(after, label_of(tmp_path / "fresh", "scan"))
     assert not np.array_equal(after, before)
     two = run(built / "decathlon", **ALONE)
-    assert one["cases"][0]["fingerprint"] != two["cases"][0]["fingerprint"]
     sums = [[entry["image_crc32"] for entry in d["subvolumes"]] for d in (one, two)]
     assert sums[0] != sums[1]
 
