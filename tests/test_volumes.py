@@ -33,12 +33,9 @@ from data.files import InputError
 from data.volumes import (
     VOLUME_SUFFIXES,
     Volume,
-    allocate,
-    form_codes,
-    list_data_files,
+    list_parts,
     list_slabs,
     read_file,
-    write_slabs,
 )
 
 SECRET = "DOE^JANE"
@@ -295,9 +292,9 @@ def test_a_pair_is_read_by_either_name(tmp_path: Path, kind, packed: bool, upper
         volume = read_file(path)
         assert np.array_equal(volume.read(), make_array())
         assert np.allclose(volume.affine, theirs.affine)
-        assert {file.name.lower()[:5] for file in list_data_files(path)} == {"a.hdr", "a.img"}
+        assert {file.name.lower()[:5] for file in list_parts(path)} == {"a.hdr", "a.img"}
         assert bool(volume.notes) == (kind is nib.AnalyzeImage)
-    for file, word in zip(list_data_files(path)[::-1], ("header without", "no such"), strict=True):
+    for file, word in zip(list_parts(path)[::-1], ("header without", "no such"), strict=True):
         file.unlink()
         with pytest.raises(InputError, match=f"{word}|voxels without header"):
             read_file(tmp_path / path.name.replace("img", "hdr").replace("IMG", "HDR"))
@@ -307,7 +304,7 @@ def test_the_matrix_file_beside_an_analyze_pair_is_read_and_listed(tmp_path: Pat
     nib.Spm99AnalyzeImage(make_array(), AFFINE).to_filename(tmp_path / "a.img")
     volume = read_file(tmp_path / "a.img")
     assert np.allclose(volume.affine, AFFINE)
-    assert {file.name for file in list_data_files(tmp_path / "a.hdr")} == {
+    assert {file.name for file in list_parts(tmp_path / "a.hdr")} == {
         "a.hdr",
         "a.img",
         "a.mat",
@@ -450,7 +447,7 @@ def test_itk_files_are_read_as_itk_reads_them(tmp_path: Path, ending: str, compr
             tmp_path / f"{dtype}{ending}", make_array(dtype), random_affine(seed), compress
         )
         assert_same_as_itk(path)
-        assert len(list_data_files(path)) == (2 if ending in (".mhd", ".nhdr") else 1)
+        assert len(list_parts(path)) == (2 if ending in (".mhd", ".nhdr") else 1)
     for number, (order, signs) in enumerate(AXES[::3]):
         affine = random_affine(1, shuffle=False)
         affine[:3, :3] = affine[:3, :3] @ np.eye(3)[list(order)] * signs
@@ -508,7 +505,7 @@ def test_spellings_of_nrrd(tmp_path: Path, lines: str) -> None:
     lines = f"{lines}\ndata file: a.raw".strip()
     path = write_nrrd(tmp_path / "b.nhdr", BIG, lines, b"")
     assert_same_as_itk(path)
-    assert list_data_files(path) == [path, tmp_path / "a.raw"]
+    assert list_parts(path) == [path, tmp_path / "a.raw"]
 
 
 def test_nrrd_with_a_fourth_axis_of_one_and_without_directions(tmp_path: Path) -> None:
