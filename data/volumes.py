@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -33,30 +33,25 @@ FARTHEST_MM = 1e5  # of the first voxel from the origin; beyond, float32 is too 
 TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS mm ↔ LPS mm, as ITK and DICOM have them
 SLAB = 16  # slices that are resampled at a time: they stay in the processor's cache
 CHUNK = 2**20
-DATA_OFFSET = 352  # bytes before the voxels of a NIfTI-1 file
 GEOMETRY = ("qform", "quatern", "qoffset", "sform", "srow", "xyzt")  # names of fields begin so
 UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units & 7: unknown, metre, mm, micron
 FORMS_APART = 0.5  # voxels between the positions by sform and by qform that deserve a note
-NUMBERS = r"([-+\d.eE]+( +|$)){3,}"
-ITK_VALUES = {  # keys → form of their values; on others SimpleITK guesses, crashes or reads on
-    "NDims": r"[3-7]", "dimension": r"[3-7]",
-    "DimSize": r"([1-9]\d{0,5}( +|$)){3,}", "sizes": r"([1-9]\d{0,5}( +|$)){3,}",
-    "CompressedData": r"(?i)true|false", "encoding": r"raw|gz|gzip",
-    "HeaderSize": r"-1|\d+", "byte skip": r"-1|\d+",
+NUMBERS = r"(none +)*\(?([-+\d.eE]+[(), ]+){2,}[-+\d.eE]+\)?( +none)*"  # three or more
+ITK_VALUES = {  # key → form of its value; on others SimpleITK guesses, crashes or reads on
+    "NDims": "[3-7]", "DimSize": r"([1-9]\d{0,5}( +|$)){3,}", "HeaderSize": r"-1|\d+",
+    "ElementSpacing": NUMBERS, "Offset": NUMBERS, "TransformMatrix": NUMBERS,
+    "CompressedData": "(?i)true|false|raw|gz|gzip", "space units": '("mm"|"millimeter"| )+',
+    "space": "(?i)(left-posterior|right-anterior|left-anterior)-superior|lps|ras|las",
     "ElementToIntensityFunctionSlope": r"1(\.0*)?", "ElementToIntensityFunctionOffset": r"0(\.0*)?",
-    "ElementSpacing": NUMBERS, "Offset": NUMBERS, "TransformMatrix": NUMBERS, "spacings": NUMBERS,
-    "space directions": r"(none *)*(\([-+\d.eE ,]+\) *){3}(none *)*", "space origin": r"\([-+\d.eE ,]+\)",
-    "space": r"(?i)(left-posterior|right-anterior|left-anterior)-superior|lps|ras|las",
-    "space units": r'("mm"|"millimeter"| )+',
 }  # fmt: skip
-ITK_NAMES = {
-    "Position": "Offset", "Origin": "Offset", "Rotation": "TransformMatrix", "datafile": "data file",
-    "Orientation": "TransformMatrix", "ElementSize": "ElementSpacing",
+ITK_NAMES = {  # other names for the same, NRRD's too
+    "dimension": "NDims", "sizes": "DimSize", "byte skip": "HeaderSize", "line skip": "HeaderSize",
+    "spacings": "ElementSpacing", "ElementSize": "ElementSpacing", "encoding": "CompressedData",
+    "Position": "Offset", "Origin": "Offset", "space origin": "Offset",
+    "Rotation": "TransformMatrix", "Orientation": "TransformMatrix",
+    "space directions": "TransformMatrix", "data file": "ElementDataFile",
+    "datafile": "ElementDataFile",
 }  # fmt: skip
-ITK_GEOMETRY = (  # of a MetaImage, of a NRRD
-    ("ElementSpacing", "Offset", "TransformMatrix"), ("space directions", "space origin", "space"),
-)  # fmt: skip
-ITK_TURN = {"TransformMatrix", "space directions", "space"}  # without them: no orientation
 Box = tuple[slice, ...]  # part of a volume: first voxel and the one behind the last, by axis
 
 
@@ -75,7 +70,11 @@ class Volume:
     convert: Callable[[np.ndarray], np.ndarray] | None = None  # of each array that is read
 
     def __post_init__(self) -> None:
-        affine, fault, bad = np.asarray(self.affine, float), "", 0
+        if set(self.shape[3:]) == {1}:  # one volume
+            object.__setattr__(self, "data", self.data.reshape(self.shape[:3], order="F"))
+        if not self.dtype.isnative:
+            object.__setattr__(self, "data", self.data.astype(self.dtype.newbyteorder("=")))
+        affine, fault, odd = np.asarray(self.affine, float), "", 0
         sound = affine.shape == (4, 4) and np.abs(affine).max() < 1e100  # False for NaN
         sound = sound and np.allclose(affine[3], [0, 0, 0, 1])
         spacing = nib.affines.voxel_sizes(affine) if sound else np.zeros(3)
@@ -88,19 +87,11 @@ class Volume:
         elif not LEAST_MM <= spacing.min() <= spacing.max() <= MOST_MM:
             fault = f"spacing must be {LEAST_MM} to {MOST_MM} mm, got {spacing}; correct its unit"
         elif np.abs(affine[:3, 3]).max() > FARTHEST_MM:
-            fault = (
-                f"its origin {affine[:3, 3]} is over {FARTHEST_MM:g} mm away; correct the header"
-            )
-        elif self.dtype.kind == "f" and (bad := sum(np.sum(~np.isfinite(p)) for p in self.data.T)):
-            fault = (
-                f"{bad} voxels are NaN or infinite; convert it again, every voxel needs a number"
-            )
+            fault = f"its origin must be within {FARTHEST_MM:g} mm, got {affine[:3, 3]}; correct it"
+        elif self.dtype.kind == "f" and (odd := sum(np.sum(~np.isfinite(p)) for p in self.data.T)):
+            fault = f"{odd} voxels are NaN or infinite, expected numbers; convert it again"
         if fault:
-            raise InputError(f"{self.name}: {fault}", kind="nan" if bad else "unreadable")
-        if not self.dtype.isnative:
-            object.__setattr__(self, "data", self.data.astype(self.dtype.newbyteorder("=")))
-
-    # -- grid
+            raise InputError(f"{self.name}: {fault}", kind="nan" if odd else "unreadable")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -144,8 +135,6 @@ class Volume:
         """Affine that the volume has once its axes run R, A, S."""
         return self.affine @ inv_ornt_aff(self.orientation, self.shape)
 
-    # -- voxels
-
     def read(self) -> np.ndarray:
         """Return all voxels (X, Y, Z) in the stored axes, converted."""
         return self.convert(self.data) if self.convert else self.data
@@ -162,8 +151,6 @@ class Volume:
         for first, last in wanted:
             slab = array[:, :, first:last]
             yield first, self.convert(slab) if self.convert else slab
-
-    # -- other volumes on this grid
 
     def like(self, array: np.ndarray) -> Volume:
         """Return `array`, in the stored axes, on exactly this grid: shape, affine, form codes."""
@@ -183,8 +170,6 @@ class Volume:
         moved = self.affine @ nib.affines.from_matvec(steps, corner)
         return replace(self, data=self.read()[tuple(box)], affine=moved, header=None, convert=None)
 
-    # -- files
-
     def to_nibabel(self, slope: float = 1.0) -> nib.Nifti1Image:
         """Return a NIfTI-1 image on this grid; readers multiply its stored numbers by `slope`."""
         array, header = self.read(), nib.Nifti1Header()
@@ -196,14 +181,15 @@ class Volume:
                 header[key] = self.header[key]  # no other: texts may identify a patient
             header["pixdim"][:4] = self.header["pixdim"][:4]
         image = nib.Nifti1Image(array, header.get_best_affine(), header, dtype=array.dtype)
-        image.header["vox_offset"] = DATA_OFFSET
+        image.header["vox_offset"] = header.single_vox_offset
         image.header.set_slope_inter(slope, 0)
         return image
 
     def write(self, path: Path, slope: float = 1.0) -> int:
         """Write `.nii` or `.nii.gz` whole or not at all; return the file's CRC-32."""
         with atomic_write(path) as temporary:
-            return write_nifti(self.to_nibabel(slope), temporary)
+            write_nifti(self.to_nibabel(slope), temporary)
+            return isal_zlib.crc32(temporary.read_bytes())
 
     def write_checked(self, path: Path, slope: float = 1.0) -> None:
         """`write`, and keep the file only if it is read back with this grid and these voxels."""
@@ -211,13 +197,10 @@ class Volume:
         with atomic_write(path) as temporary:
             write_nifti(image, temporary)
             found, planes = read_nifti(temporary, scaled=False), np.asanyarray(image.dataobj).T
-            same = {
-                "affine": np.allclose(found.affine, self.affine, rtol=0, atol=1e-4),
-                "header": found.header.binaryblock == image.header.binaryblock,
-                "voxels": all(map(np.array_equal, found.data.T, planes)),
-            }
-            if wrong := [what for what, equal in same.items() if not equal]:
-                raise InputError(f"{path}: {', '.join(wrong)} changed in writing; nothing was kept")
+            same = np.allclose(found.affine, self.affine, rtol=0, atol=1e-4)
+            same = same and found.header.binaryblock == image.header.binaryblock
+            if not (same and all(map(np.array_equal, found.data.T, planes))):
+                raise InputError(f"{path}: grid or voxels changed in writing; choose another disk")
 
 
 def name_case(path: Path) -> str:
@@ -228,110 +211,92 @@ def name_case(path: Path) -> str:
 
 def keep_volumes(files: Sequence[Path]) -> list[Path]:
     """Return the volume files among some, a header and its voxels once."""
-    there = {re.sub(r"\.gz$", "", str(file).lower()) for file in files}
+    heads = {file: re.sub(r"(?i)\.img(\.gz)?$", ".hdr", str(file)) for file in files}
+    there = {str(file).lower().removesuffix(".gz") for file in files}
     volumes = [file for file in files if file.name.lower().endswith(VOLUME_SUFFIXES)]
-    pair = re.compile(r"(.*)\.img(\.gz)?", re.IGNORECASE | re.DOTALL)
-    twins = {f: f"{match[1]}.hdr".lower() for f in volumes if (match := pair.fullmatch(str(f)))}
-    return [file for file in volumes if twins.get(file) not in there]
+    return [f for f in volumes if heads[f] == str(f) or heads[f].lower() not in there]
 
 
 def list_parts(path: Path) -> list[Path]:
-    """Return the files that reading a volume file reads: the header, then the voxels.
-
-    Raises InputError where a part is missing or lies outside the header's folder.
-    """
+    """Return the files that reading a volume file reads: header, voxels, SPM's affine."""
     parts = [path]
     if re.search(r"(?i)\.(hdr|img)(\.gz)?$", path.name):
         files = nib.Spm99AnalyzeImage.filespec_to_file_map(path)
-        head, voxels, affine = (Path(str(files[k].filename)) for k in ("header", "image", "mat"))
-        parts = [head, voxels, *([affine] if affine.is_file() else [])]
+        parts = [Path(str(files[key].filename)) for key in ("header", "image", "mat")]
     elif path.name.lower().endswith(ITK_SUFFIXES):
-        values, _ = read_itk_header(path)
-        name = values.get("ElementDataFile") or values.get("data file") or values.get("datafile")
-        if name and name.upper() != "LOCAL":
-            inside = PureWindowsPath(name)
-            if inside.drive or inside.root or ".." in inside.parts or re.search("^LIST|%", name):
-                raise InputError(
-                    f"{path}: its voxels must be in one file in its folder, got {name!r}; move or "
-                    "join them"
-                )
-            parts.append(path.parent / name)
-    for part in parts:
-        if not part.is_file():
-            raise InputError(f"{path}: {part.name} is missing; get header and voxels")
-    return parts
+        name = read_itk_header(path)[0].get("ElementDataFile", "LOCAL")
+        if re.search(r"^LIST|%|:|^[/\\]|\.\.", name):
+            what = f"its voxels must be in one file in its folder, got {name!r}; move or join them"
+            raise InputError(f"{path}: {what}")
+        parts += [path.parent / name] if name.upper() != "LOCAL" else []
+    if missing := [part.name for part in parts[:2] if not part.is_file()]:
+        raise InputError(f"{path}: {missing[0]} is missing; get header and voxels")
+    return [part for part in parts if part.is_file()]
 
 
 def read_file(path: Path) -> Volume:
     """Read a NIfTI, Analyze, MetaImage or NRRD file. Raises InputError for anything else."""
-    ending = "".join(path.suffixes[-2:])
+    name, known = path.name.lower(), ", ".join(VOLUME_SUFFIXES)
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path")
-    if not path.name.lower().endswith(VOLUME_SUFFIXES):
-        known = ", ".join(VOLUME_SUFFIXES)
-        raise InputError(f"{path}: the ending must be one of {known}, got {ending!r}; convert it")
+    if not name.endswith(VOLUME_SUFFIXES):
+        raise InputError(f"{path}: the ending must be one of {known}; unpack or convert it first")
     try:
-        return read_itk(path) if ending.lower().endswith(ITK_SUFFIXES) else read_nifti(path)
+        return read_itk(path) if name.endswith(ITK_SUFFIXES) else read_nifti(path)
     except (InputError, PermissionError):
         raise
     except MemoryError as error:
         raise InputError(f"{path}: does not fit into the memory; free some or crop it") from error
     except Exception as error:  # a library raises whatever a damaged file leads it to
-        raise InputError(
-            f"{path}: cannot be read ({error}); the file is cut off, damaged or of another kind, "
-            "download or convert it again"
-        ) from error
+        what = f"{path}: cannot be read ({error}); the file is cut off, damaged or of another kind"
+        raise InputError(f"{what}, download or convert it again") from error
 
 
 def read_nifti(path: Path, scaled: bool = True) -> Volume:
     """Read a NIfTI file, or a NIfTI or Analyze pair by either name; unscaled if not `scaled`."""
     head, data = (list_parts(path) * 2)[:2]
-    with open_stream(head) as stream:
-        block = stream.read(540)
-    with nib.imageglobals.ErrorLevel(21), nib.imageglobals.LoggingOutputSuppressor():
+    with (
+        open_stream(head) as stream, nib.imageglobals.ErrorLevel(21),
+        nib.imageglobals.LoggingOutputSuppressor(),
+    ):  # fmt: skip
         image: Any = nib.load(head)
-    header, proxy, notes = image.header, image.dataobj, []
+        header = type(image.header).from_fileobj(stream, check=False)
+    proxy, affine, oriented, notes = image.dataobj, image.affine, False, []
     if isinstance(header, nib.Nifti1Header):
-        header = type(header)(block[: header.sizeof_hdr], check=False)  # which nibabel mended
         header["pixdim"][0] = header["pixdim"][0] or 1  # by the standard
         header.check_fix(error_level=1)
-        if (unit := UNIT_MM.get(int(header["xyzt_units"]) & 7)) is None:
-            raise ValueError(f"its header has xyzt_units {header['xyzt_units']}")
+        unit = UNIT_MM.get(int(header["xyzt_units"]) & 7)
+        if unit is None or (head == data and proxy.offset < header.single_vox_offset):
+            raise ValueError(f"its header has unit {unit} and data offset {proxy.offset}")
+        affine = np.diag([unit, unit, unit, 1.0]) @ header.get_best_affine()
+        oriented = bool(header["qform_code"] or header["sform_code"])
         if header["qform_code"] and header["sform_code"]:
             corners = np.reshape(np.meshgrid(*([0, n - 1] for n in image.shape[:3]), 1), (4, -1))
             gap = np.linalg.norm((header.get_sform() - header.get_qform()) @ corners, axis=0).max()
             if not (apart := gap / header["pixdim"][1:4].min()) <= FORMS_APART:
                 notes.append(f"sform and qform disagree by {apart:.3g} voxels; the sform is used")
-        affine = np.diag([unit, unit, unit, 1.0]) @ header.get_best_affine()
-        oriented = bool(header["qform_code"] or header["sform_code"])
     else:
-        header, affine, oriented = None, image.affine, False
+        header = None
         notes.append("an Analyze header has no left and right; the usual orientation is taken")
-    if head == data and proxy.offset < header.single_vox_offset:
-        raise ValueError(f"its header has the data offset {proxy.offset}")
     array = read_voxels(data, proxy.shape, proxy.dtype, proxy.offset)
     if scaled and (proxy.slope, proxy.inter) != (1, 0):
-        with np.errstate(over="ignore", invalid="ignore"):  # `Volume` refuses what is not finite
-            array = array.astype(np.float32) * np.float32(proxy.slope)
-            array += np.float32(proxy.inter)
+        array = array.astype(np.float32) * np.float32(proxy.slope)
+        array += np.float32(proxy.inter)
     return Volume(array, affine, str(path), header, oriented, tuple(notes))
 
 
 def open_stream(path: Path) -> Any:
     """Open a file for reading, decompressed where its name ends in .gz."""
-    file, zipped = path.open("rb"), path.name.lower().endswith(".gz")
-    if zipped == (file.peek(2)[:2] == b"\x1f\x8b"):
-        return igzip.open(file, "rb") if zipped else file
-    file.close()
-    name = path.name[:-3] if zipped else f"{path.name}.gz"
-    raise InputError(f"{path}: its content does not match its name; rename it {name}")
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    if zipped != path.name.lower().endswith(".gz"):
+        name = f"{path.name}.gz" if zipped else path.name[:-3]
+        raise InputError(f"{path}: its content does not match its name; rename it {name}")
+    return igzip.open(path, "rb") if zipped else path.open("rb")  # 3 times as fast as gzip
 
 
 def read_voxels(file: Path, shape: Sequence[int], dtype: np.dtype, offset: int) -> np.ndarray:
-    """Return the voxels that a header announces; ValueError unless the file holds exactly them.
-
-    The file is read to its end, so that gzip compares its checksum. Zeros may follow the voxels.
-    """
+    """Return the voxels that a header announces, once the file is read to its end and checked."""
     count = math.prod(shape) * dtype.itemsize
     with open_stream(file) as stream:
         stream.read(offset)
@@ -341,15 +306,11 @@ def read_voxels(file: Path, shape: Sequence[int], dtype: np.dtype, offset: int) 
                 raise ValueError(f"it goes on behind the {count} bytes that its header announces")
     if len(content) != count:
         raise ValueError(f"{count - len(content)} of {count} bytes are missing")
-    array = np.frombuffer(content, dtype).reshape(shape, order="F")
-    return array.reshape(shape[:3], order="F") if set(shape[3:]) == {1} else array
+    return np.frombuffer(content, dtype).reshape(shape, order="F")
 
 
 def read_itk_header(path: Path) -> tuple[dict[str, str], int]:
-    """Return key → value of a MetaImage or NRRD header, and its length in bytes.
-
-    Raises ValueError for values that SimpleITK does not read as they look.
-    """
+    """Return key → value of a MetaImage or NRRD header, and its length; ValueError if unsound."""
     with path.open("rb") as file:
         raw = file.read(CHUNK)
     end = rb"\n\r?\n" if raw.startswith(b"NRRD") else rb"(?m)^ElementDataFile *=.*(\n|\Z)"
@@ -371,54 +332,41 @@ def read_itk(path: Path) -> Volume:
 
     sitk.ProcessObject.GlobalWarningDisplayOff()
     (values, length), file = read_itk_header(path), list_parts(path)[-1]
-    nrrd = path.name.lower().endswith(("nrrd", "nhdr"))
-    with file.open("rb") as stream:
-        stream.seek(length if file == path else 0)
-        content = stream.read()
-    if values.get("encoding", "raw") != "raw" or values.get("CompressedData", "").lower() == "true":
+    content = file.read_bytes()[length if file == path else 0 :]
+    if values.get("CompressedData", "raw").lower() not in ("raw", "false"):
         inflate = zlib.decompressobj(47)  # zlib or gzip; SimpleITK compares no checksum
         content = inflate.decompress(content)
         if not inflate.eof or inflate.unused_data:
             raise ValueError("its compressed stream is cut off or goes on behind its end")
-    count, size = len(content), values["sizes" if nrrd else "DimSize"].split()
-    if (
-        len(size) != int(values["dimension" if nrrd else "NDims"])
-        or math.prod(map(int, size)) > count
-    ):
-        raise ValueError(f"its header announces {' × '.join(size)} voxels, {count} bytes follow")
-    del content
+    count, size = len(content), [int(number) for number in values["DimSize"].split()]
+    if len(size) != int(values["NDims"]) or math.prod(size) > count:
+        raise ValueError(f"its header announces {size} voxels, {count} bytes follow")
+    del content  # SimpleITK needs the memory
+    nrrd = path.name.lower().endswith(("nrrd", "nhdr"))
     image = sitk.ReadImage(str(path), imageIO="NrrdImageIO" if nrrd else "MetaImageIO")
     array = sitk.GetArrayViewFromImage(image).T.copy(order="F")
-    lead = {values.get(key, "0") for key in ("HeaderSize", "byte skip", "line skip")} != {"0"}
-    if array.nbytes != count and not (lead and array.nbytes < count):
+    most = count if values.get("HeaderSize", "0") == "0" else array.nbytes
+    if not most <= array.nbytes <= count or image.GetNumberOfComponentsPerPixel() != 1:
         raise ValueError(f"its header announces {array.nbytes} bytes, {count} follow")
-    if set(array.shape[3:]) == {1} and image.GetNumberOfComponentsPerPixel() == 1:
-        array = array.reshape(array.shape[:3], order="F")
     axes = image.GetDimension()
     turn = np.reshape(image.GetDirection(), (axes, axes))[:3, :3] * image.GetSpacing()[:3]
     affine = TO_LPS @ nib.affines.from_matvec(turn, image.GetOrigin()[:3])
-    missing = sorted(set(ITK_GEOMETRY[nrrd]) - values.keys())
+    needed = {"Offset", "TransformMatrix", "space" if nrrd else "ElementSpacing"}
+    missing = sorted(needed - values.keys())
     notes = (f"the header gives no {', '.join(missing)}; the usual is taken",) if missing else ()
-    return Volume(array, affine, str(path), None, not set(missing) & ITK_TURN, notes)
+    oriented = not {"TransformMatrix", "space"} & set(missing)
+    return Volume(array, affine, str(path), None, oriented, notes)
 
 
-def write_nifti(image: nib.Nifti1Image, path: Path) -> int:
-    """Write an image, by isal at level 1 if the name ends in .gz; return the file's CRC-32.
-
-    The same image gives the same bytes.
-    """
+def write_nifti(image: nib.Nifti1Image, path: Path) -> None:
+    """Write an image, gzipped if the name ends in .gz; the same image gives the same bytes."""
     with contextlib.ExitStack() as stack:
         stream: Any = stack.enter_context(path.open("wb"))
-        if path.suffix == ".gz":  # no name and no time in the file
+        if path.suffix == ".gz":  # without name and time
             stream = stack.enter_context(igzip.IGzipFile("", "wb", 1, stream, mtime=0))
-        stream.write(image.header.binaryblock.ljust(DATA_OFFSET, b"\0"))
+        stream.write(image.header.binaryblock.ljust(image.header.single_vox_offset, b"\0"))
         for plane in np.asanyarray(image.dataobj).T:
             stream.write(plane.tobytes())
-    checksum = 0
-    with path.open("rb") as file:
-        while part := file.read(CHUNK):
-            checksum = isal_zlib.crc32(part, checksum)
-    return checksum
 
 
 def write_masked(scan: Volume, label: Volume, background: int, path: Path) -> None:
@@ -441,10 +389,7 @@ def find_bounding_box(mask: np.ndarray) -> Box:
     box = [slice(0, size) for size in mask.shape]
     for axis in reversed(range(mask.ndim)):  # each axis looks at what the ones before left
         others = tuple(other for other in range(mask.ndim) if other != axis)
-        part = mask[tuple(box)]
-        turned = tuple(other for other in others if part.strides[other] < 0)
-        # read in the order in which it is stored: 10 times faster
-        used = np.flatnonzero(np.flip(part, turned).any(axis=others))
+        used = np.flatnonzero(mask[tuple(box)].any(axis=others))
         box[axis] = slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 0)
     return tuple(box)
 
@@ -452,17 +397,12 @@ def find_bounding_box(mask: np.ndarray) -> Box:
 def enclose(*boxes: Box) -> Box:
     """Return the smallest box around some boxes; those of no voxels are left out."""
     full = [box for box in boxes if all(part.stop > part.start for part in box)] or boxes[:1]
-    return tuple(
-        slice(min(part.start for part in parts), max(part.stop for part in parts))
-        for parts in zip(*full, strict=True)
-    )
+    axes = zip(*full, strict=True)
+    return tuple(slice(min(b.start for b in axis), max(b.stop for b in axis)) for axis in axes)
 
 
 def mask_body(scan: Volume) -> Volume:
-    """Return the mask of the patient in a CT on a coarse RAS grid, without table and air.
-
-    It is the largest thing denser than BODY_HU, looked at every 3 mm, along z every 5 mm.
-    """
+    """Return the mask of the largest thing denser than BODY_HU, on a RAS grid of 3 × 3 × 5 mm."""
     steps = [max(1, round(mm / s)) for mm, s in zip((3, 3, 5), scan.ras.spacing_mm, strict=True)]
     coarse = scan.ras.crop([slice(None, None, step) for step in steps])
     solid = ndimage.binary_opening(coarse.data > BODY_HU, np.ones((3, 3, 1)))  # tables are thin
