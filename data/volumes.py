@@ -35,7 +35,6 @@ SLAB = 16  # slices that are resampled at a time: they stay in the processor's c
 CHUNK = 2**20
 GEOMETRY = ("qform", "quatern", "qoffset", "sform", "srow", "xyzt")  # names of fields begin so
 UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units & 7: unknown, metre, mm, micron
-FORMS_APART = 0.5  # voxels between the positions by sform and by qform that deserve a note
 NUMBERS = r"(none +)*\(?([-+\d.eE]+[(), ]+){2,}[-+\d.eE]+\)?( +none)*"  # three or more
 ITK_VALUES = {  # key → form of its value; on others SimpleITK guesses, crashes or reads on
     "NDims": "[3-7]", "DimSize": r"([1-9]\d{0,5}( +|$)){3,}", "HeaderSize": r"-1|\d+",
@@ -48,9 +47,8 @@ ITK_NAMES = {  # other names for the same, NRRD's too
     "dimension": "NDims", "sizes": "DimSize", "byte skip": "HeaderSize", "line skip": "HeaderSize",
     "spacings": "ElementSpacing", "ElementSize": "ElementSpacing", "encoding": "CompressedData",
     "Position": "Offset", "Origin": "Offset", "space origin": "Offset",
-    "Rotation": "TransformMatrix", "Orientation": "TransformMatrix",
+    "Rotation": "TransformMatrix", "Orientation": "TransformMatrix", "datafile": "ElementDataFile",
     "space directions": "TransformMatrix", "data file": "ElementDataFile",
-    "datafile": "ElementDataFile",
 }  # fmt: skip
 Box = tuple[slice, ...]  # part of a volume: first voxel and the one behind the last, by axis
 
@@ -75,7 +73,7 @@ class Volume:
         if not self.dtype.isnative:
             object.__setattr__(self, "data", self.data.astype(self.dtype.newbyteorder("=")))
         affine, fault, odd = np.asarray(self.affine, float), "", 0
-        sound = affine.shape == (4, 4) and np.abs(affine).max() < 1e100  # False for NaN
+        sound = affine.shape == (4, 4) and np.isfinite(affine).all()
         sound = sound and np.allclose(affine[3], [0, 0, 0, 1])
         spacing = nib.affines.voxel_sizes(affine) if sound else np.zeros(3)
         if len(self.shape) != 3 or 0 in self.shape:
@@ -172,9 +170,8 @@ class Volume:
 
     def to_nibabel(self, slope: float = 1.0) -> nib.Nifti1Image:
         """Return a NIfTI-1 image on this grid; readers multiply its stored numbers by `slope`."""
-        array, header = self.read(), nib.Nifti1Header()
-        header.set_sform(self.affine, 2)
-        header.set_qform(self.affine, 0)
+        array = self.read()
+        header = nib.Nifti1Image(np.empty(self.shape, np.uint8), self.affine).header
         header.set_xyzt_units("mm")
         if self.header is not None:
             for key in (key for key in header if key.startswith(GEOMETRY)):
@@ -185,22 +182,29 @@ class Volume:
         image.header.set_slope_inter(slope, 0)
         return image
 
-    def write(self, path: Path, slope: float = 1.0) -> int:
+    def write(self, path: Path, slope: float = 1.0, check: bool = False) -> int:
         """Write `.nii` or `.nii.gz` whole or not at all; return the file's CRC-32."""
+        image = self.to_nibabel(slope)
+        header, planes = image.header, np.asanyarray(image.dataobj).T
         with atomic_write(path) as temporary:
-            write_nifti(self.to_nibabel(slope), temporary)
-            return isal_zlib.crc32(temporary.read_bytes())
+            with contextlib.ExitStack() as stack:
+                stream: Any = stack.enter_context(temporary.open("wb"))
+                if path.suffix == ".gz":  # without name and time
+                    stream = stack.enter_context(igzip.IGzipFile("", "wb", 1, stream, mtime=0))
+                stream.write(header.binaryblock.ljust(header.single_vox_offset, b"\0"))
+                stream.writelines(plane.tobytes() for plane in planes)
+            checksum = isal_zlib.crc32(temporary.read_bytes())
+            if check:
+                found = read_nifti(temporary, scaled=False)
+                same = np.allclose(found.affine, self.affine, rtol=0, atol=1e-4)
+                same = same and found.header.binaryblock == header.binaryblock
+                if not (same and all(map(np.array_equal, found.data.T, planes))):
+                    raise InputError(f"{path}: changed in writing; choose another disk")
+            return checksum
 
     def write_checked(self, path: Path, slope: float = 1.0) -> None:
-        """`write`, and keep the file only if it is read back with this grid and these voxels."""
-        image = self.to_nibabel(slope)
-        with atomic_write(path) as temporary:
-            write_nifti(image, temporary)
-            found, planes = read_nifti(temporary, scaled=False), np.asanyarray(image.dataobj).T
-            same = np.allclose(found.affine, self.affine, rtol=0, atol=1e-4)
-            same = same and found.header.binaryblock == image.header.binaryblock
-            if not (same and all(map(np.array_equal, found.data.T, planes))):
-                raise InputError(f"{path}: grid or voxels changed in writing; choose another disk")
+        """`write`, and read the file back."""
+        self.write(path, slope, check=True)
 
 
 def name_case(path: Path) -> str:
@@ -223,7 +227,7 @@ def list_parts(path: Path) -> list[Path]:
     if re.search(r"(?i)\.(hdr|img)(\.gz)?$", path.name):
         files = nib.Spm99AnalyzeImage.filespec_to_file_map(path)
         parts = [Path(str(files[key].filename)) for key in ("header", "image", "mat")]
-    elif path.name.lower().endswith(ITK_SUFFIXES):
+    elif path.name.lower().endswith(ITK_SUFFIXES) and path.is_file():
         name = read_itk_header(path)[0].get("ElementDataFile", "LOCAL")
         if re.search(r"^LIST|%|:|^[/\\]|\.\.", name):
             what = f"its voxels must be in one file in its folder, got {name!r}; move or join them"
@@ -255,16 +259,13 @@ def read_file(path: Path) -> Volume:
 def read_nifti(path: Path, scaled: bool = True) -> Volume:
     """Read a NIfTI file, or a NIfTI or Analyze pair by either name; unscaled if not `scaled`."""
     head, data = (list_parts(path) * 2)[:2]
-    with (
-        open_stream(head) as stream, nib.imageglobals.ErrorLevel(21),
-        nib.imageglobals.LoggingOutputSuppressor(),
-    ):  # fmt: skip
+    with open_stream(head) as stream, nib.imageglobals.LoggingOutputSuppressor():
         image: Any = nib.load(head)
-        header = type(image.header).from_fileobj(stream, check=False)
+        header = type(image.header).from_fileobj(stream, check=False)  # as it is, not mended
+        header["pixdim"][0] = header["pixdim"][0] or 1  # by NIfTI's standard
+        header.check_fix(error_level=1)
     proxy, affine, oriented, notes = image.dataobj, image.affine, False, []
     if isinstance(header, nib.Nifti1Header):
-        header["pixdim"][0] = header["pixdim"][0] or 1  # by the standard
-        header.check_fix(error_level=1)
         unit = UNIT_MM.get(int(header["xyzt_units"]) & 7)
         if unit is None or (head == data and proxy.offset < header.single_vox_offset):
             raise ValueError(f"its header has unit {unit} and data offset {proxy.offset}")
@@ -273,11 +274,10 @@ def read_nifti(path: Path, scaled: bool = True) -> Volume:
         if header["qform_code"] and header["sform_code"]:
             corners = np.reshape(np.meshgrid(*([0, n - 1] for n in image.shape[:3]), 1), (4, -1))
             gap = np.linalg.norm((header.get_sform() - header.get_qform()) @ corners, axis=0).max()
-            if not (apart := gap / header["pixdim"][1:4].min()) <= FORMS_APART:
+            if not (apart := gap / header["pixdim"][1:4].min()) <= 0.5:  # voxels
                 notes.append(f"sform and qform disagree by {apart:.3g} voxels; the sform is used")
     else:
-        header = None
-        notes.append("an Analyze header has no left and right; the usual orientation is taken")
+        header, notes = None, ["an Analyze header has no left and right; the usual is taken"]
     array = read_voxels(data, proxy.shape, proxy.dtype, proxy.offset)
     if scaled and (proxy.slope, proxy.inter) != (1, 0):
         array = array.astype(np.float32) * np.float32(proxy.slope)
@@ -310,7 +310,7 @@ def read_voxels(file: Path, shape: Sequence[int], dtype: np.dtype, offset: int) 
 
 
 def read_itk_header(path: Path) -> tuple[dict[str, str], int]:
-    """Return key → value of a MetaImage or NRRD header, and its length; ValueError if unsound."""
+    """Return key → value of a MetaImage or NRRD header, and its length; InputError if unsound."""
     with path.open("rb") as file:
         raw = file.read(CHUNK)
     end = rb"\n\r?\n" if raw.startswith(b"NRRD") else rb"(?m)^ElementDataFile *=.*(\n|\Z)"
@@ -318,11 +318,11 @@ def read_itk_header(path: Path) -> tuple[dict[str, str], int]:
     text = raw[: found.end() if found else len(raw)].decode("latin-1")
     lines = re.findall(r"(?m)^([A-Za-z ]+?) *(?:=|:(?!=)) *(.*?)[ \t\r]*$", text)
     values = {ITK_NAMES.get(key, key): value for key, value in lines}
-    if len(values) < len(lines) or re.search(r"[^\t\r\n -~\xa0-\xff]|\r(?!\n)", text):
-        raise ValueError("its header has a key twice, or control characters")
+    if len(values) < len(lines) or re.search(r"[\0-\x08\v\f\x0e-\x1f\x7f]|\r(?!\n)", text):
+        raise InputError(f"{path}: a key stands twice, or control characters; convert it again")
     for key in ITK_VALUES.keys() & values.keys():
-        if not re.fullmatch(ITK_VALUES[key], values[key]):
-            raise ValueError(f"its header has {key} {values[key]!r}, expected {ITK_VALUES[key]}")
+        if not re.fullmatch(form := ITK_VALUES[key], value := values[key]):
+            raise InputError(f"{path}: {key} is {value!r}, expected {form}; convert it to .nii.gz")
     return values, len(text)
 
 
@@ -358,23 +358,10 @@ def read_itk(path: Path) -> Volume:
     return Volume(array, affine, str(path), None, oriented, notes)
 
 
-def write_nifti(image: nib.Nifti1Image, path: Path) -> None:
-    """Write an image, gzipped if the name ends in .gz; the same image gives the same bytes."""
-    with contextlib.ExitStack() as stack:
-        stream: Any = stack.enter_context(path.open("wb"))
-        if path.suffix == ".gz":  # without name and time
-            stream = stack.enter_context(igzip.IGzipFile("", "wb", 1, stream, mtime=0))
-        stream.write(image.header.binaryblock.ljust(image.header.single_vox_offset, b"\0"))
-        for plane in np.asanyarray(image.dataobj).T:
-            stream.write(plane.tobytes())
-
-
 def write_masked(scan: Volume, label: Volume, background: int, path: Path) -> None:
     """Write a scan with `background` where the label map on its grid is 0, in a type for both."""
     kind = np.result_type(scan.dtype, np.min_scalar_type(background))
-    array = scan.read().astype(kind, order="F")
-    for plane, inside in zip(array.T, label.read().T, strict=True):
-        plane[inside == 0] = background
+    array = np.where(label.read() == 0, kind.type(background), scan.read())
     scan.like(array).write_checked(path)
 
 
