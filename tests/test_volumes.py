@@ -49,9 +49,8 @@ def test_slabs_cover_all_slices() -> None:
 
 
 def test_a_box_keeps_its_position() -> None:
-    volume = Volume(make_array(), AFFINE)
-    part = volume.crop((slice(2, 7), slice(None), slice(1, None, 2)))
-    assert np.array_equal(part.data, volume.data[2:7, :, 1::2])
+    part = Volume(make_array(), AFFINE).crop((slice(2, 7), slice(None), slice(1, None, 2)))
+    assert np.array_equal(part.data, make_array()[2:7, :, 1::2])
     assert np.allclose(part.affine @ [0, 0, 1, 1], AFFINE @ [2, 0, 3, 1])
     assert Volume(make_array()[..., None, None], AFFINE).shape == (8, 7, 6)
 
@@ -226,8 +225,7 @@ def test_a_header_that_announces_another_number_of_voxels_is_refused(tmp_path, s
 
 def test_a_name_says_what_a_file_is_whatever_its_capitals(tmp_path: Path) -> None:
     plain, packed = write_nifti(tmp_path / "A.NII"), write_nifti(tmp_path / "B.NII.GZ")
-    for path in (plain, packed):
-        assert np.array_equal(read_file(path).read(), make_array())
+    assert all(np.array_equal(read_file(f).read(), make_array()) for f in (plain, packed))
     assert [name_case(path) for path in (plain, packed)] == ["A", "B"]
     for wrong, remedy in (("b.nii.gz", "rename it b.nii"), ("b.mgz", "convert it first")):
         plain = plain.rename(tmp_path / wrong)
