@@ -234,7 +234,7 @@ def list_parts(path: Path) -> list[Path]:
             raise InputError(f"{path}: {what}")
         parts += [path.parent / name] if name.upper() != "LOCAL" else []
     if missing := [part.name for part in parts[:2] if not part.is_file()]:
-        raise InputError(f"{path}: {missing[0]} is missing; get header and voxels")
+        raise InputError(f"{path}: no such file, {missing[0]}; header and voxels are needed")
     return [part for part in parts if part.is_file()]
 
 
@@ -290,8 +290,8 @@ def open_stream(path: Path) -> Any:
     with path.open("rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     if zipped != path.name.lower().endswith(".gz"):
-        name = f"{path.name}.gz" if zipped else path.name[:-3]
-        raise InputError(f"{path}: its content does not match its name; rename it {name}")
+        what, name = ("is", f"{path.name}.gz") if zipped else ("is not", path.name[:-3])
+        raise InputError(f"{path}: its content {what} gzip, against its name; rename it {name}")
     return igzip.open(path, "rb") if zipped else path.open("rb")  # 3 times as fast as gzip
 
 

@@ -203,7 +203,7 @@ def test_a_pair_is_read_by_either_name(tmp_path: Path, kind, packed: str, upper:
         assert volume.oriented == (not volume.notes)
     assert keep_volumes([head, voxels]) == [head]
     voxels.unlink()
-    with pytest.raises(InputError, match=f"{voxels.name} is missing"):
+    with pytest.raises(InputError, match=f"no such file, {voxels.name}"):
         read_file(head)
 
 
