@@ -20,7 +20,7 @@ from typing import Literal
 import tyro
 
 from data.labels import FOREGROUND
-from data.settings import read_settings, run_script
+from data.settings import Count, Seed, Share, Whole, read_settings, run_script
 
 
 @dataclass
@@ -32,16 +32,17 @@ class Config:
     values: tuple[str, ...] = ()  # what label values mean, such as liver=6 tumour=7
     foreground: tuple[str, ...] = FOREGROUND  # labels that must not be lost
     modality: Literal["CT", "MR"] = "CT"  # MR: intensities are no HU; kept in dataset.json
-    label_every: int = 1  # only every so many-th slice was drawn; those between are not counted
-    subvolume_depth: int = 16  # axial slices per sub-volume; 0 keeps cases whole, for patches
-    crop_to_body: bool = False  # of a CT: sub-volumes lose the air beside the body, so that the
-    # network's pixels lie on the patient; on few patients measured better
-    keep_empty: float = 0.0  # fraction of the sub-volumes without foreground that is kept
-    training: float = 0.70  # fraction of the patients that the network is fitted to
-    validation: float = 0.15  # fraction of the patients that choose the checkpoint
-    test: float = 0.15  # fraction of the patients that are looked at once, at the end
-    seed: int = 0  # of the split and of keep_empty
-    folds: int = 0  # cross-validation: parts to divide the patients into; train.py --fold picks one
+    label_every: Count = 1  # only every so many-th slice was drawn; those between are not counted
+    subvolume_depth: Whole = 16  # axial slices per sub-volume; 0 keeps cases whole, for patches
+    # crop sub-volumes of CT to the body, so that the network's pixels lie on the patient; on few
+    # patients measured better
+    crop_to_body: bool = False
+    keep_empty: Share = 0.0  # fraction of the sub-volumes without foreground that is kept
+    training: Share = 0.70  # fraction of the patients that the network is fitted to
+    validation: Share = 0.15  # fraction of the patients that choose the checkpoint
+    test: Share = 0.15  # fraction of the patients that are looked at once, at the end
+    seed: Seed = 0  # of the split and of keep_empty
+    folds: Whole = 0  # cross-validation: number of folds of the patients; train.py --fold picks one
     split: Path | None = None  # JSON with lists of cases: training, validation, test
     patients: Path | None = None  # CSV with columns case,patient, where one patient has many scans
     patient_pattern: str = ""  # or: regular expression whose first group, in a case name, is it
@@ -51,7 +52,7 @@ class Config:
     leave_out: tuple[str, ...] = ()  # cases not to use
     overwrite: bool = False  # remove what was prepared here from another source
     compress: bool = False  # gzip the images too: half the disk, twice the time
-    workers: int = 0  # processes; 0 means one per core
+    workers: Whole = 0  # processes; 0 means one per core
 
 
 if __name__ == "__main__":  # help and mistakes are told before anything heavy is loaded
@@ -103,7 +104,6 @@ from data.check import (
 from data.datasets import Case
 from data.files import (
     InputError,
-    is_running,
     lock_folder,
     read_json,
     read_record,
@@ -119,7 +119,7 @@ from data.scans import (
     read_scan,
     restore_label,
 )
-from data.settings import check_settings, set_handlers, signals_ignored
+from data.settings import check_settings, handle_signals
 from data.splits import (
     SPLITS,
     divide_patients,
@@ -472,7 +472,7 @@ def open_pool(workers: int, cases: int) -> contextlib.AbstractContextManager:
         from multiprocessing.forkserver import ensure_running
 
         context.set_forkserver_preload(["data.check"])
-        with signals_ignored():  # whoever is started in here ignores them from its first moment
+        with handle_signals(signal.SIG_IGN):  # what is started in here ignores both from its start
             ensure_running()
     return ProcessPoolExecutor(workers, context, initializer=end_with_parent)
 
@@ -493,7 +493,8 @@ def end_with_parent() -> None:
 
     It leaves Ctrl-C and SIGTERM to its parent, which ends it.
     """
-    set_handlers(signal.SIG_IGN)
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_IGN)
     torch.set_num_threads(1)
 
     def watch() -> None:
@@ -604,7 +605,7 @@ def remove_leftovers(destination: Path) -> None:
     for folder in (destination, destination / "check", destination / "subvolumes"):
         for path in folder.glob(".*.partial.*"):
             name = PARTIAL.fullmatch(path.name)
-            if not name or is_running(int(name[1])):
+            if not name:
                 continue
             if path.is_file():
                 path.unlink()

@@ -39,7 +39,7 @@ from data.labels import (
 )
 from data.pictures import LABEL_COLOURS, PLANES, choose_hu_window, save_figure, show_patient
 from data.scans import Masks, describe_label, read_label_map, read_scan
-from data.settings import command_line
+from data.settings import Count, Whole, read_settings, run_script
 from data.volumes import SLAB, Volume, list_slabs
 
 RULES = {  # kind of finding → (level, what to do); an error stops its case, a note needs nothing
@@ -710,8 +710,8 @@ class Config:
     values: tuple[str, ...] = ()  # what label values mean, such as liver=6 tumour=7
     foreground: tuple[str, ...] = FOREGROUND  # labels that must not be lost
     modality: Literal["CT", "MR"] = "CT"  # MR: intensities are no HU
-    label_every: int = 1  # only every so many-th slice was drawn
-    subvolume_depth: int = 16  # slices below which a scan is thin
+    label_every: Count = 1  # only every so many-th slice was drawn
+    subvolume_depth: Whole = 16  # slices below which a scan is thin
     trust_image_grid: bool = False  # lay a label map on its scan's grid if only the shapes agree
     accept: tuple[Literal["mirrored", "outside", "hu"], ...] = ()  # errors to take as warnings
 
@@ -734,4 +734,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__)
+    run_script(main, read_settings(Config, __doc__))

@@ -38,7 +38,7 @@ from data.labels import (
 )
 from data.pictures import class_colour, save_figure
 from data.scans import read_label_map, read_volume
-from data.settings import command_line, show_progress
+from data.settings import read_settings, run_script, show_progress
 from data.volumes import Volume, enclose, find_bounding_box, name_case
 
 
@@ -774,4 +774,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__)
+    run_script(main, read_settings(Config, __doc__))

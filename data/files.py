@@ -9,15 +9,13 @@ import io
 import json
 import os
 import re
-import socket
-import time
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
+import filelock
 
 SIGNATURE = "crc32"  # key of a record's checksum
 
@@ -131,87 +129,33 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep a folder for this process, so that no second one writes into it.
+    """Keep a folder for this process; InputError where another process has it.
 
-    A lock whose owner has died on this machine is taken over. A folder that was made for it goes
-    again where nothing came to stand in it. Raises InputError that names process and machine of the
-    owner.
+    The operating system frees the lock of a process that dies. A folder that was made for the lock
+    is removed if it is still empty.
     """
-    process, path, new = psutil.Process(), folder / ".lock", not folder.exists()
-    mine = {"pid": process.pid, "started": process.create_time(), "host": socket.gethostname()}
+    path, new = folder / ".lock", not folder.exists()
+    lock = filelock.FileLock(path, timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _make_lock(mine, path)
-    except FileExistsError as error:
-        if not folder.is_dir():
-            raise InputError(f"{folder}: cannot be written (a file); choose a folder") from error
-        owner = _read_lock(path)
-        if _is_alive(owner, mine["host"]):
-            raise InputError(
-                f"{folder}: process {owner.get('pid', 'unknown')} on {owner.get('host', 'unknown')}"
-                f" writes here; wait for it or choose another folder (if it is gone: remove {path})"
-            ) from None
-        write_json(mine, path)
-        time.sleep(0.1)  # another process may take it over at the same moment: the last one has it
-        if _read_lock(path) != mine:
-            raise InputError(f"{folder}: another process began to write here; wait") from None
-    except OSError as error:
+        lock.acquire()
+    except filelock.Timeout as error:
         raise InputError(
-            f"{folder}: cannot be written ({error.strerror}); choose another"
+            f"{folder}: another process writes here; wait for it or choose another folder"
+        ) from error
+    except (OSError, NotImplementedError) as error:  # a file system that knows no locks
+        raise InputError(
+            f"{folder}: cannot be written or locked ({error}); choose another folder"
         ) from error
     try:
         yield
     finally:
-        if _read_lock(path) == mine:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()  # before it is free, so that nobody else holds the removed file
+        lock.release()
         if new:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-
-
-def _make_lock(mine: dict[str, Any], path: Path) -> None:
-    """Write a lock that is not there yet; on a full disk none is left that nobody owns."""
-    with path.open("x") as stream:
-        try:
-            json.dump(mine, stream)
-            stream.flush()
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
-
-
-def _read_lock(path: Path) -> dict[str, Any]:
-    """Owner of a lock; of one that is only just being written, a living one for some seconds."""
-    try:
-        content = json.loads(path.read_text())
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime < 10:
-                return {"host": "another machine", "pid": "unknown"}
-        return {}
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process of this machine lives; one that ended and that nobody has asked yet how
-    (a zombie) does not."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:  # of another user: it is there
-        return True
-
-
-def _is_alive(owner: dict[str, Any], host: str) -> bool:
-    """Whether the owner of a lock runs; on another machine nobody knows, so it does."""
-    if owner.get("host") != host:
-        return bool(owner)
-    try:
-        pid = int(owner["pid"])
-        return is_running(pid) and abs(psutil.Process(pid).create_time() - owner["started"]) < 1
-    except (psutil.Error, KeyError, TypeError, ValueError):
-        return False
 
 
 LONGEST = 100  # letters of a case name; file systems allow 255 bytes with what is added
@@ -284,7 +228,6 @@ def list_below(folder: Path, exclude: Path | None = None) -> list[Path]:
         subfolders[:] = [n for n in kept if Path(place, n) != exclude]
         files += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
     return files
-
 
 
 def stamp_files(files: Iterable[Path]) -> list[list[Any]]:

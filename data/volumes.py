@@ -57,7 +57,7 @@ Box = tuple[slice, ...]  # part of a volume: first voxel and the one behind the 
 class Volume:
     """A 3D array of finite numbers and its position in the patient; InputError for another one."""
 
-    data: np.ndarray  # (X, Y, Z)
+    data: Any  # array (X, Y, Z)
     affine: np.ndarray  # 4×4, voxel index → patient millimetres, RAS+
     name: str = "volume"  # for messages: the path it was read from
     header: Any = None  # NIfTI header of the file whose grid this is; None: our own grid
