@@ -1,4 +1,4 @@
-"""Files whole or not there, one process per folder, JSON and CSV; and the error of all rooms."""
+"""Atomic writes, locks, records, JSON, CSV, names and lists of files; the error of all modules."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ SIGNATURE = "crc32"  # key of a record's checksum
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what, why, and what to do.
+    """An input that cannot be used; the message says file, found, expected and remedy.
 
-    `kind` names the finding of the check that this is, see `data.check`.
+    `kind` names its finding in `data.check`.
     """
 
     def __init__(self, message: str, kind: str = "unreadable") -> None:
@@ -32,7 +32,7 @@ class InputError(ValueError):
 
 
 def find_checkpoint(path: Path, names: Sequence[str] = ("best.pt", "last.pt")) -> Path:
-    """The checkpoint that a path stands for: itself, or of a run's folder the first of `names`."""
+    """Return the checkpoint `path`, or the first of `names` in a run's folder."""
     files = [path / name for name in names] if path.is_dir() else [path]
     if found := [file for file in files if file.is_file()]:
         return found[0]
@@ -40,7 +40,7 @@ def find_checkpoint(path: Path, names: Sequence[str] = ("best.pt", "last.pt")) -
 
 
 def read_json(path: Path, what: str = "a JSON object") -> Any:
-    """Content of a JSON file, with or without a byte order mark; InputError where it is none."""
+    """Return the content of a JSON file, with or without a byte order mark."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -48,19 +48,19 @@ def read_json(path: Path, what: str = "a JSON object") -> Any:
 
 
 def write_json(content: Any, path: Path) -> None:
-    """Write JSON whole or not at all; a Path is written as its text."""
+    """Write JSON whole or not at all, a Path as its text."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
 
 
 def write_signed(record: dict[str, Any], path: Path) -> None:
-    """`write_json` of an object with a checksum of its content, by which damage is known."""
+    """Write an object as JSON with a checksum of its content."""
     plain = json.loads(json.dumps(record, default=str))
     write_json(plain | {SIGNATURE: _sign(plain)}, path)
 
 
 def read_signed(path: Path) -> dict[str, Any]:
-    """What `write_signed` wrote, without its checksum; InputError where that does not agree."""
+    """Return what `write_signed` wrote, without its checksum."""
     record = read_json(path, "a record of this program")
     if not isinstance(record, dict) or record.pop(SIGNATURE, None) != _sign(record):
         raise InputError(f"{path}: is no record of this program and version, or was changed")
@@ -72,7 +72,7 @@ def _sign(record: dict[str, Any]) -> str:
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a CSV file with these columns, separated by commas, semicolons or tabs (Excel)."""
+    """Return the rows of a CSV file with these columns; commas, semicolons or tabs part them."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -86,7 +86,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write rows as CSV, whole or not at all; a column for every key that any row has."""
+    """Write rows as CSV, whole or not at all, with a column for each key of any row."""
     with (
         atomic_write(path) as temporary,  # names of files need be no UTF-8
         temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
@@ -98,12 +98,11 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the final name only when all went well.
+    """Yield a temporary path beside `path`, which takes the final name only when all went well.
 
-    The temporary name starts with a dot, has the process id and a mark, and keeps the suffixes,
-    because writers choose the format by suffix. Whatever a writer raises on a full disk (torch,
-    matplotlib and ITK do not raise OSError) becomes an InputError, as does a file that is not
-    there or is empty afterwards. What was written is on the disk before it gets its name.
+    It keeps the suffixes, because writers choose the format by them. Whatever a writer raises on a
+    full disk (torch and matplotlib raise no OSError) becomes an InputError, as does a missing or
+    empty file. The content is on the disk before it gets its name.
     """
     name = path.name if len(path.name) < 200 else f"{zlib.crc32(path.name.encode()):08x}"
     suffix = "" if name == path.name else "".join(path.suffixes)[-20:]
@@ -158,21 +157,16 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-LONGEST = 100  # letters of a case name; file systems allow 255 bytes with what is added
+LONGEST = 100  # bytes of a case name; file systems allow 255 with what is added
 
 
 def show_path(path: Path) -> str:
-    """A path that can be printed, also where its name is not UTF-8."""
+    """Return a path as text that can be printed, also where its name is not UTF-8."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-# ---------------------------------------------------------------------------------------
-# Case names
-# ---------------------------------------------------------------------------------------
-
-
 def make_safe(text: str) -> str:
-    """A case name that every file system and spreadsheet takes as a name, and nothing else."""
+    """Return a case name that is a plain name to every file system and spreadsheet."""
     text = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode())
     text = re.sub(r'[\x00-\x1f\x7f/\\:*?"<>|]', "_", text).strip().lstrip(".=+-@ ").rstrip(". ")
     text = re.sub(r"\.{2,}", ".", text)
@@ -183,20 +177,12 @@ def make_safe(text: str) -> str:
 
 
 def natural(name: str) -> list[tuple[bool, int, str]]:
-    """Sorting key: liver_2 before liver_10."""
+    """Return a sorting key that puts liver_2 before liver_10."""
     return [(t.isdecimal(), int(t) if t.isdecimal() else 0, t) for t in re.split(r"(\d+)", name)]
 
 
-# ---------------------------------------------------------------------------------------
-# Lists of files
-# ---------------------------------------------------------------------------------------
-
-
 def list_plain_files(folder: Path) -> list[Path]:
-    """What is not hidden in a folder, nor a folder, in the order of the names.
-
-    Links that lead nowhere too, so that whoever reads them names them.
-    """
+    """Return the files of a folder that are not hidden, by name; broken links too."""
     with os.scandir(folder) as entries:
         names = [e.name for e in entries if not e.name.startswith(".") and not _is_folder(e)]
     return [folder / name for name in sorted(names)]
@@ -210,10 +196,9 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def list_below(folder: Path, exclude: Path | None = None) -> list[Path]:
-    """All files, also through links, each folder listed once; hidden ones (macOS leaves
-    `._x.nii`) and `exclude` are not."""
+    """Return all files below a folder, also through links, but none hidden nor in `exclude`."""
 
-    def refuse(error: OSError) -> None:  # what cannot be listed must not be missing silently
+    def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be listed ({error.strerror}); ask its owner")
 
     files: list[Path] = []

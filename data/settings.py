@@ -70,6 +70,7 @@ Classes = Annotated[  # on the command line: --labels liver=liver,tumour or live
 def fit(value: Any, hint: Any) -> Any:
     """Return a value, perhaps of JSON, in the type of its annotation; ValueError says the range."""
     kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    plain = int | float if hint is float else hint
     if kind is Annotated:
         value = fit(value, parts[0])
         for limit in parts[1:]:
@@ -91,28 +92,25 @@ def fit(value: Any, hint: Any) -> Any:
         return value
     elif hint is Path and isinstance(value, str | Path):
         return Path(value)
-    elif (
-        kind is None
-        and isinstance(value, int | float if hint is float else hint)
-        and (hint is bool or not isinstance(value, bool))
-    ):
+    elif kind is None and isinstance(value, plain) and isinstance(value, bool) <= (hint is bool):
         return value
     raise ValueError("a number" if hint in (int, float) else "as --help says")
 
 
-def check_settings(settings: Any, where: str = "", kind: type | None = None) -> None:
-    """Raise InputError for a value that is not as the annotation of its field says.
+def check_settings(settings: Any, where: str = "", kind: type | None = None) -> dict[str, Any]:
+    """Return the values of a dataclass, or of a mapping with fields of the class `kind`.
 
-    `settings` is a dataclass, or a mapping with fields of the class `kind`.
+    Raises InputError for a value that does not fit the annotation of its field.
     """
     values = settings if isinstance(settings, Mapping) else vars(settings)
-    hints = typing.get_type_hints(kind or type(settings), include_extras=True)
+    hints, found = typing.get_type_hints(kind or type(settings), include_extras=True), {}
     for name in [name for name in values if name in hints]:
         try:
-            fit(values[name], hints[name])
+            found[name] = fit(values[name], hints[name])
         except ValueError as fault:
             option = f"{where}--{name.replace('_', '-')}"
             raise InputError(f"{option} must be {fault}, got {values[name]!r:.60}") from fault
+    return found
 
 
 def read_settings(
@@ -129,9 +127,7 @@ def read_settings(
     """
     words = [word for word in sys.argv[1:] if word != "--debug"]
     default, given = None, list_given(words, config_class)
-    description = (
-        f"{description}\n\n--config FILE: settings from a JSON file or a run; options win."
-    )
+    description = f"{description}\n\n--config FILE: settings of a JSON file or run; options win."
     if recipes:
         name = words.pop(0) if words and words[0][0] != "-" else next(iter(recipes))
         if name not in recipes:
@@ -143,7 +139,9 @@ def read_settings(
     try:
         words, saved = take_saved(words, config_class)
         if saved:
-            default = dataclasses.replace(default or config_class(), **saved)
+            needed = (f for f in dataclasses.fields(config_class) if f.default is f.default_factory)
+            blank = default or config_class(**{f.name: tyro.MISSING for f in needed})
+            default = dataclasses.replace(blank, **saved)
         config: Any = tyro.cli(config_class, args=words, description=description, default=default)
         check_settings(config)
         if check:
@@ -170,17 +168,14 @@ def take_saved(words: list[str], config_class: type) -> tuple[list[str], dict[st
         raise InputError(f"{path}: must be a JSON object of settings, got {content!r:.60}")
     if unknown := sorted(content.keys() - {item.name for item in dataclasses.fields(config_class)}):
         raise InputError(f"{path}: no such setting: {', '.join(unknown)}; correct it, see --help")
-    check_settings(content, f"{path}: ", config_class)
-    hints = typing.get_type_hints(config_class, include_extras=True)
-    saved = {name: fit(value, hints[name]) for name, value in content.items()}
-    return parts[:place] + parts[place + 2 :], saved
+    words = parts[:place] + parts[place + 2 :]
+    return words, check_settings(content, f"{path}: ", config_class)
 
 
 def list_given(words: Sequence[str], config_class: Any) -> frozenset[str]:
     """Return the names of the settings that a command line gives by options."""
-    options = {word.partition("=")[0].removeprefix("--no-").lstrip("-") for word in words}
-    names = (item.name for item in dataclasses.fields(config_class))
-    return frozenset(name for name in names if name.replace("_", "-") in options)
+    options = {re.sub("^--(no-)?|=.*", "", word).replace("-", "_") for word in words}
+    return frozenset(options & {item.name for item in dataclasses.fields(config_class)})
 
 
 def run_script(main: Callable[[Any], None], config: Any) -> None:
