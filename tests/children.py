@@ -126,10 +126,7 @@ def train_or_resume(settings: dict, dies: tuple[str, int] | None = None) -> None
 
 
 def launch(log: Path, data: Path, run: Path) -> None:
-    """`ddp.work` in two processes, by what torchrun calls, but forked instead of begun anew.
-
-    All that they say goes to `log`.
-    """
+    """`ddp.work` in two processes, as torchrun begins them, but forked; they write to `log`."""
     torch.set_num_threads(1)
     draw_nothing()
     stream = log.open("w")  # for the rest of this process

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from children import HANGS, start_busy
-from conftest import ROOT, run_here, run_script
+from conftest import ROOT, run_script
 from helpers import small_config
 
 import apply_model
@@ -32,31 +32,21 @@ from utilities import pick_device
 CONFIGS = [m.Config for m in (train, prepare, apply_model, visualize_3d, check, evaluate)]
 
 
-# ---------------------------------------------------------------------------------------
-# Ranges
-# ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
         ("hu_window", (250.0, -200.0), "low, then high"),
         ("hu_window", (-200.0, math.nan), "low, then high"),
-        ("hu_window", (-200.0, math.inf), "low, then high"),
         ("spacing", (0.0, 0.0), "a number 0.05 <= x <= 50"),
-        ("spacing", "mean", "as --help says"),
         ("input_size", (256, 0), "a number 1 <= x"),
         ("ema_decay", math.nan, "a number 0 <= x < 1"),
         ("overlap", 1.0, "a number 0 <= x < 1"),
         ("flip_probability", 1.01, "a number 0 <= x <= 1"),
         ("noise_sd", math.inf, "a number 0 <= x"),
         ("rotation_degrees", -1, "a number 0 <= x <= 180"),
-        ("patience", -1, "a number 0 <= x"),
         ("batch_size", 0, "a number 1 <= x"),
-        ("batch_size", [2], "a number"),
         ("batch_size", True, "a number"),
         ("learning_rate", 0.0, "a number 0 < x"),
-        ("learning_rate", "many", "a number"),
         ("seed", 2**32, "a number 0 <= x < 4294967296"),
         ("loss", "dicee", "as --help says"),
         ("device", "gpu", "auto, cpu, cuda, cuda:1 or mps"),
@@ -66,12 +56,6 @@ def test_a_wrong_setting_is_one_line_before_anything_is_read(setting, value, mes
     option = f"--{setting.replace('_', '-')}"
     with pytest.raises(InputError, match=rf"^{option} must be {re.escape(message)}, got "):
         train.main(train.Config(data=tmp_path / "none", **{setting: value}))
-
-
-def test_a_wrong_setting_on_the_command_line_is_one_line():
-    assert run_here("train.py", "--device", "gpu") == (
-        "error: --device must be auto, cpu, cuda, cuda:1 or mps, got 'gpu'"
-    )
 
 
 def test_ranges_let_the_defaults_and_recipes_through():
@@ -105,11 +89,6 @@ def test_a_device_that_is_not_there_is_refused_and_auto_takes_what_works(monkeyp
     monkeypatch.setattr(utilities, "_convolves", lambda device: True)
     assert pick_device("auto").type == "mps"
     assert preprocess.resampling_device(torch.device("mps")).type == "cpu"
-
-
-# ---------------------------------------------------------------------------------------
-# Files and locks
-# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -155,9 +134,6 @@ def test_a_folder_is_for_one_process_until_it_ends(prepared, tmp_path):
     with lock_folder(tmp_path / "new"):
         pass
     assert not (tmp_path / "new").exists()  # nothing came to stand in it
-
-
-def test_a_folder_that_cannot_be_locked_is_one_message(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file: cannot be written"), lock_folder(tmp_path / "file"):
         pass
@@ -187,10 +163,6 @@ def test_times_are_readable():
     found = [format_seconds(seconds) for seconds in (0.3, 45, 720, 12000)]
     assert found == ["0.3 s", "45 s", "12 min", "3 h 20 min"]
 
-
-# ---------------------------------------------------------------------------------------
-# Ends of a script
-# ---------------------------------------------------------------------------------------
 
 SCRIPT = f"""
 import sys, time; sys.path.insert(0, {str(ROOT)!r})
