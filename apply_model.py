@@ -20,14 +20,22 @@ from typing import Literal
 import tyro
 
 from data.files import InputError, find_checkpoint
-from data.settings import NETWORK_LIBRARIES, read_settings, run_script
+from data.settings import (
+    NETWORK_LIBRARIES,
+    Device,
+    Int16,
+    Part,
+    Whole,
+    read_settings,
+    run_script,
+)  # fmt: skip
 
 
 @dataclass
 class Options:
     """How a scan is segmented, beside what the checkpoint says."""
 
-    windows: int = 0  # windows per network call; 0: up to 4, on the CPU only of small ones
+    windows: Whole = 0  # windows per network call; 0: up to 4, on the CPU only of small ones
     mirror: bool = False  # average with the front-back mirror image; twice the time
     trim_by_hu: bool = True  # of a liver in CT: drop an edge that is far darker than its inside
     largest_component: bool = True  # keep the largest piece of an organ; not for paired organs
@@ -49,12 +57,12 @@ class Config(Options):
     split: Literal["training", "validation", "test"] | None = None  # cases of prepared data instead
     data: Path = Path("data/prepared")  # what prepare.py wrote; read with --split only
     truth: tuple[Path, ...] = ()  # reference label maps: one per path, or a folder of equal names
-    overlap: float | None = None  # of neighbouring windows, 0 to below 1; None: the checkpoint's
-    background: int | None = None  # outside the organ in the masked volume; None: air (CT), 0 (MR)
+    overlap: Part | None = None  # of neighbouring windows, 0 to below 1; None: the checkpoint's
+    background: Int16 | None = None  # outside the organ in masked volumes; None: air (CT), 0 (MR)
     dicom_seg: bool = False  # also write a DICOM SEG of scans that are DICOM series
     force: bool = False  # go on with scans that do not look like CT in HU
     overwrite: bool = False  # do finished cases again
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    device: Device = "auto"  # auto, cpu, cuda, cuda:1
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: what is fast here
 
 
@@ -247,7 +255,7 @@ def load_model(
     network = networks[0] if len(networks) == 1 else Average(networks).eval()
     inference = dict(first["inference"])
     if overlap is not None:
-        check_settings({"overlap": overlap}, "--")
+        check_settings({"overlap": overlap}, kind=Config)
         inference["overlap"] = overlap
     try:
         chain = Chain(**first["preprocessing"])

@@ -43,6 +43,11 @@ from data.pictures import (
     show_patient,
 )
 from data.settings import (
+    Count,
+    Device,
+    HuWindow,
+    Part,
+    Spacing,
     check_settings,
     check_types,
     delayed_interrupt,
@@ -295,9 +300,20 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     for organ, usual in (checkpoint.get("expected") or {}).items():
         check_types(usual, {"log_ml": float, "sd": float}, f"{path}: expected {organ}", remedy)
     for settings in ("preprocessing", "inference", "config"):
-        check_settings(checkpoint[settings], f"{path}: its setting ")
+        check_settings(checkpoint[settings], f"{path}: its setting ", SavedSettings)
     refuse_non_finite(checkpoint["network_state"], path)
     return checkpoint
+
+
+class SavedSettings:
+    """Settings of a checkpoint with a range."""
+
+    spacing: tuple[Spacing, ...]
+    hu_window: HuWindow | None
+    input_size: tuple[Count, ...]
+    window: tuple[Count, ...]
+    overlap: Part
+    device: Device
 
 
 def checkpoint_types() -> dict[str, tuple[type, ...]]:
@@ -328,7 +344,7 @@ def refuse_non_finite(weights: dict[str, Any], path: Path) -> None:
 
 def pick_device(name: str) -> torch.device:
     """`auto` is the GPU when there is one (under torchrun: this process's own), else the CPU."""
-    check_settings({"device": name})
+    check_settings({"device": name}, kind=SavedSettings)
     if name == "auto":
         gpu = "cuda" if torch.cuda.is_available() else "mps"
         name = gpu if gpu == "cuda" or torch.backends.mps.is_available() else "cpu"
@@ -607,7 +623,7 @@ def train(
     raises KeyboardInterrupt.
     """
     network, first_process = run.wrap_network(), rank_and_size()[0] == 0
-    with delayed_interrupt(usual=dist.is_initialized()) as interrupted:
+    with delayed_interrupt() as interrupted:
         for epoch in range(len(run.history) + 1, max_epochs + 1):
             begun = time.perf_counter()
             row = {"epoch": epoch, "learning_rate": float(run.scheduler.get_last_lr()[0])}

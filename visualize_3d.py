@@ -17,7 +17,7 @@ from typing import Literal
 
 import tyro
 
-from data.settings import read_settings, run_script
+from data.settings import Count, Whole, read_settings, run_script
 
 Mode = Literal["surface", "rays", "organs", "slices", "compare"]
 View = Literal["anterior", "posterior", "right", "left", "superior"]
@@ -38,8 +38,8 @@ class Config:
     mesh: Path | None = None  # surface of the organ in mm: .stl .ply .obj .vtp .glb
     mesh_space: Literal["LPS", "RAS"] = "LPS"  # axes of `mesh`; 3D Slicer takes files as LPS
     html: Path | None = None  # one self-contained page that turns in any browser, offline
-    smoothing: int = 80  # iterations of the windowed sinc filter; 0 = bare marching cubes
-    size: tuple[int, int] = (1200, 900)  # pixels of the window and of every picture
+    smoothing: Whole = 80  # iterations of the windowed sinc filter; 0 = bare marching cubes
+    size: tuple[Count, Count] = (1200, 900)  # pixels of the window and of every picture
 
 
 if __name__ == "__main__":  # help and mistakes are told before anything heavy is loaded

@@ -38,7 +38,7 @@ from data.labels import (
 )
 from data.pictures import PLANES, choose_hu_window, find_busiest_slice, save_figure, show_patient
 from data.scans import describe_label, read_label_map, read_scan, restore_label
-from data.settings import command_line, show_progress
+from data.settings import Count, Whole, read_settings, run_script, show_progress
 from data.volumes import Volume, find_bounding_box
 
 Finding = tuple[str, str]  # kind (a key of RULES), text
@@ -467,8 +467,8 @@ class Config:
     values: tuple[str, ...] = ()  # what label values mean, such as liver=6 tumour=7
     foreground: tuple[str, ...] = FOREGROUND  # labels that must not be lost
     modality: Literal["CT", "MR"] = "CT"  # MR: intensities are no HU
-    label_every: int = 1  # only every so many-th slice was drawn
-    subvolume_depth: int = 16  # slices below which a scan is thin
+    label_every: Count = 1  # only every so many-th slice was drawn
+    subvolume_depth: Whole = 16  # slices below which a scan is thin
     trust_image_grid: bool = False  # lay a label map on its scan's grid if only the shapes agree
     accept: tuple[Literal["mirrored", "outside", "hu"], ...] = ()  # errors to take as warnings
 
@@ -485,4 +485,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__)
+    run_script(main, read_settings(Config, __doc__))

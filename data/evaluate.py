@@ -30,7 +30,7 @@ from data.files import InputError, atomic_write, read_record, write_csv, write_j
 from data.labels import BACKGROUND, IGNORED, USUAL_LABELS, Description, find_values, is_tumour
 from data.pictures import class_colour, save_figure
 from data.scans import read_label_map, read_volume
-from data.settings import Classes, command_line, show_progress
+from data.settings import Classes, read_settings, run_script, show_progress
 from data.volumes import Volume, enclose, find_bounding_box
 
 FIGURES = {  # metric → which of its values is the worst; the order is that of the tables
@@ -475,4 +475,4 @@ def find_class_values(
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__)
+    run_script(main, read_settings(Config, __doc__))

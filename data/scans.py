@@ -41,9 +41,7 @@ from data.seg import read_seg
 from data.volumes import (
     Volume,
     find_bounding_box,
-    has_suffix,
-    list_data_files,
-    list_pair,
+    list_parts,
     list_slabs,
     read_file,
 )
@@ -121,7 +119,7 @@ def read_label_map(
             f"{path}: the label map cannot be read ({type(error).__name__}: {error}); convert it "
             "to .nii.gz"
         ) from error
-    if label.dtype.kind == "f" or _is_scaled(label):
+    if label.dtype.kind == "f":
         label = _round_values(label, scan)
     allowed = {*list_values(declared), *label.classes.values(), *ignore, 0}
     convert = _label_converter(label.name, allowed, declared, scan)
@@ -170,11 +168,6 @@ def _lay_masks(masks: Masks, scan: Volume, declared: Labels, trust: bool) -> Vol
     known = {name: value for name, _ in wanted if (value := value_of(name, declared)) is not None}
     place = os.path.commonpath([path for _, path in masks])
     return replace(label, name=place, notes=tuple(notes), classes=known)
-
-
-def _is_scaled(label: Volume) -> bool:
-    slope, inter = (getattr(label.data, key, plain) for key, plain in (("slope", 1), ("inter", 0)))
-    return (slope, inter) != (1, 0)
 
 
 def _round_values(label: Volume, scan: Volume) -> Volume:
@@ -316,10 +309,7 @@ def list_files(path: Path | Masks) -> list[Path]:
         return list_pngs(path)
     if is_dicom_input(path):
         return list_series_files(path)
-    if has_suffix(path, (".hdr", ".hdr.gz", ".img", ".img.gz")):
-        return list_pair(path)
-    named = list_data_files(path) if has_suffix(path, (".mhd", ".nhdr")) else []
-    return [path, *named]
+    return list_parts(path)
 
 
 def hash_files(files: Iterable[Path]) -> str:

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import tyro
 from conftest import ROOT, run_here
 from helpers import augment_of, cached, chain_of, tiny
 
@@ -16,7 +17,6 @@ import train
 from data.evaluate import dice_metric
 from data.files import InputError, read_json
 from data.labels import IMAGE, LABEL
-from data.settings import parse_words
 from data.splits import read_prepared
 from data.volumes import read_file
 from preprocess import (
@@ -80,7 +80,7 @@ def test_the_recipe_laptop_is_the_setting_that_was_measured():
         name, *values = option.split()
         options[name] = [f"--{name}", *values]
     words = [word for option in options.values() for word in option]
-    measured = dataclasses.asdict(parse_words(train.Config, train.Config(), None, words))
+    measured = dataclasses.asdict(tyro.cli(train.Config, args=words))
     recipe = dataclasses.asdict(train.RECIPES["laptop"][1])
     places = {"data", "run_folder", "max_epochs"}
     assert {n: v for n, v in measured.items() if n not in places} == {

@@ -33,7 +33,6 @@ def test_a_run_leaves_what_the_readme_says(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "best.pt", "last.pt", "config.json", "metrics.csv", "curves.png", "preview.png",
-        "train.log",
     }  # fmt: skip
     with (finished / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
