@@ -85,7 +85,7 @@ def caching(begun: Any, told: Any) -> None:
     sys.stderr = os.fdopen(os.dup(told.fileno()), "w")
     prepare = functools.partial(slowly, begun)
     try:
-        start_script(lambda _: preprocess.CachedVolumes(range(1000), prepare), None)
+        start_script(lambda _: preprocess.cache_items(range(1000), prepare), None)
     finally:
         sys.stderr.flush()
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import ct_image, random_affine
 from monai import transforms
-from monai.data import MetaTensor
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
 import data.volumes
@@ -23,10 +22,9 @@ from data.volumes import Volume, find_body, mask_scan, name_case
 from preprocess import (
     Chain,
     classes_on_grid,
-    deterministic_chain,
-    in_plane_chain,
+    preprocess_files,
+    preprocess_slices,
     preprocess_volume,
-    slice_chain,
 )
 
 SETTINGS = Chain(
@@ -178,13 +176,12 @@ def test_window_of_the_preprocessed_volume_is_the_preprocessed_window(tmp_path):
     image = open_scan(ct_image(array, random_affine(5, shear=0.1))).ras
     label = Volume(rng.integers(0, 3, image.shape).astype(np.uint8), image.affine)
     whole, _ = preprocess_volume(image, SETTINGS, "cpu")
-    chain = deterministic_chain(SETTINGS, "cpu")
     for start in (0, 11, image.shape[2] - 16):
         files = {}
         for key, volume in ((IMAGE, image), (LABEL, label)):
             files[key] = tmp_path / f"{key}.nii"
             volume.crop((slice(None), slice(None), slice(start, start + 16))).write(files[key])
-        item = chain(files)
+        item = preprocess_files(files, SETTINGS, "cpu")
         assert item[IMAGE].dtype == torch.float16
         assert torch.equal(item[IMAGE], whole[..., start : start + 16].half())
         assert item[LABEL].dtype == torch.uint8
@@ -213,7 +210,7 @@ def test_the_chain_equals_monais_own_3d_transforms(tmp_path):
             transforms.Resized(keys, (96, 96, -1), mode=("trilinear", "nearest-exact")),
         ]
     )(files)
-    ours = deterministic_chain(SETTINGS, "cpu")(files)
+    ours = preprocess_files(files, SETTINGS, "cpu")
     difference = (ours[IMAGE].float() - usual[IMAGE].as_tensor()).abs()
     assert difference.max() < 1e-3
     assert (ours[LABEL] == usual[LABEL].as_tensor()).float().mean() > 0.9999
@@ -275,9 +272,8 @@ def test_round_trip_of_real_livers(real_ct: Path):
     """A perfect network loses only in-plane resolution: Dice ≥ 0.985, though its label is hard."""
     label = read_volume(real_ct / "labelsTr" / "tace_0697.nii.gz").ras
     settings = replace(SETTINGS, input_size=(256, 256))
-    raw = MetaTensor(torch.from_numpy(label.read().astype(np.float32))[None], affine=label.affine)
-    chain = transforms.Compose([*in_plane_chain(settings, "cpu"), *slice_chain(settings)])
-    taught = chain({IMAGE: raw, LABEL: raw})[LABEL]
+    slices = preprocess_slices(label.read(), label.spacing_mm, settings, "cpu", LABEL)
+    taught = slices.as_tensor().permute(1, 2, 0)[None]
     _, to_network = preprocess_volume(label, settings, "cpu")
     found = classes_on_grid(2 * taught.float() - 1, to_network, label.shape)
     assert dice_metric(found > 0, label.read() > 0) >= 0.985

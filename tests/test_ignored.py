@@ -1,20 +1,26 @@
-"""Voxels that nobody judged: no loss, no gradient and no metric counts them."""
+"""Unannotated voxels: no loss, no gradient and no metric counts them."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
 
 import train
-from data.labels import IGNORED
+from data.labels import IGNORED, LABEL
 from data.scans import list_cuts
-from preprocess import SLICE_MM, Chain, SliceSpacingd, ValuesToClassesd
-from utilities import predicted_classes
+from preprocess import Chain, preprocess_slices, resample_depth
+from utilities import Run, train_step
+
+CHAIN = Chain(
+    sampling="subvolumes", spacing=(1.0, 1.0), hu_window=None, input_size=(8, 8),
+    labels={"background": (0,), "liver": (1, 2)}, ignore=(9,), crop_to_body=False,
+)  # fmt: skip
 
 
 @pytest.fixture
 def batch():
-    """Logits (2, 2, 8, 8, 8), a label, and which voxels nobody judged."""
+    """Logits (2, 2, 8, 8, 8), a label, and which voxels are unannotated."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 2, 8, 8, 8, generator=generator)
     label = (torch.rand(2, 1, 8, 8, 8, generator=generator) > 0.7).float()
@@ -23,16 +29,15 @@ def batch():
 
 
 @pytest.mark.parametrize("name", train.LOSSES)
-def test_what_nobody_judged_changes_neither_loss_nor_gradient(name, batch):
+def test_unannotated_voxels_change_neither_loss_nor_gradient(name, batch):
     logits, label, unknown = batch
-    loss = train.JudgedLoss(train.LOSSES[name](torch.ones(2)))
+    loss = train.AnnotatedLoss(train.LOSSES[name](torch.ones(2)))
     seen = []
-    for other in (0.0, 3.0):  # what the network says there
+    for other in (0.0, 3.0):  # what the network finds there
         given = torch.where(unknown, logits + other * torch.randn_like(logits), logits)
         given.requires_grad_()
         value = loss(given, label.masked_fill(unknown, IGNORED))
         value.backward()
-        assert torch.isfinite(value)
         assert (given.grad[unknown.expand_as(logits)] == 0).all()
         assert given.grad.abs().sum() > 0
         seen.append((value.item(), given.grad))
@@ -41,28 +46,42 @@ def test_what_nobody_judged_changes_neither_loss_nor_gradient(name, batch):
 
 
 @pytest.mark.parametrize("name", train.LOSSES)
-def test_loss_of_the_judged_is_that_of_these_alone(name, batch):
-    """A quarter of the slices drawn must not make the cross-entropy a quarter of itself."""
+def test_the_loss_is_that_of_the_annotated_slices_alone(name, batch):
+    """Annotating half of the slices must not halve the cross-entropy."""
     logits, label, _ = batch
-    loss = train.LOSSES[name](torch.tensor([0.5, 1.5]))
-    some = logits[..., :4].clone(), label[..., :4].clone()
-    hidden = label.clone()
+    loss, hidden = train.LOSSES[name](torch.tensor([0.5, 1.5])), label.clone()
     hidden[..., 4:] = IGNORED
-    judged = train.JudgedLoss(loss)(logits, hidden)
-    assert judged.item() == pytest.approx(loss(*some).item(), rel=1e-5)
+    found = train.AnnotatedLoss(loss)(logits, hidden)
+    assert found.item() == pytest.approx(loss(logits[..., :4], label[..., :4]).item(), rel=1e-5)
 
 
-def test_a_batch_that_nobody_judged_moves_nothing(batch):
+def test_a_batch_without_annotation_moves_nothing(batch):
     logits, label, _ = batch
     logits.requires_grad_()
-    loss = train.JudgedLoss(train.LOSSES["dice_ce"](None))
-    value = loss(logits, torch.full_like(label, IGNORED))
+    value = train.AnnotatedLoss(train.LOSSES["dice_ce"](None))(logits, label * 0 + IGNORED)
     value.backward()
     assert value.item() == 0 and not logits.grad.any()
 
 
-@pytest.mark.parametrize("every, size", [(2, 16), (3, 16), (4, 16), (8, 16), (15, 16), (4, 1)])
-def test_each_place_of_a_window_is_drawn_in_some_subvolume(every, size):
+def test_counts_of_a_step_leave_unannotated_voxels_out(batch, tmp_path):
+    """A network that finds everything everywhere is wrong only at annotated voxels."""
+    image, label, unknown = batch
+    network = torch.nn.Conv3d(1, 2, kernel_size=1)
+    torch.nn.init.zeros_(network.weight)
+    network.bias.data = torch.tensor([0.0, 1.0])
+    optimizer, carried = (
+        torch.optim.SGD(network.parameters(), 0.1),
+        {"preprocessing": {"labels": ()}},
+    )
+    run = Run(network, optimizer, None, tmp_path, torch.device("cpu"), torch.float32, carried)
+    given = {"image": image[:, :1], "label": label.masked_fill(unknown, IGNORED)}
+    _, counts = train_step(run, given, train.AnnotatedLoss(train.LOSSES["ce"](None)), 0.0)
+    known = label[~unknown]
+    assert counts[:, 0].tolist() == [known.sum(), known.numel(), known.sum()]
+
+
+@pytest.mark.parametrize("every, size", [(2, 16), (3, 16), (8, 16), (15, 16), (4, 1)])
+def test_each_place_of_a_window_is_annotated_in_some_subvolume(every, size):
     """Strided layers tell the places of a window apart: all must be learnt."""
     cases = [list_cuts(100, size, every, shift / 20) for shift in range(20)]
     for cuts in cases:
@@ -73,40 +92,27 @@ def test_each_place_of_a_window_is_drawn_in_some_subvolume(every, size):
     assert list_cuts(10, 16, every, 0.5) == [(0, 10)]
 
 
-@pytest.mark.parametrize("drawn", range(4))
-def test_a_drawn_slice_between_two_slices_of_a_patch_is_not_lost(drawn):
-    """1 mm slices, every fourth drawn, at 4 mm: the nearest one is never a drawn one otherwise."""
+@pytest.mark.parametrize("first", range(4))
+def test_an_annotated_slice_between_two_slices_of_a_patch_is_not_lost(first):
+    """1 mm slices, every fourth annotated, at 4 mm: the nearest one is never an annotated one."""
     label = torch.full((41, 2, 2), float(IGNORED))
-    label[drawn::4] = 1
-    slices = MetaTensor(label, meta={SLICE_MM: 1.0})
-    coarse = SliceSpacingd(["label"], 4.0)({"label": slices})["label"]
+    label[first::4] = 1
+    patches = replace(CHAIN, sampling="patches", spacing=(1.0, 1.0, 4.0))
+    coarse = resample_depth(label, 1.0, patches, LABEL)
     assert len(coarse) == 11 and (coarse[1:-1] == 1).all()
 
 
-def test_slices_that_are_all_judged_give_the_nearest_one():
-    slices = MetaTensor(torch.arange(41.0)[:, None, None], meta={SLICE_MM: 1.0})
-    coarse = SliceSpacingd(["label"], 3.7)({"label": slices})["label"].flatten()
+def test_slices_that_are_all_annotated_give_the_nearest_one():
+    patches = replace(CHAIN, sampling="patches", spacing=(1.0, 1.0, 3.7))
+    coarse = resample_depth(torch.arange(41.0)[:, None, None], 1.0, patches, LABEL).flatten()
     there = np.minimum(3.7 * np.arange(len(coarse)), 40)  # the last one lies behind the last slice
     assert np.abs(coarse.numpy() - there).max() <= 0.5
 
 
-def test_raw_values_become_ignored():
-    chain = Chain(
-        "subvolumes", (1.0, 1.0), None, (8, 8), {"background": (0,), "liver": (1, 2)}, (9,), False
+def test_raw_values_become_classes_or_ignored():
+    raw = np.repeat(np.array([0, 1, 2, 9, 7], np.uint8), 8)[:, None, None] + np.zeros(
+        (1, 8, 1), "u1"
     )
-    raw = torch.tensor([[0.0, 1, 2, 9, 7]])
-    classes = ValuesToClassesd(["label"], chain)({"label": raw})["label"]
-    assert classes.tolist() == [[0, 1, 1, IGNORED, 0]]
-
-
-def test_counts_of_a_step_leave_the_ignored_out(monkeypatch, batch):
-    """A network that finds everything everywhere is wrong only where somebody judged."""
-    import utilities
-
-    _, label, unknown = batch
-    certain = torch.stack([torch.zeros(2, 8, 8, 8), torch.ones(2, 8, 8, 8)], dim=1)
-    found = predicted_classes(certain).masked_fill(unknown[:, 0], 0)
-    hidden = label.masked_fill(unknown, IGNORED)[:, 0]
-    both, predicted, true = np.array(utilities.overlap_counts(found, hidden, 2))[:, 0]
-    judged = label[~unknown]
-    assert (both, predicted, true) == (judged.sum(), judged.numel(), judged.sum())
+    wide = replace(CHAIN, input_size=(40, 8))
+    classes = preprocess_slices(raw, (1.0, 1.0, 5.0), wide, "cpu", LABEL)
+    assert classes[0, 4::8, 0].tolist() == [0, 1, 1, IGNORED, 0]

@@ -1,25 +1,33 @@
-"""The network is the published one, and every entry of the list can be built and trained."""
+"""The network is the published one; every network, loss and optimizer trains and reloads."""
 
 import itertools
+import json
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
+import pytest
 import torch
+from conftest import ct_image, random_affine
+from helpers import small_config
+from torch.nn.modules.dropout import _DropoutNd
 
-from utilities import UNet3D, predicted_classes
+import apply_model
+import train
+from data.files import InputError
+from data.splits import read_prepared
+from utilities import UNet3D, build_network, predict_classes
+
+ARGUMENTS = {"in_channels": 1, "out_channels": 2, "base_channels": 16, "input_size": (32, 32, 32)}
 
 
 def test_parameters_as_counted_in_the_paper():
     model = UNet3D(in_channels=3, out_channels=3)
-    scales = sum(
-        module.weight.numel()
-        for module in model.modules()
-        if isinstance(module, torch.nn.BatchNorm3d)
-    )
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm3d)]
+    scales = sum(module.weight.numel() for module in norms)
     total = sum(parameter.numel() for parameter in model.parameters())
     assert (total, scales) == (19_072_291, 2_336)
     assert total - scales == 19_069_955  # Çiçek et al. 2016
-    liver = UNet3D(in_channels=1, out_channels=2)
-    assert sum(parameter.numel() for parameter in liver.parameters()) == 19_070_498
 
 
 def test_logits_have_the_shape_of_the_input_and_batch_norm_stands_before_each_relu():
@@ -44,8 +52,78 @@ def test_skip_connections_carry_detail():
     assert np.abs(found - (20, 9, 5)).max() <= 2  # within reach of the four last convolutions
 
 
-def test_predicted_classes_is_argmax():
-    logits = torch.randn(2, 2, 8, 8, 8)
-    assert torch.equal(predicted_classes(logits), logits.argmax(1).to(torch.uint8))
-    logits = torch.randn(2, 4, 8, 8, 8)
-    assert torch.equal(predicted_classes(logits), logits.argmax(1).to(torch.uint8))
+@pytest.mark.parametrize("classes", [2, 4])
+def test_predicted_classes_are_the_largest_logits(classes):
+    logits = torch.randn(2, classes, 8, 8, 8)
+    assert torch.equal(predict_classes(logits), logits.argmax(1).to(torch.uint8))
+
+
+def test_the_2d_network_sees_each_slice_alone():
+    network = build_network("resnet34_unet", **ARGUMENTS).eval()
+    volume = torch.randn(2, 1, 32, 32, 5)
+    with torch.no_grad():
+        together, alone = network(volume), network(volume[..., 3:4])
+    assert together.shape == (2, 2, 32, 32, 5)
+    assert torch.allclose(together[..., 3:4], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", get_args(train.NetworkName))
+def test_dropout_is_in_every_network_and_changes_no_name_of_a_weight(name):
+    with torch.device("cpu" if name == "swin_unetr" else "meta"):
+        plain, network = (build_network(name, **ARGUMENTS, dropout=rate) for rate in (0.0, 0.3))
+    shapes = [{n: v.shape for n, v in net.state_dict().items()} for net in (plain, network)]
+    assert shapes[0] == shapes[1]
+    assert 0.3 in [m.p for m in network.modules() if isinstance(m, _DropoutNd)]
+
+
+# ---------------------------------------------------------------------------------------
+# Every entry by name
+# ---------------------------------------------------------------------------------------
+
+
+def one_step_and_reload(prepared: Path, run: Path, **settings) -> None:
+    """Train one epoch on little, rebuild from the checkpoint alone, segment a scan."""
+    train.main(small_config(prepared, run, **{"max_epochs": 1, **settings}))
+    model = apply_model.load_model(run / "last.pt", "cpu", "fp32")
+    scan = ct_image(np.full((40, 36, 18), 60), random_affine(0))
+    label = apply_model.segment(model, scan)
+    assert label.shape == scan.shape
+    assert set(np.unique(label.read())) <= {0, 1}
+
+
+@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.parametrize("network", get_args(train.NetworkName))
+def test_every_network_trains_and_reloads(network, few, tmp_path):
+    size = (64, 64) if network == "swin_unetr" else (32, 32)  # five halvings must leave a voxel
+    content = read_prepared(few)
+    content["subvolumes"] = list({r["split"]: r for r in content["subvolumes"]}.values())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "subvolumes").symlink_to(few / "subvolumes")
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(content))
+    how = {"input_size": size, "ema_decay": 0.0, "optimizer": "sgd", "batch_size": 1}
+    one_step_and_reload(tmp_path / "data", tmp_path / "run", network=network, **how)
+
+
+@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.parametrize("loss", get_args(train.LossName))
+def test_every_loss_trains_and_reloads(loss, few, tmp_path):
+    one_step_and_reload(few, tmp_path / "run", loss=loss)
+
+
+@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.parametrize("optimizer", get_args(train.OptimizerName))
+def test_every_optimizer_trains_and_reloads(optimizer, few, tmp_path):
+    one_step_and_reload(few, tmp_path / "run", optimizer=optimizer, schedule="poly")
+
+
+def test_an_unknown_network_is_refused_with_the_known_ones():
+    with pytest.raises(InputError, match="network must be one of unet3d, unet"):
+        build_network("unet4d", **ARGUMENTS)
+
+
+def test_cross_entropy_is_that_of_torch_with_and_without_class_weights():
+    logits, label = torch.randn(2, 3, 4, 4, 4), torch.randint(0, 3, (2, 1, 4, 4, 4))
+    weights = torch.tensor([0.5, 1.0, 1.5])
+    for name, given in (("ce", None), ("weighted_ce", weights)):
+        expected = torch.nn.functional.cross_entropy(logits, label[:, 0], given)
+        assert train.LOSSES[name](weights)(logits, label) == pytest.approx(expected.item())
