@@ -7,8 +7,8 @@
     python train.py --show                      # only draw what the network would see
     torchrun --nproc-per-node 4 train.py        # on four GPUs
 
-Edit the settings in place or give them as options; the checkpoint carries them all. Read
-`curves.png` and `preview.png` in the run's folder to see how it goes. Next: apply_model.py.
+Edit the settings in place or give them as options; the checkpoint carries them all. To see how it
+goes, read `curves.png` and `preview.png` in the run's folder. Next: apply_model.py.
 """
 
 from __future__ import annotations
@@ -179,7 +179,6 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import torch
 from monai import losses
@@ -215,10 +214,7 @@ from utilities import (
 
 
 class AnnotatedLoss(torch.nn.Module):
-    """A loss over the annotated voxels alone, whose label is not IGNORED.
-
-    The loss must not depend on where voxels lie, nor on which sample they belong to (`batch=True`).
-    """
+    """A loss over annotated voxels alone, which must not depend on their place or their sample."""
 
     def __init__(self, loss: torch.nn.Module):
         super().__init__()
@@ -234,7 +230,6 @@ class AnnotatedLoss(torch.nn.Module):
 # Dice of the foreground. batch=True pools the voxels of a batch: a sub-volume with a sliver of
 # liver then weighs less than one that is full of it.
 DICE: dict[str, Any] = dict(softmax=True, to_onehot_y=True, include_background=False, batch=True)
-
 LOSSES: dict[str, Callable[[torch.Tensor], torch.nn.Module]] = {  # class weights → loss
     "dice": lambda weights: losses.DiceLoss(**DICE),
     "ce": lambda weights: losses.DiceCELoss(**DICE, lambda_dice=0.0),
@@ -260,8 +255,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # progress 0..1 → factor o
     "poly": lambda progress: (1 - progress) ** 0.9,
 }
 
-LARGE = 10_000_000  # parameters: a step takes seconds on a CPU
-
 
 def check(config: Config, prepared: dict[str, Any]) -> None:
     """Raise InputError for settings that cannot work, before hours are spent on them."""
@@ -269,9 +262,8 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
     if patches == bool(depth):
         found = f"sub-volumes of {depth} slices" if depth else "whole cases"
         raise InputError(
-            f"{config.data}: holds {found}, but --sampling is {config.sampling}; prepare it again "
-            f"into another --destination with --subvolume-depth {0 if patches else 16}, and name "
-            "that folder in --data"
+            f"{config.data}: holds {found}, but --sampling is {config.sampling}; give --data that "
+            f"prepare.py wrote with --subvolume-depth {0 if patches else 16}"
         )
     axes = "x y z" if patches else "x y"
     for option, given in {"--spacing": config.spacing, "--input-size": config.input_size}.items():
@@ -298,10 +290,8 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
     if config.optimizer == "sgd" and config.amsgrad:
         raise InputError("--amsgrad is of adam and adamw, got --optimizer sgd; leave it out")
     if config.resume is None and not config.show and (config.run_folder / "last.pt").exists():
-        raise InputError(
-            f"{config.run_folder}: holds a run already; give another --run-folder, or go on with "
-            f"--resume {config.run_folder}"
-        )
+        remedy = f"give another --run-folder, or go on with --resume {config.run_folder}"
+        raise InputError(f"{config.run_folder}: holds a run already; {remedy}")
 
 
 def choose_spacing(config: Config, prepared: dict[str, Any]) -> Config:
@@ -310,10 +300,10 @@ def choose_spacing(config: Config, prepared: dict[str, Any]) -> Config:
     steps = {item["case"]: item["spacing_mm"] for item in known if item["split"] == "training"}
     axes = 3 if config.sampling == "patches" else 2
     middle = [round(statistics.median(along), 4) for along in zip(*steps.values(), strict=True)]
+    spacing = tuple(middle[:axes])
     if is_first_process():
-        shown = " × ".join(map(str, middle[:axes]))
-        print(f"--spacing median: {shown} mm ({len(steps)} training scans)")
-    return dataclasses.replace(config, spacing=tuple(middle[:axes]))
+        print(f"--spacing median: {' × '.join(map(str, spacing))} mm ({len(steps)} training scans)")
+    return dataclasses.replace(config, spacing=spacing)
 
 
 def choose_hu_window(config: Config, modality: str) -> Config:
@@ -342,21 +332,17 @@ def resume_settings(config: Config, folder: Path, saved: dict[str, Any]) -> Conf
 
 
 def choose_precision(config: Config, device: torch.device, window: Sequence[int]) -> torch.dtype:
-    """Return the precision of convolutions: float32 where "auto" would meet a fault of torch 2.13.
-
-    On a CPU it leaves gradients of bfloat16 convolutions partly unwritten (NaN, or runs that
-    differ) where feature maps shrink to 2 × 2 pixels, or where a single slice is halved.
-    """
+    """Return the precision of convolutions: float32 where "auto" would meet a fault of torch."""
+    # On a CPU torch 2.13 leaves gradients of bfloat16 convolutions partly unwritten (NaN) where
+    # feature maps shrink to 2 × 2 pixels, or where a single slice is halved.
     tiny = min(window[:2]) < 64 or window[2] < 16
     on_cpu = config.precision == "auto" and device.type == "cpu"
     return pick_precision("fp32" if on_cpu and tiny else config.precision, device)
 
 
 def begin_with(network: torch.nn.Module, network_args: dict[str, Any], path: Path) -> bool:
-    """Load the weights of a checkpoint; of another number of classes, all but the head's.
-
-    Return whether all are loaded. Raise InputError where it holds another network.
-    """
+    """Load a checkpoint's weights, but not the head's of another number of classes; return whether
+    all are loaded. Raise InputError where it holds another network."""
     saved, own = load_checkpoint(path), network.state_dict()
     given, old = saved["network_state"], saved["network_args"]
     shapes = [{name: value.shape for name, value in state.items()} for state in (own, given)]
@@ -374,13 +360,10 @@ def begin_with(network: torch.nn.Module, network_args: dict[str, Any], path: Pat
     return not other
 
 
-def begin_with_encoder(network: torch.nn.Module, path: Path) -> None:
-    """Load a ResNet-34 of torchvision or segmentation_models_pytorch into resnet34_unet.
-
-    The filters of its first layer are added up over the colours. Raise InputError where the file
-    holds none.
-    """
-    encoder = cast(Any, network).network.encoder
+def begin_with_encoder(network: Any, path: Path) -> None:
+    """Load a ResNet-34 of torchvision or segmentation_models_pytorch into resnet34_unet, its first
+    filters added over the colours. Raise InputError where the file holds none."""
+    encoder = network.network.encoder
     own, remedy = encoder.state_dict(), "give a ResNet-34 as torch.save wrote its state_dict"
     try:
         given = torch.load(path, map_location="cpu", weights_only=True)
@@ -446,9 +429,9 @@ def fit(config: Config, prepared: dict, chain: Chain, device: torch.device, save
     loss_function = AnnotatedLoss(loss_function) if chain.ignore else loss_function
     if is_first_process():
         count = sum(parameter.numel() for parameter in run.model.parameters())
-        where = f"{str(run.precision).removeprefix('torch.')} on {rank_and_size()[1]} × {device}"
+        where = f"{run.precision} on {rank_and_size()[1]} × {device}"
         print(f"{config.network}: {count:,} parameters, {where}")
-        if device.type == "cpu" and count > LARGE:
+        if device.type == "cpu" and count > 10_000_000:
             print("slow on a CPU: python train.py laptop is the recipe for it (docs/recipes.md)")
         write_json(config.plain() | {"resume": None}, config.run_folder / "config.json")
     train(
@@ -459,17 +442,16 @@ def fit(config: Config, prepared: dict, chain: Chain, device: torch.device, save
     if is_first_process():
         split = "validation" if prepared["settings"].get("folds") else "test"
         scans = "SCAN" if config.fold == "all" else f"--split {split} --data {config.data}"
-        pictures = "curves.png and preview.png" if val_loader else "curves.png"
         apply = f"apply_model.py {scans} --checkpoint {find_checkpoint(config.run_folder)}"
-        print(f"done: look at {pictures} in {config.run_folder}, then: python {apply}")
+        print(f"done: look at the pictures in {config.run_folder}, then: python {apply}")
 
 
 def load_data(config: Config, prepared: dict, chain: Chain, device: torch.device) -> tuple:
     """Return loaders of training data, augmented, and of validation data (None without any)."""
     validated = check_splits(prepared, chain.labels, config.data)
-    patches = config.sampling == "patches"
     training = cache_split(prepared, config.data, "training", chain, device)
     augment = augmentation(pick(Augment, config, classes=len(chain.labels)), device)
+    patches = config.sampling == "patches"
     repeats = config.patches_per_case if patches else 1
     augmented = Subvolumes(training, augment, config.seed, repeats)
     how: dict[str, Any] = {"seed": config.seed, "pin": device.type == "cuda"}
@@ -490,8 +472,8 @@ def build_run(
         "name": config.network, "in_channels": 1, "out_channels": len(chain.labels),
         "base_channels": config.base_channels, "input_size": window,
     }  # fmt: skip
-    network_args |= {"dropout": config.dropout} if config.dropout else {}
-    network_args |= {"projections": True} if config.encoder_weights else {}
+    more = {"dropout": config.dropout, "projections": bool(config.encoder_weights)}
+    network_args |= {name: value for name, value in more.items() if value}
     model = on_device(build_network(**network_args), device)
     complete = True
     if config.pretrained and saved is None:
@@ -526,10 +508,9 @@ def build_run(
 
 
 def class_weights(prepared: dict[str, Any], labels: Labels) -> torch.Tensor:
-    """Return one weight per class from its voxels in the training data; their mean is 1.
+    """Return one weight per class, inverse to the root of its voxels in the training data, mean 1.
 
-    They are inverse to the square root of the count. Weights inverse to the count itself led to
-    more than a litre of false tumour per patient on six real CTs.
+    Weights inverse to the count led to a litre of false tumour per patient on six real CTs.
     """
     inverse = count_voxels(prepared, labels, "training").clip(1) ** -0.5
     return torch.tensor(inverse / inverse.mean(), dtype=torch.float32)

@@ -51,9 +51,9 @@ def build_network(name: str, *, in_channels: int, out_channels: int, base_channe
     """Return a network by its name; the keyword arguments are a checkpoint's `network_args`.
 
     `base_channels` scales the width: 32 is the paper's for unet3d and about MONAI's default for
-    the others. `input_size` is (X, Y, Z) in voxels, which only transformers need. `dropout` acts
-    at the bottom of unet3d and where MONAI has it in the others. `projections`: see
-    `build_resnet34`. Raises InputError for an unknown name.
+    the others. `input_size` (X, Y, Z) in voxels is for transformers. `dropout` acts at the bottom
+    of unet3d, elsewhere where MONAI has it. `projections`: see `build_resnet34`. Raises InputError
+    for an unknown name.
     """
     i, o, c, d, half = in_channels, out_channels, base_channels, dropout, max(base_channels // 2, 1)
     widths, strides = [half * 2**level for level in range(5)], (2, 2, 2, 2)
@@ -81,8 +81,7 @@ def build_network(name: str, *, in_channels: int, out_channels: int, base_channe
     return factories[name]()
 
 
-# Networks that take images of any size → a number of voxels that must divide the size. The others
-# take the training's size alone, or normalise by all that an image holds.
+# Networks that take images of other sizes than the training's → voxels that must divide the size.
 GRAINS = {"unet3d": 8, "unet": 16, "attention_unet": 16, "vnet": 16, "resnet34_unet": 32}
 
 
@@ -92,9 +91,8 @@ class UNet3D(nn.Module):
     Channels double before each pooling; batch norm stands before each ReLU. Images (B, in_channels,
     X, Y, Z), X, Y and Z multiples of 8 → logits (B, out_channels, X, Y, Z).
 
-    The paper counts 19,069,955 parameters for 3 channels in and 3 labels out, with a bias for each
-    convolution and without the scales of batch norm. Here the shift of batch norm replaces that
-    bias: 19,072,291 parameters less 2,336 scales.
+    The paper counts 19,069,955 parameters for 3 channels in and 3 labels out, with biases and
+    without the scales of batch norm, whose shifts replace the biases here: 19,072,291 less 2,336.
     """
 
     def __init__(self, in_channels: int = 1, out_channels: int = 2, base_channels: int = 32,
@@ -194,10 +192,7 @@ CHECKPOINT: dict[str, Any] = {  # entry → type; docs/checkpoints.md explains t
 
 
 def save_checkpoint(path: Path, **entries: Any) -> None:
-    """Write the entries of CHECKPOINT completely or not at all; those of None may be left out.
-
-    torch.save writes a zip archive with a checksum of each part.
-    """
+    """Write the entries of CHECKPOINT completely or not at all; those of None may be left out."""
     check_types(entries, CHECKPOINT, str(path), "give every entry of CHECKPOINT")
     versions = {"torch": str(torch.__version__), "monai": version("monai")}
     with atomic_write(path) as temporary:
@@ -310,8 +305,6 @@ def gather(value: Any) -> list[Any]:
 
 # -- Training -------------------------------------------------------------------------------------
 
-VALIDATION_OVERLAP = 0.25  # of the windows of a whole case; 0.5 takes up to three times as long
-
 
 def train(run: Run, train_loader: Any, val_loader: Any, loss_function: nn.Module, *,
           max_epochs: int, val_interval: int = 1, gradient_clip: float = 0.0,
@@ -322,8 +315,7 @@ def train(run: Run, train_loader: Any, val_loader: Any, loss_function: nn.Module
     names}; without a `val_loader` there is no best.pt. `loss_function` maps (logits, label) to a
     scalar; `gradient_clip` and `patience` (validations without a better Dice) are off at 0.
 
-    Ctrl-C finishes the step under way in all processes, writes last.pt and raises
-    KeyboardInterrupt.
+    Ctrl-C finishes the step in all processes, writes last.pt and raises KeyboardInterrupt.
     """
     is_first = rank_and_size()[0] == 0
     with delayed_interrupt() as interrupted:
@@ -353,10 +345,9 @@ def train(run: Run, train_loader: Any, val_loader: Any, loss_function: nn.Module
 def train_one_epoch(run: Run, loader: Any, loss_function: nn.Module, clip: float,
                     epochs: tuple[int, int],
                     interrupted: Callable[[], bool]) -> dict[str, float]:  # fmt: skip
-    """Train on all batches of an epoch, or on its rest; `epochs` are this one and the last.
+    """Train on all batches of an epoch, or on its rest; return mean loss, Dice and speed.
 
-    Losses leave the GPU only when the bar is redrawn, so that the GPU never waits. Returns mean
-    loss, Dice and speed.
+    `epochs` are this one and the last. Losses leave the GPU only when the bar is redrawn.
     """
     run.network.train()
     done, steps = len(run.losses), len(run.losses) + len(loader)
@@ -464,7 +455,7 @@ class Run:
     def __post_init__(self) -> None:
         parallel = nn.parallel.DistributedDataParallel
         network = parallel(self.model) if dist.is_initialized() else self.model
-        # as it is trained
+        # the model as it is trained
         self.network: Any = torch.compile(network) if self.compile_network else network
         half = self.precision == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
@@ -473,9 +464,8 @@ class Run:
         self.average = average(self.model) if self.ema_decay else None
         self.learnt = self.average.module if self.average else self.model
         # what is validated, saved and applied: the weights learnt, or nearer to the first ones
-        share = self.pretrained_share
-        self.first = copy.deepcopy(self.model) if share else None
-        self.kept = copy.deepcopy(self.model) if share else self.learnt
+        self.first = copy.deepcopy(self.model) if self.pretrained_share else None
+        self.kept = copy.deepcopy(self.model) if self.pretrained_share else self.learnt
         self.class_names = list(self.carried["preprocessing"]["labels"])[1:]
         names = ("model", "optimizer", "scheduler", "scaler", "average", "first")
         parts = {name: getattr(self, name) for name in names}
@@ -508,15 +498,13 @@ class Run:
         ask = functools.partial(self.ask, self.kept)
         if tuple(image.shape[2:]) == (window := tuple(self.carried["inference"]["window"])):
             return ask(image)
-        how = (image, window, 1, ask, VALIDATION_OVERLAP, "gaussian")
+        how = (image, window, 1, ask, 0.25, "gaussian")  # an overlap of 0.5 takes 3 times as long
         places: dict[str, Any] = {"sw_device": self.device, "device": image.device}
         return cast(torch.Tensor, sliding_window_inference(*how, **places))
 
     def fetch(self, pending: list[tuple[list[str], torch.Tensor, torch.Tensor]]) -> None:
-        """Take (cases, loss, counts) of steps from the device, where they still wait.
-
-        Raises InputError with the names of the cases where a loss is not finite.
-        """
+        """Take (cases, loss, counts) of steps from the device; raise InputError, with the names of
+        the cases, where a loss is not finite."""
         values = torch.stack([loss for _, loss, _ in pending]).tolist() if pending else []
         for (cases, _, counts), value in zip(pending, values, strict=True):
             if not math.isfinite(value):

@@ -27,7 +27,7 @@ def test_two_processes_give_the_gradients_of_the_joined_batch(torchrun):
 
 def test_torchrun_trains_and_one_process_writes(torchrun):
     folder, said, _ = torchrun
-    assert said.count("done: look at") == 2, said  # of two runs
+    assert said.count("done: look at the pictures") == 2, said  # of two runs
     history = load_checkpoint(folder / "run" / "last.pt")["history"]
     assert [row["epoch"] for row in history] == [1, 2]
     assert np.isfinite(history[-1]["val_dice"])

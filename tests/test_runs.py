@@ -95,24 +95,21 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     assert not (tmp_path / "touched").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_checkpoints_with_other_content_are_one_message(run, tmp_path):
+    saved, path = torch.load(run / "last.pt", weights_only=True), tmp_path / "a.pt"
+    for changes, message in (
         ({"schema": 1}, "schema must be 2, got 1; train it again"),
         ({"schema": 3}, "schema must be 2, got 3; update this program"),
-        ({"network_state": ...}, "network_state is missing"),
+        ({"network_state": None}, "network_state has the wrong type"),
         ({"declared": [1]}, "declared has the wrong type, got list"),
         ({"network_state": {"head.bias": torch.tensor([np.nan])}}, "not numbers"),
         ({"network_state": {"head.bias": torch.tensor([np.inf])}}, "not numbers"),
         ({"inference": {"window": (32, 32, 16), "overlap": 1.0}}, "--overlap must be a number"),
         ({"config": {"spacing": (0.0, 1.0)}}, "--spacing must be a number"),
-    ],
-)
-def test_checkpoints_with_other_content_are_one_message(run, tmp_path, changes, message):
-    saved = torch.load(run / "last.pt", weights_only=True) | changes
-    torch.save({k: v for k, v in saved.items() if v is not ...}, tmp_path / "a.pt")
-    with pytest.raises(InputError, match=rf"a\.pt: .*{message}"):
-        load_checkpoint(tmp_path / "a.pt")
+    ):
+        torch.save(saved | changes, path)
+        with pytest.raises(InputError, match=rf"a\.pt: .*{message}"):
+            load_checkpoint(path)
 
 
 def test_a_run_is_given_by_its_folder_or_its_checkpoint(run):
@@ -151,42 +148,30 @@ def test_settings_of_preprocessing_have_no_values_of_their_own():
 # ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_a_dataset_json_of_something_else_is_one_message(prepared, tmp_path):
+    content = read_prepared(prepared)
+    less = {key: value for key, value in content.items() if key != "subvolume_depth"}
+    for text, message in (
         ("words", "must be what prepare.py wrote"),
         ("[]", "must be a dictionary, got list"),
         ("{}", "schema is missing"),
         ('{"schema": 99}', "a later version"),
-    ],
-)
-def test_a_dataset_json_of_something_else(tmp_path, text, message):
-    (tmp_path / "dataset.json").write_text(text)
-    with pytest.raises(InputError, match=rf"dataset\.json: .*{message}"):
-        read_prepared(tmp_path)
+        (json.dumps(less), "subvolume_depth is missing; prepare the data again"),
+        (json.dumps(content | {"labels": {"liver": ["x"]}}), "labels must be whole numbers"),
+    ):
+        (tmp_path / "dataset.json").write_text(text)
+        with pytest.raises(InputError, match=rf"dataset\.json: .*{message}"):
+            read_prepared(tmp_path)
 
 
-def test_a_dataset_json_that_lacks_something_or_has_labels_without_numbers(prepared, tmp_path):
-    folder = edit_prepared(prepared, tmp_path / "data", labels={"background": 0, "liver": ["x"]})
-    with pytest.raises(InputError, match=r"labels must be whole numbers, .*prepare the data again"):
-        read_prepared(folder)
-    content = read_prepared(prepared)
-    del content["subvolume_depth"]
-    (folder / "dataset.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="subvolume_depth is missing; prepare the data again"):
-        read_prepared(folder)
-
-
-@pytest.mark.parametrize(
-    "path", ["../other/image.nii", "/etc/image.nii", "a/../../b.nii", "C:\\a.nii", "..\\a.nii", 7]
-)
 @pytest.mark.parametrize("key", ["image", "label"])
-def test_paths_that_leave_the_folder_are_refused(prepared, tmp_path, path, key):
-    records = few_records(prepared)
-    records[0][key] = path
-    folder = edit_prepared(prepared, tmp_path / "data", subvolumes=records)
-    with pytest.raises(InputError, match=r"lies outside of|wrong type"):
-        read_prepared(folder)
+def test_paths_that_leave_the_folder_are_refused(prepared, tmp_path, key):
+    content = read_prepared(prepared)
+    for path in ("../other/image.nii", "/etc/image.nii", "a/../../b.nii", "C:\\a.nii", "..\\a", 7):
+        content["subvolumes"][0][key] = path
+        (tmp_path / "dataset.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=r"lies outside of|wrong type"):
+            read_prepared(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------
@@ -244,15 +229,13 @@ def test_without_validation_the_last_network_is_kept_and_it_is_said(prepared, tm
     assert "val_dice" not in load_checkpoint(tmp_path / "run")["history"][-1]
 
 
-@pytest.mark.parametrize("split", ["training", "validation"])
-def test_an_empty_split_is_refused_before_anything_is_cached(
-    prepared, tmp_path, split, monkeypatch
-):
-    other = {"training": "validation", "validation": "training"}[split]
-    data = edit_prepared(prepared, tmp_path / "data", subvolumes=few_records(prepared, (other,)))
+def test_an_empty_split_is_refused_before_anything_is_cached(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "cache_split", lambda *_: pytest.fail("something was cached"))
-    with pytest.raises(InputError, match=f"no sub-volume in the {split} split"):
-        train.main(small_config(data, tmp_path / "run"))
+    for split, other in (("training", "validation"), ("validation", "training")):
+        records = few_records(prepared, (other,))
+        data = edit_prepared(prepared, tmp_path / split, subvolumes=records)
+        with pytest.raises(InputError, match=f"no sub-volume in the {split} split"):
+            train.main(small_config(data, tmp_path / "run"))
 
 
 def test_a_class_that_no_validation_patient_has_chooses_no_checkpoint(prepared, tmp_path, capsys):
