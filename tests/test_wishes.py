@@ -222,15 +222,6 @@ def test_a_file_that_is_no_resnet34_is_one_clear_error(resnet34, encoder, tmp_pa
 # ---------------------------------------------------------------------------------------
 
 
-def test_dropout_is_of_training_alone():
-    torch.manual_seed(0)
-    network = build_network("unet3d", **ARGUMENTS | {"base_channels": 4}, dropout=0.5)
-    image = torch.rand(2, 1, 16, 16, 16)
-    with torch.no_grad():
-        assert not torch.equal(network(image), network(image))
-        assert torch.equal(network.eval()(image), network(image))
-
-
 def test_dropout_goes_into_the_checkpoint_and_may_differ_from_the_pretrained(few, tmp_path):
     train.main(small_config(few, tmp_path, max_epochs=1, dropout=0.2))
     saved = load_checkpoint(tmp_path / "last.pt")
