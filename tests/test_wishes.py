@@ -1,6 +1,5 @@
 """Options that other programs have: median spacing, single slices, ImageNet, dropout."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -108,7 +107,7 @@ def test_spacing_in_other_words_is_refused():
 
 
 # ---------------------------------------------------------------------------------------
-# Sub-volumes of one slice, for the 2D network
+# Single slices, ImageNet weights, dropout
 # ---------------------------------------------------------------------------------------
 
 
@@ -121,12 +120,9 @@ def test_single_slices_with_liver_train_the_2d_network_and_are_applied(
             source=raw_phantoms, destination=data, subvolume_depth=1, workers=1
         ))  # fmt: skip
     content = read_prepared(data)
-    slices = content["subvolumes"]
-    assert all(record["shape"][2] == 1 for record in slices)
-    for record in slices:  # only slices with liver
-        assert sum(n for value, n in record["voxels_per_label"].items() if value != "0") > 0
-    assert sum(case["slices"] for case in content["cases"]) > len(slices) > 100
-    content["subvolumes"] = slices[::16]
+    for record in content["subvolumes"]:  # only slices with liver
+        assert record["shape"][2] == 1 and record["voxels_per_label"].keys() > {"0"}
+    content["subvolumes"] = content["subvolumes"][::16]
     (data / "dataset.json").write_text(json.dumps(content))
     monkeypatch.setattr(  # of 23 million parameters
         utilities, "build_resnet34", lambda i, o, *_: SliceBySlice(nets.UNet(2, i, o, (4, 8), (2,)))
@@ -141,13 +137,6 @@ def test_single_slices_with_liver_train_the_2d_network_and_are_applied(
         split="test", data=data, checkpoint=run, destination=results, device="cpu", precision="fp32"
     ))  # fmt: skip
     assert len(read_json(results / "results.json")) >= 1
-    with pytest.raises(InputError, match="multiple of 8"):
-        train.main(dataclasses.replace(config, network="unet3d", run_folder=tmp_path / "other"))
-
-
-# ---------------------------------------------------------------------------------------
-# ImageNet weights
-# ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -215,11 +204,6 @@ def test_a_file_that_is_no_resnet34_is_one_clear_error(resnet34, encoder, tmp_pa
         with pytest.raises(InputError, match=rf"{path.name}: --encoder-weights: no ResNet-34"):
             train.begin_with_encoder(encoder, path)
     assert torch.equal(before, encoder.network.encoder.state_dict()[name])
-
-
-# ---------------------------------------------------------------------------------------
-# Dropout
-# ---------------------------------------------------------------------------------------
 
 
 def test_dropout_goes_into_the_checkpoint_and_may_differ_from_the_pretrained(few, tmp_path):
