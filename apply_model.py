@@ -97,14 +97,12 @@ from data.datasets import describe_truths, find_scans, name_scans, pair_truths
 from data.evaluate import (
     do_each,
     evaluate,
-    is_finished,
     measure,
     refuse_failures,
     report_all,
     tell_row,
-    write_record,
 )
-from data.files import atomic_write, lock_folder, make_safe, write_json
+from data.files import atomic_write, lock_folder, make_safe, read_record, write_json
 from data.labels import (
     IMAGE,
     LABEL,
@@ -131,7 +129,7 @@ from data.scans import (
 from data.seg import write_seg
 from data.settings import check_settings, show_progress
 from data.splits import choose_fold, read_prepared
-from data.trust import Evidence, draw_doubt, judge_trust, weigh_scores
+from data.trust import Evidence, judge_trust, weigh_scores
 from data.volumes import (
     AIR_HU,
     SLAB,
@@ -307,7 +305,7 @@ def segment(
     trace.located = look.describe(to_network, scan.ras_shape) if look else {}
     trace.lap("trim")
     if asked:
-        trace.evidence = weigh_scores(scores.numpy(), to_network, scan.ras_shape[2], model.names)
+        trace.evidence = weigh_scores(scores.numpy(), to_network, scan.ras_shape, model.names)
     trace.lap("trust")
     classes = classes_on_grid(scores, to_network, scan.ras_shape)
     if options.probability:
@@ -540,9 +538,8 @@ def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
     told += write_results(model, scan, label, trace, config, place)
     trace.lap("write")
     drawn = {IMAGE: scan, PRED: trace.classes} | ({} if truth is None else {LABEL: truth})
-    figure = draw_planes(drawn, model.names, f"{case.name} · {note}")
+    figure = draw_planes(drawn, model.names, f"{case.name} · {note}", doubt=trust)
     save_figure(figure, place.with_name(f"{case.name}_preview.png"))
-    draw_doubt(drawn, trust, place.with_name(f"{case.name}_doubt.png"))
     trace.lap("preview")
     row |= trace.located | {f"seconds_{key}": round(s, 2) for key, s in trace.seconds.items()}
     row["seconds"] = round(sum(trace.seconds.values()), 2)
@@ -579,7 +576,8 @@ def do_case(model: Model, case: Case, weights: str, config: Config) -> None:
     """Everything for a case, unless it is finished; its record, written last, says that it is."""
     record = config.destination / case.name / f"{case.name}.json"
     mark = fingerprint(case, weights, config)
-    if not config.overwrite and is_finished(record, mark):
+    known = None if config.overwrite else read_record(record, mark)
+    if known and all((record.parent / name).is_file() for name in known["files"]):
         tqdm.write(f"{case.name}: finished before; --overwrite does it again")
         return
     for leftover in record.parent.glob(".*.partial.*"):  # of a run that was killed
@@ -590,9 +588,10 @@ def do_case(model: Model, case: Case, weights: str, config: Config) -> None:
         "truth": None if case.label is None else describe_label(resolve_label(case.label)),
         "checkpoint": ", ".join(map(str, (config.checkpoint, *config.folds))),
         "weights": weights[:12],
-        "fingerprint": mark,
+        "mark": mark,
     }
-    write_record(row, record)
+    files = sorted(p.name for p in record.parent.glob(f"{case.name}_*") if p.is_file())
+    write_json(row | {"files": files}, record)
 
 
 def export_bundle(model: Model, folder: Path) -> None:

@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from data.evaluate import dice_metric, list_overlaps, mean_dice, nan_mean, overlap_counts
+from data.evaluate import dice_metric, list_overlaps, nan_mean, overlap_counts
 from data.files import InputError, atomic_write, find_checkpoint, write_csv
 from data.labels import IGNORED, IMAGE, LABEL, PRED
 from data.pictures import add_legend, class_colour, find_busiest_slice, save_figure, show_patient
@@ -427,7 +427,8 @@ def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float
     patients: dict[str, Any] = defaultdict(int)  # one's sub-volumes may be in several processes
     for case, count in itertools.chain(*gather(counts)):
         patients[case] += count
-    dice, _ = mean_dice([dice_metric(counts=count) for count in patients.values()])
+    table = np.array([dice_metric(counts=count) for count in patients.values()])
+    dice = np.array([nan_mean(column) for column in table.T])
     dice[sum(patients.values())[2] == 0] = math.nan
     row = {"val_loss": nan_mean(itertools.chain(*gather(losses))), "val_dice": nan_mean(dice)}
     return row | {f"val_dice_{name}": float(d) for name, d in zip(names, dice, strict=True)}

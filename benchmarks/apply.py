@@ -33,6 +33,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import bodies
 import numpy as np
 import torch
 import tyro
@@ -44,7 +45,6 @@ from tqdm import tqdm
 import apply_model
 import preprocess
 import utilities
-from data import make_phantoms
 from data.evaluate import evaluate
 from data.files import read_json, write_json
 from data.labels import LABEL, USUAL_LABELS, index_classes
@@ -116,10 +116,8 @@ def paint(config: Config) -> tuple[Path, Path]:
     name = f"liver_{config.mask:03d}.nii.gz"
     paths = [config.work / "raw" / folder / name for folder in ("imagesTr", "labelsTr")]
     if not all(path.exists() for path in paths):
-        job = make_phantoms.Config(
-            destination=config.work / "raw", livers=config.livers, first=config.mask, cases=1
-        )
-        make_phantoms.write_case(config.mask, job)
+        folder = config.work / "raw"
+        bodies.main(bodies.Config(folder, 1, config.mask, livers=config.livers))
         for path in paths:
             whole = read_file(path)
             part = Volume(whole.read()[:, :, :450], whole.affine, header=whole.header)

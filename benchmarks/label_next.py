@@ -2,7 +2,7 @@
 
     python benchmarks/label_next.py          # about ten minutes on one thread
 
-For each seed a small network learns from bodies of `data/make_bodies.py` as they are, and then
+For each seed a small network learns from bodies of `benchmarks/bodies.py` as they are, and then
 meets a pool and a test set in which most scans differ from them (`benchmarks/harms.py`). The first
 k of the pool are corrected, that is, their true labels are added, and training goes on for the
 same number of steps: in the order of the expected Dice (the least first), in random order, and in
@@ -29,12 +29,12 @@ from monai.losses import DiceCELoss
 
 sys.path.insert(1, str(ROOT / "data"))  # the makers import each other as scripts
 
-import make_bodies
+import bodies
 
 from data.evaluate import dice_metric
 from data.files import read_json, write_json
 from data.pictures import save_figure
-from data.trust import expect_dice, weigh_scores
+from data.trust import judge_trust, weigh_scores
 from data.volumes import Volume
 from utilities import build_network
 
@@ -65,8 +65,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # image in 0..1 and label, (1, SIDE, S
 
 def make_pair(index: int, seed: int, different: bool) -> Pair:
     """A body, harmed or not, in the middle of a box of air."""
-    settings = make_bodies.Config(seed=5000 + seed, spacing=(STEP_MM,) * 3)
-    image, label = make_bodies.make_body(index, settings)
+    settings = bodies.Config(seed=5000 + seed, spacing=(STEP_MM,) * 3)
+    image, label = bodies.make_body(index, settings)
     scan = Volume(np.asarray(image.dataobj).astype(np.float32), image.affine)
     outline = np.asarray(label.dataobj)
     if different:
@@ -109,9 +109,9 @@ def judge(model: torch.nn.Module, pairs: list[Pair]) -> list[tuple[float, float]
     for image, label in pairs:
         logits = model(image[None].float())[0]
         scores = (logits[1:] - logits[:1]).numpy()
-        (known,) = weigh_scores(scores, np.eye(4), SIDE, ["liver"])
+        (known,) = weigh_scores(scores, np.eye(4), (SIDE,) * 3, ["liver"])
         dice = float(dice_metric((scores[0] > 0).astype(np.uint8), label[0].numpy())[0])
-        judged.append((expect_dice(known.steadiness, 0.0), dice))
+        judged.append((judge_trust([known], {"liver_volume_ml": 1}, None).expected_dice, dice))
     return judged
 
 

@@ -16,8 +16,8 @@ used stand in each row. The held-out patients are in the validation split, and t
 is applied: nothing is chosen by looking at them. Whole volumes, on the scan's own grid.
 Each row is written as soon as it is known, and what is known is not run again.
 `--join` lets painted bodies train beside the patients, for as many steps.
-`--painted` takes networks that were trained to bodies that `data/make_phantoms.py --livers MASKS
---size 160` painted around real livers of others: many, where real patients are six.
+`--painted` takes networks that were trained to bodies that `benchmarks/bodies.py --livers MASKS
+--step 3` painted around real livers of others: many, where real patients are six.
 Writes benchmarks/results/levers.json.
 """
 

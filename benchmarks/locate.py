@@ -5,7 +5,7 @@
 
 `--runs` are the networks of `benchmarks/real_ct.py --work WORK`, or of `benchmarks/levers.py`, in
 the order of the rounds: each real CT is segmented by the one that never saw it. `--painted` is a
-folder of `data/make_phantoms.py --livers`; the first network segments it. Each scan is preprocessed
+folder of `benchmarks/bodies.py --livers`; the first network segments it. Each scan is preprocessed
 once, and segmented with each overlap whole, with either blending, and with --locate, in CPU seconds
 of the network alone. Writes benchmarks/results/locate.json after every scan.
 """

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bodies
 import nibabel as nib
 import numpy as np
 import tyro
@@ -32,7 +33,6 @@ from machine import DATA, RESULTS, machine, name_command
 from prepare_lits import prepare_one
 
 import prepare
-from data import make_phantoms
 from data.check import Terms, read_data_set
 from data.files import read_json, write_json
 from data.volumes import Volume, list_slabs, read_file
@@ -192,9 +192,7 @@ def turn(path: Path) -> None:
 
 
 def paint(config: Config, folder: Path, first: int, cases: int) -> None:
-    make_phantoms.main(
-        make_phantoms.Config(destination=folder, livers=config.livers, first=first, cases=cases)
-    )
+    bodies.main(bodies.Config(folder, cases, first, livers=config.livers))
 
 
 def main(config: Config) -> None:

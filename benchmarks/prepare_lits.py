@@ -18,13 +18,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import bodies
 import numpy as np
 import tyro
 from machine import DATA, RESULTS, machine
 from tqdm import tqdm
 
 import prepare
-from data import make_phantoms
 from data.files import atomic_write, read_json
 from data.volumes import read_file
 
@@ -82,15 +82,12 @@ def prepare_one(work: Path) -> dict:
 def main(config: Config) -> None:
     known = read_json(config.results)["cases"] if config.results.exists() else []
     names = {case["case"] for case in known}
-    last = min(config.first + config.cases, len(make_phantoms.mask_files(config.livers)))
+    last = min(config.first + config.cases, len(list(config.livers.glob("*.nii*"))))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         for index in tqdm(range(config.first, last), unit="case"):
             if f"liver_{index:03d}" in names:
                 continue
-            paint = make_phantoms.Config(
-                destination=config.work / "raw", livers=config.livers, first=index, cases=1
-            )
-            make_phantoms.write_case(index, paint)
+            bodies.main(bodies.Config(config.work / "raw", 1, index, livers=config.livers))
             known.append(pool.apply(prepare_one, (config.work,)))
             shutil.rmtree(config.work)
             write_results(known, config)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nibabel.orientations import inv_ornt_aff
@@ -506,3 +507,9 @@ def list_cuts(depth: int, size: int, every: int, shift: float) -> list[tuple[int
     step = max(n for n in range(1, size + 1) if math.gcd(n, every) == 1)
     firsts = (min(max(f, 0), depth - size) for f in range(-int(shift * every), depth, step))
     return [(first, first + size) for first in dict.fromkeys(firsts)]
+
+
+def stamp_inputs(paths: Iterable[Path | Masks | None]) -> list[list[Any]]:
+    """Return [name, size, mtime_ns] of every file that is read for some scans and label maps."""
+    files = [file for path in paths if path is not None for file in list_files(path)]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -47,7 +47,7 @@ PROMISES = {  # how a sentence begins → the tests that it stands on
     "Nothing is deleted": """
         test_prepare_edges.test_another_source_is_refused_and_overwrite_removes_only_ours
         test_prepare_edges.test_a_folder_that_is_not_ours_is_not_replaced
-        test_prepare_edges.test_only_leftovers_of_dead_processes_are_removed
+        test_prepare_edges.test_only_leftovers_of_killed_runs_are_removed
     """,
 }
 

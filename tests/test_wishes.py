@@ -22,14 +22,10 @@ from utilities import SliceBySlice, build_network, load_checkpoint
 
 ARGUMENTS = {"in_channels": 1, "out_channels": 2, "base_channels": 16, "input_size": (32, 32, 32)}
 
-# ---------------------------------------------------------------------------------------
-# prepare.py --crop-to-body
-# ---------------------------------------------------------------------------------------
-
 
 def test_a_network_of_cropped_slices_crops_what_it_is_applied_to(raw_phantoms, tmp_path):
     """The checkpoint says so; the result lies on the whole scan, with the organ in its place."""
-    data, run, results = (tmp_path / name for name in ("prepared", "run", "results"))
+    data, run = tmp_path / "prepared", tmp_path / "run"
     with without_pictures():
         prepare.main(prepare.Config(raw_phantoms, data, workers=1, crop_to_body=True))
     train.main(small_config(data, run, max_epochs=1))
@@ -42,23 +38,6 @@ def test_a_network_of_cropped_slices_crops_what_it_is_applied_to(raw_phantoms, t
     ends = np.diag(to_network)[:2, None] * edges + to_network[:2, 3, None]
     assert np.abs(ends - [[0, n - 1] for n in tensor.shape[1:3]]).max() < 1  # network voxels
     assert apply_model.segment(model, scan).shape == scan.shape
-    with pytest.raises(InputError, match="--crop-to-body"):
-        apply_model.export_bundle(model, results)
-    assert not results.exists()
-
-
-def test_a_checkpoint_that_knows_no_cropping_is_averaged_with_one_that_does(checkpoint, tmp_path):
-    saved = load_checkpoint(checkpoint)
-    del saved["preprocessing"]["crop_to_body"]
-    content = {name: value for name, value in saved.items() if name in utilities.CHECKPOINT}
-    utilities.save_checkpoint(tmp_path / "old.pt", **content)
-    model = apply_model.load_model([tmp_path / "old.pt", checkpoint], "cpu", "fp32")
-    assert model.chain == apply_model.load_model(checkpoint, "cpu", "fp32").chain
-
-
-# ---------------------------------------------------------------------------------------
-# --spacing median
-# ---------------------------------------------------------------------------------------
 
 
 def edit_spacing(source, folder):
@@ -87,14 +66,13 @@ def test_spacing_median_is_that_of_the_training_scans_and_kept_as_numbers(
     saved = load_checkpoint(tmp_path / "run" / "last.pt")
     for content in (saved["config"], saved["preprocessing"]):
         assert content["spacing"] == pytest.approx(middle[:2])
-    assert read_json(tmp_path / "run" / "config.json")["spacing"] == pytest.approx(middle[:2])
     resumed = train.resume_settings(train.Config(resume=tmp_path), tmp_path, saved)
     assert resumed.spacing == saved["config"]["spacing"]
 
 
 def test_spacing_median_of_patches_has_three_axes(whole_cases, tmp_path):
     middle = edit_spacing(whole_cases, tmp_path / "data")
-    config = train.Config(data=tmp_path / "data", sampling="patches", spacing="median")
+    config = train.Config(sampling="patches", spacing="median")
     chosen = train.choose_spacing(config, read_prepared(tmp_path / "data"))
     assert chosen.spacing == pytest.approx(middle)
 
@@ -104,11 +82,6 @@ def test_spacing_in_other_words_is_refused():
     for settings in (train.Config(spacing="mean"), {"spacing": "median"}):  # a checkpoint's
         with pytest.raises(InputError, match="--spacing must be a number"):
             check_settings(settings)
-
-
-# ---------------------------------------------------------------------------------------
-# Single slices, ImageNet weights, dropout
-# ---------------------------------------------------------------------------------------
 
 
 def test_single_slices_with_liver_train_the_2d_network_and_are_applied(
