@@ -184,7 +184,7 @@ import torch
 from monai import losses
 
 from data.files import InputError, find_checkpoint, lock_folder, write_json
-from data.labels import IGNORED, Labels, as_labels, resolve_classes
+from data.labels import IGNORED, as_labels, resolve_classes
 from data.settings import check_settings, is_first_process, pick
 from data.splits import check_splits, choose_fold, count_voxels, read_prepared
 from data.trust import learn_volumes
@@ -198,7 +198,6 @@ from preprocess import (
     show_inputs,
 )
 from utilities import (
-    GRAINS,
     Run,
     build_network,
     find_best,
@@ -276,7 +275,8 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
             f"{window} voxels: the network's input must be a multiple of 8 along each axis (three "
             "poolings); change --input-size, or prepare.py's --subvolume-depth"
         )
-    grain = {**GRAINS, "dynunet": 16}.get(config.network, 8)
+    deep = {"unet": 16, "attention_unet": 16, "vnet": 16, "dynunet": 16, "resnet34_unet": 32}
+    grain = deep.get(config.network, 8)
     # a 2D network normalises all slices together
     if math.prod(max(size // grain, 1) for size in halved) * (window[2] if flat else 1) < 2:
         raise InputError(
@@ -507,7 +507,7 @@ def build_run(
     return run
 
 
-def class_weights(prepared: dict[str, Any], labels: Labels) -> torch.Tensor:
+def class_weights(prepared: dict[str, Any], labels: dict) -> torch.Tensor:
     """Return one weight per class, inverse to the root of its voxels in the training data, mean 1.
 
     Weights inverse to the count led to a litre of false tumour per patient on six real CTs.

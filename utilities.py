@@ -81,10 +81,6 @@ def build_network(name: str, *, in_channels: int, out_channels: int, base_channe
     return factories[name]()
 
 
-# Networks that take images of other sizes than the training's → voxels that must divide the size.
-GRAINS = {"unet3d": 8, "unet": 16, "attention_unet": 16, "vnet": 16, "resnet34_unet": 32}
-
-
 class UNet3D(nn.Module):
     """The 3D U-Net of Çiçek et al. 2016 (doi:10.1007/978-3-319-46723-8_49), with padding.
 
@@ -158,14 +154,13 @@ class SliceBySlice(nn.Module):
         return self.network(slices).unflatten(0, (x.shape[0], x.shape[-1])).movedim(1, -1)
 
 
-def build_resnet34(channels_in: int, channels_out: int, dropout: float, projections: bool) -> Any:
+def build_resnet34(inputs: int, outputs: int, dropout: float, projections: bool) -> nn.Module:
     """Return MONAI's 2D U-Net with a ResNet-34 as encoder, applied slice by slice.
 
     MONAI's shortcuts skip pixels and fill channels with zeros (option A of He et al. 2016,
     arXiv:1512.03385). `projections` makes them torchvision's (option B), as in ImageNet weights.
     """
-    how: dict[str, Any] = {"spatial_dims": 2, "dropout": dropout}
-    network = nets.FlexibleUNet(channels_in, channels_out, "resnet34", **how)
+    network = nets.FlexibleUNet(inputs, outputs, "resnet34", spatial_dims=2, dropout=dropout)
     for layer in ("layer2", "layer3", "layer4") if projections else ():
         block = getattr(network.encoder, layer)[0]
         before, after = block.conv1.in_channels, block.conv1.out_channels
@@ -176,8 +171,7 @@ def build_resnet34(channels_in: int, channels_out: int, dropout: float, projecti
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
     """Return the network on a device, its weights channels last: fastest in half precision."""
-    flat = isinstance(network, SliceBySlice)
-    layout = torch.channels_last if flat else torch.channels_last_3d
+    layout = torch.channels_last if isinstance(network, SliceBySlice) else torch.channels_last_3d
     return network.to(device, memory_format=layout)  # type: ignore[call-overload]  # torch's types lack it
 
 
@@ -231,6 +225,18 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     return checkpoint
 
 
+def load_network(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a checkpoint's network, ready to predict, and the checkpoint; else InputError."""
+    saved = load_checkpoint(path, device)
+    try:
+        network = build_network(**saved["network_args"])
+        network.load_state_dict(saved["network_state"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        what = f"its weights do not fit its network ({error})"
+        raise InputError(f"{path}: {what}; use another file") from error
+    return on_device(network, device).eval(), saved
+
+
 def refuse_non_finite(weights: dict[str, Any], path: Path) -> None:
     """Raise InputError unless all weights are tensors of finite numbers."""
     for name, tensor in weights.items():
@@ -267,11 +273,6 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if modern else torch.float16
     can = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """Return the context in which convolutions run in `precision`; without effect for float32."""
-    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
 @contextlib.contextmanager
@@ -314,7 +315,6 @@ def train(run: Run, train_loader: Any, val_loader: Any, loss_function: nn.Module
     The loaders yield {"image" (B, C, X, Y, Z), "label" (B, 1, X, Y, Z) class indices, "case"
     names}; without a `val_loader` there is no best.pt. `loss_function` maps (logits, label) to a
     scalar; `gradient_clip` and `patience` (validations without a better Dice) are off at 0.
-
     Ctrl-C finishes the step in all processes, writes last.pt and raises KeyboardInterrupt.
     """
     is_first = rank_and_size()[0] == 0
@@ -428,8 +428,8 @@ def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float
     for case, count in itertools.chain(*gather(counts)):
         patients[case] += count
     table = np.array([dice_metric(counts=count) for count in patients.values()])
-    dice = np.array([nan_mean(column) for column in table.T])
-    dice[sum(patients.values())[2] == 0] = math.nan
+    table[:, sum(patients.values())[2] == 0] = math.nan
+    dice = [nan_mean(column) for column in table.T]
     row = {"val_loss": nan_mean(itertools.chain(*gather(losses))), "val_dice": nan_mean(dice)}
     return row | {f"val_dice_{name}": float(d) for name, d in zip(names, dice, strict=True)}
 
@@ -438,7 +438,7 @@ def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float
 class Run:
     """A training under way: what changes with each step, and what its checkpoints carry."""
 
-    model: nn.Module  # on `device`; each process of torchrun has its own copy
+    model: nn.Module  # on `device`; `network` is the model as it is trained: parallel, compiled
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler  # stepped once an epoch
     folder: Path  # of the files that `train` writes
@@ -456,7 +456,6 @@ class Run:
     def __post_init__(self) -> None:
         parallel = nn.parallel.DistributedDataParallel
         network = parallel(self.model) if dist.is_initialized() else self.model
-        # the model as it is trained
         self.network: Any = torch.compile(network) if self.compile_network else network
         half = self.precision == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
@@ -478,16 +477,16 @@ class Run:
         Few patients then degrade less of the first ones: Wortsman et al. 2022, arXiv:2109.01903.
         """
         if self.first:
-            first, state = self.first.state_dict(), self.learnt.state_dict()
-            names = [name for name in state if state[name].is_floating_point()]
-            mixed = {n: state[n].lerp(first[n], self.pretrained_share) for n in names}
+            share, state = self.pretrained_share, self.learnt.state_dict()
+            pairs = zip(state.items(), self.first.state_dict().values(), strict=True)
+            mixed = {n: v.lerp(old, share) for (n, v), old in pairs if v.is_floating_point()}
             self.kept.load_state_dict(state | mixed)
 
     def ask(self, network: nn.Module, image: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C, X, Y, Z) float32 of images (B, 1, X, Y, Z), moved to the device."""
         layout = torch.preserve_format if self.device.type == "mps" else torch.channels_last_3d
         image = image.to(self.device, non_blocking=True, memory_format=layout)
-        with autocast(self.device, self.precision):
+        with torch.autocast(self.device.type, self.precision, self.precision != torch.float32):
             return network(image).float()
 
     def predict(self, image: torch.Tensor) -> torch.Tensor:
@@ -566,8 +565,7 @@ class Run:
 
 
 def find_best(history: list[dict[str, float]]) -> tuple[int, int]:
-    """Return the epoch of the highest validation Dice (the first of equal ones; 0 before any
-    validation), and the number of validations after it."""
+    """Return the first epoch of the highest validation Dice (or 0), and the validations since."""
     validated = [row for row in history if math.isfinite(row.get("val_dice", math.nan))]
     best = max(validated, key=lambda row: row["val_dice"], default={"epoch": 0})["epoch"]
     return int(best), sum(row["epoch"] > best for row in validated)

@@ -43,7 +43,7 @@ from preprocess import (
     preprocess_files,
     subvolume_items,
 )
-from utilities import Run, autocast, build_network, pick_device, pick_precision, train_one_epoch
+from utilities import Run, build_network, pick_device, pick_precision, train_one_epoch
 
 
 @dataclass
@@ -140,13 +140,16 @@ def measure_bare(config: Config, device: torch.device, precision: torch.dtype, *
     model = new_network(config, device).to(memory_format=torch.channels_last_3d)
     size = (more.get("batch_size", config.batch_size), 1, *config.input_size, 16)
     image = torch.rand(size, device=device).to(memory_format=torch.channels_last_3d)
-    with FlopCounterMode(display=False) as counter, autocast(device, precision):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autocast(device.type, precision, enabled=precision != torch.float32),
+    ):
         model(image).float().sum().backward()
     network = torch.compile(model) if more.get("compiled") else model
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        with autocast(device, precision):
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             logits = network(image)
         logits.float().mean().backward()
 

@@ -10,7 +10,7 @@ import train
 from data.labels import IGNORED, IMAGE, LABEL
 from data.scans import list_cuts
 from preprocess import Chain, preprocess_slices, resample_depth
-from utilities import Run, train_step
+from utilities import Run, train_step, validate
 
 CHAIN = Chain(
     sampling="subvolumes", spacing=(1.0, 1.0), hu_window=None, input_size=(40, 8),
@@ -50,19 +50,22 @@ def test_a_batch_without_annotation_moves_nothing(batch):
     assert value.item() == 0 and not logits.grad.any()
 
 
-def test_counts_of_a_step_leave_unannotated_voxels_out(batch, tmp_path):
+def test_training_and_validation_leave_unannotated_voxels_out(batch, tmp_path):
     """A network that finds everything everywhere is wrong only at annotated voxels."""
     network = torch.nn.Conv3d(1, 2, kernel_size=1)
     network.bias.data = torch.tensor([0.0, 99.0])
-    optimizer, carried = torch.optim.SGD(network.parameters()), {"preprocessing": {"labels": ()}}
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    carried = {"preprocessing": {"labels": ("other", "liver")}, "inference": {"window": (8, 8, 8)}}
     run = Run(network, optimizer, None, tmp_path, torch.device("cpu"), torch.float32, carried)
     image, label = batch
     hidden = label.clone()
     hidden[..., 4:] = IGNORED
-    given, loss = {IMAGE: image[:, :1], LABEL: hidden}, train.LOSSES["ce"](None)
-    _, counts = train_step(run, given, train.AnnotatedLoss(loss), 0.0)
-    known = label[..., :4]
+    given = {IMAGE: image[:, :1], LABEL: hidden, "case": ["same", "same"]}
+    loss, known = train.AnnotatedLoss(train.LOSSES["ce"](None)), label[..., :4]
+    _, counts = train_step(run, given, loss, 0.0)
     assert counts[:, 0].tolist() == [known.sum(), known.numel(), known.sum()]
+    expected = 2 * known.sum() / (known.numel() + known.sum())
+    assert validate(run, [given], loss)["val_dice_liver"] == pytest.approx(expected.item())
 
 
 @pytest.mark.parametrize("every, size", [(2, 16), (3, 16), (15, 16), (4, 1)])
