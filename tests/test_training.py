@@ -15,7 +15,7 @@ import preprocess
 import train
 from data.evaluate import dice_metric
 from data.files import InputError
-from utilities import UNet3D, load_checkpoint, predict_classes
+from utilities import UNet3D, load_checkpoint, pick_precision, predict_classes
 
 QUICK = {"batch_size": 1, "learning_rate": 5e-3}
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -190,7 +190,7 @@ def test_wrong_settings_are_refused_before_training(prepared, tmp_path, capsys):
 def test_tiny_inputs_train_in_float32_on_a_cpu():
     """There, bfloat16 gradients of torch are partly left unwritten; what is asked for is kept."""
     cpu, asked = torch.device("cpu"), train.Config(precision="bf16")
-    usual = train.pick_precision("auto", cpu)
+    usual = pick_precision("auto", cpu)
     assert train.choose_precision(train.Config(), cpu, (32, 32, 16)) == torch.float32
     assert train.choose_precision(train.Config(), cpu, (128, 128, 8)) == torch.float32
     assert train.choose_precision(train.Config(), cpu, (64, 64, 16)) == usual

@@ -158,7 +158,7 @@ def test_a_run_begins_with_the_encoder_and_its_checkpoint_knows_its_shape(
     assert torch.equal(taken, resnet34.state_dict()[name])
     assert run.carried["network_args"]["projections"] is True
     monkeypatch.setattr(train, "begin_with_encoder", lambda *_: pytest.fail("read once more"))
-    monkeypatch.setattr(train.Run, "restore", lambda *_: None)
+    monkeypatch.setattr(utilities.Run, "restore", lambda *_: None)
     train.build_run(*given, {"resumed": True})
 
 
