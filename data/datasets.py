@@ -542,7 +542,7 @@ def find_pairs(
 def find_own(files: Sequence[Path]) -> dict[Path, list[str]]:
     """Folders of cases that this program wrote, and what it wrote of each result."""
     marks = [file for file in files if file.name in ("case.json", f"{file.parent.name}.json")]
-    records = {mark.parent: read_record(mark) for mark in marks}
+    records = {mark.parent: read_record(mark) or {} for mark in marks}
     return {folder: list(record.get("files", ())) for folder, record in records.items() if record}
 
 

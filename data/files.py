@@ -13,7 +13,7 @@ import socket
 import time
 import unicodedata
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -286,10 +286,26 @@ def list_below(folder: Path, exclude: Path | None = None) -> list[Path]:
     return files
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A record that an earlier run kept; empty where there is none that can be used."""
+
+def stamp_files(files: Iterable[Path]) -> list[list[Any]]:
+    """Return [name, size in bytes, time of change in ns] of each file, for JSON."""
     try:
-        content = read_signed(path)
+        return [[str(f), (found := f.stat()).st_size, found.st_mtime_ns] for f in files]
+    except OSError as error:
+        raise InputError(
+            f"{show_path(Path(error.filename))}: cannot be read ({error.strerror}); check the path"
+        ) from error
+
+
+def read_record(path: Path, mark: str | None = None) -> dict[str, Any] | None:
+    """Return the JSON object at `path` whose "mark" is `mark`; None: any mark.
+
+    Return None where there is no such file, it is damaged, or its mark differs.
+    """
+    try:
+        content = read_json(path)
     except InputError:
-        return {}
-    return content if "fingerprint" in content else {}
+        return None
+    if not isinstance(content, dict) or not content.keys() & {"mark", "fingerprint"}:
+        return None
+    return content if mark in (None, content.get("mark")) else None
