@@ -300,6 +300,23 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     return checkpoint
 
 
+def load_network(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a checkpoint's network with its weights, ready to predict, and the checkpoint.
+
+    Raises InputError where the weights do not fit the network.
+    """
+    saved = load_checkpoint(path, device)
+    try:
+        network = build_network(**saved["network_args"])
+        network.load_state_dict(saved["network_state"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: its weights do not fit its network ({error}); the checkpoint is foreign or "
+            "damaged, use another one"
+        ) from error
+    return on_device(network, device).eval(), saved
+
+
 def checkpoint_types() -> dict[str, tuple[type, ...]]:
     """Type of each entry of a checkpoint: the annotations of `save_checkpoint`."""
     hints = typing.get_type_hints(save_checkpoint)

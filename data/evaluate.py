@@ -26,7 +26,7 @@ from isal import isal_zlib
 from tqdm import tqdm
 
 from data.datasets import describe_truths, find_labels, name_scans, pair_by_name
-from data.files import InputError, read_signed, write_csv, write_json, write_signed
+from data.files import InputError, read_record, read_signed, write_csv, write_json, write_signed
 from data.labels import (
     BACKGROUND,
     IGNORED,
@@ -163,7 +163,7 @@ WORST_SHOWN = 3  # cases named, and previews in worst.png
 PRINTED = ("dice", "nsd_2mm", "hd95_mm", "volume_error_percent")
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a text that begins so
 
-UNLISTED = ("files", "classes", "trust_image_grid")  # of a record: for programs, in no table
+UNLISTED = ("files", "classes", "trust_image_grid", "mark")  # of a record: in no table
 RESULTS = (
     "label.nii.gz",
     "masked.nii.gz",
@@ -463,7 +463,7 @@ def report_all(destination: Path, names: Sequence[str], weights: str) -> list[di
     """Write the table of all cases in the folder, of earlier calls too, and the summary of those
     that were evaluated with these networks; returns the table."""
     records = [folder / f"{folder.name}.json" for folder in sorted(destination.iterdir())]
-    read = [read_case_record(path) for path in records if path.is_file()]
+    read = [read_record(path) for path in records if path.is_file()]
     rows = [{k: v for k, v in row.items() if k not in UNLISTED} for row in read if row]
     write_table(rows, destination / "results.csv")
     write_json(rows, destination / "results.json")

@@ -286,7 +286,6 @@ def list_below(folder: Path, exclude: Path | None = None) -> list[Path]:
     return files
 
 
-
 def stamp_files(files: Iterable[Path]) -> list[list[Any]]:
     """Return [name, size in bytes, time of change in ns] of each file, for JSON."""
     try:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nibabel.orientations import inv_ornt_aff
@@ -25,7 +26,7 @@ from data.dicom import (
     read_series,
     read_text,
 )
-from data.files import InputError, list_plain_files, natural, show_path
+from data.files import InputError, list_plain_files, natural, show_path, stamp_files
 from data.labels import (
     IGNORED,
     Labels,
@@ -350,8 +351,10 @@ GREY_VALUES = {"liver": 63, "right kidney": 126, "left kidney": 189, "spleen": 2
 
 
 def describe_label(label: Path | Masks | None) -> str | list[list[str]]:
-    """A case's label map for JSON: its path, or [name, path] of each mask."""
-    return [[name, str(path)] for name, path in label] if isinstance(label, tuple) else str(label)
+    """A case's label map for JSON: its absolute path, or [name, path] of each mask."""
+    if isinstance(label, tuple):
+        return [[name, str(path.absolute())] for name, path in label]
+    return str(label and label.absolute())
 
 
 def name_label(label: Path | Masks | None) -> str:
@@ -506,3 +509,8 @@ def list_cuts(depth: int, size: int, every: int, shift: float) -> list[tuple[int
     step = max(n for n in range(1, size + 1) if math.gcd(n, every) == 1)
     firsts = (min(max(f, 0), depth - size) for f in range(-int(shift * every), depth, step))
     return [(first, first + size) for first in dict.fromkeys(firsts)]
+
+
+def stamp_inputs(paths: Iterable[Path | Masks | None]) -> list[list[Any]]:
+    """Return [name, size, time of change] of every file that is read for scans and label maps."""
+    return stamp_files(file for path in paths if path is not None for file in list_files(path))
