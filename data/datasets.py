@@ -883,8 +883,10 @@ def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | Non
 def list_cases(paths: Sequence[Path], truth: Sequence[Path]) -> list[Case]:
     """Return the scans that some paths stand for, each under a name of its own, with their truths.
 
-    Raises InputError where a scan is given twice, or the truths do not fit the scans.
+    Raises InputError for no path, for a scan that is given twice, or truths that do not fit.
     """
+    if not paths:
+        raise InputError("nothing to segment: give CT volumes, or --split test")
     scans = [scan for path in paths for scan in find_scans(path)]
     if twice := [scan for scan, n in Counter(map(os.path.realpath, scans)).items() if n > 1]:
         raise InputError(f"{twice[0]}: is given twice; give each scan once")

@@ -399,8 +399,7 @@ def write_review(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
         return
     table = []
     for row in known:
-        case, flagged = row["case"], row["trust"] != "good"
-        picture = f"{case}/{case}_{'doubt' if flagged else 'preview'}.png"
+        picture = f"{row['case']}/{row['case']}_preview.png"
         keys = ("case", "trust", "expected_dice", "least_sure_slice", "truth", "warnings")
         table.append({key: row.get(key) for key in keys} | {"picture": picture})
     write_table(table, folder / "review.csv")

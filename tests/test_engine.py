@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from children import launch, run_child, train_or_resume
-from conftest import ct_image, random_affine
-from helpers import assert_same_run, comparable, small_config
+from conftest import random_affine
+from helpers import as_volume, assert_same_run, comparable, small_config
 
 import apply_model
 import preprocess
@@ -78,8 +78,8 @@ def one_step_and_reload(prepared: Path, run: Path, **settings) -> None:
     config = small_config(prepared, run, **{"max_epochs": 1, **settings})
     train.main(config)
     model = apply_model.load_model(run / "last.pt", "cpu", "fp32")
-    scan = ct_image(np.full((40, 36, 18), 60), random_affine(0))
-    label = apply_model.segment(model, scan)
+    scan = as_volume(np.full((40, 36, 18), 60), random_affine(0))
+    label = apply_model.segment(model, scan).label
     assert label.shape == scan.shape
     assert set(np.unique(label.read())) <= {0, 1}
 

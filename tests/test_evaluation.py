@@ -18,7 +18,7 @@ from monai.metrics import (
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 from scipy import ndimage
 
-from apply_model import clean, find_doubts, trim_by_hu
+from apply_model import Options, clean, find_doubts, trim_by_hu
 from data import evaluate as evaluation
 from data.check import judge_hu
 from data.datasets import pair_truths
@@ -193,13 +193,13 @@ def test_post_processing_keeps_the_organ_and_its_tumours():
     assert np.array_equal(clean(classes, NAMES), whole)
     assert np.array_equal(classes, before), "the input stays as it is"
     off = {"largest_component": False, "fill_holes": False, "tumour_inside": False}
-    assert np.array_equal(clean(classes, NAMES, **off), classes)
-    only_holes = clean(classes, NAMES, **off | {"fill_holes": True})
+    assert np.array_equal(clean(classes, NAMES, Options(**off)), classes)
+    only_holes = clean(classes, NAMES, Options(**off | {"fill_holes": True}))
     assert (only_holes != classes).sum() == 1
-    only_inside = clean(classes, NAMES, **off | {"tumour_inside": True})
+    only_inside = clean(classes, NAMES, Options(**off | {"tumour_inside": True}))
     assert only_inside[45, 2, 2] == 0
     assert only_inside[52, 20, 20] == 2
-    only_largest = clean(classes, NAMES, **off | {"largest_component": True})
+    only_largest = clean(classes, NAMES, Options(**off | {"largest_component": True}))
     assert not (only_largest[stray] == 1).any()
     assert only_largest[45, 2, 2] == 2
     assert not clean(np.zeros(shape, np.uint8), NAMES).any()

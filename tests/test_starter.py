@@ -16,7 +16,7 @@ def test_the_starter_outlines_a_body_that_it_never_saw():
     assert STARTER.stat().st_size <= 5_000_000
     scan, truth = make_bodies.make_body(5000, make_bodies.Config())
     model = apply_model.load_model(STARTER, "cpu")
-    label = apply_model.segment(model, as_volume(scan.dataobj, scan.affine))
+    label = apply_model.segment(model, as_volume(scan.dataobj, scan.affine)).label
     assert dice_metric(label.read() > 0, truth.get_fdata() > 0)[0] > 0.85
 
 
