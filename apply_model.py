@@ -196,7 +196,7 @@ def segment(
         low, high = model.chain.hu_window  # are 0 and 1 of the network's input
         trim_by_hu(scores.numpy(), tensor[0].cpu().numpy(), model.names, high - low)
     del tensor  # as large as the scores; what follows needs the room
-    evidence = trust.weigh_scores(scores.numpy(), to_network, scan.ras_shape[2], model.names)
+    evidence = trust.weigh_scores(scores.numpy(), to_network, scan.ras_shape, model.names)
     classes, likely = classes_on_grid(scores, to_network, scan.ras_shape), None
     if options.probability:
         likely = scan.from_ras(probability_on_grid(scores, to_network, scan.ras_shape))
@@ -422,7 +422,8 @@ def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
     row: dict[str, Any] = {"case": case.name, **measure(found.classes, scan, model.names)}
     if truth is not None:
         row |= evaluate(found.classes, truth, model.names)
-    row |= trust.judge_trust(found.evidence, row, model.expected).row
+    doubt = trust.judge_trust(found.evidence, row, model.expected)
+    row |= doubt.row
     notes += find_doubts(found.classes, scan, model.names)
     summary, folder = tell_row(row, model.names), config.destination / case.name
     label, masked, likely, seg, preview = (folder / f"{case.name}_{end}" for end in WRITTEN)
@@ -434,7 +435,7 @@ def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
     if config.dicom_seg:
         notes += write_seg(found.label, scan, model.chain.labels, seg)
     drawn = {"image": scan, "pred": found.classes} | ({} if truth is None else {"label": truth})
-    save_figure(draw_planes(drawn, model.names, f"{case.name} · {summary}"), preview)
+    save_figure(draw_planes(drawn, model.names, f"{case.name} · {summary}", doubt), preview)
     tqdm.write(f"{case.name}: {summary}" + "".join(f"\n  look: {text}" for text in notes))
     return row | {
         "seconds": round(time.perf_counter() - begin, 2),

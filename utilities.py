@@ -31,7 +31,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from data.evaluate import dice_metric, list_overlaps, mean_dice, nan_mean, overlap_counts
+from data.evaluate import dice_metric, list_overlaps, nan_mean, overlap_counts
 from data.files import InputError, atomic_write, find_checkpoint, write_csv
 from data.labels import IGNORED, IMAGE, LABEL, PRED
 from data.pictures import (
@@ -773,7 +773,8 @@ def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float
     for part in gathered(dict(counts)):
         for case, count in part.items():
             merged[case] += count
-    dice, _ = mean_dice([dice_metric(counts=count) for count in merged.values()])
+    table = np.array([dice_metric(counts=count) for count in merged.values()])
+    dice = np.array([nan_mean(column) for column in table.T])
     dice[sum(merged.values())[2] == 0] = math.nan
     loss = nan_mean([value for part in gathered(losses) for value in part])
     row = {"val_loss": loss, "val_dice": nan_mean(dice)}

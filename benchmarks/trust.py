@@ -3,7 +3,7 @@
     python benchmarks/trust.py --work data/trust                # about an hour on one thread
     python benchmarks/trust.py --work data/trust --score-only   # of what was segmented before
 
-Bodies of `data/make_bodies.py` (seeds that the starter weights never saw) and bodies painted around
+Bodies of `benchmarks/bodies.py` (seeds that the starter weights never saw) and phantoms around
 real liver masks are harmed at random (`benchmarks/harms.py`: kind and strength are drawn, sometimes
 two kinds), segmented, and their true Dice is measured. The calibration is fitted on one half of the
 bodies and reported on the other, both ways; that of all bodies is reported on painted and on real
@@ -30,8 +30,7 @@ from scipy.stats import spearmanr
 
 sys.path.insert(1, str(ROOT / "data"))  # the makers import each other as scripts
 
-import make_bodies
-import make_phantoms
+import bodies
 
 from apply_model import Model, Trace, load_model, segment
 from data import trust
@@ -82,12 +81,11 @@ def draw_harm(rng: np.random.Generator) -> tuple[str, float]:
 def open_scan(group: str, index: int, config: Config) -> tuple[Volume, np.ndarray]:
     """A scan (RAS, HU as float32) before it is harmed, and its label map."""
     if group == "bodies":
-        image, label = make_bodies.make_body(index // 2, make_bodies.Config(seed=config.seed))
-        scan = Volume(np.asarray(image.dataobj).astype(np.float32), image.affine)
-        return scan, np.asarray(label.dataobj)
+        scan, label = bodies.make_body(index // 2, bodies.Config(seed=config.seed))
+        return scan.like(scan.data.astype(np.float32)), label.data
     if group == "painted":
-        settings = make_phantoms.Config(livers=DATA / "lits_labels", size=128, seed=5)
-        volume, label = make_phantoms.make_phantom(index // 2 * 3, settings)
+        path = sorted((DATA / "lits_labels").glob("*.nii.gz"))[index // 2 * 3]
+        volume, label = bodies.paint_around(path, index // 2 * 3, bodies.Config(seed=5, step=4))
         return volume.ras.like(volume.ras.data.astype(np.float32)), np.asarray(label.ras.data)
     path = sorted((DATA / "ct" / "imagesTr").glob("[!.]*.nii.gz"))[index]
     volume = read_scan(path)

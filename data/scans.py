@@ -26,7 +26,7 @@ from data.dicom import (
     read_series,
     read_text,
 )
-from data.files import InputError, list_plain_files, natural, show_path, stamp_files
+from data.files import InputError, list_plain_files, natural, show_path
 from data.labels import (
     IGNORED,
     Labels,
@@ -351,7 +351,7 @@ GREY_VALUES = {"liver": 63, "right kidney": 126, "left kidney": 189, "spleen": 2
 
 
 def describe_label(label: Path | Masks | None) -> str | list[list[str]]:
-    """A case's label map for JSON: its absolute path, or [name, path] of each mask."""
+    """Return a case's label map for JSON: its absolute path, or [name, path] of each mask."""
     if isinstance(label, tuple):
         return [[name, str(path.absolute())] for name, path in label]
     return str(label and label.absolute())
@@ -512,5 +512,8 @@ def list_cuts(depth: int, size: int, every: int, shift: float) -> list[tuple[int
 
 
 def stamp_inputs(paths: Iterable[Path | Masks | None]) -> list[list[Any]]:
-    """Return [name, size, time of change] of every file that is read for scans and label maps."""
-    return stamp_files(file for path in paths if path is not None for file in list_files(path))
+    """Return [name, size, time of change in ns] of every file read for scans and label maps."""
+    files = [file for path in paths if path is not None for file in list_files(path)]
+    if missing := [file for file in files if not file.is_file()]:
+        raise InputError(f"{show_path(missing[0])}: no such file; check the path")
+    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]

@@ -101,7 +101,7 @@ def write_blank(figure: Figure, path: Path | str, **how: object) -> None:
 def draw_nothing(set_attribute: Callable[[object, str, object], None] = setattr) -> None:
     """Blank pictures from now on, for whoever looks at none."""
     set_attribute(Figure, "savefig", write_blank)
-    set_attribute(apply_model, "draw_planes", lambda *_: Figure())
+    set_attribute(apply_model, "draw_planes", lambda *_, **__: Figure())
     set_attribute(data.evaluate, "draw_summary", lambda *_: Figure())
     set_attribute(utilities, "curves_figure", lambda *_: Figure())
     set_attribute(utilities, "preview_figure", lambda *_: Figure())

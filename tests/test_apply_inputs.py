@@ -352,6 +352,12 @@ def test_a_foreign_record_is_no_finished_case(use, tmp_path, content):
     assert other.read_text() == content
 
 
+def test_two_processes_do_not_write_into_one_folder(use, tmp_path):
+    scan = save(patient(0)[0], tmp_path / "a.nii.gz")
+    with apply_model.lock_folder(use["destination"]), pytest.raises(InputError, match="process"):
+        apply(use, scan)
+
+
 # ---------------------------------------------------------------------------------------
 # Checkpoints
 # ---------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Options that other programs have: median spacing, single slices, ImageNet, dropout."""
 
 import dataclasses
-import inspect
 import json
 from typing import get_args
 
@@ -17,7 +16,7 @@ import apply_model
 import prepare
 import train
 import utilities
-from data.files import InputError, read_json
+from data.files import InputError
 from data.scans import read_volume
 from data.settings import check_settings
 from data.splits import read_prepared
@@ -26,14 +25,10 @@ from utilities import SliceBySlice, build_network, load_checkpoint
 
 ARGUMENTS = {"in_channels": 1, "out_channels": 2, "base_channels": 16, "input_size": (32, 32, 32)}
 
-# ---------------------------------------------------------------------------------------
-# prepare.py --crop-to-body
-# ---------------------------------------------------------------------------------------
-
 
 def test_a_network_of_cropped_slices_crops_what_it_is_applied_to(raw_phantoms, tmp_path):
     """The checkpoint says so; the result lies on the whole scan, with the organ in its place."""
-    data, run = (tmp_path / name for name in ("prepared", "run"))
+    data, run = tmp_path / "prepared", tmp_path / "run"
     with without_pictures():
         prepare.main(prepare.Config(raw_phantoms, data, workers=1, crop_to_body=True))
     train.main(small_config(data, run, max_epochs=1))
@@ -46,21 +41,6 @@ def test_a_network_of_cropped_slices_crops_what_it_is_applied_to(raw_phantoms, t
     ends = np.diag(to_network)[:2, None] * edges + to_network[:2, 3, None]
     assert np.abs(ends - [[0, n - 1] for n in tensor.shape[1:3]]).max() < 1  # network voxels
     assert apply_model.segment(model, scan).label.shape == scan.shape
-
-
-def test_a_checkpoint_that_knows_no_cropping_is_averaged_with_one_that_does(checkpoint, tmp_path):
-    saved = load_checkpoint(checkpoint)
-    del saved["preprocessing"]["crop_to_body"]
-    names = inspect.signature(utilities.save_checkpoint).parameters
-    content = {name: value for name, value in saved.items() if name in names}
-    utilities.save_checkpoint(tmp_path / "old.pt", **content)
-    model = apply_model.load_model([tmp_path / "old.pt", checkpoint], "cpu", "fp32")
-    assert model.chain == apply_model.load_model(checkpoint, "cpu", "fp32").chain
-
-
-# ---------------------------------------------------------------------------------------
-# --spacing median
-# ---------------------------------------------------------------------------------------
 
 
 def edit_spacing(source, folder):
@@ -89,14 +69,13 @@ def test_spacing_median_is_that_of_the_training_scans_and_kept_as_numbers(
     saved = load_checkpoint(tmp_path / "run" / "last.pt")
     for content in (saved["config"], saved["preprocessing"]):
         assert content["spacing"] == pytest.approx(middle[:2])
-    assert read_json(tmp_path / "run" / "config.json")["spacing"] == pytest.approx(middle[:2])
     resumed = train.resume_settings(train.Config(resume=tmp_path), tmp_path, saved)
     assert resumed.spacing == saved["config"]["spacing"]
 
 
 def test_spacing_median_of_patches_has_three_axes(whole_cases, tmp_path):
     middle = edit_spacing(whole_cases, tmp_path / "data")
-    config = train.Config(data=tmp_path / "data", sampling="patches", spacing="median")
+    config = train.Config(sampling="patches", spacing="median")
     chosen = train.choose_spacing(config, read_prepared(tmp_path / "data"))
     assert chosen.spacing == pytest.approx(middle)
 
@@ -106,11 +85,6 @@ def test_spacing_in_other_words_is_refused():
     for settings in (train.Config(spacing="mean"), {"spacing": "median"}):  # a checkpoint's
         with pytest.raises(InputError, match="--spacing must be a number"):
             check_settings(settings)
-
-
-# ---------------------------------------------------------------------------------------
-# Sub-volumes of one slice, for the 2D network
-# ---------------------------------------------------------------------------------------
 
 
 def test_single_slices_with_liver_train_the_2d_network_and_are_applied(
@@ -124,30 +98,21 @@ def test_single_slices_with_liver_train_the_2d_network_and_are_applied(
     content = read_prepared(data)
     slices = content["subvolumes"]
     assert all(record["shape"][2] == 1 for record in slices)
-    for record in slices:  # only slices with liver
-        assert sum(n for value, n in record["voxels_per_label"].items() if value != "0") > 0
-    assert sum(case["slices"] for case in content["cases"]) > len(slices) > 100
+    assert sum(case["slices"] for case in content["cases"]) > len(slices) > 100  # with liver
     content["subvolumes"] = slices[::16]
     (data / "dataset.json").write_text(json.dumps(content))
     monkeypatch.setattr(  # of 23 million parameters
         utilities, "build_resnet34", lambda i, o, *_: SliceBySlice(UNet(2, i, o, (4, 8), (2,)))
     )
     config = small_config(
-        data,
-        run,
-        network="resnet34_unet",
-        overlap=0.0,
-        batch_size=4,
-        max_epochs=1,
-        input_size=(64, 32),
-        spacing=(4.0, 4.0),
-    )
+        data, run, network="resnet34_unet", overlap=0.0, batch_size=4, max_epochs=1,
+        input_size=(64, 32), spacing=(4.0, 4.0),
+    )  # fmt: skip
     train.main(config)
     assert load_checkpoint(run)["inference"]["window"] == (64, 32, 1)
     apply_model.main(apply_model.Config(
         split="test", data=data, checkpoint=run, destination=results, device="cpu", precision="fp32"
     ))  # fmt: skip
-    assert len(read_json(results / "results.json")) >= 1
     with pytest.raises(InputError, match="multiple of 8"):
         train.main(dataclasses.replace(config, network="unet3d", run_folder=tmp_path / "other"))
 
