@@ -812,8 +812,15 @@ class Case:
     name: str
     patient: str
     image: Path | None
-    label: Path | Masks | None  # or (name, mask) of each structure
+    label: Path | Masks | None = None  # or (name, mask) of each structure
     faults: tuple[str, ...] = ()  # why it cannot be used: what is ambiguous, with both paths
+    described: Description | None = None  # what the label map's values mean, if its data say so
+    trust_grid: bool = False  # lay the label map on the scan voxel by voxel
+    modality: str = ""
+    warnings: tuple[str, ...] = ()  # of prepare.py, accepted findings too
+    accepted: tuple[str, ...] = ()  # kinds of findings that prepare.py was told to accept
+    drawn: tuple[int, int] = (0, 1)  # an annotated slice (RAS); every n-th one is
+    alone: bool = True  # no other case beside it
 
 
 # ---------------------------------------------------------------------------------------
@@ -871,6 +878,26 @@ def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | Non
             f"--truth must give one label map per volume, got {len(truth)} for {len(scans)}"
         )
     return list(truth) or [None] * len(scans)
+
+
+def list_cases(paths: Sequence[Path], truth: Sequence[Path]) -> list[Case]:
+    """Return the scans that some paths stand for, each under a name of its own, with their truths.
+
+    Raises InputError for no path, for a scan that is given twice, or truths that do not fit.
+    """
+    if not paths:
+        raise InputError("nothing to segment: give CT volumes, or --split test")
+    scans = [scan for path in paths for scan in find_scans(path)]
+    if twice := [scan for scan, n in Counter(map(os.path.realpath, scans)).items() if n > 1]:
+        raise InputError(f"{twice[0]}: is given twice; give each scan once")
+    names = name_scans(scans, paths[0] if len(paths) == 1 else None)
+    return [
+        Case(
+            name, name, scan, label, described=None if label is None else describe_truths(label),
+            alone=len(scans) == 1,
+        )
+        for name, scan, label in zip(names, scans, pair_truths(scans, truth), strict=True)
+    ]  # fmt: skip
 
 
 def describe_truths(path: Path | Masks) -> Description | None:

@@ -341,8 +341,10 @@ GREY_VALUES = {"liver": 63, "right kidney": 126, "left kidney": 189, "spleen": 2
 
 
 def describe_label(label: Path | Masks | None) -> str | list[list[str]]:
-    """A case's label map for JSON: its path, or [name, path] of each mask."""
-    return [[name, str(path)] for name, path in label] if isinstance(label, tuple) else str(label)
+    """Return a case's label map for JSON: its absolute path, or [name, path] of each mask."""
+    if isinstance(label, tuple):
+        return [[name, str(path.absolute())] for name, path in label]
+    return str(label and label.absolute())
 
 
 def name_label(label: Path | Masks | None) -> str:
@@ -500,6 +502,8 @@ def list_cuts(depth: int, size: int, every: int, shift: float) -> list[tuple[int
 
 
 def stamp_inputs(paths: Iterable[Path | Masks | None]) -> list[list[Any]]:
-    """Return [name, size, mtime_ns] of every file that is read for some scans and label maps."""
+    """Return [name, size, time of change in ns] of every file read for scans and label maps."""
     files = [file for path in paths if path is not None for file in list_files(path)]
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    if missing := [file for file in files if not file.is_file()]:
+        raise InputError(f"{show_path(missing[0])}: no such file; check the path")
+    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]

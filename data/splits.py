@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 
 from data.datasets import Case, name_files
-from data.files import InputError, read_csv, read_json, show_path
+from data.files import InputError, make_safe, read_csv, read_json, show_path
 from data.labels import (
     IMAGE,
     LABEL,
+    Description,
     Labels,
     as_labels,
 )
+from data.scans import restore_label
 from data.settings import check_types, is_first_process
 
 
@@ -315,3 +317,38 @@ def read_prepared(folder: Path) -> dict[str, Any]:
             if rooted or ".." in parts:
                 raise InputError(f"{path}: {record[key]} lies outside of {folder}; {remedy}")
     return prepared
+
+
+def read_cases(folder: Path, split: str, fold: int | str) -> list[Case]:
+    """Return the cases of one split of prepared data, with what prepare.py was told about them.
+
+    Of data with folds, `fold` is the one that is validated.
+    """
+    prepared, path = read_prepared(folder), folder / "dataset.json"
+    if (settings := prepared["settings"]).get("folds"):
+        prepared = choose_fold(prepared, fold, folder)
+    try:
+        described = Description(as_labels(prepared["labels"]), tuple(prepared.get("ignore", ())))
+        chosen = [record for record in prepared["cases"] if record["split"] == split]
+        cases = [
+            Case(
+                record["case"], record["patient"], Path(record[IMAGE]),
+                restore_label(record[LABEL]), described=described,
+                trust_grid=bool(settings.get("trust_image_grid")),
+                modality=settings.get("modality") or "",
+                warnings=tuple(record.get("warnings", ())),
+                accepted=tuple(record.get("accepted", settings.get("accept") or ())),
+                drawn=(int(record.get("drawn_slice", 0)), int(settings.get("label_every") or 1)),
+                alone=len(chosen) == 1,
+            )
+            for record in chosen
+        ]  # fmt: skip
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: must be as prepare.py writes it, got {error!r}; prepare the data again"
+        ) from error
+    if not cases:
+        raise InputError(f"{path}: no case in the {split} split; choose another split")
+    if odd := [case.name for case in cases if make_safe(case.name) != case.name]:
+        raise InputError(f"{path}: {odd[0]!r} is no case name; prepare the data again")
+    return cases

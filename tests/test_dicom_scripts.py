@@ -18,7 +18,7 @@ from helpers import (
 )
 
 import apply_model
-from data.datasets import find_pairs
+from data.datasets import find_pairs, list_cases
 from data.dicom import find_dicom, list_series_files, read_series
 from data.files import InputError
 from data.labels import USUAL_LABELS, index_classes
@@ -77,8 +77,7 @@ def test_a_series_has_one_name_for_preparing_and_for_applying(tmp_path, form):
         slices = write_phantom_series(raw / form.format(f"pat{index}"), scan)
         write_phantom_seg(raw / f"pat{index}" / "seg.dcm", slices, label)
     prepared = [case.name for case in find_pairs(raw).cases]
-    asked = apply_model.Config(paths=(raw,))
-    assert [case.name for case in apply_model.find_cases(asked, apply_model.read_fold)] == prepared
+    assert [case.name for case in list_cases([raw], [])] == prepared
     assert len(set(prepared)) == 3
 
 
@@ -135,7 +134,7 @@ def test_a_series_in_and_a_seg_out_and_in_again_as_truth(checkpoint, tmp_path, c
     assert row["liver_dice"] == 1 and row["truth"] == str(made)
     assert "look first at" in capsys.readouterr().out
     assert (tmp_path / "again" / "worst.png").stat().st_size > 10_000
-    with pytest.raises(InputError, match="none of the scans is a DICOM series"):
+    with pytest.raises(InputError, match="is no DICOM series; --dicom-seg"):
         use["destination"] = tmp_path / "never"
         apply_model.main(apply_model.Config(paths=(tmp_path / "scans" / "other.nii.gz",), **use))
     assert not (tmp_path / "never").exists()
