@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, without_pictures
 from helpers import small_config
 
 import apply_model
@@ -131,34 +131,28 @@ def test_every_script_takes_a_file_of_settings(tmp_path, monkeypatch):
 def folds(raw_phantoms, tmp_path_factory):
     """Phantoms prepared in three folds; tests must not change it."""
     folder = tmp_path_factory.mktemp("folds") / "data"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "draw_case", lambda *_: None)
+    with without_pictures():
         prepare.main(prepare.Config(raw_phantoms, folder, folds=3, workers=1))
     return folder
 
 
-def test_every_case_is_validated_in_one_fold_and_trained_on_in_the_others(folds):
-    prepared = read_prepared(folds)
-    validated = []
+def test_every_case_is_validated_in_one_fold_and_trained_on_in_the_others(folds, prepared):
+    content, validated = read_prepared(folds), []
     for fold in range(3):
-        chosen = choose_fold(prepared, fold, folds)
+        chosen = choose_fold(content, fold, folds)
         cases, subvolumes = (
             {(r["case"], r["split"]) for r in chosen[key]} for key in ("cases", "subvolumes")
         )
         assert cases == subvolumes
         validated += [name for name, split in cases if split == "validation"]
-    assert sorted(validated) == sorted(case["case"] for case in prepared["cases"])
-    everything = choose_fold(prepared, "all", folds)
+    assert sorted(validated) == sorted(case["case"] for case in content["cases"])
+    everything = choose_fold(content, "all", folds)
     assert {record["split"] for record in everything["subvolumes"]} == {"training"}
-    with pytest.raises(InputError, match=r"got 3; .* has folds 0 to 2"):
-        choose_fold(prepared, 3, folds)
-
-
-def test_data_without_folds_keep_their_split(prepared):
-    content = read_prepared(prepared)
-    assert choose_fold(content, 0, prepared) is content
-    with pytest.raises(InputError, match=r"has no folds, prepare.py --folds 5"):
-        choose_fold(content, 1, prepared)
+    plain = read_prepared(prepared)  # data without folds keep their split
+    assert choose_fold(plain, 0, prepared) is plain
+    for data, fold, has in ((content, 3, "folds 0 to 2"), (plain, 1, "no folds")):
+        with pytest.raises(InputError, match=rf"got {fold}; .* has {has}"):
+            choose_fold(data, fold, folds)
 
 
 def test_a_network_is_applied_to_the_fold_it_has_not_seen(folds, tmp_path, capsys):
