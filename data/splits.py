@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data.datasets import Case, name_files
+from data.datasets import Case, read_paths
 from data.files import InputError, read_csv, read_json, show_path
 from data.labels import (
     IMAGE,
@@ -241,9 +241,9 @@ def _spell_names(names: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _remains(text: str) -> tuple[str, ...]:
-    path = Path(os.sep, *text.replace("\\", "/").split("/"))
-    (named,) = name_files([path], Path(os.sep))
-    return named.parts
+    path = Path(os.sep, *re.sub(r"_0000(?=\.|$)", "", text).replace("\\", "/").split("/"))
+    (item,) = read_paths([path], Path(os.sep))
+    return item.parts
 
 
 def _match_path(text: str, known: dict[str, set[str]]) -> set[str]:

@@ -18,7 +18,6 @@ import apply_model
 import prepare
 from data.datasets import (
     DataSet,
-    add_once,
     describe_data_set,
     find_pairs,
     find_scans,
@@ -250,7 +249,7 @@ def test_lits_with_its_test_scans(tmp_path):
         save(label_of(patient), tmp_path / f"Batch {patient}/segmentation-{patient}.nii")
         save(scan_of(patient), tmp_path / f"test/test-volume-{patient}.nii")
     data = check(tmp_path, {"volume-0": 0, "volume-1": 1})
-    assert (data.layout, len(data.unused)) == ("lits", 2)
+    assert len(data.unused) == 2
 
 
 def test_what_this_program_wrote_is_no_data_set(raw_phantoms, checkpoint, tmp_path, blank_pictures):
@@ -377,14 +376,6 @@ def test_pairing_costs_the_same_for_every_case(tmp_path, monkeypatch):
     data = find_pairs(tmp_path)
     assert len(data.cases) == 300
     assert len(scanned) == len(set(scanned))  # each folder is listed once
-
-
-def test_add_once_raises_instead_of_overwriting():
-    table: dict[str, int] = {}
-    add_once(table, "a", 1)
-    add_once(table, "a", 1)
-    with pytest.raises(InputError, match="1 and 2"):
-        add_once(table, "a", 2)
 
 
 # ---------------------------------------------------------------------------------------
