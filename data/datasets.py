@@ -3,7 +3,7 @@
 Words in the names of folders and files say what is a scan (image, ct …) and what a label map
 (label, mask …). Without these words, the rest of the path says whose it is: a scan and a label map
 with the same rest are a pair. `STEPS` lists all rules, the surest first. Where several fit, the
-case has a fault that names their paths; what is left out is reported.
+case has a fault that names their paths. What is left out is reported.
 """
 
 from __future__ import annotations
@@ -13,22 +13,16 @@ import itertools
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
 from data.dicom import DicomItem, find_dicom, is_dicom
-from data.files import (
-    InputError,
-    list_below,
-    list_plain_files,
-    make_safe,
-    natural,
-    read_json,
-    show_path,
-)
+from data.files import InputError, list_below, list_plain_files, make_safe, natural, read_json
+from data.files import show_path as show
 from data.labels import (
     BACKGROUND,
     SYNONYMS,
@@ -47,10 +41,6 @@ from data.labels import (
 from data.seg import choose_segment_values
 from data.volumes import VOLUME_SUFFIXES, keep_volumes, name_case
 
-# ---------------------------------------------------------------------------------------
-# Words
-# ---------------------------------------------------------------------------------------
-
 SCAN = {
     "image", "images", "img", "imgs", "volume", "volumes", "vol", "ct", "cts", "scan", "scans",
     "dicom", "imaging", "orig", "original", "input", "inputs",
@@ -62,39 +52,24 @@ LABEL = {
     "contour", "contours", "target", "targets", "roi", "rois", "maske", "masken", "masque",
     "masques",
 }  # fmt: skip
-FILLER = {
-    "tr",
-    "train",
-    "training",
-    "anon",
-    "patient",
-    "nifti",
-    "nii",
-}  # beside such words: no name
+FILLER = {"tr", "train", "training", "anon", "patient", "nifti", "nii"}  # nothing beside those
 FINAL = {"final", "corrected", "revised", "reviewed", "approved"}  # of two label maps of one scan
 DRAFT = {"original", "orig", "draft", "initial", "auto", "automatic", "uncorrected", "predicted"}
 TEST = {"test", "testing"}  # cases of a challenge, whose label maps nobody has
-NOBODY = {
-    "",
-    "anonymous",
-    "anonymized",
-    "anonymised",
-    "anon",
-    "unknown",
-    "none",
-    "nobody",
-    "patient",
-}
+DESCRIBING = ("dataset.json", "datastore_v2.json")  # the latter is MONAI Label's
+
 SEPARATORS = re.compile(r"[\s_\-.,;()\[\]]+")
 # Where a word may begin within a name: imagesTr, CTscan, img0001, 1mask, liverseg.
 PLACES = re.compile(
-    r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z]{2})(?=[a-z])|(?<=\d)(?=[^\W\d])|(?<=[^\W\d])(?=\d)|(?<=[^\W\d_])"
+    r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z]{2})(?=[a-z])|(?<=\d)(?=[^\W\d])|(?<=[^\W\d])(?=\d)"
+    r"|(?<=[^\W\d_])"
     r"(?=(?i:labels?|segmentations?|seg|masks?|truth|annotations?|outlines?)(?![^\W\d_]))"
 )
-TS = re.compile(r"(?:^|[^A-Z])Ts$")  # imagesTs, labelsTs
 CHANNEL = re.compile(r"_\d{4}$")  # nnU-Net: x_0000 is the first channel of x
+TEST_FOLDER = re.compile(r"(?:^|[^A-Z])Ts$")  # imagesTs, labelsTs
 
 Kind = Literal["scan", "label", ""]
+Form = Literal["file", "series", "seg", "stack"]
 
 
 @cache
@@ -127,17 +102,47 @@ class Item:
     parts: tuple[str, ...]  # what remains of each folder and of the name: whose it is
     bare: tuple[str, ...]  # of a label map: the same without the words of FINAL and DRAFT
     spelt: tuple[str, ...]  # `parts` as written, for names of cases
-    rank: int = 0  # of a label map: 1 final, -1 draft
-    by_folder: bool = False  # a folder, not only the name, says label map
-    form: Literal["file", "series", "seg", "stack"] = "file"
+    rank: int  # of a label map: 1 final, -1 draft
+    by_folder: bool  # a folder, not only the name, says label map
+    form: Form = "file"
     dicom: DicomItem | None = None
 
     @property
     def folders(self) -> list[Path]:
-        """The folder that holds its files, and those above it in which it may have a partner."""
-        whole = self.form == "series" and self.path.is_dir()
-        above = [self.path, *self.path.parents] if whole else list(self.path.parents)
-        return above[: {"series": 3, "seg": 2}.get(self.form, 1)]
+        """The folder of its files, and those above it in which its partner may lie."""
+        own = [self.path] if self.form == "series" and self.path.is_dir() else []
+        count = {"series": 3, "seg": 2}.get(self.form, 1) - len(own)
+        return [*own, *self.path.parents[:count]]
+
+    @cached_property
+    def keys(self) -> dict[str, dict[str, str]]:
+        """Its keys by kind, each with the structure that it leaves out.
+
+        The structure is the last part of the path (`p1/liver_mask`), or its last words if they name
+        organ or tumour (`p1_liver_seg`).
+        """
+        *folders, last = self.parts or ("",)
+        words = last.split("_")
+        known = [*itertools.takewhile(lambda word: word.lower() in WORD, reversed(words))][::-1]
+        organ = {"_".join(folders): last} if folders or len(known) == len(words) else {}
+        if 0 < len(known) < len(words):
+            organ["_".join([*folders, *words[: -len(known)]])] = "_".join(known)
+        whole = {"_".join(self.parts): ""}  # a_b/ct and a/b_ct meet
+        return {
+            "uid": {self.dicom.uid: ""} if self.dicom and self.dicom.uid else {},
+            "whole": whole,
+            "no series": whole if self.form != "series" else {},  # beside masks a picture of all
+            "without structure": organ,
+            "tails": {"_".join(self.parts[n:]): "" for n in range(1, len(self.parts))},
+        }
+
+    def with_dicom(self, found: DicomItem | None) -> Item:
+        """Return the item as the series or SEG that was found at its path, if any."""
+        if found is None:
+            return self
+        if found.is_seg:
+            return replace(self, kind="label", form="seg", dicom=found)
+        return replace(self, form="series", dicom=found)
 
 
 def read_paths(paths: Sequence[Path], root: Path, kind: Kind = "") -> list[Item]:
@@ -146,14 +151,11 @@ def read_paths(paths: Sequence[Path], root: Path, kind: Kind = "") -> list[Item]
     `kind` overrules the words. A file only called liver, or tumour with a number, is a label map
     beside one that is called a scan, unless it has a label map of its own name.
     """
-    named = [
-        (*path.relative_to(root).parts[:-1], name_case(path)) if path != root else ()
-        for path in paths
-    ]
+    named = [(*p.relative_to(root).parts[:-1], name_case(p)) if p != root else () for p in paths]
     silent = _find_silent(named)
-    own: dict[str, set[tuple[Path, tuple[str, ...]]]] = {"scan": set(), "label": set(), "": set()}
-    for path, names in zip(paths, named, strict=True):
-        told, rest, _ = read_name(names[-1] if names else "")
+    own = defaultdict(set)  # of each kind by their own names: folder, what remains
+    for path in paths:
+        told, rest, _ = read_name(name_case(path))
         own[told].add((path.parent, rest))
     beside = {folder for folder, _ in own["scan"]}
     items = []
@@ -162,52 +164,46 @@ def read_paths(paths: Sequence[Path], root: Path, kind: Kind = "") -> list[Item]
         if path.parent in beside and names and not any(kinds):
             organ = common_name(names[-1])
             if organ == "tumour" or (organ in SYNONYMS and names[-1].isalpha()):
-                free = (path.parent, read_name(names[-1])[1]) not in own["label"]
-                kinds[-1] = "label" if free else ""
+                has_label = (path.parent, read_name(names[-1])[1]) in own["label"]
+                kinds[-1] = "" if has_label else "label"
         items.append(_read_path(path, names, kinds, kind))
     return items
 
 
-def _find_silent(named: Sequence[tuple[str, ...]]) -> set[tuple[str, ...]]:
-    """Return the folders called label map whose word says nothing, because the names below tell
-    scans and label maps apart: by words for both, or the same rest with a word and without. So does
-    the folder that holds everything, if any name below it says label map."""
-    below: dict[tuple[str, ...], dict[Kind, list[str]]] = {}
+def _find_silent(named: Iterable[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """Return folders called label map whose word says nothing: the names below tell both kinds
+    apart, by words for both or by the same rest with a word and without."""
+    below: defaultdict[tuple[str, ...], set[tuple[str, str]]] = defaultdict(set)
     for names in named:
-        for i, name in enumerate(names[:-1], start=1):
-            if read_name(name)[0] == "label":
-                read = [read_name(inner) for inner in names[i:]]
-                words = frozenset().union(*(words for *_, words in read))
-                told: Kind = "label" if words & LABEL else "scan" if words & SCAN - DRAFT else ""
-                kinds = below.setdefault(names[:i], {"label": [], "scan": [], "": []})
-                kinds[told].append("_".join(word for _, rest, _ in read for word in rest))
-    return {
-        folder
-        for folder, kinds in below.items()
-        if kinds["label"]
-        and (
-            kinds["scan"]
-            or set(kinds["label"]) & set(kinds[""])
-            or sum(map(len, kinds.values())) == len(named) > len(kinds["label"])
-        )
-    }
+        for i in range(1, len(names)):
+            if read_name(names[i - 1])[0] == "label":
+                kinds, rests, words = zip(*map(read_name, names[i:]), strict=True)
+                scan = "scan" if frozenset().union(*words) & SCAN - DRAFT else ""
+                rest = "_".join(itertools.chain(*rests))
+                below[names[:i]].add(("label" if "label" in kinds else scan, rest))
+    silent = set()
+    for folder, found in below.items():
+        marked = {rest for kind, rest in found if kind == "label"}
+        if marked and any(kind == "scan" or (not kind and rest in marked) for kind, rest in found):
+            silent.add(folder)
+    return silent
 
 
 def _read_path(path: Path, names: tuple[str, ...], kinds: Sequence[str], kind: Kind) -> Item:
-    """Return the item of a path whose folders and name say `kinds`; FINAL and DRAFT count from the
-    first one on that says label map."""
+    """Return the item of a path whose folders and name say `kinds`. Words of FINAL and DRAFT count
+    from the first name on that says label map."""
     read = [read_name(name) for name in names]
     first = kinds.index("label") if "label" in kinds else 0
-    rank = frozenset().union(*(words for *_, words in read[first:]))
+    words = {word for *_, words in read[first:] for word in words}
     parts = ["_".join(rest) for _, rest, _ in read]
-    bare = parts[:first] + [
-        "_".join(w for w in rest if w.lower() not in FINAL | DRAFT) for _, rest, _ in read[first:]
-    ]
+    bare = ["_".join(w for w in rest if w.lower() not in FINAL | DRAFT) for _, rest, _ in read]
     return Item(
         path,
         kind or ("label" if "label" in kinds else "scan" if "scan" in kinds else ""),
-        *(tuple(filter(None, some)) for some in (parts, bare, map(spell, names))),
-        rank=bool(rank & FINAL) - bool(rank & DRAFT),
+        tuple(filter(None, parts)),
+        tuple(filter(None, parts[:first] + bare[first:])),
+        tuple(filter(None, map(spell, names))),
+        rank=bool(words & FINAL) - bool(words & DRAFT),
         by_folder=bool(kind) or "label" in kinds[:-1],
     )
 
@@ -216,72 +212,14 @@ def _read_path(path: Path, names: tuple[str, ...], kinds: Sequence[str], kind: K
 # Pairs
 # ---------------------------------------------------------------------------------------
 
-
-def uid(item: Item) -> dict[str, str]:
-    """Return the series of an item, or the one that a SEG names."""
-    return {item.dicom.uid: ""} if item.dicom and item.dicom.uid else {}
-
-
-def whole(item: Item) -> dict[str, str]:
-    """Return what remains of the whole path: `a_b/ct` and `a/b_ct` meet."""
-    return {"_".join(item.parts): ""}
-
-
-def tails(item: Item) -> dict[str, str]:
-    """Return what remains of the path without its first folders."""
-    return {"_".join(item.parts[n:]): "" for n in range(1, len(item.parts))}
-
-
-def named_series(item: Item) -> dict[str, str]:
-    """Return the series that a SEG names."""
-    return uid(item) if item.form == "seg" else {}
-
-
-def no_series(item: Item) -> dict[str, str]:
-    """Return `whole`, but nothing of a series: beside its masks it is a picture of them all."""
-    return whole(item) if item.form != "series" else {}
-
-
-def without_structure(item: Item) -> dict[str, str]:
-    """Return what remains without the structure → the structure: the last part of the path
-    (`p1/liver_mask`), or its last words if they name organ or tumour (`p1_liver_seg`)."""
-    if not item.parts:
-        return {}
-    *folders, last = item.parts
-    words = last.split("_")
-    known = [*itertools.takewhile(lambda word: word.lower() in WORD, reversed(words))][::-1]
-    keys = {"_".join(folders): last} if folders or len(known) == len(words) else {}
-    if 0 < len(known) < len(words):
-        keys["_".join([*folders, *words[: -len(known)]])] = "_".join(known)
-    return keys
-
-
-@dataclass(frozen=True)
-class Step:
-    """A rule: a scan and a label map that share a key belong together."""
-
-    rule: str
-    scan: Callable[[Item], dict[str, str]]
-    label: Callable[[Item], dict[str, str]]  # its values are structures
-
-
-STEPS = (
-    Step("the SEG names the series", uid, named_series),
-    Step("the same remains of both paths", whole, no_series),
-    Step("the label map names a structure more", whole, without_structure),
-    Step("a whole label map as a series, where no masks are", whole, whole),
-    Step("the scan's path has more folders", tails, whole),
-    Step("the label map's path has more folders", whole, tails),
-)  # then the only two of a folder: see `pair_alone`
-
-
-@dataclass
-class Fault:
-    """What cannot be paired without a guess."""
-
-    scans: list[Item]
-    labels: list[Item]
-    text: str
+STEPS = (  # a scan and a label map that share a key, of these kinds, are a pair
+    ("uid", "uid"),  # the SEG names the series
+    ("whole", "no series"),  # the same remains of both paths
+    ("whole", "without structure"),  # the label map names a structure more
+    ("whole", "whole"),  # a whole label map as a series, where no masks are
+    ("tails", "whole"),  # the scan's path has more folders
+    ("whole", "tails"),  # the label map's path has more folders
+)  # then the only two of a folder, see `pair_alone`
 
 
 @dataclass
@@ -291,7 +229,7 @@ class Pairing:
     scans: list[Item]  # files and series
     labels: list[Item]  # files, series, SEGs, stacks of pictures
     found: dict[Item, Path | Masks] = field(default_factory=dict)  # scan → its label map
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[tuple[Sequence[Item], Sequence[Item], str]] = field(default_factory=list)
     taken: set[Item] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
@@ -301,25 +239,23 @@ class Pairing:
         If a series has no label map then, volumes that no word names and volumes among its slices
         are tried as label maps of series.
         """
-        keys = {key for scan in self.scans for key in whole(scan)}
+        keys = {CHANNEL.sub("", key) for scan in self.scans for key in scan.keys["whole"]}
         self.labels = [  # `final` is part of a name where a scan has it too
-            replace(one, parts=one.bare) if one.rank and not keys & {*whole(one)} else one
+            replace(one, parts=one.bare) if one.rank and not keys & {*one.keys["whole"]} else one
             for one in self.labels
         ]
         self.choose_channels()
         self.join_all()
-        series = [scan for scan in self.free(self.scans) if scan.form == "series"]
-        slices = {scan.folders[0] for scan in series}
+        series = {scan.folders[0] for scan in self.free(self.scans) if scan.form == "series"}
         more = [
             scan
             for scan in self.free(self.scans)
-            if series and scan.form == "file" and (not scan.kind or scan.path.parent in slices)
+            if series and scan.form == "file" and (not scan.kind or scan.path.parent in series)
         ]
-        if more:
-            self.scans = [scan for scan in self.scans if scan not in more]
-            self.labels += more
-            self.join_all()
-            self.labels = [one for one in self.labels if one not in more or one in self.taken]
+        self.scans = [scan for scan in self.scans if scan not in more]
+        self.labels += more
+        self.join_all()
+        self.labels = [one for one in self.labels if one not in more or one in self.taken]
         return self
 
     def choose_channels(self) -> None:
@@ -328,21 +264,21 @@ class Pairing:
         `x_0000` is x and `x_0001` … are further channels only if x has a label map and they have
         none of their own name. Nothing is stripped from label maps.
         """
-        known = [(step.scan, {k for one in self.labels for k in step.label(one)}) for step in STEPS]
-
-        def has_label(scan: Item) -> bool:
-            return any(not told.isdisjoint(keys(scan)) for keys, told in known)
-
+        known = {key for one in self.labels for some in one.keys.values() for key in some} - {""}
         kept = []
         for scan in self.scans:
-            name, stem = name_case(scan.path), CHANNEL.sub("", name_case(scan.path))
-            if scan.form == "file" and stem != name and not has_label(scan):
-                rest = ("_".join(read_name(stem)[1]),)
-                parts = (*scan.parts[:-1], *filter(None, rest))
+            stem = CHANNEL.sub("", name := name_case(scan.path))
+            if (
+                scan.form == "file"
+                and stem != name
+                and known.isdisjoint(scan.keys["whole"] | scan.keys["tails"])
+            ):
+                parts = (*scan.parts[:-1], *filter(None, ["_".join(read_name(stem)[1])]))
                 first = replace(scan, parts=parts, spelt=(*scan.spelt[:-1], spell(stem)))
-                if has_label(first) and not name.endswith("_0000"):
-                    continue
-                scan = first if has_label(first) else scan
+                if not known.isdisjoint(first.keys["whole"] | first.keys["tails"]):
+                    scan = first
+                    if not name.endswith("_0000"):
+                        continue
             kept.append(scan)
         if further := len(self.scans) - len(kept):
             self.notes.append(f"{further} further channels (_0001 …) are not used")
@@ -354,23 +290,23 @@ class Pairing:
 
     def join_all(self) -> None:
         """Apply all steps to what is free."""
-        for step in STEPS:
-            self.join(step)
+        for of_scans, of_labels in STEPS:
+            self.join(of_scans, of_labels)
         self.pair_alone()
 
-    def join(self, step: Step) -> None:
-        """Pair scans and label maps that share a key of a step, of several scans those of the
-        label map's own form; report what fits several scans."""
+    def join(self, of_scans: str, of_labels: str) -> None:
+        """Pair scans and label maps that share a key; of several scans, those of the label map's
+        own form. Report a label map that fits several."""
         offered = defaultdict(list)
         for scan in self.free(self.scans):
-            for key in step.scan(scan):
+            for key in scan.keys[of_scans]:
                 offered[key].append(scan)
         of_scan: defaultdict[Item, dict[Item, str]] = defaultdict(dict)
         unclear = defaultdict(list)
         for label in self.free(self.labels):
             fits = {
                 scan: structure
-                for key, structure in step.label(label).items()
+                for key, structure in label.keys[of_labels].items()
                 for scan in offered.get(key, ())
                 if label.kind == "label" or scan.form == "series"
             }
@@ -386,32 +322,32 @@ class Pairing:
                 self.settle(scan, found)
 
     def settle(self, scan: Item, fits: dict[Item, str]) -> None:
-        """Match a scan with what fits it: one label map, or masks of several structures. A final
-        label map is taken before another one, and that before a draft."""
+        """Match a scan with a label map or with masks of several structures. A final label map is
+        taken before another one, and that before a draft."""
         best = {s: max(one.rank for one in fits if fits[one] == s) for s in set(fits.values())}
         kept = {one: structure for one, structure in fits.items() if one.rank == best[structure]}
-        if left := [one for one in fits if one not in kept]:
-            self.notes.append(
-                f"several label maps of {show_path(scan.path)}: {show_path(next(iter(kept)).path)} "
-                f"is taken, {' and '.join(show_path(one.path) for one in left)} not"
-            )
-            self.taken |= set(left)
-        if len(kept) > 1 and not are_masks(kept):
+        if left := [show(one.path) for one in fits if one not in kept]:
+            final = show(next(iter(kept)).path)
+            self.notes.append(f"not used: {' and '.join(left)}, beside the final {final}")
+        self.taken |= {scan, *fits}
+        names = set(kept.values())
+        known = all(set(common_name(name).split()) <= SYNONYMS.keys() for name in names)
+        masks = len(names) == len(kept) and (known or all(label.by_folder for label in kept))
+        if len(kept) > 1 and not masks:
             self.tell([scan], list(kept))
             return
         ((first, structure), *others) = kept.items()
-        masks = others or (structure and first.form in ("series", "stack"))
-        named = tuple((structure, one.path) for one, structure in kept.items())
-        self.found[scan] = named if masks else first.path
-        self.taken |= {scan, *kept}
+        named = others or (structure and first.form in ("series", "stack"))
+        together = tuple((structure, one.path) for one, structure in kept.items())
+        self.found[scan] = together if named else first.path
 
     def tell(self, scans: Sequence[Item], labels: Sequence[Item]) -> None:
         """Make a fault of scans and label maps of which several fit."""
         several = labels if len(labels) > 1 else scans
         what = "label maps for one scan" if len(labels) > 1 else "scans for one label map"
-        paths = " and ".join(show_path(one.path) for one in several[:6])
+        paths = " and ".join(show(one.path) for one in several[:6])
         text = f"{len(several)} {what}: {paths}; keep one, or tell them apart by their names"
-        self.faults.append(Fault(list(scans), list(labels), text))
+        self.faults.append((scans, labels, text))
         self.taken |= {*scans, *labels}
 
     def pair_alone(self) -> None:
@@ -421,17 +357,10 @@ class Pairing:
             for item in items:
                 for folder in item.folders:
                     near[folder][side].append(item)
-        for scans, labels in near.values():
-            if len(scans) == len(labels) == 1 and len(self.free([*scans, *labels])) == 2:
-                if agree(scans[0], labels[0]):
-                    self.settle(scans[0], {labels[0]: ""})
-
-
-def are_masks(fits: dict[Item, str]) -> bool:
-    """Return whether label maps are masks of several structures: known names, or a folder."""
-    names = set(fits.values())
-    known = all(set(common_name(name).split()) <= SYNONYMS.keys() for name in names)
-    return len(names) == len(fits) and (known or all(label.by_folder for label in fits))
+        for both in near.values():
+            alone = [one for items in both if len(items) == 1 for one in self.free(items)]
+            if len(alone) == 2 and agree(*alone):
+                self.settle(alone[0], {alone[1]: ""})
 
 
 def agree(scan: Item, label: Item) -> bool:
@@ -439,9 +368,9 @@ def agree(scan: Item, label: Item) -> bool:
     the same, or the label map's only names a structure. A SEG of no series says nothing."""
     own, other = ("_".join(read_name(name_case(one.path))[1]) for one in (scan, label))
     structure = all(word.lower() in WORD for word in other.split("_"))
-    unnamed = label.form == "seg" and not uid(label)
-    allowed = label.kind == "label" or scan.form == "series"
-    return allowed and (not own or not other or own == other or structure or unnamed)
+    unnamed = label.form == "seg" and not label.keys["uid"]
+    fits = label.kind == "label" or scan.form == "series"
+    return fits and (not own or own == other or structure or unnamed)
 
 
 # ---------------------------------------------------------------------------------------
@@ -450,9 +379,8 @@ def agree(scan: Item, label: Item) -> bool:
 
 EXPECTED = (
     "a scan and a label map that words such as images / labels, volume / segmentation, ct / mask "
-    "in the names of folders or files tell apart and that are otherwise called alike; DICOM series "
-    "with DICOM SEG, NIfTI label maps, MASKS_DICOM or Ground; or name two folders: --images FOLDER "
-    "--labels FOLDER"
+    "tell apart and that are otherwise called alike; DICOM series with SEG, NIfTI label maps or "
+    "masks; or name two folders: --images FOLDER --labels FOLDER"
 )
 
 
@@ -472,6 +400,7 @@ class Case:
     accepted: tuple[str, ...] = ()  # kinds of findings that prepare.py was told to accept
     drawn: tuple[int, int] = (0, 1)  # an annotated slice (RAS) of the label map; every n-th is
     alone: bool = True  # no other case beside it
+    patient_id: str | None = None  # of DICOM; never written anywhere
 
 
 @dataclass
@@ -506,7 +435,8 @@ def find_pairs(
     """
     if (images is None) != (labels is None):
         raise InputError("--images and --labels: give both folders, or neither")
-    source, places = source.absolute(), [(source, "")]
+    source = source.absolute()
+    places: list[tuple[Path, Kind]] = [(source, "")]
     if images is not None and labels is not None:
         places = [(images.absolute(), "scan"), (labels.absolute(), "label")]
     pairing, seen = Pairing([], []), []
@@ -515,13 +445,13 @@ def find_pairs(
         seen += items
         pairing.notes += notes
         for item in items:  # but imagesTs, labelsTs: the test cases of a challenge
-            if not any(TS.search(part) for part in item.path.relative_to(root).parts[:-1]):
+            if not any(map(TEST_FOLDER.search, item.path.relative_to(root).parts[:-1])):
                 (pairing.labels if item.kind == "label" else pairing.scans).append(item)
     data = DataSet(source, make_cases(pairing.run()), notes=pairing.notes)
     if not any(case.faults or (case.image and case.label) for case in data.cases):
         raise InputError(
-            f"{show_path(source)}: no scans with label maps found among {len(seen)} volumes and "
-            f"series; expected {EXPECTED}"
+            f"{show(source)}: no scans with label maps found among {len(seen)} volumes and series; "
+            f"expected {EXPECTED}"
         )
     used = {path for case in data.cases for path in (case.image, *list_paths(case.label))}
     data.unused = [one.path for one in seen if one.path not in used and one.form != "stack"]
@@ -538,7 +468,7 @@ def find_items(
     label maps. A series that a SEG names is a scan.
     """
     if not root.is_dir():
-        raise InputError(f"{show_path(root)}: no such folder; give the one with the scans")
+        raise InputError(f"{show(root)}: no such folder; give the one with the scans")
     files, notes = leave_own(list_below(root, exclude), drafts or kind == "label")
     volumes = keep_volumes(files)
     known = set(volumes)
@@ -548,14 +478,11 @@ def find_items(
     series = {item.path: item for item in dicom if item.is_seg or not item.fault}
     drawn = {item.uid for item in dicom if item.is_seg}
     items = []
-    for one in read_paths([*volumes, *series, *sorted(pictures - series.keys())], root, kind):
-        found = series.get(one.path)
-        if found and found.is_seg:
-            one = replace(one, kind="label", form="seg", dicom=found)
-        elif found:
-            told: Kind = "scan" if found.uid in drawn else one.kind
-            one = replace(one, kind=told, form="series", dicom=found)
-        elif one.path in pictures:
+    for item in read_paths([*volumes, *series, *sorted(pictures - series.keys())], root, kind):
+        found, one = series.get(item.path), item.with_dicom(series.get(item.path))
+        if found and found.uid in drawn and not found.is_seg:
+            one = replace(one, kind="scan")
+        if found is None and item.path in pictures:
             one = replace(one, form="stack")
         if one.form != "stack" or one.kind == "label":  # else pictures of anything
             items.append(one)
@@ -565,37 +492,23 @@ def find_items(
 def leave_own(files: Sequence[Path], drafts: bool) -> tuple[list[Path], list[str]]:
     """Return files without those of cases that this program prepared or segmented, and a note:
     label maps that a network made would pass for annotations. `drafts` keeps these label maps."""
-    marks = [file for file in files if file.name in ("case.json", f"{file.parent.name}.json")]
-    own = {mark.parent for mark in marks if is_own(mark)}
+    own = set()
+    for file in files:
+        if file.name in ("case.json", f"{file.parent.name}.json"):
+            with suppress(InputError, TypeError):
+                own |= {file.parent} if {"mark", "fingerprint"} & {*read_json(file)} else set()
+    if not own:
+        return list(files), []
     names = {folder / f"{folder.name}_label.nii.gz" for folder in own} if drafts else set()
-    kept = [file for file in files if file.parent not in own or file in names]
-    notes = []
-    if drafts and (found := sorted(names & set(kept))):
-        notes.append(
-            f"{len(found)} label maps are drafts of a network, such as {show_path(found[0])}: were "
-            "they corrected?"
-        )
-    elif own and not drafts:
-        notes.append(
-            f"left out: {len(own)} cases that this program wrote, such as {show_path(min(own))}"
-        )
-    return kept, notes
-
-
-def is_own(file: Path) -> bool:
-    """Return whether a JSON file is this program's record of a case."""
-    try:
-        content = read_json(file)
-    except InputError:
-        return False
-    return isinstance(content, dict) and bool({"mark", "fingerprint"} & content.keys())
+    note = f"left out: {len(own)} cases that this program wrote, such as {min(own)}"
+    if drafts:
+        note = f"{len(own)} label maps are drafts of a network, such as {min(names)}: corrected?"
+    return [file for file in files if file.parent not in own or file in names], [note]
 
 
 def list_paths(label: Path | Masks | None) -> list[Path]:
     """Return the paths of a label map, or of the masks that make one."""
-    if label is None:
-        return []
-    return [path for _, path in label] if isinstance(label, tuple) else [label]
+    return [path for _, path in label] if isinstance(label, tuple) else [label] if label else []
 
 
 # ---------------------------------------------------------------------------------------
@@ -613,28 +526,22 @@ def make_cases(pairing: Pairing) -> list[Case]:
     for scan in pairing.free(pairing.scans):
         words = {word.lower() for part in scan.parts for word in part.split("_")}
         if scan.dicom:
-            pairing.notes.append(
-                f"not used: {show_path(scan.path)}, a series of {scan.dicom.images} images without "
-                "a label map"
-            )
+            what = f"a series of {scan.dicom.images} images without a label map"
+            pairing.notes.append(f"not used: {show(scan.path)}, {what}")
         elif not series and (scan.kind == "scan" or not worded) and not words & TEST:
             entries.append((scan, scan.path, None, ""))
-    for fault in pairing.faults:
-        image = fault.scans[0].path if fault.scans else None
-        first = (fault.scans or fault.labels)[0]
-        entries.append((first, image, fault.labels[0].path, fault.text))
+    for scans, labels, text in pairing.faults:
+        entries.append((scans[0], scans[0].path, labels[0].path, text))
     alone = (one for one in pairing.free(pairing.labels) if one.form in ("file", "seg"))
     entries += [(label, None, label.path, "") for label in alone]
-    names = name_items([item for item, *_ in entries], pairing.notes)
-    patients = name_patients(names, [item for item, *_ in entries], pairing.notes)
+    items = [item for item, *_ in entries]
+    names = name_items(items, pairing.notes)
     cases = []
-    for name, patient, (_, image, label, wrong) in zip(names, patients, entries, strict=True):
+    for name, (item, image, label, wrong) in zip(names, entries, strict=True):
         paths = [path for path in (image, *list_paths(label)) if path is not None]
-        bad = [show_path(path) for path in paths if show_path(path) != str(path)]
-        faults = [wrong] * bool(wrong) + [
-            f"{path}: its name is not UTF-8; rename it" for path in bad
-        ]
-        cases.append(Case(name, patient, image, label, tuple(faults)))
+        bad = [f"{show(p)}: its name is not UTF-8; rename it" for p in paths if show(p) != str(p)]
+        case = Case(name, name, image, label, (*[wrong] * bool(wrong), *bad))
+        cases.append(replace(case, patient_id=item.dicom.patient if item.dicom else None))
     return sorted(cases, key=lambda case: natural(case.name))
 
 
@@ -642,10 +549,9 @@ def name_items(items: Sequence[Item], notes: list[str]) -> list[str]:
     """Return a name for each item: what remains of its path; where nothing does, its folder."""
     parts = []
     for item in items:
-        folder = item.folders[0] if item.form == "series" else item.path.parent
-        spelt = item.spelt or (folder.name or "case",)
-        if item.form == "series" and item.path.is_file():  # shares its folder with others
-            assert item.dicom is not None
+        inside = item.form == "series" and item.path.is_dir()
+        spelt = item.spelt or ((item.path if inside else item.path.parent).name or "case",)
+        if item.form == "series" and item.dicom and not inside:  # shares its folder with others
             digest = hashlib.sha256(item.dicom.uid.encode()).hexdigest()[:10]
             spelt = (*item.spelt[:-1], f"series_{digest}")
         parts.append(spelt)
@@ -659,7 +565,7 @@ def name_items(items: Sequence[Item], notes: list[str]) -> list[str]:
 
 
 def name_apart(parts: Sequence[Sequence[str]]) -> list[str]:
-    """Return a safe name for each path: its last part, and as many folders as tell it from the
+    """Return a safe name for each path: its last part, with as many folders as tell it from the
     others; a checksum where only letters' case or forbidden signs do."""
     taken = [1] * len(parts)
     while True:
@@ -677,57 +583,6 @@ def name_apart(parts: Sequence[Sequence[str]]) -> list[str]:
     return names
 
 
-def name_patients(names: Sequence[str], items: Sequence[Item], notes: list[str]) -> list[str]:
-    """Return the patient of each case: its own name, but the first case's of an equal PatientID.
-
-    A PatientID of NOBODY, or one ID of all scans, is none; this and case names that look like
-    several scans of a patient are reported.
-    """
-    ids = [item.dicom.patient.strip() if item.dicom else None for item in items]
-    same = len(ids) > 1 and len(set(ids)) == 1 and ids[0] is not None
-    nobody = [one for one in ids if one is not None and (same or one.lower() in NOBODY)]
-    if len(nobody) > 1:
-        shown = f'"{nobody[0]}"' if nobody[0].lower() in NOBODY else "the same"
-        notes.append(
-            f"{len(nobody)} series have {shown} as PatientID, which tells no patients apart: each "
-            "case counts as a patient; if one has several scans: --patients or --patient-pattern"
-        )
-    first: dict[str, str] = {}
-    patients = [
-        first.setdefault(one, name) if one and one not in nobody else name
-        for name, one in zip(names, ids, strict=True)
-    ]
-    if patients == list(names) and (pattern := guess_pattern(names)):
-        notes.append(
-            f"case names such as {' and '.join(names[:2])} look like several scans of a patient; "
-            f"if they are, keep them in one split: --patient-pattern '{pattern}'"
-        )
-    return patients
-
-
-# Case names of several scans of a patient: a date, counter, word or letter after what names him.
-SEVERAL = (
-    r"^(.+?)[_-](?:19|20)\d\d[_-]?\d\d[_-]?\d\d$",
-    r"^(.+?)[_-][a-zA-Z]*\d{1,2}$",
-    r"^(.*\d)[_-]?[a-zA-Z]+$",
-    r"^(.*\d\d)\d\d$",
-)
-
-
-def guess_pattern(names: Sequence[str]) -> str | None:
-    """Return the --patient-pattern that gives most patients two to five scans, none more; None
-    where there is none. All but dates come in few forms: t1, t2."""
-    for pattern in SEVERAL:
-        found = [re.search(pattern, name) for name in names]
-        stems = Counter(match[1] for match in found if match)
-        ends = {name[match.end(1) :] for name, match in zip(names, found, strict=True) if match}
-        if all(found) and len(stems) > 1 and max(stems.values()) <= 5:
-            several = sum(count > 1 for count in stems.values())
-            if 2 * several > len(stems) and (len(ends) <= 5 or pattern is SEVERAL[0]):
-                return pattern
-    return None
-
-
 # ---------------------------------------------------------------------------------------
 # Names and values of the labels
 # ---------------------------------------------------------------------------------------
@@ -741,23 +596,21 @@ def declare(data: DataSet, segs: Sequence[Item], values: Labels | None) -> None:
             data.declared = {BACKGROUND: (0,)} | data.declared
         return
     labels = [case.label for case in data.cases if case.label]
-    named = {seg.path for seg in segs}
-    plain = [label for label in labels if isinstance(label, Path) and label not in named]
     masks = [label for label in labels if isinstance(label, tuple)]
-    described, usual = describe([*plain, *masks], data.source)
+    files = [label for label in labels if label not in {seg.path for seg in segs}]
+    described, usual = describe(files, data.source)
     data.declared, data.ignore = described.labels, described.ignore
     data.announced = described.announced
-    if usual is not None:
+    if usual:
         data.notes.append(
-            f"no dataset.json describes {show_path(usual)}: {describe_labels(USUAL_LABELS)} are "
+            f"no dataset.json describes {show(usual[0])}: {describe_labels(USUAL_LABELS)} are "
             "assumed; if it has others: --values liver=1 tumour=2"
         )
     numbers: dict[str, int] = {}
-    for seg in segs:
-        for name, number in seg.dicom.segments.items() if seg.dicom else ():
-            if find_label(name, numbers) is None:
-                numbers[name] = number
-    if numbers and not plain and not masks:  # only names that the SEGs have
+    for name, number in (pair for s in segs if s.dicom for pair in s.dicom.segments.items()):
+        if find_label(name, numbers) is None:
+            numbers[name] = number
+    if numbers and not files:  # only names that the SEGs have
         meant = {BACKGROUND, *map(common_name, numbers)}
         data.declared = {n: v for n, v in data.declared.items() if common_name(n) in meant}
     if chosen := choose_segment_values(numbers, data.declared):
@@ -766,12 +619,11 @@ def declare(data: DataSet, segs: Sequence[Item], values: Labels | None) -> None:
     more = {n: (v,) for n, v in chosen.items() if find_label(n, data.declared) is None}
     data.declared = data.declared | more
     if described.path is None:
-        declare_masks(data, masks)
+        declare_masks(data, sorted({name for label in masks for name, _ in label}, key=natural))
 
 
-def declare_masks(data: DataSet, masks: Sequence[Masks]) -> None:
+def declare_masks(data: DataSet, names: Sequence[str]) -> None:
     """Declare masks: liver and tumours have the usual values; if there are none, all have one."""
-    names = sorted({name for label in masks for name, _ in label}, key=natural)
     others = [name for name in names if find_label(name, data.declared) is None]
     if names and len(others) == len(names):
         data.declared = {BACKGROUND: (0,), **{n: (i,) for i, n in enumerate(names, 1)}}
@@ -783,97 +635,73 @@ def declare_masks(data: DataSet, masks: Sequence[Masks]) -> None:
         )
 
 
-DESCRIBING = ("dataset.json", "datastore_v2.json")  # the latter of MONAI Label
-
-
 def describe(
-    labels: Sequence[Path | Masks], source: Path | None = None
-) -> tuple[Description, Path | None]:
-    """Return what describes label maps, and the first label map that nothing describes.
+    labels: Iterable[Path | Masks], source: Path | None = None
+) -> tuple[Description, list[Path]]:
+    """Return what describes label maps, and the label maps that nothing describes.
 
-    These are the segments in a .seg.nrrd, and the nearest of DESCRIBING above each label map, up to
-    `source`, else in two folders: it never reaches a neighbouring set, whose label maps then have
-    USUAL_LABELS. Raises InputError where two contradict each other.
+    The segments in a .seg.nrrd do, and the nearest of DESCRIBING above a label map, up to `source`,
+    else in two folders. It never reaches a neighbouring set: that has USUAL_LABELS. Raises
+    InputError where a name has two values or a value two names.
     """
-    known: dict[Path, Description | None] = {}
-    read: dict[Path, Description] = {}
-    usual: Path | None = None
-    for path, plain in {list_paths(one)[0]: isinstance(one, Path) for one in labels}.items():
+    nearest = cache(_look)
+    told: dict[str, Description] = {}
+    usual: list[Path] = []
+    for label in labels:
+        path, plain = list_paths(label)[0], isinstance(label, Path)
+        inside = source and path.is_relative_to(source)
+        depth = len(path.parents) - len(source.parents) if source and inside else 2
+        near = next(filter(None, map(nearest, path.parents[:depth])), None)
         own = read_description(path) if plain and path.suffix.lower() == ".nrrd" else None
-        if path.parent not in known:
-            known[path.parent] = find_description(path.parent, source)
-        found = [one for one in (known[path.parent], own) if one]
-        read |= {one.path: one for one in found if one.path}
-        usual = path if plain and not found and usual is None else usual
-    told = [(show_path(path), one) for path, one in read.items()]
-    told += (
-        [(f"{show_path(usual)}, which no dataset.json describes,", Description())] if usual else []
-    )
-    for (where, one), (place, other) in itertools.combinations(told, 2):
-        if contradict(one, other):
-            raise InputError(
-                f"{where} says {describe_labels(one.labels)}, {place} says "
-                f"{describe_labels(other.labels)}; prepare one data set at a time, or give "
-                "--values for both"
-            )
-    total = Description({}, path=next(iter(read), None))
-    for _, one in told or [("", Description())]:
+        told |= {show(one.path): one for one in (near, own) if one and one.path}
+        usual += [path] if plain and not near and not own else []
+    if usual or not told:
+        told[f"{[*map(show, usual[:1])]}, which no dataset.json describes,"] = Description()
+    total, facts = Description({}, path=next(iter(told.values())).path), {}
+    for one in told.values():
+        named = {common_name(n): v for n, v in (one.labels | {"ignore": one.ignore}).items() if v}
+        mine = named | {value: name for name, values in named.items() for value in values}
+        if any(facts.setdefault(key, fact) != fact for key, fact in mine.items()):
+            differ = ", ".join(f"{w} says {describe_labels(o.labels)}" for w, o in told.items())
+            raise InputError(f"{differ}; prepare one data set at a time, or give --values for both")
         total.labels |= {n: v for n, v in one.labels.items() if find_label(n, total.labels) is None}
-        total.ignore = tuple(dict.fromkeys((*total.ignore, *one.ignore)))
+        total.ignore += tuple(value for value in one.ignore if value not in total.ignore)
         if one.announced is not None:
             total.announced = (total.announced or 0) + one.announced
     return total, usual
 
 
-def find_description(folder: Path, source: Path | None) -> Description | None:
-    """Return the nearest description in a folder or above it, up to `source`, else in two."""
-    above = [folder, *folder.parents]
-    within = [one for one in above if source and one.is_relative_to(source)]
-    files = (place / name for place in within or above[:2] for name in DESCRIBING)
-    return next((one for f in files if f.is_file() and (one := read_description(f))), None)
+def _look(folder: Path) -> Description | None:
+    """Return what a file of DESCRIBING in a folder says, if there is one."""
+    files = [file for name in DESCRIBING if (file := folder / name).is_file()]
+    return next(filter(None, map(read_description, files)), None)
 
 
-def contradict(one: Description, other: Description) -> bool:
-    """Return whether two descriptions differ: two dataset.json in any label, else in a name or a
-    value that both have."""
-    ours, theirs = (
-        {common_name(n): v for n, v in (d.labels | {"ignore": d.ignore}).items() if v}
-        for d in (one, other)
-    )
-    if one.path and other.path and one.path.name == other.path.name == "dataset.json":
-        return ours != theirs
-    return any(
-        values != raw if name == label else bool({*values} & {*raw})
-        for name, values in ours.items()
-        for label, raw in theirs.items()
-    )
+def describe_truths(path: Path | Masks) -> Description | None:
+    """Return what describes a label map, beside it or in its header; None where nothing does."""
+    described, usual = describe([path])
+    return described if described.path and not usual else None
 
 
 def describe_data_set(data: DataSet) -> list[str]:
     """Return the first lines that a user sees: three pairs, labels, what is unclear or unused."""
-
-    def short(path: Path) -> str:
-        inside = path.is_relative_to(data.source)
-        return show_path(path.relative_to(data.source) if inside else path)
-
     pairs = [c for c in data.cases if c.image and c.label and not c.faults]
-    lines = [f"{show_path(data.source)}: {len(pairs)} scans with label maps"]
+    lines = [f"{show(data.source)}: {len(pairs)} scans with label maps"]
     for case in pairs[:3]:
-        paths = list_paths(case.label)
+        paths = [Path(os.path.relpath(p, data.source)) for p in list_paths(case.label)]
         more = f" and {len(paths) - 1} masks more" if len(paths) > 1 else ""
-        lines.append(f"  {case.name}: {short(case.image or paths[0])} + {short(paths[0])}{more}")
+        image = Path(os.path.relpath(case.image or "", data.source))
+        lines.append(f"  {case.name}: {show(image)} + {show(paths[0])}{more}")
     lines += [f"  and {len(pairs) - 3} more"] * (len(pairs) > 3)
     lines.append(f"labels: {describe_labels(data.declared)}")
     if data.ignore:
         lines.append(f"unannotated: voxels of {', '.join(map(str, data.ignore))}")
     lines += [f"unclear: {case.name}: {fault}" for case in data.cases for fault in case.faults]
     if data.announced not in (None, len(pairs)):
-        lines.append(
-            f"warning: dataset.json announces {data.announced} cases; download what is missing"
-        )
+        missing = f"dataset.json announces {data.announced} cases"
+        lines.append(f"warning: {missing}; download what is missing")
     if data.unused:
-        example = show_path(data.unused[0])
-        lines.append(f"not used: {len(data.unused)} other volumes, such as {example}")
+        lines.append(f"not used: {len(data.unused)} other volumes, such as {show(data.unused[0])}")
     return lines + data.notes
 
 
@@ -910,20 +738,18 @@ def _find_below(folder: Path) -> list[Path]:
     items, notes = find_items(folder)
     slices = {item.folders[0] for item in items if item.form == "series"}
     volumes = [item for item in items if item.form in ("file", "series")]
-    named = [item for item in volumes if item.kind != "label"] or volumes
-    kept = [item for item in named if item.form == "series" or item.path.parent not in slices]
+    scans = [item for item in volumes if item.kind != "label"] or volumes
+    kept = [item for item in scans if item.form == "series" or item.path.parent not in slices]
     if not kept:
-        only = any(item.form == "seg" for item in items)
-        what = "holds only DICOM SEGs, no scan" if only else "holds no scan"
-        faults = "".join(f"; {note}" for note in notes)
+        what = "holds only DICOM SEGs, no scan" if items else "holds no scan"
         raise InputError(
-            f"{show_path(folder)}: {what}; expected {', '.join(VOLUME_SUFFIXES)} files or DICOM "
-            f"series{faults}"
+            f"{show(folder)}: {what}; expected {', '.join(VOLUME_SUFFIXES)} files or DICOM series"
+            + "".join(f"; {note}" for note in notes)
         )
     if left := [item.path for item in volumes if item not in kept]:
         notes.append(f"left out: {len(left)} label maps or files among slices, such as {left[0]}")
     for note in notes:
-        print(f"{show_path(folder)}: {note}")
+        print(f"{show(folder)}: {note}")
     return [item.path for item in sorted(kept, key=lambda item: item.form == "series")]
 
 
@@ -934,31 +760,25 @@ def name_scans(paths: Sequence[Path], root: Path | None = None) -> list[str]:
     `root`, as prepare.py has it, unless it has such a neighbour there.
     """
     there = os.path.abspath  # a link has its own name, and may lead nowhere
-    top = Path(there(root or os.sep))
-    parts, wordy = [], []
+    top, parts = Path(there(root or os.sep)), []
     for path in map(Path, map(there, paths)):
-        inside = path.is_relative_to(top) and path != top
-        folders = path.relative_to(top).parts[:-1] if inside else path.parts[1:-1]
-        parts.append((*folders, name_case(path)))
-        wordy.append(bool(root and inside and folders and not read_name(name_case(path))[1]))
-    alone = Counter(part[:-1] for part, only in zip(parts, wordy, strict=True) if only)
-    return name_apart(
-        [
-            part[:-1] if only and alone[part[:-1]] == 1 else part
-            for part, only in zip(parts, wordy, strict=True)
-        ]
-    )
+        below = path.relative_to(top) if path.is_relative_to(top) else path
+        parts.append((*below.parts[:-1], name_case(path)))
+    words = [bool(root and part[:-1] and not read_name(part[-1])[1]) for part in parts]
+    alone = Counter(part[:-1] for part, word in zip(parts, words, strict=True) if word)
+    zipped = zip(parts, words, strict=True)
+    return name_apart([p[:-1] if word and alone[p[:-1]] == 1 else p for p, word in zipped])
 
 
 def find_labels(path: Path) -> list[Path]:
     """Return the label maps that a path stands for: a file; of a folder, what is called label map
-    (results of apply_model.py too) and SEGs, or if nothing is, all volumes, series and stacks."""
+    (results of apply_model.py too) and SEGs, or if nothing is, all volumes and series."""
     if not path.is_dir():
         return [path]
     items, notes = find_items(path, drafts=True)
-    called = [item.path for item in items if item.kind == "label"]
     for note in notes:
-        print(f"{show_path(path)}: {note}")
+        print(f"{show(path)}: {note}")
+    called = [item.path for item in items if item.kind == "label"]
     return called or [item.path for item in items] or find_scans(path)
 
 
@@ -990,12 +810,12 @@ def pair_by_name(scans: Sequence[Path], truths: Sequence[Path]) -> list[Path | M
         return [None] * len(scans)
     pairing = Pairing(_read_given(scans, "scan"), _read_given(truths, "label")).run()
     if pairing.faults:
-        raise InputError(pairing.faults[0].text)
+        raise InputError(pairing.faults[0][-1])
     if not pairing.found:
         raise InputError(
-            f"none of {len(truths)} label maps such as {show_path(truths[0])} is called like one "
-            f"of {len(scans)} scans such as {show_path(scans[0])}; rename them alike, or give one "
-            "label map per scan in the same order"
+            f"none of {len(truths)} label maps such as {show(truths[0])} is called like one of "
+            f"{len(scans)} scans such as {show(scans[0])}; rename them alike, or give one label "
+            "map per scan in the same order"
         )
     for note in pairing.notes:
         print(note)
@@ -1007,22 +827,10 @@ def _read_given(paths: Sequence[Path], kind: Kind) -> list[Item]:
     """Return items of given paths; of DICOM with the header of one file."""
     there = [path.absolute() for path in paths]
     root = Path(os.path.commonpath([path.parent for path in there]))
-    first: dict[Path, Path] = {}
-    for path in paths:
-        files = list_plain_files(path) if path.is_dir() else [path]
-        first |= {path: file for file in files if path not in first and is_dicom(file)}
+    inside = {path: list_plain_files(path) if path.is_dir() else [] for path in paths}
+    first = {path: next(filter(is_dicom, files), path) for path, files in inside.items()}
     dicom = {item.files[0]: item for item in find_dicom(first.values())}
-    items = []
-    for path, item in zip(paths, read_paths(there, root, kind), strict=True):
-        known = dicom.get(first.get(path, path))
-        form = (
-            ("seg" if known.is_seg else "series") if known else "stack" if path.is_dir() else "file"
-        )
-        items.append(replace(item, path=path, form=form, dicom=known))
-    return items
-
-
-def describe_truths(path: Path | Masks) -> Description | None:
-    """Return what describes a label map beside it or in its header; None where nothing does."""
-    described, _ = describe([path])
-    return described if described.path else None
+    return [
+        replace(item, path=path).with_dicom(dicom.get(first[path]))
+        for path, item in zip(paths, read_paths(there, root, kind), strict=True)
+    ]
