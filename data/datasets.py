@@ -610,13 +610,13 @@ def declare(data: DataSet, segs: Sequence[Item], values: Labels | None) -> None:
     for name, number in (pair for s in segs if s.dicom for pair in s.dicom.segments.items()):
         if find_label(name, numbers) is None:
             numbers[name] = number
-    if numbers and not files:  # only names that the SEGs have
-        meant = {BACKGROUND, *map(common_name, numbers)}
-        data.declared = {n: v for n, v in data.declared.items() if common_name(n) in meant}
     if chosen := choose_segment_values(numbers, data.declared):
         told = ", ".join(f"{name} = {value}" for name, value in chosen.items())
         data.notes.append(f"label values of the DICOM SEGs, by segment names: {told}")
     more = {n: (v,) for n, v in chosen.items() if find_label(n, data.declared) is None}
+    if chosen and not files:  # only names that the SEGs have
+        meant = {BACKGROUND, *map(common_name, chosen)}
+        data.declared = {n: v for n, v in data.declared.items() if common_name(n) in meant}
     data.declared = data.declared | more
     if described.path is None:
         declare_masks(data, sorted({name for label in masks for name, _ in label}, key=natural))
@@ -657,7 +657,8 @@ def describe(
         usual += [path] if plain and not near and not own else []
     if usual or not told:
         told[f"{[*map(show, usual[:1])]}, which no dataset.json describes,"] = Description()
-    total, facts = Description({}, path=next(iter(told.values())).path), {}
+    facts: dict[str | int, object] = {}
+    total = Description({}, path=next(iter(told.values())).path)
     for one in told.values():
         named = {common_name(n): v for n, v in (one.labels | {"ignore": one.ignore}).items() if v}
         mine = named | {value: name for name, values in named.items() for value in values}

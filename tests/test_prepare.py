@@ -252,7 +252,7 @@ def test_lits_as_downloaded(tmp_path, capsys):
     dataset = run(tmp_path / "LITS")
     names = [case["case"] for case in dataset["cases"]]
     assert names == ["volume-9", "volume-10", "volume-11"]
-    assert capsys.readouterr().out.startswith(f"{tmp_path / 'LITS'}: layout lits, 3 scans")
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'LITS'}: 3 scans")
 
 
 def test_decathlon_as_downloaded(raw, capsys):
