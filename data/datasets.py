@@ -59,11 +59,13 @@ TEST = {"test", "testing"}  # cases of a challenge, whose label maps nobody has
 DESCRIBING = ("dataset.json", "datastore_v2.json")  # the latter is MONAI Label's
 
 SEPARATORS = re.compile(r"[\s_\-.,;()\[\]]+")
-# Where a word may begin within a name: imagesTr, CTscan, img0001, 1mask, liverseg.
-PLACES = re.compile(
-    r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z]{2})(?=[a-z])|(?<=\d)(?=[^\W\d])|(?<=[^\W\d])(?=\d)"
-    r"|(?<=[^\W\d_])"
+PLACES = re.compile(  # where a word begins in a name: imagesTr, CTscan, img0001, 1mask, liverseg
+    r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z]{2})(?=[a-z])|(?<=\d)(?=[^\W\d])|(?<=[^\W\d])(?=\d)|(?<=[^\W\d_])"
     r"(?=(?i:labels?|segmentations?|seg|masks?|truth|annotations?|outlines?)(?![^\W\d_]))"
+)
+TUMOURS, LIVER = ("|".join(SYNONYMS[organ]) for organ in ("tumour", "liver"))
+ORGANS = re.compile(  # at the end of a name: p1_liver, p1_livertumor2
+    rf"(?:^|_)((?:(?:(?:{LIVER})?(?:{TUMOURS})(?:_?\d+)?|{LIVER})(?:_(?=.)|$))+)$", re.IGNORECASE
 )
 CHANNEL = re.compile(r"_\d{4}$")  # nnU-Net: x_0000 is the first channel of x
 TEST_FOLDER = re.compile(r"(?:^|[^A-Z])Ts$")  # imagesTs, labelsTs
@@ -122,18 +124,20 @@ class Item:
         organ or tumour (`p1_liver_seg`).
         """
         *folders, last = self.parts or ("",)
-        words = last.split("_")
-        known = [*itertools.takewhile(lambda word: word.lower() in WORD, reversed(words))][::-1]
-        organ = {"_".join(folders): last} if folders or len(known) == len(words) else {}
-        if 0 < len(known) < len(words):
-            organ["_".join([*folders, *words[: -len(known)]])] = "_".join(known)
+        match = ORGANS.search(last)
+        rest = last[: match.start()] if match else last
+        organ = {"_".join(folders): last} if folders or not rest else {}
+        if match and rest:
+            organ["_".join([*folders, rest])] = match[1]
         whole = {"_".join(self.parts): ""}  # a_b/ct and a/b_ct meet
+        tails = {"_".join(self.parts[n:]): "" for n in range(1, len(self.parts))}
         return {
             "uid": {self.dicom.uid: ""} if self.dicom and self.dicom.uid else {},
             "whole": whole,
             "no series": whole if self.form != "series" else {},  # beside masks a picture of all
             "without structure": organ,
-            "tails": {"_".join(self.parts[n:]): "" for n in range(1, len(self.parts))},
+            "tails": tails,
+            "any": whole | tails,
         }
 
     def with_dicom(self, found: DicomItem | None) -> Item:
@@ -231,6 +235,7 @@ class Pairing:
     found: dict[Item, Path | Masks] = field(default_factory=dict)  # scan → its label map
     faults: list[tuple[Sequence[Item], Sequence[Item], str]] = field(default_factory=list)
     taken: set[Item] = field(default_factory=set)
+    drafts: list[Path] = field(default_factory=list)  # left out beside final label maps
     notes: list[str] = field(default_factory=list)
 
     def run(self) -> Pairing:
@@ -256,6 +261,9 @@ class Pairing:
         self.labels += more
         self.join_all()
         self.labels = [one for one in self.labels if one not in more or one in self.taken]
+        if self.drafts:
+            count = f"{len(self.drafts)} label maps beside final ones"
+            self.notes.append(f"not used: {count}, such as {show(self.drafts[0])}")
         return self
 
     def choose_channels(self) -> None:
@@ -268,14 +276,10 @@ class Pairing:
         kept = []
         for scan in self.scans:
             stem = CHANNEL.sub("", name := name_case(scan.path))
-            if (
-                scan.form == "file"
-                and stem != name
-                and known.isdisjoint(scan.keys["whole"] | scan.keys["tails"])
-            ):
+            if scan.form == "file" and stem != name and known.isdisjoint(scan.keys["any"]):
                 parts = (*scan.parts[:-1], *filter(None, ["_".join(read_name(stem)[1])]))
                 first = replace(scan, parts=parts, spelt=(*scan.spelt[:-1], spell(stem)))
-                if not known.isdisjoint(first.keys["whole"] | first.keys["tails"]):
+                if not known.isdisjoint(first.keys["any"]):
                     scan = first
                     if not name.endswith("_0000"):
                         continue
@@ -326,13 +330,10 @@ class Pairing:
         taken before another one, and that before a draft."""
         best = {s: max(one.rank for one in fits if fits[one] == s) for s in set(fits.values())}
         kept = {one: structure for one, structure in fits.items() if one.rank == best[structure]}
-        if left := [show(one.path) for one in fits if one not in kept]:
-            final = show(next(iter(kept)).path)
-            self.notes.append(f"not used: {' and '.join(left)}, beside the final {final}")
+        self.drafts += [one.path for one in fits if one not in kept]
         self.taken |= {scan, *fits}
         names = set(kept.values())
-        known = all(set(common_name(name).split()) <= SYNONYMS.keys() for name in names)
-        masks = len(names) == len(kept) and (known or all(label.by_folder for label in kept))
+        masks = len(names) == len(kept) and all(is_mask(*one) for one in kept.items())
         if len(kept) > 1 and not masks:
             self.tell([scan], list(kept))
             return
@@ -363,11 +364,16 @@ class Pairing:
                 self.settle(alone[0], {alone[1]: ""})
 
 
+def is_mask(label: Item, structure: str) -> bool:
+    """Return whether a label map may be the mask of one of several structures."""
+    return label.by_folder or set(common_name(structure).split()) <= SYNONYMS.keys()
+
+
 def agree(scan: Item, label: Item) -> bool:
     """Return whether the own names of two neighbours may be one patient's: one says nothing, both
     the same, or the label map's only names a structure. A SEG of no series says nothing."""
     own, other = ("_".join(read_name(name_case(one.path))[1]) for one in (scan, label))
-    structure = all(word.lower() in WORD for word in other.split("_"))
+    structure = all(word.lower() in WORD for word in other.split("_") if word)
     unnamed = label.form == "seg" and not label.keys["uid"]
     fits = label.kind == "label" or scan.form == "series"
     return fits and (not own or own == other or structure or unnamed)
@@ -532,8 +538,11 @@ def make_cases(pairing: Pairing) -> list[Case]:
             entries.append((scan, scan.path, None, ""))
     for scans, labels, text in pairing.faults:
         entries.append((scans[0], scans[0].path, labels[0].path, text))
-    alone = (one for one in pairing.free(pairing.labels) if one.form in ("file", "seg"))
-    entries += [(label, None, label.path, "") for label in alone]
+    keys = {key for scan in pairing.found for key in scan.keys["whole"]}
+    for label in pairing.free(pairing.labels):
+        organs = [s for key, s in label.keys["without structure"].items() if key in keys]
+        if label.form in ("file", "seg") and not any(is_mask(label, organ) for organ in organs):
+            entries.append((label, None, label.path, ""))
     items = [item for item, *_ in entries]
     names = name_items(items, pairing.notes)
     cases = []
@@ -656,7 +665,8 @@ def describe(
         told |= {show(one.path): one for one in (near, own) if one and one.path}
         usual += [path] if plain and not near and not own else []
     if usual or not told:
-        told[f"{[*map(show, usual[:1])]}, which no dataset.json describes,"] = Description()
+        place = show(usual[0]) if usual else ""
+        told[f"{place}, which no dataset.json describes,"] = Description()
     facts: dict[str | int, object] = {}
     total = Description({}, path=next(iter(told.values())).path)
     for one in told.values():
