@@ -32,11 +32,12 @@ from data.labels import (
     Labels,
     Masks,
     common_name,
+    describe,
     describe_labels,
     find_label,
+    list_paths,
     list_values,
     part_ignored,
-    read_description,
 )
 from data.seg import choose_segment_values
 from data.volumes import VOLUME_SUFFIXES, keep_volumes, name_case
@@ -56,7 +57,6 @@ FILLER = {"tr", "train", "training", "anon", "patient", "nifti", "nii"}  # nothi
 FINAL = {"final", "corrected", "revised", "reviewed", "approved"}  # of two label maps of one scan
 DRAFT = {"original", "orig", "draft", "initial", "auto", "automatic", "uncorrected", "predicted"}
 TEST = {"test", "testing"}  # cases of a challenge, whose label maps nobody has
-DESCRIBING = ("dataset.json", "datastore_v2.json")  # the latter is MONAI Label's
 
 SEPARATORS = re.compile(r"[\s_\-.,;()\[\]]+")
 PLACES = re.compile(  # where a word begins in a name: imagesTr, CTscan, img0001, 1mask, liverseg
@@ -109,7 +109,7 @@ class Item:
     form: Form = "file"
     dicom: DicomItem | None = None
 
-    @property
+    @cached_property
     def folders(self) -> list[Path]:
         """The folder of its files, and those above it in which its partner may lie."""
         own = [self.path] if self.form == "series" and self.path.is_dir() else []
@@ -142,11 +142,9 @@ class Item:
 
     def with_dicom(self, found: DicomItem | None) -> Item:
         """Return the item as the series or SEG that was found at its path, if any."""
-        if found is None:
-            return self
-        if found.is_seg:
+        if found and found.is_seg:
             return replace(self, kind="label", form="seg", dicom=found)
-        return replace(self, form="series", dicom=found)
+        return replace(self, form="series", dicom=found) if found else self
 
 
 def read_paths(paths: Sequence[Path], root: Path, kind: Kind = "") -> list[Item]:
@@ -185,12 +183,12 @@ def _find_silent(named: Iterable[tuple[str, ...]]) -> set[tuple[str, ...]]:
                 scan = "scan" if frozenset().union(*words) & SCAN - DRAFT else ""
                 rest = "_".join(itertools.chain(*rests))
                 below[names[:i]].add(("label" if "label" in kinds else scan, rest))
-    silent = set()
-    for folder, found in below.items():
-        marked = {rest for kind, rest in found if kind == "label"}
-        if marked and any(kind == "scan" or (not kind and rest in marked) for kind, rest in found):
-            silent.add(folder)
-    return silent
+    return {
+        folder
+        for folder, found in below.items()
+        for kind, rest in found
+        if (kind == "scan" and "label" in dict(found)) or (not kind and ("label", rest) in found)
+    }
 
 
 def _read_path(path: Path, names: tuple[str, ...], kinds: Sequence[str], kind: Kind) -> Item:
@@ -251,12 +249,10 @@ class Pairing:
         ]
         self.choose_channels()
         self.join_all()
-        series = {scan.folders[0] for scan in self.free(self.scans) if scan.form == "series"}
-        more = [
-            scan
-            for scan in self.free(self.scans)
-            if series and scan.form == "file" and (not scan.kind or scan.path.parent in series)
-        ]
+        free = self.free(self.scans)
+        series = {scan.folders[0] for scan in free if scan.form == "series"}
+        more = [one for one in free if not one.kind or one.path.parent in series]
+        more = [one for one in more if series and one.form == "file"]
         self.scans = [scan for scan in self.scans if scan not in more]
         self.labels += more
         self.join_all()
@@ -277,7 +273,8 @@ class Pairing:
         for scan in self.scans:
             stem = CHANNEL.sub("", name := name_case(scan.path))
             if scan.form == "file" and stem != name and known.isdisjoint(scan.keys["any"]):
-                parts = (*scan.parts[:-1], *filter(None, ["_".join(read_name(stem)[1])]))
+                rest = "_".join(read_name(stem)[1])
+                parts = (*scan.parts[:-1], rest) if rest else scan.parts[:-1]
                 first = replace(scan, parts=parts, spelt=(*scan.spelt[:-1], spell(stem)))
                 if not known.isdisjoint(first.keys["any"]):
                     scan = first
@@ -432,12 +429,8 @@ def find_pairs(
 ) -> DataSet:
     """Return the cases of a data set, in natural order of their names, and its labels.
 
-    Args:
-        images, labels: folders of the scans and of the label maps, where names do not tell.
-        exclude: folder below `source` that is not searched.
-        values: label names and values as the user gives them; they replace the data's own.
-
-    Raises InputError with what was expected where there is no pair.
+    `images` and `labels` are folders to use where names do not tell; `exclude` is not searched;
+    `values` replace the data's own. Raises InputError with what was expected if there is no pair.
     """
     if (images is None) != (labels is None):
         raise InputError("--images and --labels: give both folders, or neither")
@@ -447,9 +440,8 @@ def find_pairs(
         places = [(images.absolute(), "scan"), (labels.absolute(), "label")]
     pairing, seen = Pairing([], []), []
     for root, kind in places:
-        items, notes = find_items(root, kind, exclude.absolute() if exclude else None)
+        items = find_items(root, pairing.notes, kind, exclude.absolute() if exclude else None)
         seen += items
-        pairing.notes += notes
         for item in items:  # but imagesTs, labelsTs: the test cases of a challenge
             if not any(map(TEST_FOLDER.search, item.path.relative_to(root).parts[:-1])):
                 (pairing.labels if item.kind == "label" else pairing.scans).append(item)
@@ -466,16 +458,16 @@ def find_pairs(
 
 
 def find_items(
-    root: Path, kind: Kind = "", exclude: Path | None = None, drafts: bool = False
-) -> tuple[list[Item], list[str]]:
-    """Return the volumes, series, SEGs and stacks of PNGs below a folder, and notes on them.
+    root: Path, notes: list[str], kind: Kind = "", exclude: Path | None = None, drafts: bool = False
+) -> list[Item]:
+    """Return the volumes, series, SEGs and stacks of PNGs below a folder; add notes on them.
 
     Left out are cases that this program wrote; with `drafts`, or of kind "label", all but their
     label maps. A series that a SEG names is a scan.
     """
     if not root.is_dir():
         raise InputError(f"{show(root)}: no such folder; give the one with the scans")
-    files, notes = leave_own(list_below(root, exclude), drafts or kind == "label")
+    files = leave_own(list_below(root, exclude), notes, drafts or kind == "label")
     volumes = keep_volumes(files)
     known = set(volumes)
     pictures = {file.parent for file in files if file.suffix.lower() == ".png"}
@@ -492,40 +484,29 @@ def find_items(
             one = replace(one, form="stack")
         if one.form != "stack" or one.kind == "label":  # else pictures of anything
             items.append(one)
-    return items, notes
+    return items
 
 
-def leave_own(files: Sequence[Path], drafts: bool) -> tuple[list[Path], list[str]]:
-    """Return files without those of cases that this program prepared or segmented, and a note:
-    label maps that a network made would pass for annotations. `drafts` keeps these label maps."""
+def leave_own(files: Sequence[Path], notes: list[str], drafts: bool) -> list[Path]:
+    """Return files without those of cases that this program prepared or segmented: label maps that
+    a network made would pass for annotations. `drafts` keeps these label maps. Add a note."""
     own = set()
     for file in files:
         if file.name in ("case.json", f"{file.parent.name}.json"):
             with suppress(InputError, TypeError):
                 own |= {file.parent} if {"mark", "fingerprint"} & {*read_json(file)} else set()
-    if not own:
-        return list(files), []
-    names = {folder / f"{folder.name}_label.nii.gz" for folder in own} if drafts else set()
-    note = f"left out: {len(own)} cases that this program wrote, such as {min(own)}"
-    if drafts:
-        note = f"{len(own)} label maps are drafts of a network, such as {min(names)}: corrected?"
-    return [file for file in files if file.parent not in own or file in names], [note]
-
-
-def list_paths(label: Path | Masks | None) -> list[Path]:
-    """Return the paths of a label map, or of the masks that make one."""
-    return [path for _, path in label] if isinstance(label, tuple) else [label] if label else []
-
-
-# ---------------------------------------------------------------------------------------
-# Cases
-# ---------------------------------------------------------------------------------------
+    names = {folder / f"{folder.name}_label.nii.gz" for folder in own if drafts}
+    if names:
+        notes.append(f"{len(names)} label maps are drafts of a network, such as {min(names)}")
+    elif own:
+        notes.append(f"left out: {len(own)} cases that this program wrote, such as {min(own)}")
+    return [file for file in files if file.parent not in own or file in names]
 
 
 def make_cases(pairing: Pairing) -> list[Case]:
     """Return cases of pairs, of faults and of what stayed alone, each with a name of its own."""
-    entries: list[tuple[Item, Path | None, Path | Masks | None, str]] = [
-        (scan, scan.path, label, "") for scan, label in pairing.found.items()
+    entries: list[tuple[Item, Path | None, Path | Masks | None, tuple[str, ...]]] = [
+        (scan, scan.path, label, ()) for scan, label in pairing.found.items()
     ]
     worded = any(scan.kind == "scan" for scan in pairing.found)
     series = any(scan.form == "series" for scan in pairing.scans)
@@ -535,42 +516,35 @@ def make_cases(pairing: Pairing) -> list[Case]:
             what = f"a series of {scan.dicom.images} images without a label map"
             pairing.notes.append(f"not used: {show(scan.path)}, {what}")
         elif not series and (scan.kind == "scan" or not worded) and not words & TEST:
-            entries.append((scan, scan.path, None, ""))
-    for scans, labels, text in pairing.faults:
-        entries.append((scans[0], scans[0].path, labels[0].path, text))
+            entries.append((scan, scan.path, None, ()))
+    entries += [(s[0], s[0].path, labels[0].path, (text,)) for s, labels, text in pairing.faults]
     keys = {key for scan in pairing.found for key in scan.keys["whole"]}
-    for label in pairing.free(pairing.labels):
-        organs = [s for key, s in label.keys["without structure"].items() if key in keys]
-        if label.form in ("file", "seg") and not any(is_mask(label, organ) for organ in organs):
-            entries.append((label, None, label.path, ""))
-    items = [item for item, *_ in entries]
-    names = name_items(items, pairing.notes)
+    for one in pairing.free(pairing.labels):
+        organs = [s for key, s in one.keys["without structure"].items() if key in keys]
+        if one.form in ("file", "seg") and not any(is_mask(one, organ) for organ in organs):
+            entries.append((one, None, one.path, ()))
+    parts = [spell_item(item) for item, *_ in entries]
+    names = name_apart(parts)
+    if longer := [n for n, p in zip(names, parts, strict=True) if n != make_safe(p[-1])]:
+        pairing.notes.append(
+            f"{len(longer)} cases are told apart by their folders, such as {longer[0]}; where a "
+            "folder is a patient with several scans, name the patients: --patient-pattern"
+        )
     cases = []
     for name, (item, image, label, wrong) in zip(names, entries, strict=True):
         paths = [path for path in (image, *list_paths(label)) if path is not None]
         bad = [f"{show(p)}: its name is not UTF-8; rename it" for p in paths if show(p) != str(p)]
-        case = Case(name, name, image, label, (*[wrong] * bool(wrong), *bad))
-        cases.append(replace(case, patient_id=item.dicom.patient if item.dicom else None))
+        patient = item.dicom.patient if item.dicom else None
+        cases.append(Case(name, name, image, label, (*wrong, *bad), patient_id=patient))
     return sorted(cases, key=lambda case: natural(case.name))
 
 
-def name_items(items: Sequence[Item], notes: list[str]) -> list[str]:
-    """Return a name for each item: what remains of its path; where nothing does, its folder."""
-    parts = []
-    for item in items:
-        inside = item.form == "series" and item.path.is_dir()
-        spelt = item.spelt or ((item.path if inside else item.path.parent).name or "case",)
-        if item.form == "series" and item.dicom and not inside:  # shares its folder with others
-            digest = hashlib.sha256(item.dicom.uid.encode()).hexdigest()[:10]
-            spelt = (*item.spelt[:-1], f"series_{digest}")
-        parts.append(spelt)
-    names = name_apart(parts)
-    if longer := [n for n, p in zip(names, parts, strict=True) if n != make_safe(p[-1])]:
-        notes.append(
-            f"{len(longer)} cases are told apart by their folders, such as {longer[0]}; where a "
-            "folder is a patient with several scans, name the patients: --patient-pattern"
-        )
-    return names
+def spell_item(item: Item) -> tuple[str, ...]:
+    """Return what names a case: what remains of its path; where nothing does, its folder."""
+    if item.dicom and item.form == "series" and item.path.is_file():  # beside others in a folder
+        digest = hashlib.sha256(item.dicom.uid.encode()).hexdigest()[:10]
+        return (*item.spelt[:-1], f"series_{digest}")
+    return item.spelt or (item.folders[0].name or "case",)
 
 
 def name_apart(parts: Sequence[Sequence[str]]) -> list[str]:
@@ -590,11 +564,6 @@ def name_apart(parts: Sequence[Sequence[str]]) -> list[str]:
         mark = hashlib.sha256(f"{parts[index]}{index}".encode("utf-8", "replace"))
         names[index] = f"{names[index]}_{mark.hexdigest()[:6]}"
     return names
-
-
-# ---------------------------------------------------------------------------------------
-# Names and values of the labels
-# ---------------------------------------------------------------------------------------
 
 
 def declare(data: DataSet, segs: Sequence[Item], values: Labels | None) -> None:
@@ -644,50 +613,6 @@ def declare_masks(data: DataSet, names: Sequence[str]) -> None:
         )
 
 
-def describe(
-    labels: Iterable[Path | Masks], source: Path | None = None
-) -> tuple[Description, list[Path]]:
-    """Return what describes label maps, and the label maps that nothing describes.
-
-    The segments in a .seg.nrrd do, and the nearest of DESCRIBING above a label map, up to `source`,
-    else in two folders. It never reaches a neighbouring set: that has USUAL_LABELS. Raises
-    InputError where a name has two values or a value two names.
-    """
-    nearest = cache(_look)
-    told: dict[str, Description] = {}
-    usual: list[Path] = []
-    for label in labels:
-        path, plain = list_paths(label)[0], isinstance(label, Path)
-        inside = source and path.is_relative_to(source)
-        depth = len(path.parents) - len(source.parents) if source and inside else 2
-        near = next(filter(None, map(nearest, path.parents[:depth])), None)
-        own = read_description(path) if plain and path.suffix.lower() == ".nrrd" else None
-        told |= {show(one.path): one for one in (near, own) if one and one.path}
-        usual += [path] if plain and not near and not own else []
-    if usual or not told:
-        place = show(usual[0]) if usual else ""
-        told[f"{place}, which no dataset.json describes,"] = Description()
-    facts: dict[str | int, object] = {}
-    total = Description({}, path=next(iter(told.values())).path)
-    for one in told.values():
-        named = {common_name(n): v for n, v in (one.labels | {"ignore": one.ignore}).items() if v}
-        mine = named | {value: name for name, values in named.items() for value in values}
-        if any(facts.setdefault(key, fact) != fact for key, fact in mine.items()):
-            differ = ", ".join(f"{w} says {describe_labels(o.labels)}" for w, o in told.items())
-            raise InputError(f"{differ}; prepare one data set at a time, or give --values for both")
-        total.labels |= {n: v for n, v in one.labels.items() if find_label(n, total.labels) is None}
-        total.ignore += tuple(value for value in one.ignore if value not in total.ignore)
-        if one.announced is not None:
-            total.announced = (total.announced or 0) + one.announced
-    return total, usual
-
-
-def _look(folder: Path) -> Description | None:
-    """Return what a file of DESCRIBING in a folder says, if there is one."""
-    files = [file for name in DESCRIBING if (file := folder / name).is_file()]
-    return next(filter(None, map(read_description, files)), None)
-
-
 def describe_truths(path: Path | Masks) -> Description | None:
     """Return what describes a label map, beside it or in its header; None where nothing does."""
     described, usual = describe([path])
@@ -708,9 +633,8 @@ def describe_data_set(data: DataSet) -> list[str]:
     if data.ignore:
         lines.append(f"unannotated: voxels of {', '.join(map(str, data.ignore))}")
     lines += [f"unclear: {case.name}: {fault}" for case in data.cases for fault in case.faults]
-    if data.announced not in (None, len(pairs)):
-        missing = f"dataset.json announces {data.announced} cases"
-        lines.append(f"warning: {missing}; download what is missing")
+    if (count := data.announced) not in (None, len(pairs)):
+        lines.append(f"warning: dataset.json announces {count} cases; download what is missing")
     if data.unused:
         lines.append(f"not used: {len(data.unused)} other volumes, such as {show(data.unused[0])}")
     return lines + data.notes
@@ -746,7 +670,8 @@ def find_scans(*paths: Path) -> list[Path]:
 
 def _find_below(folder: Path) -> list[Path]:
     """Return the volumes, then the series, in and below a folder."""
-    items, notes = find_items(folder)
+    notes: list[str] = []
+    items = find_items(folder, notes)
     slices = {item.folders[0] for item in items if item.form == "series"}
     volumes = [item for item in items if item.form in ("file", "series")]
     scans = [item for item in volumes if item.kind != "label"] or volumes
@@ -786,7 +711,8 @@ def find_labels(path: Path) -> list[Path]:
     (results of apply_model.py too) and SEGs, or if nothing is, all volumes and series."""
     if not path.is_dir():
         return [path]
-    items, notes = find_items(path, drafts=True)
+    notes: list[str] = []
+    items = find_items(path, notes, drafts=True)
     for note in notes:
         print(f"{show(path)}: {note}")
     called = [item.path for item in items if item.kind == "label"]
@@ -795,14 +721,12 @@ def find_labels(path: Path) -> list[Path]:
 
 def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | Masks | None]:
     """Return a label map for each scan: of a folder, by `pair_by_name`; else one by one."""
-    if len(truth) == 1 and truth[0].is_dir():
-        known = find_labels(truth[0])
-        if len(scans) > 1 or known != [truth[0]]:
-            pairs = pair_by_name(scans, known)
-            missing = [path.name for path, pair in zip(scans, pairs, strict=True) if pair is None]
-            if missing:
-                print(f"{truth[0]}: no label map for {', '.join(missing)}; not evaluated")
-            return pairs
+    known = find_labels(truth[0]) if len(truth) == 1 and truth[0].is_dir() else list(truth)
+    if known != list(truth) or (len(scans) > 1 and len(truth) == 1 and truth[0].is_dir()):
+        pairs = pair_by_name(scans, known)
+        if missing := [path.name for path, pair in zip(scans, pairs, strict=True) if pair is None]:
+            print(f"{truth[0]}: no label map for {', '.join(missing)}; not evaluated")
+        return pairs
     if gone := [path for path in truth if not path.exists()]:
         raise InputError(f"--truth {gone[0]}: no such file or folder; check the path")
     if truth and len(truth) != len(scans):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.files import InputError, read_json
+from data.files import InputError, read_json, show_path
 
 if TYPE_CHECKING:  # names of labels need no arrays, and `--help` no numpy
     import numpy as np
@@ -147,8 +148,8 @@ def parse_values(
 ) -> Labels:
     """Return name → raw values of words such as `liver=1,2`, without the background.
 
-    With `declared`, names may stand in the place of values. `overlap`: a value may have several
-    names. Raises InputError for another form and for values that contradict `declared`.
+    Names that `declared` has may stand for values; with `overlap` a value may have several names.
+    Raises InputError for another form and for values that contradict `declared`.
     """
     known, found = declared or {}, {}
     for name, parts in parse_words(words).items():
@@ -232,9 +233,7 @@ def translate_classes(classes: Labels, own: Labels, declared: Labels) -> Labels:
     return translated
 
 
-# ---------------------------------------------------------------------------------------
-# Files that declare labels
-# ---------------------------------------------------------------------------------------
+DESCRIBING = ("dataset.json", "datastore_v2.json")  # files; the latter is MONAI Label's
 
 
 @dataclass
@@ -245,6 +244,50 @@ class Description:
     ignore: tuple[int, ...] = ()  # values of unannotated voxels
     announced: int | None = None  # cases there should be
     path: Path | None = None  # None: the usual values are assumed
+
+
+def describe(
+    labels: Iterable[Path | Masks], source: Path | None = None
+) -> tuple[Description, list[Path]]:
+    """Return what describes label maps, and the label maps that nothing describes.
+
+    The segments in a .seg.nrrd do, and the nearest of DESCRIBING above a label map, up to `source`,
+    else in two folders. It never reaches a neighbouring set: that has USUAL_LABELS. Raises
+    InputError where a name has two values or a value two names.
+    """
+    nearest = cache(_look)
+    told: dict[str, Description] = {}
+    usual: list[Path] = []
+    for label in labels:
+        path, plain = list_paths(label)[0], isinstance(label, Path)
+        inside = source and path.is_relative_to(source)
+        depth = len(path.parents) - len(source.parents) if source and inside else 2
+        near = next(filter(None, map(nearest, path.parents[:depth])), None)
+        own = read_description(path) if plain and path.suffix.lower() == ".nrrd" else None
+        told |= {show_path(one.path): one for one in (near, own) if one and one.path}
+        usual += [path] if plain and not near and not own else []
+    if usual or not told:
+        place = show_path(usual[0]) if usual else ""
+        told[f"{place}, which no dataset.json describes,"] = Description()
+    facts: dict[str | int, object] = {}
+    total = Description({}, path=next(iter(told.values())).path)
+    for one in told.values():
+        named = {common_name(n): v for n, v in (one.labels | {"ignore": one.ignore}).items() if v}
+        mine = named | {value: name for name, values in named.items() for value in values}
+        if any(facts.setdefault(key, fact) != fact for key, fact in mine.items()):
+            differ = ", ".join(f"{w} says {describe_labels(o.labels)}" for w, o in told.items())
+            raise InputError(f"{differ}; prepare one data set at a time, or give --values for both")
+        total.labels |= {n: v for n, v in one.labels.items() if find_label(n, total.labels) is None}
+        total.ignore += tuple(value for value in one.ignore if value not in total.ignore)
+        if one.announced is not None:
+            total.announced = (total.announced or 0) + one.announced
+    return total, usual
+
+
+def _look(folder: Path) -> Description | None:
+    """Return what a file of DESCRIBING in a folder says, if there is one."""
+    files = [file for name in DESCRIBING if (file := folder / name).is_file()]
+    return next(filter(None, map(read_description, files)), None)
 
 
 def read_description(path: Path) -> Description | None:
@@ -345,3 +388,8 @@ def _name_regions(found: Labels, path: Path) -> Labels:
             owner.setdefault(value, name)
     labels = {n: tuple(v for v in values if owner[v] == n) for n, values in found.items()}
     return {name: values for name, values in labels.items() if values}
+
+
+def list_paths(label: Path | Masks | None) -> list[Path]:
+    """Return the paths of a label map, or of the masks that make one."""
+    return [path for _, path in label] if isinstance(label, tuple) else [label] if label else []

@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -43,24 +43,20 @@ SUBVOLUME = {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------
-# Patients
-# ---------------------------------------------------------------------------------------
-
-
 def name_patients(cases: Sequence[Case], config: Any) -> None:
     """Set the patient of each case: from --patients, --patient-pattern or PatientIDs.
 
     A PatientID of NOBODY, or one ID of all scans, is none: each case is a patient then. Prints
     this, and whether case names look like several scans of a patient.
     """
-    table = read_patients(config.patients) if config.patients else {}
-    if missing := [case.name for case in cases if config.patients and case.name not in table]:
-        raise InputError(f"{config.patients}: has no row for {', '.join(missing)}; add them")
-    first: dict[str, str] = {}
+    if config.patients:
+        table = read_patients(config.patients)
+        if missing := [case.name for case in cases if case.name not in table]:
+            raise InputError(f"{config.patients}: has no row for {', '.join(missing)}; add them")
     ids = [None if case.patient_id is None else case.patient_id.strip() for case in cases]
-    same = len(ids) > 1 and len(set(ids)) == 1
-    nobody = {one for one in ids if one is not None and (same or one.lower() in NOBODY)}
+    same = len(cases) > 1 and len(set(ids)) == 1
+    nobody = [one for one in ids if one is not None and (same or one.lower() in NOBODY)]
+    first: dict[str, str] = {}
     for case, one in zip(cases, ids, strict=True):
         if config.patients:
             case.patient = table[case.name]
@@ -76,12 +72,11 @@ def name_patients(cases: Sequence[Case], config: Any) -> None:
             case.patient = first.setdefault(one, case.name)
     if config.patients or config.patient_pattern:
         return
-    if nobody and len(cases) > 1:
-        shown = f'"{min(nobody)}"' if min(nobody).lower() in NOBODY else "the same"
+    if len(nobody) > 1:
+        shown = f'"{nobody[0]}"' if nobody[0].lower() in NOBODY else "the same"
         print(
-            f"{sum(one in nobody for one in ids)} series have {shown} as PatientID, which tells no "
-            "patients apart: each is a patient of its own; else give --patients or "
-            "--patient-pattern"
+            f"{len(nobody)} series have {shown} as PatientID, which tells no patients apart: each "
+            "is a patient of its own; else give --patients or --patient-pattern"
         )
     if not first and (pattern := guess_pattern([case.name for case in cases])):
         print(
@@ -113,11 +108,6 @@ def read_patients(path: Path) -> dict[str, str]:
         if table.setdefault(case, patient) != patient:
             raise InputError(f"{show_path(path)}: gives {case} two patients; keep one row")
     return table
-
-
-# ---------------------------------------------------------------------------------------
-# Splits and folds
-# ---------------------------------------------------------------------------------------
 
 
 def split_patients(records: Sequence[dict[str, Any]], config: Any) -> dict[str, str]:
@@ -272,24 +262,19 @@ def read_prepared(folder: Path) -> dict[str, Any]:
     prepared = read_json(path, "what prepare.py wrote")
     check_types(prepared, {"schema": int}, str(path), remedy)
     if (found := prepared["schema"]) != PREPARED_SCHEMA:
-        later = "it comes from a later version, update this program"
-        raise InputError(
-            f"{path}: schema must be {PREPARED_SCHEMA}, got {found}; "
-            f"{later if found > PREPARED_SCHEMA else remedy}"
-        )
+        later = "update this program" if found > PREPARED_SCHEMA else remedy
+        raise InputError(f"{path}: schema must be {PREPARED_SCHEMA}, got {found}; {later}")
     check_types(prepared, PREPARED, str(path), remedy)
     try:
         as_labels(prepared["labels"])
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}: labels must be whole numbers, got {prepared['labels']}; {remedy}"
-        ) from error
+        got = prepared["labels"]
+        raise InputError(f"{path}: labels must be whole numbers, got {got}; {remedy}") from error
     for record in prepared["subvolumes"]:
         check_types(record, SUBVOLUME, f"{path}: a sub-volume", remedy)
         for key in (IMAGE, LABEL):
-            parts = PurePosixPath(record[key].replace("\\", "/")).parts
-            rooted = record[key].startswith("/") or PureWindowsPath(record[key]).drive
-            if rooted or ".." in parts:
+            file = PureWindowsPath(record[key])  # takes / and \\
+            if file.root or file.drive or ".." in file.parts:
                 raise InputError(f"{path}: {record[key]} lies outside of {folder}; {remedy}")
     return prepared
 
