@@ -71,7 +71,6 @@ CHANNEL = re.compile(r"_\d{4}$")  # nnU-Net: x_0000 is the first channel of x
 TEST_FOLDER = re.compile(r"(?:^|[^A-Z])Ts$")  # imagesTs, labelsTs
 
 Kind = Literal["scan", "label", ""]
-Form = Literal["file", "series", "seg", "stack"]
 
 
 @cache
@@ -106,7 +105,7 @@ class Item:
     spelt: tuple[str, ...]  # `parts` as written, for names of cases
     rank: int  # of a label map: 1 final, -1 draft
     by_folder: bool  # a folder, not only the name, says label map
-    form: Form = "file"
+    form: Literal["file", "series", "seg", "stack"] = "file"
     dicom: DicomItem | None = None
 
     @cached_property
@@ -118,11 +117,8 @@ class Item:
 
     @cached_property
     def keys(self) -> dict[str, dict[str, str]]:
-        """Its keys by kind, each with the structure that it leaves out.
-
-        The structure is the last part of the path (`p1/liver_mask`), or its last words if they name
-        organ or tumour (`p1_liver_seg`).
-        """
+        """Its keys by kind, each with the structure that it leaves out: the last part of the path
+        (`p1/liver_mask`), or its last words if they name organ or tumour (`p1_liver_seg`)."""
         *folders, last = self.parts or ("",)
         match = ORGANS.search(last)
         rest = last[: match.start()] if match else last
@@ -237,11 +233,8 @@ class Pairing:
     notes: list[str] = field(default_factory=list)
 
     def run(self) -> Pairing:
-        """Pair what can be paired by STEPS.
-
-        If a series has no label map then, volumes that no word names and volumes among its slices
-        are tried as label maps of series.
-        """
+        """Pair by STEPS; if a series has no label map then, also with volumes that no word names
+        and with volumes among its slices."""
         keys = {CHANNEL.sub("", key) for scan in self.scans for key in scan.keys["whole"]}
         self.labels = [  # `final` is part of a name where a scan has it too
             replace(one, parts=one.bare) if one.rank and not keys & {*one.keys["whole"]} else one
@@ -380,12 +373,6 @@ def agree(scan: Item, label: Item) -> bool:
 # What lies below a folder
 # ---------------------------------------------------------------------------------------
 
-EXPECTED = (
-    "a scan and a label map that words such as images / labels, volume / segmentation, ct / mask "
-    "tell apart and that are otherwise called alike; DICOM series with SEG, NIfTI label maps or "
-    "masks; or name two folders: --images FOLDER --labels FOLDER"
-)
-
 
 @dataclass
 class Case:
@@ -448,8 +435,9 @@ def find_pairs(
     data = DataSet(source, make_cases(pairing.run()), notes=pairing.notes)
     if not any(case.faults or (case.image and case.label) for case in data.cases):
         raise InputError(
-            f"{show(source)}: no scans with label maps found among {len(seen)} volumes and series; "
-            f"expected {EXPECTED}"
+            f"{show(source)}: no scans with label maps among {len(seen)} volumes and series; "
+            "expected names that differ by words such as images / labels alone, or DICOM series "
+            "with SEG, NIfTI label maps or masks; or give --images FOLDER --labels FOLDER"
         )
     used = {path for case in data.cases for path in (case.image, *list_paths(case.label))}
     data.unused = [one.path for one in seen if one.path not in used and one.form != "stack"]
@@ -573,9 +561,8 @@ def declare(data: DataSet, segs: Sequence[Item], values: Labels | None) -> None:
         if 0 not in list_values(data.declared):
             data.declared = {BACKGROUND: (0,)} | data.declared
         return
-    labels = [case.label for case in data.cases if case.label]
-    masks = [label for label in labels if isinstance(label, tuple)]
-    files = [label for label in labels if label not in {seg.path for seg in segs}]
+    known = {seg.path for seg in segs}
+    files = [one.label for one in data.cases if one.label and one.label not in known]
     described, usual = describe(files, data.source)
     data.declared, data.ignore = described.labels, described.ignore
     data.announced = described.announced
@@ -596,20 +583,14 @@ def declare(data: DataSet, segs: Sequence[Item], values: Labels | None) -> None:
         meant = {BACKGROUND, *map(common_name, chosen)}
         data.declared = {n: v for n, v in data.declared.items() if common_name(n) in meant}
     data.declared = data.declared | more
-    if described.path is None:
-        declare_masks(data, sorted({name for label in masks for name, _ in label}, key=natural))
-
-
-def declare_masks(data: DataSet, names: Sequence[str]) -> None:
-    """Declare masks: liver and tumours have the usual values; if there are none, all have one."""
-    others = [name for name in names if find_label(name, data.declared) is None]
-    if names and len(others) == len(names):
-        data.declared = {BACKGROUND: (0,), **{n: (i,) for i, n in enumerate(names, 1)}}
-    elif others:
-        told = ", ".join(others[:6]) + " …" * (len(others) > 6)
+    names = {name for label in files if isinstance(label, tuple) for name, _ in label}
+    others = sorted((n for n in names if find_label(n, data.declared) is None), key=natural)
+    if described.path is None and names and len(others) == len(names):  # neither liver nor tumours
+        data.declared = {BACKGROUND: (0,), **{n: (i,) for i, n in enumerate(others, 1)}}
+    elif described.path is None and others:
         data.notes.append(
-            f"masks of {len(others)} other structures are not used ({told}); name those you want: "
-            "--values liver=1 spleen=2"
+            f"masks of {len(others)} other structures are not used ({', '.join(others[:6])} …); "
+            "name those you want: --values liver=1 spleen=2"
         )
 
 
@@ -621,7 +602,7 @@ def describe_truths(path: Path | Masks) -> Description | None:
 
 def describe_data_set(data: DataSet) -> list[str]:
     """Return the first lines that a user sees: three pairs, labels, what is unclear or unused."""
-    pairs = [c for c in data.cases if c.image and c.label and not c.faults]
+    pairs = [case for case in data.cases if case.image and case.label and not case.faults]
     lines = [f"{show(data.source)}: {len(pairs)} scans with label maps"]
     for case in pairs[:3]:
         paths = [Path(os.path.relpath(p, data.source)) for p in list_paths(case.label)]
@@ -647,10 +628,8 @@ def describe_data_set(data: DataSet) -> list[str]:
 
 def find_scans(*paths: Path) -> list[Path]:
     """Return the scans that paths stand for: files; of a folder, the volumes and DICOM series at
-    any depth. Several slices of a series are that series once.
-
-    Prints what is left out: label maps by their names, and volumes among the slices of a series.
-    Raises InputError for a folder without scan.
+    any depth. Several slices of a series are that series once. Prints what is left out: label maps
+    by their names, and volumes among slices. Raises InputError for a folder without scan.
     """
     slices = [path for path in paths if path.is_file() and is_dicom(path)]
     series: dict[Path, Path] = {}
@@ -700,10 +679,9 @@ def name_scans(paths: Sequence[Path], root: Path | None = None) -> list[str]:
     for path in map(Path, map(there, paths)):
         below = path.relative_to(top) if path.is_relative_to(top) else path
         parts.append((*below.parts[:-1], name_case(path)))
-    words = [bool(root and part[:-1] and not read_name(part[-1])[1]) for part in parts]
-    alone = Counter(part[:-1] for part, word in zip(parts, words, strict=True) if word)
-    zipped = zip(parts, words, strict=True)
-    return name_apart([p[:-1] if word and alone[p[:-1]] == 1 else p for p, word in zipped])
+    words = {part for part in parts if root and part[:-1] and not read_name(part[-1])[1]}
+    alone = Counter(part[:-1] for part in words)
+    return name_apart([p[:-1] if p in words and alone[p[:-1]] == 1 else p for p in parts])
 
 
 def find_labels(path: Path) -> list[Path]:
@@ -721,8 +699,9 @@ def find_labels(path: Path) -> list[Path]:
 
 def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | Masks | None]:
     """Return a label map for each scan: of a folder, by `pair_by_name`; else one by one."""
-    known = find_labels(truth[0]) if len(truth) == 1 and truth[0].is_dir() else list(truth)
-    if known != list(truth) or (len(scans) > 1 and len(truth) == 1 and truth[0].is_dir()):
+    folder = len(truth) == 1 and truth[0].is_dir()
+    known = find_labels(truth[0]) if folder else []
+    if folder and (len(scans) > 1 or known != list(truth)):
         pairs = pair_by_name(scans, known)
         if missing := [path.name for path, pair in zip(scans, pairs, strict=True) if pair is None]:
             print(f"{truth[0]}: no label map for {', '.join(missing)}; not evaluated")

@@ -275,7 +275,8 @@ def describe(
         named = {common_name(n): v for n, v in (one.labels | {"ignore": one.ignore}).items() if v}
         mine = named | {value: name for name, values in named.items() for value in values}
         if any(facts.setdefault(key, fact) != fact for key, fact in mine.items()):
-            differ = ", ".join(f"{w} says {describe_labels(o.labels)}" for w, o in told.items())
+            said = {describe_labels(other.labels): where for where, other in told.items()}
+            differ = ", ".join(f"{where} says {text}" for text, where in said.items())
             raise InputError(f"{differ}; prepare one data set at a time, or give --values for both")
         total.labels |= {n: v for n, v in one.labels.items() if find_label(n, total.labels) is None}
         total.ignore += tuple(value for value in one.ignore if value not in total.ignore)
