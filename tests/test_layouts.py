@@ -105,8 +105,6 @@ PAIRS = {
     "lits in one folder": ("volume-{}.nii", "segmentation-{}.nii", "volume-{}"),
     "train folders": ("TrainVolumes/p{}.nii.gz", "TrainSegmentation/p{}.nii.gz", "p{}"),
     "numbers only": ("TrainVolumes/{}.nii.gz", "TrainSegmentation/{}.nii.gz", "{}"),
-    "images, labels": ("images/p{}.nii.gz", "labels/p{}.nii.gz", "p{}"),
-    "amos": ("images/amos_{}_0000.nii.gz", "labels/amos_{}.nii.gz", "amos_{}"),
     "btcv": ("img/img000{}.nii.gz", "label/label000{}.nii.gz", "img000{}"),
     "patient folders": ("patient_{}/ct.nii.gz", "patient_{}/ct_segmentation.nii.gz", "patient_{}"),
     "named after the organ": ("p{}/CT.nii.gz", "p{}/liver_mask.nii.gz", "p{}"),
@@ -158,40 +156,30 @@ def test_files_are_paired_by_what_remains_of_their_paths(layout, tmp_path):
     assert not data.unused
 
 
-def test_equal_names_in_different_folders_stay_apart(tmp_path):
-    for patient, folder in enumerate("AB"):
-        save(scan_of(patient), tmp_path / folder / "patient_1" / "ct.nii.gz")
-        save(label_of(patient), tmp_path / folder / "patient_1" / "label.nii.gz")
-    data = check(tmp_path, {"A_patient_1": 0, "B_patient_1": 1})
-    assert "told apart by their folders" in " ".join(data.notes)
-
-
-def test_scans_called_after_the_organ_stay_scans(tmp_path):
-    """`liver` is a label map only beside a file that is called a scan."""
-    for patient in (1, 2):
-        save(scan_of(patient), tmp_path / f"p{patient}/liver.nii.gz")
-        save(label_of(patient), tmp_path / f"p{patient}/liver_seg.nii.gz")
-        save(scan_of(patient), tmp_path / f"q/liver_{patient}.nii.gz")
-        save(label_of(patient), tmp_path / f"q/liver_{patient}_label.nii.gz")
-    save(scan_of(3), tmp_path / "q/ct_3.nii.gz")
-    save(label_of(3), tmp_path / "q/ct_3_label.nii.gz")
-    expected = {"ct_3": 3, "liver_1": 1, "liver_2": 2, "p1_liver": 1, "p2_liver": 2}
-    check(tmp_path, expected)
-
-
-def test_two_sets_below_one_folder_stay_apart(tmp_path):
-    for patient, folder in enumerate(("one", "two")):
-        save(scan_of(patient), tmp_path / folder / "imagesTr" / "liver_0.nii.gz")
-        save(label_of(patient), tmp_path / folder / "labelsTr" / "liver_0.nii.gz")
-    check(tmp_path, {"one_liver_0": 0, "two_liver_0": 1})
-    (tmp_path / "one/labelsTr/liver_0.nii.gz").unlink()  # never another's label map
-    cases = {case.name: case for case in find_pairs(tmp_path).cases}
-    assert cases["one_liver_0"].label is None
-    assert cases["two_liver_0"].label == tmp_path / "two/labelsTr/liver_0.nii.gz"
-
-
 # files → pairs of them, "scan: label map" or the masks of structures
 TREES = {
+    "equal names in different folders": (
+        "A/p/ct A/p/label B/p/ct B/p/label", {"A/p/ct": "A/p/label", "B/p/ct": "B/p/label"},
+    ),
+    "a label map that only another set has": (
+        "a/img/x b/img/x b/label/x", {"a/img/x": None, "b/img/x": "b/label/x"},
+    ),
+    "no partner": (
+        "imagesTr/a imagesTr/b labelsTr/b labelsTr/c",
+        {"imagesTr/a": None, "imagesTr/b": "labelsTr/b", "": "labelsTr/c"},
+    ),
+    "neighbours of other names": (
+        "B/p1_scan B/p3_label A/p2_scan A/p2_label",
+        {"B/p1_scan": None, "": "B/p3_label", "A/p2_scan": "A/p2_label"},
+    ),
+    "scans called after the organ": (
+        "p/liver p/liver_seg q/liver_1 q/liver_1_label q/ct_3 q/ct_3_label",
+        {"p/liver": "p/liver_seg", "q/liver_1": "q/liver_1_label", "q/ct_3": "q/ct_3_label"},
+    ),
+    "test cases and other channels": (
+        "imagesTr/c_0000 imagesTr/c_0001 labelsTr/c imagesTs/c_0000 test/test-volume-0",
+        {"imagesTr/c_0000": "labelsTr/c"},
+    ),
     "numbers from 0000": (
         "imagesTr/c_0000 imagesTr/c_0001 labelsTr/c_0000 labelsTr/c_0001",
         {"imagesTr/c_0000": "labelsTr/c_0000", "imagesTr/c_0001": "labelsTr/c_0001"},
@@ -238,22 +226,23 @@ def test_trees_of_files(tree, tmp_path):
     files, expected = TREES[tree]
     for name in files.split():
         save(label_of(1), tmp_path / f"{name}.nii.gz")
+    (tmp_path / "._hidden.nii.gz").write_bytes(b"macOS")
     data = find_pairs(tmp_path)
+    used = set(data.unused)
 
-    def shorten(path: Path) -> str:
-        return path.relative_to(tmp_path).as_posix().removesuffix(".nii.gz")
+    def shorten(path: Path | None) -> str:
+        used.update([path] if path else [])
+        return path.relative_to(tmp_path).as_posix().removesuffix(".nii.gz") if path else ""
 
     found = {}
     for case in data.cases:
         masks = isinstance(case.label, tuple)
-        label = {n: shorten(p) for n, p in case.label} if masks else case.label
-        found[shorten(case.image)] = shorten(label) if isinstance(label, Path) else label
+        label = {n: shorten(p) for n, p in case.label} if masks else shorten(case.label) or None
+        found[shorten(case.image)] = label
         assert case.faults == ()
     assert found == expected
-    used = {shorten(path) for path in data.unused} | {*found}
-    for label in filter(None, found.values()):
-        used |= {*label.values()} if isinstance(label, dict) else {label}
-    assert used == {*files.split()}  # nothing is lost without a word
+    assert {shorten(path) for path in used} == {*files.split()}  # nothing vanishes unreported
+    assert len({case.name for case in data.cases}) == len(data.cases)
 
 
 AMBIGUOUS = {
@@ -286,80 +275,33 @@ def test_what_is_ambiguous_is_told_with_both_paths(kind, tmp_path):
     assert (sound.name, sound.image) == ("sound", tmp_path / "sound_ct.nii.gz")
 
 
-def test_what_has_no_partner_is_a_case_without_one(tmp_path):
-    for patient in (0, 1):
-        save(scan_of(patient), tmp_path / f"imagesTr/c{patient}.nii.gz")
-        save(label_of(patient), tmp_path / f"labelsTr/c{patient + 1}.nii.gz")
-    found = [(c.name, bool(c.image), bool(c.label)) for c in find_pairs(tmp_path).cases]
-    assert found == [("c0", True, False), ("c1", True, True), ("c2", False, True)]
-
-
-def test_hidden_files_test_cases_and_other_channels_are_not_used(tmp_path):
-    for patient in (0, 1):
-        for channel in ("0000", "0001"):
-            save(scan_of(patient), tmp_path / f"imagesTr/c{patient}_{channel}.nii.gz")
-        save(label_of(patient), tmp_path / f"labelsTr/c{patient}.nii.gz")
-        save(scan_of(patient), tmp_path / f"imagesTs/c{patient}_0000.nii.gz")
-    (tmp_path / "imagesTr/._c0_0000.nii.gz").write_bytes(b"\0\5\26\7 macOS")
-    save(scan_of(0), tmp_path / "prepared/imagesTr/other.nii.gz")
-    data = check(tmp_path, {"c0": 0, "c1": 1}, exclude=tmp_path / "prepared")
-    assert len(data.unused) == 4  # imagesTs and further channels
-    assert "2 further channels" in " ".join(data.notes)
-
-
-def test_lits_with_its_test_scans(tmp_path):
-    for patient in (0, 1):
-        save(scan_of(patient), tmp_path / f"Batch {patient}/volume-{patient}.nii")
-        save(label_of(patient), tmp_path / f"Batch {patient}/segmentation-{patient}.nii")
-        save(scan_of(patient), tmp_path / f"test/test-volume-{patient}.nii")
-    data = check(tmp_path, {"volume-0": 0, "volume-1": 1})
-    assert len(data.unused) == 2
-
-
 def test_what_this_program_wrote_is_no_data_set(raw_phantoms, checkpoint, tmp_path, blank_pictures):
-    """Results and prepared data below the source are left out and told."""
+    """Unless results are named as the label maps: then each one's label map counts, as a draft."""
     raw = shutil.copytree(raw_phantoms, tmp_path / "raw")
-    names = [case.name for case in find_pairs(raw).cases]
+    cases = [(case.name, case.label) for case in find_pairs(raw).cases]
     prepare.main(prepare.Config(source=raw, destination=raw / "prepared", workers=1))
-    scan = min((raw / "imagesTr").iterdir())
-    results = raw / "results"
+    scan, results = min((raw / "imagesTr").iterdir()), raw / "results"
     apply_model.main(apply_model.Config(
-        paths=(scan,), checkpoint=checkpoint, destination=results, device="cpu",
+        paths=(scan,), checkpoint=checkpoint, destination=results, device="cpu", probability=True,
     ))  # fmt: skip
     data = find_pairs(raw)
-    assert [case.name for case in data.cases] == names
-    assert any(f"left out: {len(names) + 1} cases" in line for line in describe_data_set(data))
-
-
-def test_results_named_as_labels_are_drafts(raw_phantoms, checkpoint, tmp_path, blank_pictures):
-    """The label map of each result counts, as it is or corrected; nothing else beside it."""
-    results, scans = tmp_path / "results", sorted((raw_phantoms / "imagesTr").iterdir())[:2]
-    apply_model.main(apply_model.Config(
-        paths=tuple(scans), checkpoint=checkpoint, destination=results, device="cpu",
-        probability=True,
-    ))  # fmt: skip
-    names = [path.name.removesuffix(".nii.gz") for path in scans]
-    drawn = raw_phantoms / "labelsTr" / scans[0].name
-    shutil.copyfile(drawn, results / names[0] / f"{names[0]}_label.nii.gz")
-    data = find_pairs(raw_phantoms, images=raw_phantoms / "imagesTr", labels=results)
-    paired = {case.name: case.label for case in data.cases if case.label}
-    assert paired == {name: results / name / f"{name}_label.nii.gz" for name in names}
-    assert any("2 label maps are drafts" in line for line in describe_data_set(data))
+    assert [(case.name, case.label) for case in data.cases] == cases
+    assert any(f"left out: {len(cases) + 1} cases" in line for line in describe_data_set(data))
+    data = find_pairs(raw, images=raw / "imagesTr", labels=results)
+    name = scan.name.removesuffix(".nii.gz")
+    drafts = [case.label for case in data.cases if case.label]
+    assert drafts == [results / name / f"{name}_label.nii.gz"]
+    assert any("1 label maps are drafts" in line for line in describe_data_set(data))
 
 
 def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
     save(scan_of(0), tmp_path / "a/ct.nii.gz")
-    save(label_of(0), tmp_path / "a/label.nii.gz")
-    (tmp_path / "b").mkdir()
-    real = os.scandir
 
     def refuse(path):
-        if str(path).endswith("b"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
+        raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(InputError, match="b: cannot be listed"):
+    with pytest.raises(InputError, match="cannot be listed"):
         find_pairs(tmp_path)
 
 
@@ -384,23 +326,16 @@ def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
     check(tmp_path, {"p": 0})
 
 
-def test_names_are_safe_whatever_files_are_called(tmp_path):
-    for index, name in enumerate(("=1+1", "-x", "+y", "@z", "a..b", "w" * 180)):
-        save(scan_of(index), tmp_path / f"{name}/ct.nii.gz")
-        save(label_of(index), tmp_path / f"{name}/label.nii.gz")
-    names = [case.name for case in find_pairs(tmp_path).cases]
-    assert {"1+1", "x", "y", "z", "a.b"} < set(names)
-    assert max(map(len, names)) <= 100
-    assert len({name.casefold() for name in names}) == 6
-
-
-def test_names_that_differ_by_capitals_or_signs_alone_stay_apart(tmp_path):
-    for index, name in enumerate(("P1", "p1", "p1:", "p1*")):
-        save(scan_of(index), tmp_path / f"images/{name}.nii.gz")
-        save(label_of(index), tmp_path / f"labels/{name}.nii.gz")
-    data = find_pairs(tmp_path)
-    assert len({case.name.casefold() for case in data.cases}) == 4
-    assert all(case.image.name == case.label.name for case in data.cases)
+def test_names_are_safe_and_distinct_whatever_files_are_called(tmp_path):
+    names = ("=1+1", "-x", "+y", "@z", "a..b", "w" * 180, "P1", "p1", "p1:", "p1*")
+    for name in names:
+        save(scan_of(1), tmp_path / f"images/{name}.nii.gz")
+        save(label_of(1), tmp_path / f"labels/{name}.nii.gz")
+    cases = find_pairs(tmp_path).cases
+    assert {"1+1", "x", "y", "z", "a.b"} < {case.name for case in cases}
+    assert max(len(case.name) for case in cases) <= 100
+    assert len({case.name.casefold() for case in cases}) == len(names)
+    assert all(case.image.name == case.label.name for case in cases)
 
 
 def test_a_name_that_is_not_utf8_is_a_fault_of_its_case(tmp_path):
@@ -576,16 +511,8 @@ def test_pictures_that_do_not_fit_the_slices_are_told(tmp_path):
     folder = tmp_path / "Train_Sets/CT/1/Ground"
     (case,) = find_pairs(tmp_path).cases
     scan = read_scan(case.image)
-    greys = np.zeros((SHAPE[1], SHAPE[0]), np.uint8)
-    greys[0, :3] = 10, 20, 30
-    Image.fromarray(greys).save(folder / "liver_GT_002.png")
-    with pytest.raises(InputError, match=r"greys \[10, 20, 30, 255\]"):
-        read_label_map(case.label, scan, {"liver": (1,)})
-    Image.fromarray(greys[:4]).save(folder / "liver_GT_002.png")
+    Image.fromarray(np.zeros((4, 12), np.uint8)).save(folder / "liver_GT_002.png")
     with pytest.raises(InputError, match=r"\(12, 4\) pixels.*\(12, 10\)"):
-        read_label_map(case.label, scan, {"liver": (1,)})
-    (folder / "liver_GT_002.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="not a readable PNG"):
         read_label_map(case.label, scan, {"liver": (1,)})
     (folder / "liver_GT_002.png").unlink()
     with pytest.raises(InputError, match=r"holds 5 PNGs, but .* has 6 slices") as error:
@@ -597,15 +524,9 @@ def test_masks_of_another_scan_are_refused(tmp_path):
     lay_ircad(tmp_path, 1)
     (case,) = find_pairs(tmp_path).cases
     scan = read_scan(case.image)
-    liver = list((tmp_path / "p1/MASKS_DICOM/liver").iterdir())
-    set_frame(liver, "1.2.3")
+    set_frame(list((tmp_path / "p1/MASKS_DICOM/liver").iterdir()), "1.2.3")
     with pytest.raises(InputError, match="another frame of reference"):
-        read_label_map(case.label, read_scan(case.image), {"liver": (1,)})
-    moved = scan.affine.copy()
-    moved[0, 3] += 9  # mm
-    with pytest.raises(InputError, match="voxels apart") as error:
-        read_label_map(case.label, Volume(scan.read(), moved), {"liver": (1,)})
-    assert error.value.kind == "grid"
+        read_label_map(case.label, scan, {"liver": (1,)})
 
 
 def test_other_structures_are_used_when_they_are_named(tmp_path):
@@ -618,8 +539,6 @@ def test_other_structures_are_used_when_they_are_named(tmp_path):
     _, label = on_scan_axes(data, 1, case)
     expected = np.where(label_of(1) > 0, 6, 1)
     assert np.array_equal(label, Volume(expected.astype(np.uint8), AFFINE).ras.data)
-    with pytest.raises(InputError, match=r"none of the masks liver, .*is one of the labels"):
-        read_label_map(case.label, read_scan(case.image), {"pancreas": (1,)})
 
 
 def test_a_mask_with_several_values_is_refused(tmp_path):
@@ -631,21 +550,14 @@ def test_a_mask_with_several_values_is_refused(tmp_path):
 
 
 def test_two_series_in_one_folder_have_names_by_their_uids(tmp_path):
-    slices = save_series(scan_of(1), tmp_path / "study/a")
-    others = save_series(scan_of(2), tmp_path / "study/b")
-    folder = tmp_path / "mixed"
-    folder.mkdir()
-    for index, file in enumerate((*slices, *others)):
-        file.rename(folder / f"{index:02d}.dcm")
-    for index in (0, len(slices)):
-        scan = read_scan(folder / f"{index:02d}.dcm")
-        patient = 1 if index == 0 else 2
-        stored = scan.from_ras(Volume(label_of(patient), AFFINE).ras.data)
-        classes = {"background": (0,), "liver": (1,), "tumour": (2,)}
-        assert write_seg(stored, scan, classes, tmp_path / f"segs/{index}.dcm") == []
+    (tmp_path / "mixed").mkdir()
+    for patient in (1, 2):
+        slices = save_series(scan_of(patient), tmp_path / f"{patient}")
+        as_seg(slices, label_of(patient), tmp_path / f"segs/{patient}.dcm")
+        for file in slices:
+            file.rename(tmp_path / "mixed" / f"{patient}{file.name}")
     data = find_pairs(tmp_path)
-    assert all(case.name.split("_")[0] == "series" for case in data.cases)
-    assert [len(case.name) for case in data.cases] == [17, 17]
+    assert [(case.name[:7], len(case.name)) for case in data.cases] == [("series_", 17)] * 2
     for case in data.cases:
         scan, label = on_scan_axes(data, 0, case)
         patient = 1 if np.array_equal(scan, Volume(scan_of(1), AFFINE).ras.data) else 2
@@ -660,16 +572,6 @@ def test_two_segs_of_one_series_are_told(tmp_path):
     (case,) = find_pairs(tmp_path).cases
     assert "2 label maps for one scan" in case.faults[0]
     assert "other.dcm" in case.faults[0] and "seg.dcm" in case.faults[0]
-
-
-def test_segment_names_decide_not_their_numbers(tmp_path):
-    slices = save_series(scan_of(1), tmp_path / "p1/scan")
-    swapped = np.choose(label_of(1), [0, 2, 1]).astype(np.uint8)
-    as_seg(slices, swapped, tmp_path / "p1/seg.dcm", names=("Tumor", "Liver"))
-    data = find_pairs(tmp_path)
-    assert data.declared == {"background": (0,), "liver": (1,), "tumour": (2,)}
-    _, label = on_scan_axes(data, 1, data.cases[0])
-    assert np.array_equal(label, Volume(label_of(1), AFFINE).ras.data)
 
 
 def test_a_series_without_label_map_is_told_and_not_a_case(tmp_path):
@@ -690,13 +592,8 @@ def test_dicom_that_cannot_be_read_leaves_its_neighbours(tmp_path):
     assert "cut.dcm" in " ".join(data.notes)
 
 
-@pytest.mark.parametrize("series", [False, True])
-def test_neighbours_of_other_names_are_not_paired(series, tmp_path):
-    """Each lost its partner: what is left in the folder belongs to two patients."""
-    if series:
-        save_series(scan_of(1), tmp_path / "B/p1")
-    else:
-        save(scan_of(1), tmp_path / "B/p1_scan.nii.gz")
+def test_a_series_and_a_neighbour_of_another_name_are_not_paired(tmp_path):
+    save_series(scan_of(1), tmp_path / "B/p1")
     save(label_of(3), tmp_path / "B/p3_label.nii.gz")
     save(scan_of(2), tmp_path / "A/p2_scan.nii.gz")
     save(label_of(2), tmp_path / "A/p2_label.nii.gz")
