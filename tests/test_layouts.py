@@ -116,6 +116,7 @@ PAIRS = {
     "phase folders": ("p{}/portal/ct.nii.gz", "p{}/portal/label.nii.gz", "p{}_portal"),
     "capitals": ("Images/P{}.NII.GZ", "Labels/P{}.nii.gz", "P{}"),
     "a set called seg": ("seg_set/p{}/ct.nii.gz", "seg_set/p{}/label.nii.gz", "p{}"),
+    "a set called seg, no word at the scan": ("seg/c-{}.nii.gz", "seg/c-{}_label.nii.gz", "c-{}"),
     "ct in both": ("images/ct_{}.nii.gz", "labels/ct_{}.nii.gz", "ct_{}"),
     "spaces": ("My scans/pat {}.nii.gz", "My masks/pat-{}.nii.gz", "pat {}"),
     "train, images": ("train/images/p{}.nii.gz", "train/labels/p{}.nii.gz", "p{}"),
@@ -173,8 +174,9 @@ TREES = {
         {"B/p1_scan": None, "": "B/p3_label", "A/p2_scan": "A/p2_label"},
     ),
     "scans called after the organ": (
-        "p/liver p/liver_seg q/liver_1 q/liver_1_label q/ct_3 q/ct_3_label",
-        {"p/liver": "p/liver_seg", "q/liver_1": "q/liver_1_label", "q/ct_3": "q/ct_3_label"},
+        "p/liver p/liver_seg q/liver_1 q/liver_1_label q/liver q/liver_label q/ct_3 q/ct_3_label",
+        {"p/liver": "p/liver_seg", "q/liver_1": "q/liver_1_label", "q/liver": "q/liver_label",
+         "q/ct_3": "q/ct_3_label"},
     ),
     "test cases and other channels": (
         "imagesTr/c_0000 imagesTr/c_0001 labelsTr/c imagesTs/c_0000 test/test-volume-0",
@@ -187,6 +189,10 @@ TREES = {
     "channels in one set, numbers from 0000 in another": (
         "a/img/x_0000 a/img/x_0001 a/gt/x b/img/c_0000 b/img/c_0001 b/gt/c_0000 b/gt/c_0001",
         {"a/img/x_0000": "a/gt/x", "b/img/c_0000": "b/gt/c_0000", "b/img/c_0001": "b/gt/c_0001"},
+    ),
+    "a channel with a label map of its own": (
+        "img/x_0000 img/x_0001 img/x_0002 label/x label/x_0001",
+        {"img/x_0000": "label/x", "img/x_0001": "label/x_0001"},
     ),
     "numbers that end like channels": (
         "img/g_0000_0000 img/g_0001_0000 label/g_0000 label/g_0001",
@@ -438,8 +444,8 @@ def lay_flat_masks(root: Path, patient: int) -> None:
 
 
 def lay_labelled_series(root: Path, patient: int) -> None:
-    save_series(scan_of(patient), root / f"p{patient}/PATIENT_DICOM")
-    save_series(label_of(patient), root / f"p{patient}/LABELLED_DICOM")
+    save_series(scan_of(patient), root / f"PATIENT_DICOM/p{patient}")
+    save_series(label_of(patient), root / f"LABELLED_DICOM/p{patient}")
 
 
 def lay_nifti_beside_dicom(root: Path, patient: int) -> None:
