@@ -29,12 +29,12 @@ from data.labels import (
     IGNORED,
     IMAGE,
     LABEL,
-    LARGEST_VALUE,
     Labels,
     find_label,
     find_values,
     index_classes,
     list_values,
+    parse_values,
 )
 from data.pictures import PLANES, choose_hu_window, find_busiest_slice, save_figure, show_patient
 from data.scans import describe_label, read_label_map, read_scan, restore_label
@@ -97,7 +97,10 @@ def read_data_set(config: Any) -> tuple[list[Case], Terms]:
 
     `config` has the settings of this file's `Config`.
     """
-    named, values = {"images": config.images, "labels": config.labels}, parse_values(config.values)
+    named, values = (
+        {"images": config.images, "labels": config.labels},
+        parse_values(config.values, "--values"),
+    )
     data = find_pairs(config.source, **named, exclude=config.destination, values=values or None)
     print(*describe_data_set(data), sep="\n")
     ignore = data.ignore
@@ -111,23 +114,6 @@ def read_data_set(config: Any) -> tuple[list[Case], Terms]:
     foreground = choose_foreground(config.foreground, data.declared)
     how = (config.trust_image_grid, config.modality, config.subvolume_depth)
     return data.cases, Terms(data.declared, foreground, *how, ignore, config.label_every)
-
-
-def parse_values(words: Sequence[str]) -> Labels:
-    """`["liver=6", "tumour=7,8"]` → {"liver": (6,), "tumour": (7, 8)}."""
-    labels: Labels = {}
-    for word in words:
-        name, _, numbers = word.partition("=")
-        parts = numbers.split(",")
-        if not name or not all(part.isdecimal() for part in parts):
-            raise InputError(f"--values {word}: must be NAME=VALUE or NAME=VALUE,VALUE")
-        labels[name] = tuple(map(int, parts))
-    listed = [value for values in labels.values() for value in values]
-    if len(set(listed)) < len(listed) or max(listed, default=0) > LARGEST_VALUE:
-        raise InputError(
-            f"--values {' '.join(words)}: each value from 0 to {LARGEST_VALUE} has one name"
-        )
-    return labels
 
 
 def choose_foreground(names: Sequence[str], labels: Labels) -> tuple[int, ...]:
