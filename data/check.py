@@ -268,8 +268,11 @@ def judge_tumour(
     return [("tumour_apart", f"{apart} tumour voxels touch no liver")] * (apart > 0)
 
 
-def is_label_map(array: np.ndarray, values: Sequence[int]) -> bool:
-    """Whether what should be a scan holds nothing but label values."""
+def is_label_map(array: np.ndarray, values: Sequence[int] | None = None) -> bool:
+    """Return whether voxels are label values alone: of `values`, or at most 32 of 0 to 255."""
+    if values is None:
+        in_range = array.size and array.min() >= 0 and array.max() <= 255
+        values = np.unique(array.astype(np.uint8))[:32].tolist() if in_range else []
     return bool(array.size) and bool(np.isin(array, values).all())
 
 
