@@ -46,9 +46,7 @@ if __name__ == "__main__":  # --help and wrong options end here, before the libr
 
 import functools
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -63,10 +61,9 @@ from skimage.measure import find_contours
 from vedo import vtkclasses
 
 from data.check import is_label_map
-from data.datasets import find_scans
 from data.evaluate import do_each, refuse_failures
 from data.files import InputError, atomic_write, read_json
-from data.labels import BACKGROUND, USUAL_LABELS, group_tumours, is_tumour
+from data.labels import USUAL_LABELS, group_tumours, is_tumour
 from data.pictures import PLANES, TRUTH_COLOUR, choose_hu_window, class_colour, find_busiest_slice
 from data.scans import name_label, read_label_map, read_scan, restore_label
 from data.settings import show_progress
@@ -78,78 +75,51 @@ ORGAN_HU = 100  # drawn where there is no scan
 PASS_BANDS = (0.002, 0.01, 0.05)  # of the sinc filter: removes waves under 100, 45, 20 edges
 TURN_FRAMES, MOVIE_MARGIN_MM = 60, 15  # the margin: beyond the first and the last foreground
 PAGE_TRIANGLES = 60_000  # per surface: some MB, which a laptop turns smoothly
-VIEWS = dict(  # where the viewer stands: RAS vectors
-    zip(get_args(View), [(0, 1, 0), (0, -1, 0), (1, 0, 0), (-1, 0, 0), (0, 0, 1)], strict=True)
-)
+SIDES = [(0, 1, 0), (0, -1, 0), (1, 0, 0), (-1, 0, 0), (0, 0, 1)]  # where the viewer stands: RAS
+VIEWS = dict(zip(get_args(View), SIDES, strict=True))
+SUFFIXES = {"screenshot": [".png"], "turntable": [".gif"], "movie": [".gif"], "html": [".html"]}
+SUFFIXES["mesh"] = [".stl", ".ply", ".obj", ".vtp"]
 
 
 def main(config: Config) -> None:
     if not config.paths:
         raise InputError("nothing to draw: give results/<case>, results, a label map or a scan")
-    outputs = {option: getattr(config, option) for option in OUTPUTS if getattr(config, option)}
+    outputs = {option: getattr(config, option) for option in SUFFIXES if getattr(config, option)}
     for option, path in outputs.items():
-        if path.suffix not in OUTPUTS[option][1]:
-            raise InputError(f"--{option} {path}: must end in {', '.join(OUTPUTS[option][1])}")
-    paths = [case for path in config.paths for case in list_cases(path)]
+        if path.suffix not in SUFFIXES[option]:
+            raise InputError(f"--{option} {path}: must end in {', '.join(SUFFIXES[option])}")
+    found = [sorted({file.parent for file in p.glob("*/*_label.nii.gz")}) for p in config.paths]
+    paths = [p for path, cases in zip(config.paths, found, strict=True) for p in cases or [path]]
     if not outputs:
         open_window(paths, config)
         return
-    names = sorted(name_case(path.absolute()) for path in paths)
-    if twice := [name for name in set(names) if names.count(name) > 1]:
-        raise InputError(f"two cases are called {twice[0]}: draw them one after the other")
-    failed = do_each(paths, str, lambda path: write_outputs(path, config, outputs, len(paths) > 1))
-    refuse_failures(failed, len(paths), "cases")
+    if len({name_case(path.absolute()) for path in paths}) < len(paths):
+        raise InputError("two cases have the same name; draw them one after the other")
 
+    def write(path: Path) -> None:
+        case = find_case(path, config)
+        print(case.name, *case.report, sep="\n  ")
+        for option, target in outputs.items():
+            if len(paths) > 1:
+                target = target.with_name(f"{target.stem}_{case.name}{target.suffix}")
+            writers = {"mesh": write_mesh, "html": write_html}
+            writers.get(option, functools.partial(write_pictures, option))(case, config, target)
+            print(f"  wrote {target}")
 
-def list_cases(path: Path) -> list[Path]:
-    """Return the cases that a path stands for: those in a folder of results or scans, or itself."""
-    if not path.is_dir() or any(path.glob("*_label.nii.gz")):
-        return [path]
-    results = sorted({file.parent for file in path.glob("*/*_label.nii.gz")})
-    try:
-        return results or find_scans(path)
-    except InputError:  # the path is opened as a case, which names the fault
-        return [path]
-
-
-def write_outputs(path: Path, config: Config, outputs: dict[str, Path], several: bool) -> None:
-    """Write the files asked for of one case; of several cases, its name goes into their names."""
-    case = find_case(path, config)
-    print(case.name, *case.report, sep="\n  ")
-    for option, target in outputs.items():
-        if several:
-            target = target.with_name(f"{target.stem}_{case.name}{target.suffix}")
-        OUTPUTS[option][0](case, config, target)
-        print(f"  wrote {target}")
-
-
-# ---------------------------------------------------------------------------------------
-# A case and its surfaces, in patient millimetres (RAS)
-# ---------------------------------------------------------------------------------------
+    refuse_failures(do_each(paths, str, write), len(paths), "cases")
 
 
 @dataclass
 class Case:
-    """One case: scan and label maps in RAS on one grid, None where there is none."""
+    """One case: scan and label maps in RAS on one grid."""
 
     name: str
-    scan: Volume | None  # HU of a CT
-    masked: bool  # whether the scan holds the organ alone
-    labels: Volume | None  # uint8
+    kind: str  # "image", "masked" or "label", of `shown`: a scan, a masked scan, a label map
+    shown: Volume  # what slices show: HU of a CT, or the label map
+    labels: Volume  # uint8; zeros where there is no label map
     reference: Volume | None  # uint8
     names: dict[str, int]  # class → value, as far as known
     smoothing: int  # iterations
-
-    @property
-    def shown(self) -> Volume:
-        """Return what slices show: the scan, or the label map where there is none."""
-        return self.scan or self.labels
-
-    @property
-    def guide(self) -> np.ndarray:
-        """Return the label map (X, Y, Z) that chooses slices; zeros where there is none."""
-        labels = self.labels or self.reference
-        return labels.data if labels else np.zeros(self.shown.shape, np.uint8)
 
     @functools.cached_property
     def organ(self) -> Volume:
@@ -157,42 +127,46 @@ class Case:
         return crop_to_foreground(self.labels, self.name)
 
     @functools.cached_property
-    def classes(self) -> dict[str, tuple[int, ...]]:
-        """Return class → values, an organ first; an organ has the values of its tumours too."""
-        found, values = dict(self.names), np.unique(self.organ.data).tolist()
-        found |= {f"label_{value}": value for value in values if value not in {0, *found.values()}}
-        first = next((name for name in found if not is_tumour(name)), None)
-        names = sorted(found, key=lambda name: name != first)
-        inside = {names[organ - 1]: tumours for organ, tumours in group_tumours(names).items()}
-        return {
-            name: (found[name], *(found[names[index - 1]] for index in inside.get(name, ())))
-            for name in names
-        }
+    def hu(self) -> Volume:
+        """Return float32 HU in the organ's box, clipped to what pictures show, lowest outside."""
+        labels = self.labels.data
+        hu = np.where(labels, ORGAN_HU, AIR_HU) if self.kind == "label" else self.shown.data
+        low, high = choose_hu_window(hu)
+        part = hu[find_bounding_box(labels)].clip(low, high).astype(np.float32)
+        return self.organ.like(np.where(self.organ.data, part, np.float32(low)))
 
     @functools.cached_property
     def meshes(self) -> dict[str, vedo.Mesh]:
-        """Return class → smooth surface, an organ first."""
-        meshes = {}
-        for index, (name, values) in enumerate(self.classes.items(), start=1):
+        """Return class → smooth surface, with its label `values` and its `shade`, an organ first.
+
+        Classes without a name are called `label_N`; an organ has the values of its tumours too.
+        """
+        meshes, found, values = {}, dict(self.names), np.unique(self.organ.data).tolist()
+        found |= {f"label_{value}": value for value in values if value not in {0, *found.values()}}
+        first = next((name for name in found if not is_tumour(name)), None)
+        names = sorted(found, key=lambda name: name != first)
+        tumours = group_tumours(names)
+        for index, name in enumerate(names, start=1):
+            values = [found[names[part - 1]] for part in (index, *tumours.get(index, ()))]
             mask = self.organ.like(np.isin(self.organ.data, values).astype(np.uint8))
             if mask.data.any():
                 meshes[name] = make_surface(mask, self.smoothing, class_colour(index))
+                meshes[name].values = values
         return meshes
 
     @functools.cached_property
     def report(self) -> list[str]:
         """Return the measurements as lines of text, for the terminal and for the picture."""
-        if self.labels is None or not self.labels.data.any():
-            return ["no label map" if self.labels is None else "the label map is empty"]
-        lines = [] if self.scan else [f"no scan: organs drawn as {ORGAN_HU} HU"]
+        if not self.labels.data.any():
+            return ["the label map is missing or empty"]
+        lines = [f"no scan: organs drawn as {ORGAN_HU} HU"] if self.kind == "label" else []
         for name, mesh in self.meshes.items():
-            mask = np.isin(self.organ.data, self.classes[name])
-            parts, _ = ndi.label(mask, np.ones((3, 3, 3)))
+            parts, _ = ndi.label(np.isin(self.organ.data, mesh.values), np.ones((3, 3, 3)))
             sizes = sorted(np.bincount(parts.ravel())[1:] * self.organ.voxel_ml, reverse=True)
             lines += [
-                f"{name} {sum(sizes):.1f} ml, surface {mesh.area() / 100:.0f} cm²",
+                f"{name} {sum(sizes):.1f} ml, {mesh.area() / 100:.0f} cm²",
                 "  R–L {:.0f} × A–P {:.0f} × I–S {:.0f} mm".format(*np.ptp(mesh.vertices, axis=0)),
-                f"  smoothing changed the volume by {mesh.smoothing_percent:+.2f} %",
+                f"  smoothing {mesh.smoothing_percent:+.2f} % of the volume",
             ]
             if is_tumour(name):
                 told = ", ".join(f"{ml:.1f}" for ml in sizes[:5]) + ", …" * (len(sizes) > 5)
@@ -203,8 +177,8 @@ class Case:
 def find_case(path: Path, config: Config) -> Case:
     """Read the case of a folder of apply_model.py, a DICOM folder or one file.
 
-    Raises InputError where `--label` has no scan, a label map lies on another grid than the scan or
-    holds other values than 0 to 255, or a file cannot be read.
+    Raises InputError where a file cannot be read, `--label` has no scan, or a label map lies on
+    another grid than the scan or holds other values than 0 to 255.
     """
     found: dict[str, Any] = {}
     if path.is_dir() and any(path.glob("*_label.nii.gz")):
@@ -216,21 +190,20 @@ def find_case(path: Path, config: Config) -> Case:
         found["label" if is_label else "image"] = path
     if config.label and ("image" not in found or len(config.paths) != 1):
         raise InputError(f"--label {config.label}: needs one scan beside it, got {path}")
-    image, maps = found.get("image") or found.get("masked"), []
-    grid = read_scan(image or found["label"])
-    names = found.get("classes") or {name: v for name, (v,) in USUAL_LABELS.items()}
-    options = {"trust_grid": config.trust_image_grid or bool(found.get("trust_image_grid"))}
-    for file in config.label or found.get("label"), config.truth or found.get("truth"):
-        label = None
-        if file:  # values without a name are drawn too
-            label = read_label_map(file, grid, names, ignore=range(256), **options).ras
-            label = label.like(label.data.astype(np.uint8, copy=False))
-        elif image == found.get("masked") and not maps:  # its corner lies outside every organ
-            label = grid.ras.like((grid.ras.data != grid.ras.data[0, 0, 0]).astype(np.uint8))
-        maps.append(label)
-    scan, names = grid.ras if image else None, {name: v for name, v in names.items() if v}
-    name, masked = found.get("case", name_case(path)), "image" not in found
-    return Case(name, scan, masked, *maps, names, config.smoothing)
+    kind = next(kind for kind in ("image", "masked", "label") if kind in found)
+    grid = read_scan(found[kind])
+    names = found.get("classes") or {name: value for name, (value,) in USUAL_LABELS.items()}
+    trust = config.trust_image_grid or bool(found.get("trust_image_grid"))
+    labels, reference = (  # values without a name are drawn too
+        read_label_map(file, grid, names, trust_grid=trust, ignore=range(256)).ras if file else None
+        for file in (config.label or found.get("label"), config.truth or found.get("truth"))
+    )
+    if labels is None:  # the corner of a masked scan lies outside every organ
+        outside = grid.ras.data[0, 0, 0] if kind == "masked" else grid.ras.data
+        labels = grid.ras.like((grid.ras.data != outside).astype(np.uint8))
+    names = {name: value for name, value in names.items() if value}
+    name = found.get("case", name_case(path))
+    return Case(name, kind, grid.ras, labels, reference, names, config.smoothing)
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -249,12 +222,12 @@ def read_result(folder: Path) -> dict[str, Any]:
     return found | ({"masked": masked} if masked.exists() else {})
 
 
-def crop_to_foreground(labels: Volume | None, name: str) -> Volume:
+def crop_to_foreground(labels: Volume, name: str) -> Volume:
     """Return `labels` around its foreground; InputError where there is none."""
-    if labels is None or not labels.data.any():
+    if not labels.data.any():
         raise InputError(
-            f"{name}: no organ to draw, got {'an empty' if labels else 'no'} label map; give one "
-            "with --label, or look at the scan with --mode slices"
+            f"{name}: no organ to draw, the label map is missing or empty; give one with --label, "
+            "or look at the scan with --mode slices"
         )
     return labels.crop(find_bounding_box(labels.data))
 
@@ -284,16 +257,8 @@ def make_surface(
             break
     mesh.color(colour).lighting(ambient=0.35, diffuse=0.75, specular=0.1, specular_power=15)
     mesh.compute_normals(cells=False, consistency=False)
-    mesh.colour, mesh.smoothing_percent = colour, change
+    mesh.shade, mesh.smoothing_percent = colour, change
     return mesh
-
-
-def measure_distance(points: np.ndarray, mask: Volume, surface: np.ndarray) -> np.ndarray:
-    """Return the distance (mm) of points (N, 3) from a mask's surface (M, 3), negative inside."""
-    distance = cKDTree(surface).query(points)[0]
-    index = apply_affine(np.linalg.inv(mask.affine), points).T
-    inside = ndi.map_coordinates(mask.data.astype(np.float32), index, order=1) > 0.5
-    return np.where(inside, -distance, distance)
 
 
 # ---------------------------------------------------------------------------------------
@@ -302,7 +267,11 @@ def measure_distance(points: np.ndarray, mask: Volume, surface: np.ndarray) -> n
 
 WHOLE = (0, 0, 1, 1)  # left, bottom, right, top of a panel, as fractions of the window
 PANELS = {"axial": (0, 0.5, 0.5, 1), "coronal": (0.5, 0.5, 1, 1), "sagittal": (0.5, 0, 1, 0.5)}
-SIDES = {"axial": -1, "coronal": 1, "sagittal": -1}  # slices seen from below, the front, the left
+SEEN_FROM = {
+    "axial": -1,
+    "coronal": 1,
+    "sagittal": -1,
+}  # slices seen from below, the front, the left
 
 
 @dataclass
@@ -314,25 +283,16 @@ class Scene:
     sliders: Sequence[vedo.addons.Slider2D] = ()
 
 
-def read_hu(case: Case) -> tuple[Volume, int, int]:
-    """Return HU (X, Y, Z) float32 in the organ's box, clipped: lowest outside the organ; range."""
-    inside, labels = case.organ.data > 0, case.labels.data
-    hu = case.scan.data if case.scan else np.where(labels, ORGAN_HU, AIR_HU)
-    low, high = map(int, choose_hu_window(hu))
-    part = hu[find_bounding_box(labels)].clip(low, high).astype(np.float32)
-    return case.organ.like(np.where(inside, part, low)), low, max(high, low + 10)
-
-
 def make_surface_scene(case: Case, config: Config) -> Scene:
     """Return marching cubes of the organ with a slider for the isovalue."""
-    volume, low, high = read_hu(case)
-    panel, shown, colour = make_panel(config), [], class_colour(1)
+    panel, shown, colour = make_panel(config), list[Any](), class_colour(1)
+    low, high = int(case.hu.data.min()), int(case.hu.data.max())
 
     def change(value: float) -> None:
-        new = make_surface(volume, config.smoothing, colour, round(value), low)
+        new = make_surface(case.hu, config.smoothing, colour, round(value), low)
         swap_actors([panel], shown, [new])
 
-    values = (low + 1, low + (high - low) // 3, high - 1)  # of CT, first -50 HU
+    values = (low + 1, low + max(2, (high - low) // 3), max(high - 1, low + 3))  # of CT first -50
     slider = make_slider(change, values, "isovalue (HU in CT)", delayed=True)
     return Scene([panel], {"organ above the slider's value": colour}, [slider])
 
@@ -340,20 +300,19 @@ def make_surface_scene(case: Case, config: Config) -> Scene:
 def make_rays_scene(case: Case, config: Config) -> Scene:
     """Return the ray casting of the organ, with tumours visible inside.
 
-    A value is by how many HU a voxel is darker than the organ's median, so that the organ's edge
-    leads through the values of bright vessels, which hardly show. Noise is averaged; the outermost
-    voxels count as 0, because they hold some fat. Tumours of the label map are dark alone.
+    Values say by how many HU a voxel is darker than the organ's median, noise averaged; the edge,
+    which holds some fat, counts as 0. Where the label map has tumours, they alone are dark.
     """
-    hu, inside = read_hu(case)[0], case.organ.data > 0
+    hu, inside = case.hu, case.organ.data > 0
     inner = ndi.binary_erosion(inside, iterations=2)
     darker = np.where(inner, np.median(hu.data[inside]) - hu.data, 0)
     size = hu.spacing_mm  # as vedo's spacing too, so that opacities count per mm
     darker = ndi.gaussian_filter(darker, 1.5 / np.array(size), truncate=2)
     organ, dark, told = class_colour(1), DARK_TISSUE, "over 30 HU darker than it"
     if tumours := [name for name in case.meshes if is_tumour(name)]:
-        values = [case.classes[name][0] for name in tumours]
+        values = [value for name in tumours for value in case.meshes[name].values]
         darker = np.where(np.isin(case.organ.data, values), 150, darker.clip(max=15))
-        dark, told = case.meshes[tumours[0]].colour, ", ".join(tumours)
+        dark, told = case.meshes[tumours[0]].shade, ", ".join(tumours)
     padded = np.pad(np.where(inside, darker.clip(-150, 150), -150), 1, constant_values=-150)
     volume = vedo.Volume(padded.astype(np.float32), spacing=size)
     volume.color([(-80, "white"), (-20, organ), (15, organ), (30, dark)]).shade(False)
@@ -372,8 +331,8 @@ def make_rays_scene(case: Case, config: Config) -> Scene:
             opacity.AddPoint(value, min(1.0, per_mm * strength))
 
     slider = make_slider(change, (0.2, 1, 4), "opacity ×", tformat="%.1f")
-    legend = {next(iter(case.classes)): organ, told: dark}
-    return Scene([make_panel(config, volume, peel=False)], legend, [slider])
+    legend = {next(iter(case.meshes)): organ, told: dark}
+    return Scene([make_panel(config, volume)], legend, [slider])
 
 
 def make_organs_scene(case: Case, config: Config) -> Scene:
@@ -382,12 +341,12 @@ def make_organs_scene(case: Case, config: Config) -> Scene:
     The skin comes from a 3 mm grid, without table, lungs and bowel gas.
     """
     shown = [mesh.clone() for mesh in case.meshes.values()]
-    legend = {name: mesh.colour for name, mesh in case.meshes.items()}
+    legend = {name: mesh.shade for name, mesh in case.meshes.items()}
     if not is_tumour(next(iter(legend))):
         shown[0].alpha(0.35)
-    if case.scan and not case.masked:
-        thin = [slice(None, None, max(1, round(3 / mm))) for mm in case.scan.spacing_mm]
-        coarse = case.scan.crop(thin)
+    if case.kind == "image":
+        thin = [slice(None, None, max(1, round(3 / mm))) for mm in case.shown.spacing_mm]
+        coarse = case.shown.crop(thin)
         parts, count = ndi.label(ndi.binary_opening(coarse.data > BODY_HU))
         largest = np.bincount(parts.ravel())[1:].argmax() + 1 if count else -1
         body = [ndi.binary_fill_holes(level) for level in np.moveaxis(parts == largest, 2, 0)]
@@ -397,25 +356,20 @@ def make_organs_scene(case: Case, config: Config) -> Scene:
     return Scene([make_panel(config, *shown)], legend)
 
 
-Outline = tuple[str, str, np.ndarray, Sequence[int]]  # name, colour, label map, its values inside
-
-
-def list_outlines(case: Case) -> list[Outline]:
-    """Return the outlines of the reference, in blue, and of the predicted classes."""
-    outlines: list[Outline] = []
+def list_outlines(case: Case) -> list[tuple[str, str, np.ndarray, list[int]]]:
+    """Return name, colour, label map, values inside of each outline: reference, then classes."""
+    outlines: list[Any] = []
     if case.reference:
         labels = case.reference.data
-        values = np.unique(labels[find_bounding_box(labels)])
-        values = values[values > 0]
+        values = [value for value in np.unique(labels[find_bounding_box(labels)]) if value]
         parts = [values, *([value] for value in values[1:])]  # liver with its tumours, tumours
         outlines += [("reference", TRUTH_COLOUR, labels, part) for part in parts]
-    if case.labels and case.labels.data.any():
-        for name, mesh in case.meshes.items():
-            outlines.append((name, mesh.colour, case.labels.data, case.classes[name]))
+    for name, mesh in case.meshes.items() if case.labels.data.any() else ():
+        outlines.append((name, mesh.shade, case.labels.data, mesh.values))
     return outlines
 
 
-def draw_slice(scan: Volume, outlines: list[Outline], plane: str, index: int) -> list[Any]:
+def draw_slice(scan: Volume, outlines: list, plane: str, index: int) -> list[Any]:
     """Return one slice of a RAS scan as a grey rectangle with outlines, in patient mm.
 
     The outlines lie half a voxel in front of the slice, on the side from which it is seen.
@@ -432,23 +386,25 @@ def draw_slice(scan: Volume, outlines: list[Outline], plane: str, index: int) ->
     for _, colour, labels, values in outlines:
         mask = np.isin(np.moveaxis(labels, axis, 0)[index], values)
         for line in find_contours(np.pad(mask, 1).astype(float), 0.5):
-            points = np.insert(line - 1, axis, index + SIDES[plane] / 2, axis=1)
+            points = np.insert(line - 1, axis, index + SEEN_FROM[plane] / 2, axis=1)
             lines.append(vedo.Line(apply_affine(scan.affine, points), c=colour, lw=2))
     return [sheet, *lines]
 
 
 def make_slices_scene(case: Case, config: Config) -> Scene:
     """Return axial, coronal and sagittal slice in radiological view with sliders, and all in 3D."""
-    meshes = case.meshes.values() if case.labels and case.labels.data.any() else ()
+    meshes = case.meshes.values() if case.labels.data.any() else ()
     space = make_panel(config, *meshes, box=(0, 0, 0.5, 0.5))
-    panels, sliders = zip(*(make_slice_panel(case, plane, config, space) for plane in PANELS))
+    panels, sliders = zip(
+        *(make_slice_panel(case, plane, config, space) for plane in PANELS), strict=True
+    )
     return Scene([*panels, space], {name: c for name, c, *_ in list_outlines(case)}, sliders)
 
 
 def make_slice_panel(case: Case, plane: str, config: Config, space: Any) -> tuple[Any, Any]:
     """Return a panel with one slice of a plane, which is shown in `space` too, and its slider."""
     outlines, axis, box = list_outlines(case), PLANES[plane][0], PANELS[plane]
-    title, shown = make_text(config, "", (0.99, 0.99), "top-right"), []
+    title, shown = make_text(config, "", (0.99, 0.99), "top-right"), list[Any]()
     panel, scan = make_panel(config, title, box=box), case.shown
 
     def change(value: float) -> None:
@@ -456,13 +412,13 @@ def make_slice_panel(case: Case, plane: str, config: Config, space: Any) -> tupl
         swap_actors([panel, space], shown, new)
         title.text(f"{plane} slice {value:.0f} of {scan.shape[axis]}")
 
-    values = (1, find_busiest_slice(case.guide, axis) + 1, scan.shape[axis])
+    values = (1, find_busiest_slice(case.labels.data, axis) + 1, scan.shape[axis])
     ends = ((box[0] + 0.04, box[1] + 0.06), (box[0] + 0.16, box[1] + 0.06))
     slider = make_slider(change, values, f"steps of {scan.spacing_mm[axis]:.3g} mm", ends)
     steps = scan.affine[:3, :3]  # a row of the inverse is at right angles to the other two steps
     up = np.delete(steps, axis, axis=1)[:, 1]
-    place_camera(panel, SIDES[plane] * np.linalg.inv(steps)[axis], up)
     panel.GetActiveCamera().SetParallelProjection(True)
+    place_camera(panel, SEEN_FROM[plane] * np.linalg.inv(steps)[axis], up)
     return panel, slider
 
 
@@ -473,24 +429,24 @@ def make_compare_scene(case: Case, config: Config) -> Scene:
     truth = crop_to_foreground(case.reference, "--truth")
     name, mesh = next((name, mesh.clone()) for name, mesh in case.meshes.items())
     mask = truth.data > 0  # where there is one organ only, all that is foreground
-    if sum(not is_tumour(other) for other in case.classes) > 1:
-        mask = np.isin(truth.data, case.classes[name])
+    if sum(not is_tumour(other) for other in case.meshes) > 1:
+        mask = np.isin(truth.data, case.meshes[name].values)
     if not mask.any():
         raise InputError(f"{truth.name}: holds no {name} to compare with; give its label map")
     truth = truth.like(mask.astype(np.uint8))
     reference = make_surface(truth, config.smoothing, TRUTH_COLOUR)
-    distance = measure_distance(mesh.vertices, truth, reference.vertices)
-    far = np.abs(distance)
+    far = cKDTree(reference.vertices).query(mesh.vertices)[0]  # mm to the nearest vertex
+    index = apply_affine(np.linalg.inv(truth.affine), mesh.vertices).T
+    inside = ndi.map_coordinates(truth.data.astype(np.float32), index, order=1) > 0.5
     limit = max(1.0, float(np.ceil(np.percentile(far, 99))))
-    mesh.cmap("PuOr_r", distance, vmin=-limit, vmax=limit).add_scalarbar(
+    mesh.cmap("PuOr_r", np.where(inside, -far, far), vmin=-limit, vmax=limit).add_scalarbar(
         "mm outside (+) or inside (-) the reference", ((0.15, 0.08), (0.85, 0.17)),
         horizontal=True, font_size=round(config.size[0] / 70), c=INK,
     )  # fmt: skip
-    figures = (
-        f"mean {far.mean():.1f}, 95 % under {np.percentile(far, 95):.1f}, largest {far.max():.1f}"
-    )
+    figures = [far.mean(), np.percentile(far, 95), far.max()]
+    told = "mm from it: mean {:.1f}, 95 % under {:.1f}, largest {:.1f}".format(*figures)
     legend = {f"reference {name}": TRUTH_COLOUR, f"predicted {name}, outside it": "#f1a340"}
-    legend |= {f"predicted {name}, inside it": "#b2abd2", f"mm from it: {figures}": INK}
+    legend |= {f"predicted {name}, inside it": "#b2abd2", told: INK}
     left = make_panel(config, reference, box=(0, 0, 0.5, 1))
     right = make_panel(config, mesh, box=(0.5, 0, 1, 1))
     right.AddViewProp(mesh.scalarbar)
@@ -507,21 +463,18 @@ SCENES: dict[Mode, Callable[[Case, Config], Scene]] = {
 }
 
 
-def make_panel(config: Config, *shown: Any, box: Sequence[float] = WHOLE, peel: bool = True) -> Any:
-    """Return a renderer of vedo's objects, with letters R L A P S I at the edges of its `box`.
-
-    `peel` orders translucent surfaces by depth. Letters are corrected before every rendering.
-    """
+def make_panel(config: Config, *shown: Any, box: Sequence[float] = WHOLE) -> Any:
+    """Return a renderer of vedo's objects, with letters R L A P S I at the edges of its `box`."""
     panel = vtkclasses.vtkRenderer()
     panel.SetBackground(vedo.get_color(BACKGROUND_COLOUR))
     panel.SetViewport(*box)
-    panel.SetUseDepthPeeling(peel)
+    panel.SetUseDepthPeeling(True)  # orders translucent surfaces
     panel.SetUseFXAA(True)
     places = (0.03, 0.5), (0.97, 0.5), (0.5, 0.965), (0.5, 0.035)
     letters = [make_text(config, "", place, "center", size=1.1) for place in places]
     swap_actors([panel], [], [*shown, *letters])
 
-    def update(*_: Any) -> None:
+    def update(*_: Any) -> None:  # before every rendering
         camera = panel.GetActiveCamera()
         forward = np.array(camera.GetDirectionOfProjection())
         right = np.cross(forward, camera.GetViewUp())
@@ -563,12 +516,12 @@ def make_slider(
     return vedo.addons.Slider2D(call, low, high, first, ends, title, **options)
 
 
-def place_camera(panel: Any, side: Sequence[float], up: Sequence[float]) -> None:
+def place_camera(panel: Any, side: Any, up: Any) -> None:
     """Put the camera on one side of everything that a panel shows."""
-    place = {"pos": side, "focal_point": (0, 0, 0), "viewup": up}
-    vedo.utils.camera_from_dict(place, modify_inplace=panel.GetActiveCamera())
+    camera, place = panel.GetActiveCamera(), {"pos": side, "focal_point": (0, 0, 0), "viewup": up}
+    vedo.utils.camera_from_dict({**place, "view_angle": 30}, modify_inplace=camera)
     panel.ResetCamera()  # shows the sphere around everything; a liver is flatter
-    panel.GetActiveCamera().Zoom(1.3)
+    camera.Zoom(1.3)
 
 
 def make_text(
@@ -598,8 +551,8 @@ def make_plotter(config: Config, offscreen: bool) -> vedo.Plotter:
     vedo.settings.multi_samples = 0  # as depth peeling needs it
     logger = vtkclasses.get_class("Logger")
     logger.SetStderrVerbosity(logger.VERBOSITY_ERROR)  # no display is no reason to warn
-    options = {"size": config.size, "bg": BACKGROUND_COLOUR, "title": "Liver in 3D"}
-    return vedo.Plotter(offscreen=offscreen, **options)
+    look = {"bg": BACKGROUND_COLOUR, "title": "Liver in 3D"}
+    return vedo.Plotter(size=config.size, offscreen=offscreen, **look)
 
 
 def put_scene(plotter: vedo.Plotter, scene: Scene) -> None:
@@ -614,12 +567,9 @@ def put_scene(plotter: vedo.Plotter, scene: Scene) -> None:
 def draw(case: Case, config: Config, plotter: vedo.Plotter) -> Scene:
     """Make and show the scene of `config.mode` with words at the top left; not rendered yet."""
     scene = SCENES[config.mode](case, config)
-    lines = [line for line in case.report if not line.startswith("  smoothing")]
-    if len(scene.panels) > 1:  # room for few words
-        lines = [line.partition(",")[0] for line in lines if not line.startswith(" ")]
-    mode = config.mode + (f", {config.projection}" if config.mode == "rays" else "")
-    rows = [("\n".join([f"{case.name} · {mode}", *lines]), INK)]
-    for number, (name, colour) in enumerate(scene.legend.items(), start=len(lines) + 1):
+    title = f"{case.name} · {config.mode}" + f" {config.projection}" * (config.mode == "rays")
+    rows = [("\n".join([title, *case.report]), INK)]
+    for number, (name, colour) in enumerate(scene.legend.items(), start=len(case.report) + 1):
         rows.append(("\n" * number + f"— {name}", colour))
     for text, colour in rows:
         words = make_text(config, text, (0.01, 0.99), "top-left", colour).background(None)
@@ -647,11 +597,11 @@ class Window:
         self.scene: Scene | None = None
         self.plotter = make_plotter(config, offscreen=False)
         self.plotter.window.SetNumberOfLayers(2)
-        overlay, self.plotter.renderers = self.plotter.renderer, []
-        overlay.SetLayer(1)  # above the panels: help and messages
-        overlay.InteractiveOff()  # the mouse turns the panels
-        self.text = make_text(config, HELP, (0.5, 0.01), "bottom-center", size=0.7)
-        overlay.AddViewProp(self.text.actor)
+        self.overlay, self.plotter.renderers = self.plotter.renderer, []
+        self.overlay.SetLayer(1)  # above the panels: sliders, help and messages
+        self.overlay.InteractiveOff()  # the mouse turns the panels
+        self.text = make_text(config, HELP, (0.5, 0.06), "bottom-center", size=0.7)
+        self.overlay.AddViewProp(self.text.actor)
 
     def show(self, config: Config) -> None:
         """Show one mode of the case; its scene is made on its first use."""
@@ -659,17 +609,14 @@ class Window:
         if key not in self.scenes:
             self.write(f"loading {config.mode} …")
             self.scenes[key] = draw(self.case, config, self.plotter)
-        self.hide_sliders()
-        self.config, self.scene = config, self.scenes[key]
-        put_scene(self.plotter, self.scene)
-        for slider, panel in zip(self.scene.sliders, self.scene.panels, strict=False):
-            slider.interactor, slider.renderer = self.plotter.interactor, panel
-            slider.on()
-        print(f"{self.case.name}: {config.mode} {config.projection}", flush=True)
-
-    def hide_sliders(self) -> None:
         for slider in self.scene.sliders if self.scene else ():
             slider.off()
+        self.config, self.scene = config, self.scenes[key]
+        put_scene(self.plotter, self.scene)
+        for slider in self.scene.sliders:
+            slider.interactor, slider.renderer = self.plotter.interactor, self.overlay
+            slider.on()
+        print(f"{self.case.name}: {config.mode} {config.projection}", flush=True)
 
     def write(self, text: str) -> None:
         """Write a message at the window's lower edge and render."""
@@ -686,8 +633,9 @@ class Window:
                 self.config = replace(self.config, view=VIEW_KEYS[key])
                 turn_view(self.scene, self.config)
             elif key == "m":
-                other = "composite" if self.config.projection == "maximum" else "maximum"
-                self.show(replace(self.config, mode="rays", projection=other))
+                maximum = self.config.projection == "maximum"
+                rays = replace(self.config, projection="composite" if maximum else "maximum")
+                self.show(replace(rays, mode="rays"))
             elif key == "h":
                 text = "" if text else HELP
             elif key == "n":
@@ -702,7 +650,7 @@ class Window:
                 raise
             text = f"{self.paths[self.number]}: {str(error) or type(error).__name__}"
             print(f"error: {text}", file=sys.stderr, flush=True)
-            text = textwrap.fill(text, 110)
+            text = text.replace("; ", ";\n")
         self.write(text)
 
 
@@ -714,44 +662,43 @@ def open_window(paths: list[Path], config: Config) -> None:
     plotter = window.plotter
     plotter.initialize_interactor()
     plotter.window.SetWindowName("Liver in 3D")
+    plotter.add_callback(
+        "KeyPress", lambda event: window.press(event.keypress), enable_picking=False
+    )
     try:
         window.press("n")
-        press = lambda event: window.press(event.keypress)  # noqa: E731
-        plotter.add_callback("KeyPress", press, enable_picking=False)
         plotter.interactive()
     finally:
-        window.hide_sliders()
         plotter._interactive = False  # it has ended; close() would end it again and crash VTK
         plotter.close()
 
 
 def write_pictures(option: str, case: Case, config: Config, path: Path) -> None:
-    """Write a screenshot; or, as an endless GIF, a turn of the camera or the slices feet first.
+    """Write a screenshot, or as an endless GIF a turn around the patient or the slices, feet first.
 
-    The axial slice moves over the foreground, or over all where there is none.
+    The axial slice moves over the label map's foreground, or over all where there is none.
     """
     plotter, scan = make_plotter(config, offscreen=True), case.shown
     scene = draw(case, replace(config, mode="slices") if option == "movie" else config, plotter)
-    margin, used = int(MOVIE_MARGIN_MM / scan.spacing_mm[2]), find_bounding_box(case.guide)[2]
-    first, last = (max(0, used.start - margin), used.stop + margin) if used.stop else (0, 10**6)
-    levels = range(scan.shape[2])[first:last]
+    used, margin = find_bounding_box(case.labels.data)[2], int(MOVIE_MARGIN_MM / scan.spacing_mm[2])
+    levels = range(scan.shape[2])
+    if used.stop:
+        levels = levels[max(0, used.start - margin) : used.stop + margin]
     steps = {"screenshot": range(1), "turntable": range(TURN_FRAMES), "movie": levels}[option]
-
-    def take(step: int) -> Image.Image:
+    pictures: list[Image.Image] = []
+    for step in show_progress(steps, unit="picture"):
         if option == "movie":
             scene.sliders[0].value = step + 1
             scene.sliders[0].InvokeEvent("InteractionEvent")
-        picture = Image.fromarray(plotter.screenshot(asarray=True))
-        if option == "turntable":
+        elif option == "turntable":
             plotter.camera.Azimuth(360 / TURN_FRAMES)
-        # MAXCOVERAGE keeps thin outlines' colours beside many greys
-        return picture if option == "screenshot" else picture.quantize(256, Image.Quantize(1))
-
-    pictures = map(take, show_progress(steps, unit="picture"))
-    options = {"save_all": True, "append_images": pictures, "duration": 100, "loop": 0}
-    with atomic_write(path) as temporary:  # not by VTK, whose writer is silent on a full disk
-        next(pictures).save(temporary, **({} if option == "screenshot" else options))
+        pictures.append(Image.fromarray(plotter.screenshot(asarray=True)))
+        if option != "screenshot":  # MAXCOVERAGE keeps thin outlines' colours beside many greys
+            pictures[-1] = pictures[-1].quantize(256, Image.Quantize.MAXCOVERAGE)
     plotter.close()
+    options: dict[str, Any] = {"append_images": pictures[1:], "duration": 100, "loop": 0}
+    with atomic_write(path) as temporary:  # not by VTK, whose writer is silent on a full disk
+        pictures[0].save(temporary, save_all=len(pictures) > 1, **options)
 
 
 def write_mesh(case: Case, config: Config, path: Path) -> None:
@@ -762,9 +709,6 @@ def write_mesh(case: Case, config: Config, path: Path) -> None:
         if config.mesh_space == "LPS":
             mesh.vertices = mesh.vertices * (-1, -1, 1)
         with atomic_write(target) as temporary:
-            # VTK's writers are silent on a full disk; no format takes more bytes per triangle
-            if shutil.disk_usage(temporary.parent).free < 100 * mesh.ncells:
-                raise OSError("no space left on the disk")
             mesh.write(str(temporary))
 
 
@@ -776,30 +720,21 @@ def write_html(case: Case, config: Config, path: Path) -> None:
     for number, (name, mesh) in enumerate(case.meshes.items()):
         small = mesh.clone().decimate(min(1, PAGE_TRIANGLES / mesh.ncells))
         (x, y, z), (i, j, k) = small.vertices.round(2).T, np.array(small.cells).T
-        look = {"color": mesh.colour, "name": name, "showlegend": True, "opacity": 1}
-        look["opacity"] = 0.35 if not number and len(case.meshes) > 1 else 1
+        look = {"color": mesh.shade, "name": name, "showlegend": True}
+        look["opacity"] = 1 if number or is_tumour(name) else 0.35
         figure.add_mesh3d(x=x, y=y, z=z, i=i, j=j, k=k, **look)
-    ends = np.array([mesh.bounds() for mesh in case.meshes.values()])
-    low, high = ends.min(axis=0)[::2], ends.max(axis=0)[1::2]
+    ends = np.reshape([mesh.bounds() for mesh in case.meshes.values()], (-1, 3, 2))
+    low, high = ends[..., 0].min(axis=0), ends[..., 1].max(axis=0)
     middle, half = (low + high) / 2, 0.56 * (high - low)
     x, y, z = np.array([middle + sign * half * axis for axis in np.eye(3) for sign in (-1, 1)]).T
     figure.add_scatter3d(x=x, y=y, z=z, text=list("LRPAIS"), mode="text", showlegend=False)
-    eye = dict(zip("xyz", VIEWS[config.view], strict=True))
+    eye = dict(zip("xyz", 2.2 * np.array(VIEWS[config.view]), strict=True))
     figure.update_layout(
-        template="plotly_dark", title="<br>".join([case.name, *case.report]),
+        template="plotly_dark", title="<br>".join([f"{case.name}, in mm", *case.report]),
         scene={"aspectmode": "data", "camera": {"eye": eye}},
     )  # fmt: skip
     with atomic_write(path) as temporary:
         figure.write_html(temporary, include_plotlyjs=True, default_height="100vh")
-
-
-OUTPUTS: dict[str, tuple[Callable[[Case, Config, Path], None], tuple[str, ...]]] = {
-    "screenshot": (functools.partial(write_pictures, "screenshot"), (".png",)),
-    "turntable": (functools.partial(write_pictures, "turntable"), (".gif",)),
-    "movie": (functools.partial(write_pictures, "movie"), (".gif",)),
-    "mesh": (write_mesh, (".stl", ".ply", ".obj", ".vtp")),
-    "html": (write_html, (".html",)),
-}
 
 
 if __name__ == "__main__":
