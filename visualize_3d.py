@@ -58,7 +58,6 @@ from nibabel.affines import apply_affine, from_matvec
 from PIL import Image
 from scipy.spatial import cKDTree
 from skimage.measure import find_contours
-from vedo import vtkclasses
 
 from data.check import is_label_map
 from data.evaluate import do_each, refuse_failures
@@ -124,7 +123,12 @@ class Case:
     @functools.cached_property
     def organ(self) -> Volume:
         """Return the label map cropped to its foreground; InputError where there is none."""
-        return crop_to_foreground(self.labels, self.name)
+        if not self.labels.data.any():
+            raise InputError(
+                f"{self.name}: the label map is missing or empty, no organ can be drawn; give one "
+                "with --label, or look at the scan with --mode slices"
+            )
+        return self.labels.crop(find_bounding_box(self.labels.data))
 
     @functools.cached_property
     def hu(self) -> Volume:
@@ -137,10 +141,7 @@ class Case:
 
     @functools.cached_property
     def meshes(self) -> dict[str, vedo.Mesh]:
-        """Return class → smooth surface, with its label `values` and its `shade`, an organ first.
-
-        Classes without a name are called `label_N`; an organ has the values of its tumours too.
-        """
+        """Return class → smooth surface with its `values`; an organ has its tumours' values too."""
         meshes, found, values = {}, dict(self.names), np.unique(self.organ.data).tolist()
         found |= {f"label_{value}": value for value in values if value not in {0, *found.values()}}
         first = next((name for name in found if not is_tumour(name)), None)
@@ -169,8 +170,7 @@ class Case:
                 f"  smoothing {mesh.smoothing_percent:+.2f} % of the volume",
             ]
             if is_tumour(name):
-                told = ", ".join(f"{ml:.1f}" for ml in sizes[:5]) + ", …" * (len(sizes) > 5)
-                lines += [f"  parts {len(sizes)}: {told} ml"]
+                lines += [f"  parts {len(sizes)}: {', '.join(f'{ml:.1f}' for ml in sizes[:5])} ml"]
         return lines
 
 
@@ -180,14 +180,13 @@ def find_case(path: Path, config: Config) -> Case:
     Raises InputError where a file cannot be read, `--label` has no scan, or a label map lies on
     another grid than the scan or holds other values than 0 to 255.
     """
-    found: dict[str, Any] = {}
     if path.is_dir() and any(path.glob("*_label.nii.gz")):
         found = read_result(path)
     elif path.name.endswith(("_masked.nii.gz", "_masked.nii")):
-        found["masked"] = path
+        found = {"masked": path}
     else:
         is_label = not path.is_dir() and is_label_map(read_scan(path).read())
-        found["label" if is_label else "image"] = path
+        found = {"label" if is_label else "image": path}
     if config.label and ("image" not in found or len(config.paths) != 1):
         raise InputError(f"--label {config.label}: needs one scan beside it, got {path}")
     kind = next(kind for kind in ("image", "masked", "label") if kind in found)
@@ -213,23 +212,13 @@ def read_result(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: must hold one case, got {len(labels)} label maps; name a file")
     name = labels[0].name.removesuffix("_label.nii.gz")
     record, masked = folder / f"{name}.json", folder / f"{name}_masked.nii.gz"
-    found = {"case": name, **(read_json(record) if record.exists() else {}), "label": labels[0]}
+    found = {**(read_json(record) if record.exists() else {}), "case": name, "label": labels[0]}
     for key in [key for key in ("image", "truth") if found.get(key)]:
         path = found[key] = restore_label(found[key])
         parts = [part for _, part in path] if isinstance(path, tuple) else [path]
         if not all(part.exists() for part in parts):
             print(f"{record}: its {key} {name_label(found.pop(key))} is gone; drawn without it")
     return found | ({"masked": masked} if masked.exists() else {})
-
-
-def crop_to_foreground(labels: Volume, name: str) -> Volume:
-    """Return `labels` around its foreground; InputError where there is none."""
-    if not labels.data.any():
-        raise InputError(
-            f"{name}: no organ to draw, the label map is missing or empty; give one with --label, "
-            "or look at the scan with --mode slices"
-        )
-    return labels.crop(find_bounding_box(labels.data))
 
 
 def make_surface(
@@ -265,6 +254,7 @@ def make_surface(
 # Scenes: one function per mode makes the panels that a window or a picture shows
 # ---------------------------------------------------------------------------------------
 
+UPRIGHT = ((0.93, 0.62), (0.93, 0.92))  # ends of a slider, above the letter at the right edge
 WHOLE = (0, 0, 1, 1)  # left, bottom, right, top of a panel, as fractions of the window
 PANELS = {"axial": (0, 0.5, 0.5, 1), "coronal": (0.5, 0.5, 1, 1), "sagittal": (0.5, 0, 1, 0.5)}
 SEEN_FROM = {
@@ -317,7 +307,7 @@ def make_rays_scene(case: Case, config: Config) -> Scene:
     volume = vedo.Volume(padded.astype(np.float32), spacing=size)
     volume.color([(-80, "white"), (-20, organ), (15, organ), (30, dark)]).shade(False)
     volume.mode(int(config.projection == "maximum"))
-    matrix = vtkclasses.vtkMatrix4x4()
+    matrix = vedo.vtkclasses.vtkMatrix4x4()
     matrix.DeepCopy((hu.affine @ from_matvec(np.diag(1 / np.array(size)), [-1, -1, -1])).ravel())
     volume.actor.SetUserMatrix(matrix)
     if sys.platform != "darwin" and not os.environ.get("DISPLAY"):
@@ -336,15 +326,12 @@ def make_rays_scene(case: Case, config: Config) -> Scene:
 
 
 def make_organs_scene(case: Case, config: Config) -> Scene:
-    """Return every class as a smooth surface: organ translucent, tumours solid, skin faint.
-
-    The skin comes from a 3 mm grid, without table, lungs and bowel gas.
-    """
+    """Return every class as a smooth surface: organ translucent, tumours solid, skin faint."""
     shown = [mesh.clone() for mesh in case.meshes.values()]
     legend = {name: mesh.shade for name, mesh in case.meshes.items()}
     if not is_tumour(next(iter(legend))):
         shown[0].alpha(0.35)
-    if case.kind == "image":
+    if case.kind == "image":  # skin from a 3 mm grid, without table, lungs and bowel gas
         thin = [slice(None, None, max(1, round(3 / mm))) for mm in case.shown.spacing_mm]
         coarse = case.shown.crop(thin)
         parts, count = ndi.label(ndi.binary_opening(coarse.data > BODY_HU))
@@ -356,69 +343,56 @@ def make_organs_scene(case: Case, config: Config) -> Scene:
     return Scene([make_panel(config, *shown)], legend)
 
 
-def list_outlines(case: Case) -> list[tuple[str, str, np.ndarray, list[int]]]:
-    """Return name, colour, label map, values inside of each outline: reference, then classes."""
-    outlines: list[Any] = []
-    if case.reference:
-        labels = case.reference.data
-        values = [value for value in np.unique(labels[find_bounding_box(labels)]) if value]
-        parts = [values, *([value] for value in values[1:])]  # liver with its tumours, tumours
-        outlines += [("reference", TRUTH_COLOUR, labels, part) for part in parts]
-    for name, mesh in case.meshes.items() if case.labels.data.any() else ():
-        outlines.append((name, mesh.shade, case.labels.data, mesh.values))
-    return outlines
-
-
-def draw_slice(scan: Volume, outlines: list, plane: str, index: int) -> list[Any]:
-    """Return one slice of a RAS scan as a grey rectangle with outlines, in patient mm.
-
-    The outlines lie half a voxel in front of the slice, on the side from which it is seen.
-    """
-    axis = PLANES[plane][0]
-    array = np.moveaxis(scan.data, axis, 0)[index]
-    low, high = choose_hu_window(scan.data)
-    grey = ((array.T.clip(low, high) - low) * (255 / (high - low))).astype(np.uint8)
-    ends = np.array([(0, 0), (1, 0), (1, 1), (0, 1)])
-    corners = np.insert(ends * array.shape - 0.5, axis, index, axis=1)
-    sheet = vedo.Mesh([apply_affine(scan.affine, corners), [[0, 1, 2, 3]]])
-    sheet.lighting("off").color("white").texture(vedo.Image(grey), tcoords=ends)
-    lines = []
-    for _, colour, labels, values in outlines:
-        mask = np.isin(np.moveaxis(labels, axis, 0)[index], values)
-        for line in find_contours(np.pad(mask, 1).astype(float), 0.5):
-            points = np.insert(line - 1, axis, index + SEEN_FROM[plane] / 2, axis=1)
-            lines.append(vedo.Line(apply_affine(scan.affine, points), c=colour, lw=2))
-    return [sheet, *lines]
-
-
 def make_slices_scene(case: Case, config: Config) -> Scene:
     """Return axial, coronal and sagittal slice in radiological view with sliders, and all in 3D."""
-    meshes = case.meshes.values() if case.labels.data.any() else ()
-    space = make_panel(config, *meshes, box=(0, 0, 0.5, 0.5))
-    panels, sliders = zip(
-        *(make_slice_panel(case, plane, config, space) for plane in PANELS), strict=True
-    )
-    return Scene([*panels, space], {name: c for name, c, *_ in list_outlines(case)}, sliders)
+    meshes = case.meshes if case.labels.data.any() else {}
+    outlines = [(mesh.shade, case.labels.data, mesh.values) for mesh in meshes.values()]
+    legend = {name: mesh.shade for name, mesh in meshes.items()}
+    if case.reference:
+        labels, legend["reference"] = case.reference.data, TRUTH_COLOUR
+        values = [value for value in np.unique(labels[find_bounding_box(labels)]) if value]
+        parts = [values, *([value] for value in values[1:])]  # liver with its tumours, tumours
+        outlines += [(TRUTH_COLOUR, labels, part) for part in parts]
+    space = make_panel(config, *meshes.values(), box=(0, 0, 0.5, 0.5))
+    made = [make_slice_panel(case, outlines, plane, config, space) for plane in PANELS]
+    panels, sliders = zip(*made, strict=True)
+    return Scene([*panels, space], legend, sliders)
 
 
-def make_slice_panel(case: Case, plane: str, config: Config, space: Any) -> tuple[Any, Any]:
-    """Return a panel with one slice of a plane, which is shown in `space` too, and its slider."""
-    outlines, axis, box = list_outlines(case), PLANES[plane][0], PANELS[plane]
+def make_slice_panel(case: Case, outlines: list, plane: str, config: Config, space: Any) -> tuple:
+    """Return a panel with one slice of a plane, which is shown in `space` too, and its slider.
+
+    Of each outline, `outlines` has colour, label map (X, Y, Z) and the values inside.
+    """
+    scan, axis, box, side = case.shown, PLANES[plane][0], PANELS[plane], SEEN_FROM[plane]
     title, shown = make_text(config, "", (0.99, 0.99), "top-right"), list[Any]()
-    panel, scan = make_panel(config, title, box=box), case.shown
+    panel = make_panel(config, title, box=box)
+    low, high = choose_hu_window(scan.data)
 
     def change(value: float) -> None:
-        new = draw_slice(scan, outlines, plane, round(value) - 1)
+        index = round(value) - 1
+        array = np.moveaxis(scan.data, axis, 0)[index]
+        grey = ((array.T.clip(low, high) - low) * (255 / (high - low))).astype(np.uint8)
+        ends = np.array([(0, 0), (1, 0), (1, 1), (0, 1)])
+        corners = np.insert(ends * array.shape - 0.5, axis, index, axis=1)
+        sheet = vedo.Mesh([apply_affine(scan.affine, corners), [[0, 1, 2, 3]]])
+        new = [sheet.lighting("off").color("white").texture(vedo.Image(grey), tcoords=ends)]
+        for colour, labels, inside in outlines:  # half a voxel in front of the slice
+            mask = np.isin(np.moveaxis(labels, axis, 0)[index], inside)
+            for line in find_contours(np.pad(mask, 1).astype(float), 0.5):
+                points = apply_affine(
+                    scan.affine, np.insert(line - 1, axis, index + side / 2, axis=1)
+                )
+                new.append(vedo.Line(points, c=colour, lw=2))
         swap_actors([panel, space], shown, new)
-        title.text(f"{plane} slice {value:.0f} of {scan.shape[axis]}")
+        title.text(f"{plane} slice {index + 1} of {scan.shape[axis]}")
 
     values = (1, find_busiest_slice(case.labels.data, axis) + 1, scan.shape[axis])
     ends = ((box[0] + 0.04, box[1] + 0.06), (box[0] + 0.16, box[1] + 0.06))
     slider = make_slider(change, values, f"steps of {scan.spacing_mm[axis]:.3g} mm", ends)
     steps = scan.affine[:3, :3]  # a row of the inverse is at right angles to the other two steps
-    up = np.delete(steps, axis, axis=1)[:, 1]
     panel.GetActiveCamera().SetParallelProjection(True)
-    place_camera(panel, SEEN_FROM[plane] * np.linalg.inv(steps)[axis], up)
+    place_camera(panel, side * np.linalg.inv(steps)[axis], np.delete(steps, axis, axis=1)[:, 1])
     return panel, slider
 
 
@@ -426,14 +400,14 @@ def make_compare_scene(case: Case, config: Config) -> Scene:
     """Return the reference, and the prediction coloured by its distance from the reference."""
     if case.reference is None:
         raise InputError(f"{case.name}: to compare, give the reference label map with --truth")
-    truth = crop_to_foreground(case.reference, "--truth")
     name, mesh = next((name, mesh.clone()) for name, mesh in case.meshes.items())
-    mask = truth.data > 0  # where there is one organ only, all that is foreground
+    mask = case.reference.data > 0  # where there is one organ only, all that is foreground
     if sum(not is_tumour(other) for other in case.meshes) > 1:
-        mask = np.isin(truth.data, case.meshes[name].values)
+        mask = np.isin(case.reference.data, case.meshes[name].values)
     if not mask.any():
-        raise InputError(f"{truth.name}: holds no {name} to compare with; give its label map")
-    truth = truth.like(mask.astype(np.uint8))
+        what = f"holds no {name} to compare with; give its label map with --truth"
+        raise InputError(f"{case.reference.name}: {what}")
+    truth = case.reference.like(mask.astype(np.uint8)).crop(find_bounding_box(mask))
     reference = make_surface(truth, config.smoothing, TRUTH_COLOUR)
     far = cKDTree(reference.vertices).query(mesh.vertices)[0]  # mm to the nearest vertex
     index = apply_affine(np.linalg.inv(truth.affine), mesh.vertices).T
@@ -465,7 +439,7 @@ SCENES: dict[Mode, Callable[[Case, Config], Scene]] = {
 
 def make_panel(config: Config, *shown: Any, box: Sequence[float] = WHOLE) -> Any:
     """Return a renderer of vedo's objects, with letters R L A P S I at the edges of its `box`."""
-    panel = vtkclasses.vtkRenderer()
+    panel = vedo.vtkclasses.vtkRenderer()
     panel.SetBackground(vedo.get_color(BACKGROUND_COLOUR))
     panel.SetViewport(*box)
     panel.SetUseDepthPeeling(True)  # orders translucent surfaces
@@ -504,16 +478,13 @@ def swap_actors(panels: Sequence[Any], old: list[Any], new: Sequence[Any]) -> No
     old[:] = new
 
 
-def make_slider(
-    change: Callable[[float], None], values: Sequence[float], title: str,
-    ends: Any = ((0.93, 0.62), (0.93, 0.92)), **options: Any,
-) -> vedo.addons.Slider2D:  # fmt: skip
+def make_slider(change: Any, values: tuple, title: str, ends: Any = UPRIGHT, **options: Any) -> Any:
     """Call `change` with the first of (lowest, first, highest) values; return a slider for them."""
     low, first, high = values
     change(first)
-    options = {"tformat": "%.0f", "c": INK, "title_size": 0.8} | options
     call = lambda slider, _: change(slider.value)  # noqa: E731
-    return vedo.addons.Slider2D(call, low, high, first, ends, title, **options)
+    look = {"tformat": "%.0f", "c": INK, "title_size": 0.8} | options
+    return vedo.addons.Slider2D(call, low, high, first, ends, title, **look)
 
 
 def place_camera(panel: Any, side: Any, up: Any) -> None:
@@ -549,7 +520,7 @@ def make_plotter(config: Config, offscreen: bool) -> vedo.Plotter:
     """Return an empty window, or an empty picture where `offscreen`."""
     vedo.settings.enable_default_keyboard_callbacks = False  # ours are shown on screen
     vedo.settings.multi_samples = 0  # as depth peeling needs it
-    logger = vtkclasses.get_class("Logger")
+    logger = vedo.vtkclasses.get_class("Logger")
     logger.SetStderrVerbosity(logger.VERBOSITY_ERROR)  # no display is no reason to warn
     look = {"bg": BACKGROUND_COLOUR, "title": "Liver in 3D"}
     return vedo.Plotter(size=config.size, offscreen=offscreen, **look)
@@ -593,11 +564,11 @@ class Window:
 
     def __init__(self, paths: list[Path], config: Config) -> None:
         self.paths, self.config, self.number = paths, config, -1
-        self.scenes: dict[tuple[str, str], Scene] = {}
+        self.scenes: dict[str, Scene] = {}
         self.scene: Scene | None = None
         self.plotter = make_plotter(config, offscreen=False)
-        self.plotter.window.SetNumberOfLayers(2)
         self.overlay, self.plotter.renderers = self.plotter.renderer, []
+        self.plotter.window.SetNumberOfLayers(2)
         self.overlay.SetLayer(1)  # above the panels: sliders, help and messages
         self.overlay.InteractiveOff()  # the mouse turns the panels
         self.text = make_text(config, HELP, (0.5, 0.06), "bottom-center", size=0.7)
@@ -605,9 +576,10 @@ class Window:
 
     def show(self, config: Config) -> None:
         """Show one mode of the case; its scene is made on its first use."""
-        key = config.mode, config.projection
+        key = config.mode + f" {config.projection}" * (config.mode == "rays")
         if key not in self.scenes:
-            self.write(f"loading {config.mode} …")
+            self.text.text(f"loading {config.mode} …")
+            self.plotter.render()
             self.scenes[key] = draw(self.case, config, self.plotter)
         for slider in self.scene.sliders if self.scene else ():
             slider.off()
@@ -616,12 +588,7 @@ class Window:
         for slider in self.scene.sliders:
             slider.interactor, slider.renderer = self.plotter.interactor, self.overlay
             slider.on()
-        print(f"{self.case.name}: {config.mode} {config.projection}", flush=True)
-
-    def write(self, text: str) -> None:
-        """Write a message at the window's lower edge and render."""
-        self.text.text(text)
-        self.plotter.render()
+        print(f"{self.case.name}: {key}", flush=True)
 
     def press(self, key: str) -> None:
         """Do what a key says; a mode or case that cannot be shown says why and changes nothing."""
@@ -651,7 +618,8 @@ class Window:
             text = f"{self.paths[self.number]}: {str(error) or type(error).__name__}"
             print(f"error: {text}", file=sys.stderr, flush=True)
             text = text.replace("; ", ";\n")
-        self.write(text)
+        self.text.text(text)
+        self.plotter.render()
 
 
 def open_window(paths: list[Path], config: Config) -> None:
@@ -662,9 +630,8 @@ def open_window(paths: list[Path], config: Config) -> None:
     plotter = window.plotter
     plotter.initialize_interactor()
     plotter.window.SetWindowName("Liver in 3D")
-    plotter.add_callback(
-        "KeyPress", lambda event: window.press(event.keypress), enable_picking=False
-    )
+    press = lambda event: window.press(event.keypress)  # noqa: E731
+    plotter.add_callback("KeyPress", press, enable_picking=False)
     try:
         window.press("n")
         plotter.interactive()
@@ -674,16 +641,12 @@ def open_window(paths: list[Path], config: Config) -> None:
 
 
 def write_pictures(option: str, case: Case, config: Config, path: Path) -> None:
-    """Write a screenshot, or as an endless GIF a turn around the patient or the slices, feet first.
-
-    The axial slice moves over the label map's foreground, or over all where there is none.
-    """
-    plotter, scan = make_plotter(config, offscreen=True), case.shown
+    """Write a screenshot, or as an endless GIF a turn of the camera or the slices, feet first."""
+    plotter = make_plotter(config, offscreen=True)
     scene = draw(case, replace(config, mode="slices") if option == "movie" else config, plotter)
-    used, margin = find_bounding_box(case.labels.data)[2], int(MOVIE_MARGIN_MM / scan.spacing_mm[2])
-    levels = range(scan.shape[2])
-    if used.stop:
-        levels = levels[max(0, used.start - margin) : used.stop + margin]
+    used, depth = find_bounding_box(case.labels.data)[2], case.shown.shape[2]
+    margin = int(MOVIE_MARGIN_MM / case.shown.spacing_mm[2])
+    levels = range(depth)[max(0, used.start - margin) : (used.stop or depth) + margin]
     steps = {"screenshot": range(1), "turntable": range(TURN_FRAMES), "movie": levels}[option]
     pictures: list[Image.Image] = []
     for step in show_progress(steps, unit="picture"):
@@ -723,16 +686,11 @@ def write_html(case: Case, config: Config, path: Path) -> None:
         look = {"color": mesh.shade, "name": name, "showlegend": True}
         look["opacity"] = 1 if number or is_tumour(name) else 0.35
         figure.add_mesh3d(x=x, y=y, z=z, i=i, j=j, k=k, **look)
-    ends = np.reshape([mesh.bounds() for mesh in case.meshes.values()], (-1, 3, 2))
-    low, high = ends[..., 0].min(axis=0), ends[..., 1].max(axis=0)
-    middle, half = (low + high) / 2, 0.56 * (high - low)
-    x, y, z = np.array([middle + sign * half * axis for axis in np.eye(3) for sign in (-1, 1)]).T
-    figure.add_scatter3d(x=x, y=y, z=z, text=list("LRPAIS"), mode="text", showlegend=False)
-    eye = dict(zip("xyz", 2.2 * np.array(VIEWS[config.view]), strict=True))
-    figure.update_layout(
-        template="plotly_dark", title="<br>".join([f"{case.name}, in mm", *case.report]),
-        scene={"aspectmode": "data", "camera": {"eye": eye}},
-    )  # fmt: skip
+    ends = zip("xyz", ("Right", "Anterior", "Superior"), strict=True)
+    axes = {f"{axis}axis_title": f"mm to {end}" for axis, end in ends}
+    eye = dict(zip("xyz", 1.8 * np.array(VIEWS[config.view]), strict=True))
+    scene, title = {"aspectmode": "data", "camera": {"eye": eye}} | axes, [case.name, *case.report]
+    figure.update_layout(template="plotly_dark", title="<br>".join(title), scene=scene)
     with atomic_write(path) as temporary:
         figure.write_html(temporary, include_plotlyjs=True, default_height="100vh")
 
