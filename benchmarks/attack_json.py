@@ -28,7 +28,8 @@ from data.splits import read_patients, read_prepared, read_split
 from prepare import claim_destination
 from preprocess import subvolume_items
 from utilities import load_checkpoint
-from visualize_3d import find_files, find_result
+from visualize_3d import Config as View
+from visualize_3d import find_case
 
 ODD = (None, True, -1, 0, 1.5, 1e400, 10**30, "", "x", "../x", [], {}, [None], {"x": 1}, ["x"] * 3)
 
@@ -110,8 +111,7 @@ def report_again(results: Path, case: str) -> None:
     """apply_model.py and visualize_3d.py meet the record of a finished case."""
     is_finished(results / case / f"{case}.json", "0" * 64)
     report_all(results, ["liver"], read_json(next(results.glob("*/*.json")))["weights"])
-    find_result(results / case)
-    find_files(results / case)
+    find_case(results / case, View())
 
 
 def hold_lock(folder: Path) -> None:

@@ -21,7 +21,8 @@ from data.scans import read_volume
 from data.volumes import Volume
 from preprocess import Chain
 from utilities import build_network, save_checkpoint
-from visualize_3d import find_result
+from visualize_3d import Config as View
+from visualize_3d import find_case
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 SHAPE = (40, 36, 24)
@@ -347,10 +348,10 @@ def test_masks_of_prepared_data_are_one_truth(use, tmp_path):
     write_prepared(tmp_path / "data", label, record={"label": paths})
     row = apply(use, split="test", data=tmp_path / "data")["a"]
     assert float(row["liver_dice"]) > 0.98
-    case = find_result(use["destination"] / "a")
+    case = find_case(use["destination"] / "a", View())
     assert np.count_nonzero(case.reference.data == 1) == np.count_nonzero(label)
     Path(paths[1][1]).unlink()
-    assert find_result(use["destination"] / "a").truth is None
+    assert find_case(use["destination"] / "a", View()).reference is None
 
 
 def test_what_nobody_judged_in_prepared_data_counts_nowhere(use, tmp_path):
@@ -380,11 +381,12 @@ def test_the_record_says_what_the_values_mean_and_3d_reads_it(use, tmp_path, mod
     record = json.loads((use["destination"] / "a" / "a.json").read_text())
     assert record["classes"] == {"background": 0, "spleen": 3}
     assert record["trust_image_grid"] is True
-    case = find_result(use["destination"] / "a")
-    assert case.names == case.classes == {"spleen": 3}
+    case = find_case(use["destination"] / "a", View())
+    assert case.names == {"spleen": 3}
     assert case.reference.data.any()  # read although its header lies elsewhere
     apply(use, save(scan, tmp_path / "b.nii.gz"))
-    assert find_result(use["destination"] / "b").trust_grid is False
+    record = json.loads((use["destination"] / "b" / "b.json").read_text())
+    assert record["trust_image_grid"] is False
 
 
 @pytest.mark.parametrize("name", ["..", "../a", "/tmp/a", "a/b", "=1+1"])

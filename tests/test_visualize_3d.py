@@ -50,13 +50,6 @@ def save(array: np.ndarray, affine: np.ndarray, path: Path) -> Path:
     return path
 
 
-def turn(image: nib.Nifti1Image, codes: str) -> nib.Nifti1Image:
-    """The image stored in other axes."""
-    ends = nib.orientations.axcodes2ornt(codes)
-    start = nib.io_orientation(image.affine)
-    return image.as_reoriented(nib.orientations.ornt_transform(start, ends))
-
-
 def draw(path: Path, **options) -> np.ndarray:
     """The picture (height, width, 3) of a case, off screen."""
     settings = config(path, **options)
@@ -160,8 +153,6 @@ def test_the_comparison_tells_how_far_outside_or_inside_the_prediction_lies(radi
     scene = v.make_compare_scene(v.find_case(path, settings), settings)
     (mean,) = [name for name in scene.legend if name.startswith("mm from it: mean ")]
     assert float(mean.split()[4].strip(",")) == pytest.approx(3, abs=0.5)
-    share = share_of(draw(path, truth=truth, mode="compare")[:, SIZE[0] // 2 :], "#f1a340", 0.25)
-    assert (share > 0.02) == (radius > 18)
 
 
 # --- pictures without a display ---------------------------------------------------------
@@ -191,40 +182,24 @@ def test_tumours_show_inside_the_liver_by_their_hu_alone(projection, results):
     assert share_of(masked, v.DARK_TISSUE, 0.2) > 0.002
 
 
-def test_a_dark_rim_of_the_organ_is_no_tumour(tmp_path):
-    """Outermost voxels hold some fat: 60 HU darker, they show less than a lesion 50 HU darker."""
-    affine, shape = np.diag([2, 2, 3, 1]), (60, 60, 40)
-    mask, inner = sphere(affine, 50, shape), sphere(affine, 48, shape)
-    hu = np.where(mask, np.where(inner, 100, 40), -1024).astype(np.int16)
-    shares = []
-    for name in ("rim", "lesion"):
-        picture = draw(save(hu, affine, tmp_path / f"{name}_masked.nii.gz"), mode="rays")
-        shares.append(share_of(picture[140:220, 200:280], v.DARK_TISSUE, 0.25))
-        hu[sphere(affine, 20, shape)] = 50
-    assert shares[0] < 0.1 < 0.9 < shares[1]
-
-
 @pytest.mark.parametrize(
-    ("codes", "mode", "view", "side"),
-    [
-        ("RAS", "organs", "anterior", 0),
-        ("PIR", "organs", "anterior", 0),
-        ("LPS", "rays", "posterior", 1),
-        ("LAS", "rays", "posterior", 1),
-    ],
+    ("codes", "mode", "view"),
+    [("PIR", "organs", "anterior"), ("LPS", "rays", "posterior"), ("LAS", "organs", "posterior")],
 )
-def test_the_patients_right_is_on_the_right_side(codes, mode, view, side, tmp_path):
+def test_the_patients_right_is_on_the_right_side(codes, mode, view, tmp_path):
     """A liver with a long tail to the patient's left, stored in any orientation."""
     labels = np.zeros((60, 40, 30), np.uint8)  # RAS: first axis grows to the right
     labels[34:56, 10:30, 5:25] = 1
     labels[4:34, 17:23, 13:17] = 1
-    image = turn(nib.Nifti1Image(labels, np.diag([3, 3, 4, 1])), codes)
-    nib.save(image, tmp_path / "map.nii.gz")
+    image = nib.Nifti1Image(labels, np.diag([3, 3, 4, 1]))
+    ends = nib.orientations.axcodes2ornt(codes)
+    axes = nib.orientations.ornt_transform(nib.io_orientation(image.affine), ends)
+    nib.save(image.as_reoriented(axes), tmp_path / "map.nii.gz")
     picture = draw(tmp_path / "map.nii.gz", mode=mode, view=view)
     picture = picture[60:-40, 30:-30]  # without letters and text
     halves = np.array_split(picture, 2, axis=1)
-    shares = [share_of(half, LABEL_COLOURS[1], 0.3) for half in halves]
-    assert shares[side] > 1.5 * shares[1 - side]
+    left, right = (share_of(half, LABEL_COLOURS[1], 0.3) for half in halves)
+    assert left > 1.5 * right if view == "anterior" else right > 1.5 * left
 
 
 def test_rays_and_surface_cover_the_same_place_on_a_sheared_grid(tmp_path):
@@ -250,16 +225,6 @@ def test_slices_are_radiological(tmp_path):
     rows, columns = np.nonzero(panel[:, : SIZE[0] // 4 + 40] > 240)
     assert np.median(rows) < panel.shape[0] / 2
     assert np.median(columns) < panel.shape[1] / 2
-
-
-def test_views_turn_the_panel_in_3d_and_no_slice(results):
-    pictures = [draw(results, mode="slices", view=view).astype(int) for view in v.VIEWS]
-    height, width = SIZE[1] // 2, SIZE[0] // 2
-    for other in pictures[1:]:
-        changed = np.abs(other - pictures[0]).max(axis=2) > 0
-        assert changed[height:, :width].any()
-        assert not changed[:height].any()
-        assert not changed[:, width:].any()
 
 
 # --- films, mesh, page ------------------------------------------------------------------
@@ -315,17 +280,7 @@ def test_html_page_turns_in_a_browser_offline(results, tmp_path):
     v.main(config(results, html=page))
     text = page.read_text()
     assert "<script src" not in text
-    assert "liver" in text and "tumour" in text
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if not browser:
-        pytest.skip("the page is written; no chromium here to open it")
-    picture = tmp_path / "page.png"
-    command = [browser, "--headless=new", "--no-sandbox", "--use-angle=swiftshader"]
-    command += ["--enable-unsafe-swiftshader", "--host-resolver-rules=MAP * ~NOTFOUND"]
-    command += [f"--user-data-dir={tmp_path}/profile", "--window-size=900,700"]
-    command += ["--virtual-time-budget=10000", f"--screenshot={picture}", page.as_uri()]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    assert share_of(np.array(Image.open(picture).convert("RGB")), LABEL_COLOURS[1], 0.3) > 0.01
+    assert all(words in text for words in ('"name":"liver"', '"name":"tumour"', "mm to Right"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
@@ -356,23 +311,14 @@ for name in ("screenshot.png", "turntable.gif", "html.html", "mesh.stl", "mesh.o
 # --- windows ----------------------------------------------------------------------------
 
 
-def until(condition, seconds: float = 300):
-    """Wait for a condition, as long as only a hang would take; returns its last value."""
-    end = time.monotonic() + seconds
-    while not (value := condition()) and time.monotonic() < end:
-        time.sleep(0.2)
-    return value
-
-
 @pytest.fixture
 def screen():
     """A virtual screen; skips where it cannot be made."""
-    missing = [tool for tool in ("Xvfb", "xdotool", "xwd") if not shutil.which(tool)]
+    missing = [tool for tool in ("Xvfb", "xdotool") if not shutil.which(tool)]
     if missing:
-        pytest.skip(f"windows need {', '.join(missing)} (apt-get install xvfb xdotool x11-apps)")
+        pytest.skip(f"windows need {', '.join(missing)} (apt-get install xvfb xdotool)")
     read, write = os.pipe()
-    # -noreset: otherwise the screen starts anew whenever its only client, xwd, has left
-    command = ["Xvfb", "-displayfd", str(write), "-noreset", "-screen", "0", "640x480x24"]
+    command = ["Xvfb", "-displayfd", str(write), "-screen", "0", "640x480x24"]
     server = subprocess.Popen(command, pass_fds=[write], stderr=subprocess.DEVNULL)
     os.close(write)
     with os.fdopen(read) as pipe:
@@ -382,33 +328,14 @@ def screen():
     server.wait()
 
 
-@pytest.fixture
-def window(results, monkeypatch):
-    """The window's logic, drawn off screen."""
+def test_views_turn_the_last_panel_and_every_slider_moves(results, monkeypatch):
+    """The window's logic, off screen; a scene that was made once comes again at once."""
     make = v.make_plotter
     monkeypatch.setattr(v, "make_plotter", lambda options, offscreen: make(options, True))
     window = v.Window([results], config(results))
     window.press("n")
-    yield window
-    window.plotter.close()
-
-
-def test_loading_is_told_while_a_scene_is_made_and_scenes_are_kept(window, monkeypatch):
-    told, make = [], v.draw
-    monkeypatch.setattr(v, "draw", lambda *given: told.append(window.text.text()) or make(*given))
     first = window.scene
-    for key in "2345123m45":
-        window.press(key)
-        assert "loading" not in window.text.text()
-    modes = ("rays", "organs", "slices", "compare", "rays")
-    assert told == [f"loading {mode} …" for mode in modes]
-    window.press("m")
-    window.press("1")  # of the projection that it was made with
-    assert window.scene is first
-
-
-def test_views_turn_the_last_panel_and_every_slider_moves(window):
-    for key in v.MODE_KEYS:
+    for key in "12345h1":
         window.press(key)
         for slider in window.scene.sliders:
             for value in slider.range:
@@ -417,17 +344,12 @@ def test_views_turn_the_last_panel_and_every_slider_moves(window):
         camera = window.scene.panels[-1].GetActiveCamera()
         seen = {window.press(view) or camera.GetDirectionOfProjection() for view in v.VIEW_KEYS}
         assert len(seen) == 5
-
-
-def test_help_hides_and_what_failed_is_told_in_the_window(window, monkeypatch):
-    assert window.text.text() == v.HELP
-    window.press("h")
-    assert window.text.text() == ""
-    before = window.scene
-    monkeypatch.setitem(v.SCENES, "organs", lambda *_: 1 / 0)
-    window.press("3")
-    assert "division" in window.text.text()
-    assert window.scene is before
+    assert window.scene is first
+    assert window.text.text() == ""  # h hid the help
+    window.plotter.close()
+    (results.parent / "x_label.nii.gz").write_bytes(b"no volume")
+    with pytest.raises(InputError, match=r"x_label\.nii\.gz: "):
+        v.Window([results.parent], config(results)).press("n")
 
 
 class Viewer:
@@ -446,13 +368,13 @@ class Viewer:
         subprocess.run(command, env=self.environment, check=True)
 
     def said(self, words: str) -> bool:
-        """Whether a line with these words comes while the viewer lives."""
-        until(lambda: words in self.log.read_text() or self.process.poll() is not None)
+        """Whether these words come while the viewer lives; only a hang takes five minutes."""
+        end = time.monotonic() + 300
+        while words not in self.log.read_text() and time.monotonic() < end:
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.2)
         return words in self.log.read_text()
-
-    def picture(self) -> bytes:
-        command = ["xwd", "-root", "-silent"]
-        return subprocess.run(command, env=self.environment, capture_output=True).stdout
 
 
 def test_one_window_in_which_keys_change_the_mode_and_n_the_case(screen, results, tmp_path):
@@ -465,29 +387,19 @@ def test_one_window_in_which_keys_change_the_mode_and_n_the_case(screen, results
     (tmp_path / "all/b").mkdir()
     (tmp_path / "all/b/b_label.nii.gz").write_bytes(b"no volume")
     viewer = Viewer(screen, tmp_path / "all")
-    assert viewer.said("a: surface\n"), viewer.log.read_text()
-    for key, words in {"2": "rays", "3": "organs", "4": "slices", "5": "compare"}.items():
-        before = viewer.picture()
-        viewer.press(key)
-        assert viewer.said(f"a: {words}"), viewer.log.read_text()
-        assert until(lambda before=before: viewer.picture() != before)
-    for key, words in {"m": "a: rays maximum", "n": "b_label.nii.gz: "}.items():
-        viewer.press(key)
-        assert viewer.said(words), viewer.log.read_text()
-    for key, words in {"n": "c: rays maximum", "5": "give the reference label map"}.items():
+    assert viewer.said("a: surface"), viewer.log.read_text()
+    steps = [
+        ("2", "a: rays composite"),
+        ("3", "a: organs"),
+        ("4", "a: slices"),
+        ("5", "a: compare"),
+    ]
+    steps += [("m", "a: rays maximum"), ("n", "b_label.nii.gz: "), ("n", "c: rays maximum")]
+    for key, words in [*steps, ("5", "give the reference label map with --truth")]:
         viewer.press(key)
         assert viewer.said(words), viewer.log.read_text()
     viewer.press("q")
     assert viewer.process.wait(timeout=300) == 0
-
-
-def test_a_window_of_a_broken_case_ends_in_one_line(screen, tmp_path):
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x/x_label.nii.gz").write_bytes(b"no volume")
-    viewer = Viewer(screen, tmp_path / "x")
-    assert viewer.process.wait(timeout=300) == 1
-    assert "error: " in viewer.log.read_text()
-    assert "Traceback" not in viewer.log.read_text()
 
 
 # --- faults -----------------------------------------------------------------------------
@@ -514,8 +426,6 @@ def test_what_is_no_label_map_of_the_scan_is_refused(results, raw_phantoms, tmp_
     other = save(np.ones((8, 8, 8), np.uint8), np.eye(4), tmp_path / "other.nii.gz")
     with pytest.raises(InputError, match=r"other\.nii\.gz: scan is .* label map is \(8, 8, 8\)"):
         open_case(results, truth=other)
-    with pytest.raises(InputError, match=r"--label .*: needs one scan beside it"):
-        open_case(other, label=other)
 
 
 @pytest.mark.parametrize(
@@ -545,12 +455,8 @@ def test_of_several_cases_the_sound_ones_are_drawn(results, tmp_path):
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["x_case.png"]
     for words in ("a_label.nii.gz", "c_label.nii.gz", "empty: ", "none.nii.gz: no such file"):
         assert words in str(error.value)
-
-
-def test_two_cases_of_one_name_do_not_overwrite_each_other(results, tmp_path):
-    shutil.copytree(results, tmp_path / results.name)
-    with pytest.raises(InputError, match="two cases have the same name"):
-        v.main(config(results, tmp_path / results.name, screenshot=tmp_path / "x.png"))
+    with pytest.raises(InputError, match="two cases have the same name"):  # one would be lost
+        v.main(config(results, results, screenshot=tmp_path / "x.png"))
 
 
 def test_a_case_is_drawn_without_the_files_that_are_gone(results, tmp_path, capsys):
@@ -580,27 +486,3 @@ def test_classes_have_the_names_and_values_of_the_record(tmp_path):
     volumes = {line.split()[0]: line.split()[1] for line in case.report if line[0] != " "}
     assert volumes["liver"] == "82.9"
     assert volumes["lesion"] == "1.7"
-
-
-def test_nan_in_a_scan_is_one_error(results, tmp_path):
-    hu = nib.load(results / "case_masked.nii.gz")
-    array = np.asarray(hu.dataobj).astype(np.float32)
-    array[3, 4, 5] = np.nan
-    with pytest.raises(InputError, match=r"scan\.nii\.gz: .* NaN"):
-        open_case(save(array, hu.affine, tmp_path / "scan.nii.gz"))
-
-
-@pytest.mark.parametrize("value", [-1, 300, 0.4, np.nan])
-def test_odd_values_of_a_label_map_are_one_error(value, results, tmp_path):
-    label = nib.load(results / "case_label.nii.gz")
-    array = np.asarray(label.dataobj).astype(np.float32)
-    array[3, 4, 5] = value
-    truth = save(array, label.affine, tmp_path / "truth.nii.gz")
-    with pytest.raises(InputError, match=r"truth\.nii\.gz: "):
-        open_case(results, truth=truth)
-
-
-def test_a_label_map_in_other_axes_is_laid_on_its_scan(results, tmp_path):
-    nib.save(turn(nib.load(results / "case_label.nii.gz"), "PIR"), tmp_path / "truth.nii.gz")
-    case = open_case(results, truth=tmp_path / "truth.nii.gz")
-    assert np.array_equal(case.reference.data, case.labels.data)
