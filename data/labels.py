@@ -191,6 +191,15 @@ def resolve_classes(asked: Mapping[str, Sequence[str]], declared: Labels) -> Lab
     return {BACKGROUND: (0,)} | classes
 
 
+def is_label_map(array: np.ndarray) -> bool:
+    """Return whether voxels are label values: whole numbers from 0 to 255, at most 32 of them."""
+    import numpy as np
+
+    in_range = array.size and array.min() >= 0 and array.max() <= 255
+    values: Any = np.unique(array.astype(np.uint8))[:32] if in_range else []
+    return bool(np.isin(array, values).all()) and bool(array.size)
+
+
 def index_classes(
     array: np.ndarray, classes: Mapping[str, Sequence[int]], ignore: Sequence[int] = ()
 ) -> np.ndarray:

@@ -189,14 +189,10 @@ def test_the_3d_view_compares_with_a_dicom_seg(tmp_path):
 
     _, label = series_with_seg(tmp_path)
     label.write(tmp_path / "a_label.nii.gz")
-    case = visualize_3d.Case(
-        "a", label=tmp_path / "a_label.nii.gz", truth=tmp_path / "ct_label.dcm"
-    )
-    reference, labels = (
-        part.read() if isinstance(part, Volume) else np.asarray(part.dataobj)
-        for part in (case.reference, case.labels)
-    )
-    assert np.array_equal(reference, labels) and reference.max() == 2
+    config = visualize_3d.Config(truth=tmp_path / "ct_label.dcm")
+    case = visualize_3d.find_case(tmp_path / "a_label.nii.gz", config)
+    assert np.array_equal(case.reference.data, case.labels.data)
+    assert case.labels.data.max() == 2
 
 
 # ---------------------------------------------------------------------------------------
