@@ -120,13 +120,12 @@ from data.pictures import draw_planes, save_figure
 from data.scans import (
     Masks,
     describe_label,
-    hash_files,
-    hash_inputs,
     mark_undrawn,
     read_label_map,
     read_scan,
     resolve_label,
     restore_label,
+    stamp_inputs,
 )
 from data.seg import write_seg
 from data.settings import check_settings, show_progress
@@ -631,7 +630,7 @@ def main(config: Config) -> None:
     rank, processes = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     mine = cases[rank::processes]
     model = load_model(checkpoints, config.device, config.precision, config.overlap)
-    weights = hash_files(find_checkpoint(path) for path in checkpoints)
+    weights = json.dumps(stamp_inputs(find_checkpoint(path) for path in checkpoints))
     lock = contextlib.nullcontext() if "RANK" in os.environ else lock_folder(config.destination)
     with lock:
         failed = do_each(
@@ -723,7 +722,7 @@ def fingerprint(case: Case, weights: str, config: Any) -> str:
     settings += [case.trust_grid, case.accepted, case.drawn]
     meant = case.described or (case.label and describe_truths(case.label))
     settings.append(meant and [meant.labels, meant.ignore])
-    inputs = [hash_inputs([path]) if path else None for path in (case.image, case.label)]
+    inputs = [stamp_inputs([path]) if path else None for path in (case.image, case.label)]
     return hashlib.sha256(json.dumps([inputs, weights, settings]).encode()).hexdigest()
 
 

@@ -113,11 +113,11 @@ from data.files import (
 from data.labels import FOREGROUND, IMAGE, LABEL, as_plain
 from data.scans import (
     describe_label,
-    hash_inputs,
     list_cuts,
     mark_undrawn,
     read_scan,
     restore_label,
+    stamp_inputs,
 )
 from data.settings import check_settings, set_handlers, signals_ignored
 from data.splits import (
@@ -258,7 +258,7 @@ def fingerprint(case: Case, config: Config, terms: Terms) -> str:
     settings += [config.subvolume_depth, config.keep_empty, config.keep_empty and config.seed]
     settings += ["body"] * config.crop_to_body
     try:
-        content = hash_inputs((case.image, case.label))
+        content = stamp_inputs((case.image, case.label))
     except (OSError, InputError):
         return ""
     return hashlib.sha256(json.dumps([settings, content]).encode()).hexdigest()

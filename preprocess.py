@@ -68,7 +68,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data.files import InputError, atomic_write
 from data.labels import IGNORED, IMAGE, LABEL, Labels
 from data.pictures import draw_inputs, save_figure, spread
-from data.scans import hash_files
+from data.scans import stamp_inputs
 from data.settings import human_bytes, show_progress
 from data.volumes import SLAB, Box, Volume, find_body, find_bounding_box, list_slabs, read_file
 from utilities import hide_ignored, rank_and_size
@@ -679,7 +679,7 @@ def read_or_make(
 
     A file that is torn or damaged is made again.
     """
-    content = item["content"] or hash_files(Path(item[key]) for key in (IMAGE, LABEL))
+    content = item["content"] or stamp_inputs(Path(item[key]) for key in (IMAGE, LABEL))
     where = {key: value for key, value in item.items() if key not in (IMAGE, LABEL, "index")}
     key = json.dumps([CACHE_VERSION, where, content, asdict(chain)], sort_keys=True)
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
