@@ -186,7 +186,8 @@ def find_series(path: Path, notes: list[str]) -> DicomItem:
     items = find_dicom(path.parent.iterdir() if path.is_file() else list_below(path))
     own = [item for item in items if path in (item.path, *item.files) and not item.is_seg]
     if not own:
-        found = [item.fault or ("SEG " * item.is_seg + str(item.path)) for item in items]
+        asked = [item for item in items if path.is_dir() or path in item.files]
+        found = [item.fault or ("SEG " * item.is_seg + str(item.path)) for item in asked]
         raise InputError(
             f"{path}: must be or hold one DICOM series of images (SeriesInstanceUID), got "
             f"{'; '.join(found[:5]) or 'no images'}; name one slice of the series"
