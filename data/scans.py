@@ -67,16 +67,13 @@ def read_label_map(
     """Return the label map of `scan`, on its grid, in whole numbers that are declared.
 
     Args:
-        path: a file, a DICOM SEG or series; or (name, mask) of each structure, which are laid into
-            one label map with the declared values of their names.
+        path: a file, a DICOM SEG or series; or (name, mask) of each structure, see `_lay_masks`.
         declared: label name → raw values that may occur; a SEG's segments are known by these names.
         classes: class name → raw values, to get class indices (uint8) instead of raw values.
-        trust_grid: lay the label map on the scan voxel by voxel, whatever its header says, if the
-            shapes agree.
+        trust_grid: lay the label map on the scan voxel by voxel, if the shapes agree.
         ignore: raw values of unannotated voxels; with `classes` they become IGNORED (255).
 
-    Raises InputError of the kinds "shape", "grid" (see `lay_on_grid`), "values" (a value that is
-    not declared) and those of `read_volume`.
+    Raises InputError, of kind "values" for others, "shape" or "grid" as `lay_on_grid` does.
     """
     declared = as_labels(declared)
     with dicom.one_error(Path(name_label(path)), "the label map cannot be read"):
@@ -89,9 +86,10 @@ def read_label_map(
 
 
 def _open_label(path: Path | Masks, scan: Volume, declared: Labels, trust: bool) -> Volume:
-    if isinstance(path, tuple) or list_pngs(path):
-        masks = path if isinstance(path, tuple) else (("liver", path),)
-        return _lay_masks(masks, scan, declared, trust)
+    if isinstance(path, tuple):
+        return _lay_masks(path, scan, declared, trust)
+    if list_pngs(path):
+        return _lay_masks((("liver", path),), scan, declared, trust)
     files = list_plain_files(path) if path.is_dir() else [path]
     found = [file for file in files if dicom.is_dicom(file)]
     if len(found) == 1 and dicom.is_seg_header(dicom.read_header(found[0])):
@@ -132,11 +130,6 @@ def _check_values(label: Volume, allowed: set[int], declared: Labels, scan: Volu
     return replace(label, data=whole, notes=(*label.notes, *notes), convert=None)
 
 
-# ---------------------------------------------------------------------------------------
-# One rule for "on the same grid"
-# ---------------------------------------------------------------------------------------
-
-
 def lay_on_grid(label: Volume, scan: Volume, trust: bool = False) -> Volume:
     """Return `label` with the scan's own geometry, if both describe the same grid.
 
@@ -170,11 +163,6 @@ def lay_on_grid(label: Volume, scan: Volume, trust: bool = False) -> Volume:
 def _voxels_apart(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
     corners = np.array(np.meshgrid(*([0, n - 1] for n in shape), [1])).reshape(4, -1)
     return float(np.abs(np.linalg.inv(other) @ (one - other) @ corners).max())
-
-
-# ---------------------------------------------------------------------------------------
-# Masks of structures
-# ---------------------------------------------------------------------------------------
 
 
 def _lay_masks(masks: Masks, scan: Volume, declared: Labels, trust: bool) -> Volume:
@@ -269,10 +257,10 @@ def list_files(path: Path | Masks) -> list[Path]:
     """Return every file that is read for a path: header and data, files of a series or stack."""
     if isinstance(path, tuple):
         return [file for _, part in path for file in list_files(part)]
-    if pictures := list_pngs(path):
-        return pictures
     if dicom.is_dicom_input(path):
         return dicom.list_series_files(path)
+    if path.is_dir():
+        return list_pngs(path)
     if has_suffix(path, (".hdr", ".hdr.gz", ".img", ".img.gz")):
         return list_pair(path)
     return [path, *(list_data_files(path) if has_suffix(path, (".mhd", ".nhdr")) else [])]
@@ -310,11 +298,6 @@ def resolve_label(label: Path | Masks) -> Path | Masks:
 def name_label(label: Path | Masks | None) -> str:
     """Return a case's label map for messages: its path, or those of its masks."""
     return ", ".join(str(p) for _, p in label) if isinstance(label, tuple) else str(label)
-
-
-# ---------------------------------------------------------------------------------------
-# Slices
-# ---------------------------------------------------------------------------------------
 
 
 def mark_undrawn(slab: np.ndarray, first: int, drawn: int, every: int) -> np.ndarray:

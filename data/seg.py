@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,9 @@ def choose_segment_values(segments: Mapping[str, int], declared: Labels) -> dict
 def read_seg(path: Path, scan: Volume, declared: Labels, trust_grid: bool = False) -> Volume:
     """Return a DICOM SEG (a file, or the folder of one) as a label map on the grid of `scan`.
 
-    Values: see `choose_segment_values`; `classes` of the result has them by the segments' names.
-    Where segments overlap a tumour wins, else the smaller one. `trust_grid` takes a SEG of another
-    frame of reference, too. Raises InputError, and nothing else, for anything that is no SEG or
-    lies on another grid.
+    `classes` of the result has the values (`choose_segment_values`) by the segments' names.
+    `trust_grid` takes a SEG of another frame of reference, too. Raises InputError, and nothing
+    else, for anything that is no SEG or lies on another grid.
     """
     import pydicom
 
@@ -109,13 +108,9 @@ def _lay_segments(
     names = {number: name for number, name, _ in segments}
     voxels, apart = _find_voxels(path, header, scan)
     if unknown := sorted(voxels.keys() - names.keys()):
-        raise InputError(
-            f"{path}: SegmentSequence must describe every segment, not so {unknown}; export it anew"
-        )
-    array, overlap = lay_structures(
-        ((names[number], values[names[number]], found) for number, found in voxels.items()),
-        scan.shape,
-    )
+        raise dicom.wrong_tag(path, "SegmentSequence", f"one that describes {unknown}", [*names])
+    found = [(names[n], values[names[n]], flat) for n, flat in voxels.items()]
+    array, overlap = lay_structures(found, scan.shape)
     if overlap:
         notes.append(f"{overlap} voxels are in several segments: tumours, else smaller ones, win")
     if apart > TOLD_APART:
@@ -154,8 +149,6 @@ def _find_voxels(path: Path, header: Any, scan: Volume) -> tuple[dict[int, np.nd
             if (inside < 0).any() or (inside >= np.reshape(scan.shape, (3, 1))).any():
                 raise wrong_grid(path, scan, f"segment {number} reaches out of it", False)
             voxels[number].append(np.ravel_multi_index(tuple(inside), scan.shape, order="F"))
-    if not own:
-        raise InputError(f"{path}: PerFrameFunctionalGroupsSequence lacks; export the SEG again")
     return {n: np.concatenate(some) for n, some in voxels.items() if any(map(len, some))}, worst
 
 
@@ -176,11 +169,6 @@ def lay_structures(
         covered[voxels] = True
         array[voxels] = value
     return array.reshape(shape, order="F"), overlap
-
-
-# ---------------------------------------------------------------------------------------
-# Label map → SEG
-# ---------------------------------------------------------------------------------------
 
 
 def write_seg(label: Volume, scan: Volume, classes: Labels, path: Path) -> list[str]:
@@ -307,11 +295,8 @@ def convert_to_seg(
 
 def main() -> None:
     """Run the command that was asked for; a user's fault ends in one line, exit code 1."""
-    commands: dict[str, Callable[..., None]] = {
-        "to-nifti": convert_to_nifti,
-        "to-series": convert_to_series,
-        "to-seg": convert_to_seg,
-    }
+    commands: dict[str, Any] = {"to-nifti": convert_to_nifti, "to-seg": convert_to_seg}
+    commands["to-series"] = convert_to_series
     run_script(
         lambda about: tyro.extras.subcommand_cli_from_dict(commands, description=about), __doc__
     )

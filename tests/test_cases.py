@@ -73,11 +73,6 @@ def write(name: str, folder: Path, array: np.ndarray) -> Path:
     return WRITERS[name](folder / name, array)
 
 
-# ---------------------------------------------------------------------------------------
-# Every reader
-# ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("dtype", ["u1", "i2", "u2", "i4", "f4", "f8"])
 def test_every_reader_gives_the_label_map_in_any_type(name, dtype, tmp_path):
@@ -159,10 +154,6 @@ def test_ignored_values_are_neither_class_nor_background(tmp_path):
     assert np.array_equal(indices, np.where(array == 9, IGNORED, array > 0))
 
 
-# ---------------------------------------------------------------------------------------
-# One grid
-# ---------------------------------------------------------------------------------------
-
 AXES = [
     np.array([*zip(order, signs, strict=True)])
     for order in itertools.permutations(range(3))
@@ -241,11 +232,6 @@ def test_an_unknown_orientation_is_not_compared_as_if_it_were_known(unknown, tmp
     assert np.array_equal(trusted.affine, scan.affine)
 
 
-# ---------------------------------------------------------------------------------------
-# What does not come in
-# ---------------------------------------------------------------------------------------
-
-
 def test_what_is_not_there_or_no_volume_is_one_error(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link.nii.gz").symlink_to(tmp_path / "gone.nii.gz")
@@ -303,11 +289,6 @@ def test_a_scan_in_place_of_a_seg_and_a_seg_in_place_of_a_scan(tmp_path):
         read_label_map(next(series.glob("0*.dcm")), scan, USUAL_LABELS).read()
 
 
-# ---------------------------------------------------------------------------------------
-# Structures
-# ---------------------------------------------------------------------------------------
-
-
 def test_masks_of_structures_become_one_label_map_in_which_tumours_win(tmp_path):
     """2 × 2 × 2 voxels of tumour inside of 4 × 3 × 3 of liver; a mask with two values is none."""
     liver, tumour = np.zeros((2, *SHAPE), np.uint8)
@@ -337,11 +318,6 @@ def test_pictures_lie_on_the_files_of_a_series_and_on_no_other_scan(tmp_path):
         read_label_map((("gut", folder),), series, {"gut": 1})
     found = read_label_map(folder, series, USUAL_LABELS).read()
     assert np.array_equal(found, (LABEL == 1)[:, :, order])
-
-
-# ---------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", WRITERS)

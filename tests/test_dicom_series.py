@@ -100,10 +100,6 @@ def test_a_stray_image_and_a_copy_are_left_out_and_reported(tmp_path):
     assert [note[:10] for note in image.notes] == ["1 copies o", "1 images o"]
 
 
-# ---------------------------------------------------------------------------------------
-# Several scans in one series
-# ---------------------------------------------------------------------------------------
-
 PARTS = {  # tag, by slice: slices 0, 2, 4 … of one scan, 1, 3, 5 … of another
     "AcquisitionNumber": lambda z: 1 + z % 2,
     "AcquisitionTime": lambda z: f"12000{z % 2}",
@@ -138,11 +134,6 @@ def test_one_scan_stays_one(changes, tmp_path):
     write_phantom_series(tmp_path / "ct", small(), **changes)
     image = read_series(tmp_path / "ct")
     assert np.array_equal(image.read(), small()[::-1, ::-1]) and image.notes == ()
-
-
-# ---------------------------------------------------------------------------------------
-# Sound series that look odd
-# ---------------------------------------------------------------------------------------
 
 
 ODD = {
@@ -281,11 +272,6 @@ def test_an_enhanced_multi_frame_file_is_a_series(shared, tmp_path):
         read_series(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------
-# Files → series
-# ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("cut", [0.1, 0.3, 0.9])
 def test_a_cut_file_is_named(cut, tmp_path):
     write_phantom_series(tmp_path / "ct", small())
@@ -417,11 +403,6 @@ def test_a_tag_of_nonsense_gives_the_right_result_or_one_input_error(tmp_path):
     assert counts["right"] > 5 and counts["refused"] > 5, counts
 
 
-# ---------------------------------------------------------------------------------------
-# Scan → series
-# ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["flipped", "oblique and shuffled"])
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])
 def test_a_scan_becomes_a_series_and_comes_back(kind, dtype, tmp_path):
@@ -499,11 +480,6 @@ def test_the_commands_convert_both_ways(tmp_path):
         assert re.search(f"^error: .*{message}", done.stderr, re.MULTILINE), done.stderr
         assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("x.*"))
-
-
-# ---------------------------------------------------------------------------------------
-# Real series
-# ---------------------------------------------------------------------------------------
 
 
 def test_gantry_tilt_is_refused_and_jpeg_2000_is_read():
