@@ -30,16 +30,7 @@ from data.labels import WORD, name_words
 from data.volumes import AIR_HU, TO_LPS, Volume
 
 SEGMENT_VALUE = "label value {}"  # in a DICOM SEG, whose own numbers must run from 1
-CODES = {  # what a segment is (SNOMED CT, SNOMED RT) where its label does not say
-    "10200004": "liver", "T-62000": "liver",
-    "108369006": "tumour", "4147007": "tumour", "52988006": "tumour", "86049000": "tumour",
-    "14799000": "tumour", "25370001": "tumour", "126851005": "tumour", "128462008": "tumour",
-    "M-80000": "tumour", "M-80003": "tumour", "M-03000": "tumour", "M-01000": "tumour",
-}  # fmt: skip
-NO_SCANS = (
-    "SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "RTRECORD", "PR", "SR", "KO", "REG", "DOC", "FID",
-)  # fmt: skip
-DICOMDIR = b"\x02\x00\x02\x00UI\x14\x001.2.840.10008.1.3.10"  # its SOP class, as files begin
+NO_SCANS = ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "PR", "SR", "KO", "REG", "DOC", "FID")
 FRAME_TOLERANCE = 0.5  # voxels that the corner of a slice may lie beside its place
 UNEVEN, UNEVEN_MM = 0.1, 0.1  # largest distance of a slice from its place: of a gap, mm
 TOLD_UNEVEN = 0.05  # fraction of a gap from which on a note reports it
@@ -76,15 +67,14 @@ def one_error(path: Path, what: str) -> Iterator[None]:
 
 
 def is_dicom(path: Path) -> bool:
-    """Return whether a path is a DICOM file (`DICM` after 128 bytes), and no DICOMDIR."""
+    """Return whether a path is a DICOM file: `DICM` after 128 bytes."""
     try:
         if not path.is_file():  # opening a pipe would wait for ever
             return False
         with path.open("rb") as stream:
-            start = stream.read(1024)
+            return stream.read(132)[128:] == b"DICM"
     except OSError:
         return False
-    return start[128:132] == b"DICM" and DICOMDIR not in start
 
 
 def is_dicom_input(path: Path) -> bool:
@@ -109,8 +99,8 @@ class DicomItem:
 def find_dicom(files: Iterable[Path]) -> list[DicomItem]:
     """Return the series, SEGs and unusable DICOM files among some files; each is opened once.
 
-    Contours and localisers are unusable, too. Other objects (reports, doses, DICOMDIR) and
-    pictures without a position are left out.
+    Contours and localisers are unusable, too. Other objects (reports, doses) and pictures without
+    a position are left out.
     """
     series: defaultdict[tuple[str, ...], dict[Path, int]] = defaultdict(dict)
     items: list[DicomItem] = []
@@ -528,9 +518,7 @@ def _build_slice(plane: np.ndarray, affine: np.ndarray, z: int, content: str) ->
     """Return the CT image of a plane (columns, rows) of HU; its UIDs are made from `content`."""
     import pydicom
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
-
-    def as_text(numbers: np.ndarray) -> list[str]:
-        return [pydicom.valuerep.format_number_as_ds(float(n)) for n in numbers.ravel()]
+    from pydicom.valuerep import format_number_as_ds as ds
 
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     image, study, series, frame = (
@@ -546,10 +534,10 @@ def _build_slice(plane: np.ndarray, affine: np.ndarray, z: int, content: str) ->
         "SeriesInstanceUID": series, "FrameOfReferenceUID": frame, "PatientName": "anonymous",
         "PatientID": "anonymous", "Modality": "CT", "SeriesNumber": 1, "InstanceNumber": z + 1,
         "ImageType": ["DERIVED", "SECONDARY", "AXIAL"], "Rows": plane.shape[1],
-        "Columns": plane.shape[0], "PixelSpacing": as_text(lengths[[1, 0]]),
-        "SliceThickness": as_text(lengths[2:])[0],
-        "ImageOrientationPatient": as_text((affine[:3, :2] / lengths[:2]).T),
-        "ImagePositionPatient": as_text(affine[:3, 3] + z * affine[:3, 2]),
+        "Columns": plane.shape[0], "PixelSpacing": [*map(ds, lengths[[1, 0]].tolist())],
+        "SliceThickness": ds(float(lengths[2])),
+        "ImageOrientationPatient": [*map(ds, (affine[:3, :2] / lengths[:2]).T.ravel().tolist())],
+        "ImagePositionPatient": [*map(ds, (affine[:3, 3] + z * affine[:3, 2]).tolist())],
         "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", "BitsAllocated": 16,
         "BitsStored": 16, "HighBit": 15, "PixelRepresentation": 1,
         "RescaleIntercept": 0, "RescaleSlope": 1, "RescaleType": "HU",
@@ -643,9 +631,9 @@ def name_class(header: Any) -> str:
 def list_segments(header: Any, file: Path) -> list[tuple[int, str, int]]:
     """Return (number, name, label value) of each segment; InputError where there is none.
 
-    The name is the segment's label if it is a known one, else the meaning of its code. The numbers
-    must run from 1; where the label value is another, the description says it (`write_seg`). Of
-    segments with one name the first one's value counts.
+    The name is the segment's label if it is a known one, else what its code means. The numbers must
+    run from 1; where the label value is another, the description says it (`write_seg`). Of segments
+    with one name the first one's value counts.
     """
     from pydicom.sr.codedict import codes
 
@@ -656,8 +644,8 @@ def list_segments(header: Any, file: Path) -> list[tuple[int, str, int]]:
         code = (list_items(item, "SegmentedPropertyTypeCodeSequence") or [{}])[0]
         known = not {*WORD.values()}.isdisjoint(name_words(label))
         known = known or hasattr(codes.SCT, label.title().replace(" ", ""))
-        meaning = CODES.get(read_text(code, "CodeValue"), "")
-        name = (label if known else meaning or label) or f"Segment {number}"
+        meant = [w for w in ("tumour", "liver") if w in name_words(read_text(code, "CodeMeaning"))]
+        name = label if known else [*meant, label or f"Segment {number}"][0]
         told = re.fullmatch(SEGMENT_VALUE.format(r"(\d{1,5})"), description)
         if number > 0:  # LABELMAP describes its background, too
             value = values.setdefault(name, int(told[1]) if told else number)

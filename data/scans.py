@@ -268,12 +268,10 @@ def list_files(path: Path | Masks) -> list[Path]:
 
 def stamp_inputs(paths: Iterable[Path | Masks | None]) -> list[list[Any]]:
     """Return [name, size, time of change in ns] of every file read for scans and label maps."""
-    stamps: list[list[Any]] = []
-    for path in (path for path in paths if path is not None):
-        with dicom.one_error(Path(name_label(path)), "cannot be read"):
-            files = [(file, file.stat()) for file in list_files(path)]
-        stamps += [[str(file), found.st_size, found.st_mtime_ns] for file, found in files]
-    return stamps
+    files = [file for path in paths if path is not None for file in list_files(path)]
+    if missing := [file for file in files if not file.is_file()]:
+        raise InputError(f"{show_path(missing[0])}: no such file; check the path")
+    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
 def describe_label(label: Path | Masks | None) -> str | list[list[str]]:

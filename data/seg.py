@@ -80,7 +80,20 @@ def read_seg(path: Path, scan: Volume, declared: Labels, trust_grid: bool = Fals
             other = dicom.name_object(header) or "image"
             raise InputError(f"{path}: must be a DICOM SEG, got {other}; name the SEG's file")
         notes = compare_frames(path, header, scan, trust_grid)
-        return _lay_segments(path, header, scan, declared, notes)
+        segments = dicom.list_segments(header, path)
+        values = choose_segment_values({name: value for _, name, value in segments}, declared)
+        known = {number: name for number, name, _ in segments}
+        voxels, apart = _find_voxels(path, header, scan)
+    if unknown := sorted(voxels.keys() - known.keys()):
+        raise dicom.wrong_tag(path, "SegmentSequence", f"one that describes {unknown}", [*known])
+    structures = [(known[n], values[known[n]], flat) for n, flat in voxels.items()]
+    array, overlap = lay_structures(structures, scan.shape)
+    if overlap:
+        notes.append(f"{overlap} voxels are in several segments: tumours, else smaller ones, win")
+    if apart > TOLD_APART:
+        notes.append(f"scan and label map lie up to {apart:.2g} voxels apart")
+    label = scan.like(array)
+    return replace(label, name=str(path), notes=tuple(notes), classes=values)
 
 
 def compare_frames(path: Path, header: Any, scan: Volume, trust: bool) -> list[str]:
@@ -98,26 +111,6 @@ def wrong_grid(path: Path | str, scan: Volume, reason: str, trust: bool = True) 
     """Return the error of a label map that does not lie on its scan; `trust`: it may help."""
     remedy = "use the label map of this scan" + trust * ", or, if it is: --trust-image-grid"
     return InputError(f"{path}: not on the grid of {scan.name} ({reason}); {remedy}", kind="grid")
-
-
-def _lay_segments(
-    path: Path, header: Any, scan: Volume, declared: Labels, notes: list[str]
-) -> Volume:
-    segments = dicom.list_segments(header, path)
-    values = choose_segment_values({name: value for _, name, value in segments}, declared)
-    names = {number: name for number, name, _ in segments}
-    voxels, apart = _find_voxels(path, header, scan)
-    if unknown := sorted(voxels.keys() - names.keys()):
-        raise dicom.wrong_tag(path, "SegmentSequence", f"one that describes {unknown}", [*names])
-    found = [(names[n], values[names[n]], flat) for n, flat in voxels.items()]
-    array, overlap = lay_structures(found, scan.shape)
-    if overlap:
-        notes.append(f"{overlap} voxels are in several segments: tumours, else smaller ones, win")
-    if apart > TOLD_APART:
-        notes.append(f"scan and label map lie up to {apart:.2g} voxels apart")
-    return replace(
-        scan, data=array, name=str(path), notes=tuple(notes), files=(), classes=values, convert=None
-    )
 
 
 def _find_voxels(path: Path, header: Any, scan: Volume) -> tuple[dict[int, np.ndarray], float]:

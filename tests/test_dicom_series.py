@@ -378,9 +378,11 @@ def test_everything_is_found_however_it_lies(tmp_path):
     whole = (tmp_path / "two" / "x00").read_bytes()
     (tmp_path / "torn").write_bytes(whole[:400])
     (tmp_path / "no.dcm").write_bytes(whole[128:])  # no preamble: not DICOM
-    directory = b"\x02\x00\x02\x00UI\x14\x001.2.840.10008.1.3.10"
-    (tmp_path / "DICOMDIR").write_bytes(whole[:132] + directory + whole[132:])
-    assert not is_dicom_input(tmp_path / "DICOMDIR") and is_dicom_input(tmp_path / "two")
+    directory = pydicom.Dataset()
+    directory.file_meta = copy.deepcopy(slices[0].file_meta)
+    directory.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.1.3.10"
+    directory.save_as(tmp_path / "DICOMDIR", enforce_file_format=True)
+    assert is_dicom_input(tmp_path / "two") and not is_dicom_input(tmp_path / "no.dcm")
     items = {
         item.path.relative_to(tmp_path).as_posix(): item for item in find_dicom(tmp_path.rglob("*"))
     }
