@@ -30,7 +30,7 @@ from data.datasets import (
 )
 from data.dicom import write_series
 from data.files import InputError
-from data.scans import hash_inputs, read_label_map, read_scan
+from data.scans import read_label_map, read_scan, stamp_inputs
 from data.seg import write_seg
 from data.splits import guess_pattern, name_patients, read_patients, read_split
 from data.volumes import Volume
@@ -487,7 +487,7 @@ def test_series_and_masks_give_the_right_voxels(layout, tmp_path):
         scan, label = on_scan_axes(data, patient, case)
         assert np.array_equal(scan, Volume(scan_of(patient), AFFINE).ras.data)
         assert np.array_equal(label, Volume(label_of(patient), AFFINE).ras.data)
-        assert hash_inputs([case.image, case.label])
+        assert stamp_inputs([case.image, case.label])
 
 
 def lay_chaos(root: Path, patient: int, greys=(0, 255)) -> np.ndarray:
@@ -517,11 +517,16 @@ def test_pictures_that_do_not_fit_the_slices_are_told(tmp_path):
     folder = tmp_path / "Train_Sets/CT/1/Ground"
     (case,) = find_pairs(tmp_path).cases
     scan = read_scan(case.image)
-    Image.fromarray(np.zeros((4, 12), np.uint8)).save(folder / "liver_GT_002.png")
-    with pytest.raises(InputError, match=r"\(12, 4\) pixels.*\(12, 10\)"):
+    greys = np.zeros((SHAPE[1], SHAPE[0]), np.uint8)
+    greys[0, :3] = 10, 20, 30
+    Image.fromarray(greys).save(folder / "liver_GT_002.png")
+    with pytest.raises(InputError, match=r"greys \[10, 20, 30, 255\]"):
+        read_label_map(case.label, scan, {"liver": (1,)})
+    Image.fromarray(greys[:4]).save(folder / "liver_GT_002.png")
+    with pytest.raises(InputError, match=r"must have \(12, 10\) pixels .* got \(12, 4\)"):
         read_label_map(case.label, scan, {"liver": (1,)})
     (folder / "liver_GT_002.png").unlink()
-    with pytest.raises(InputError, match=r"holds 5 PNGs, but .* has 6 slices") as error:
+    with pytest.raises(InputError, match=r"got 5 for 6 files") as error:
         read_label_map(case.label, scan, {"liver": (1,)})
     assert error.value.kind == "shape"
 
