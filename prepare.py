@@ -80,6 +80,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import psutil
 import torch
 from isal import isal_zlib
 from tqdm import tqdm
@@ -607,6 +608,9 @@ def remove_leftovers(destination: Path) -> None:
             name = PARTIAL.fullmatch(path.name)
             if not name:
                 continue
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if psutil.Process(int(name[1])).status() != psutil.STATUS_ZOMBIE:
+                    continue
             if path.is_file():
                 path.unlink()
             elif all(

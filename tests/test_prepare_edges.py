@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -309,17 +308,9 @@ def test_only_leftovers_of_dead_processes_are_removed(zombie, tmp_path):
     assert {name: (tmp_path / name).exists() for name in names} == names
 
 
-@pytest.mark.skipif(not hasattr(os, "waitid"), reason="needs processes as of POSIX")
-def test_the_lock_of_a_killed_process_is_taken_over_before_it_is_reaped(zombie, tmp_path):
-    owner = {"pid": zombie.pid, "started": zombie.create_time(), "host": socket.gethostname()}
-    (tmp_path / ".lock").write_text(json.dumps(owner))
-    with lock_folder(tmp_path):
-        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
-
-
 def test_a_second_prepare_into_a_folder_is_refused(raw):
     destination = raw.parent / "prepared"
-    with lock_folder(destination), pytest.raises(InputError, match=r"prepared: process \d+ on"):
+    with lock_folder(destination), pytest.raises(InputError, match="another process writes here"):
         run(raw)
     assert not list(destination.rglob("*.json"))
     assert len(run(raw)["cases"]) == 3
