@@ -18,13 +18,13 @@ PROMISES = {  # how a sentence begins → the tests that it stands on
     "A full disk ends": """
         test_prepare.test_a_full_disk_stops_with_a_message_and_keeps_finished_cases
         test_prepare_edges.test_a_full_disk_is_no_verdict_on_a_scan
-        test_settings.test_any_writers_failure_is_one_message_and_leaves_nothing
+        test_settings.test_any_writers_failure_is_one_message_and_leaves_what_was_there
         test_visualize_3d.test_a_full_disk_leaves_nothing_behind
         test_runs.test_a_full_disk_ends_a_training_in_one_message
     """,
     "A second process": """
         test_prepare_edges.test_a_second_prepare_into_a_folder_is_refused
-        test_settings.test_a_second_training_into_a_run_folder_is_refused
+        test_settings.test_a_folder_is_for_one_process_until_it_ends
         test_apply_inputs.test_two_processes_do_not_write_into_one_folder
     """,
     "A bad file stops": """
