@@ -19,7 +19,23 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from data.labels import LIVER_WITH_TUMOURS
-from data.settings import NETWORK_LIBRARIES, Classes, read_settings, run_script
+from data.settings import (
+    NETWORK_LIBRARIES,
+    Amount,
+    Classes,
+    Count,
+    Degrees,
+    Device,
+    HuWindow,
+    Part,
+    Positive,
+    Seed,
+    Share,
+    Spacing,
+    Whole,
+    read_settings,
+    run_script,
+)  # fmt: skip
 
 NetworkName = Literal[
     "unet3d", "unet", "attention_unet", "segresnet", "vnet", "unetr", "dynunet", "swin_unetr",
@@ -48,65 +64,68 @@ class Config:
     labels: Classes = field(default_factory=LIVER_WITH_TUMOURS.copy)
 
     # -- input
+
     # "subvolumes": as prepare.py cut them; each slice is resampled in its own plane, the slice axis
     # never. "patches": cut at random from whole cases (prepare.py --subvolume-depth 0), at one
     # spacing along all three axes, which small tumours survive.
     sampling: Literal["subvolumes", "patches"] = "subvolumes"
-    spacing: tuple[float, ...] | Literal["median"] = (1.0, 1.0)  # mm: x y (then resized), or x y z
-    # of patches; "median" is that of the training patients.
-    input_size: tuple[int, ...] = (256, 256)  # voxels, multiples of 8: x y, or x y z of patches
-    hu_window: tuple[float, float] | None = (-200.0, 250.0)  # HU that become 0 and 1; soft tissue.
-    # None, for MR: negatives become 0, then each slice is divided by its maximum. Of CT that makes
-    # the brightness of a liver depend on the bone beside it.
-    patches_per_case: int = 8  # random patches from each case in an epoch
-    foreground_sampling: float = 0.67  # part of the patches centred on foreground, classes alike
+    # mm: x y (slices are then resized), or x y z of patches; "median": of the training patients
+    spacing: tuple[Spacing, ...] | Literal["median"] = (1.0, 1.0)
+    input_size: tuple[Count, ...] = (256, 256)  # voxels, multiples of 8: x y, or x y z of patches
+    # HU that become 0 and 1; soft tissue. None, for MR: negatives become 0, then each slice is
+    # divided by its maximum. In CT the brightness of a liver would then depend on nearby bone.
+    hu_window: HuWindow | None = (-200.0, 250.0)
+    patches_per_case: Count = 8  # random patches from each case in an epoch
+    foreground_sampling: Share = 0.67  # part of the patches centred on foreground, classes alike
 
     # -- augmentation
-    augment_probability: float = 0.8  # of each of: affine change, noise, intensity scaling, shift.
-    # Of the training alone; on few patients, more of it measured better.
-    rotation_degrees: float = 15.0  # largest rotation in plane, either way
-    translation: float = 0.1  # largest shift either way, fraction of the picture's side
-    scaling: float = 0.2  # largest change of size either way
-    noise_sd: float = 0.02  # largest noise, in units of the 0..1 intensity (0.02 = 9 HU)
-    intensity_scaling: float = 0.15  # largest change of contrast either way (contrast agent)
-    intensity_shift: float = 0.1  # largest change of brightness either way (0.1 = 45 HU)
-    flip_probability: float = 0.0  # left-right; 0, because a liver is on the right
+
+    # probability of each: affine change, noise, intensity scaling, shift; in training alone. On
+    # few patients a higher one measured better.
+    augment_probability: Share = 0.8
+    rotation_degrees: Degrees = 15.0  # largest rotation in plane, either way
+    translation: Share = 0.1  # largest shift either way, fraction of the picture's side
+    scaling: Part = 0.2  # largest change of size either way
+    noise_sd: Amount = 0.02  # largest noise, in units of the 0..1 intensity (0.02 = 9 HU)
+    intensity_scaling: Amount = 0.15  # largest change of contrast either way (contrast agent)
+    intensity_shift: Amount = 0.1  # largest change of brightness either way (0.1 = 45 HU)
+    flip_probability: Share = 0.0  # left-right; 0, because a liver is on the right
 
     # -- network
-    network: NetworkName = "unet3d"  # unet3d is Çiçek et al. 2016; the others are MONAI's.
-    # No deep supervision: it has not been measured to help here.
-    base_channels: int = 32  # width; 32 is the paper's 19 M parameters, 8 trains on a laptop
+    network: NetworkName = "unet3d"  # unet3d is Çiçek et al. 2016; the others are MONAI's
+    base_channels: Count = 32  # width; 32 is the paper's 19 M parameters, 8 trains on a laptop
     pretrained: Path | None = None  # a checkpoint of the same network, whose weights to begin with
-    pretrained_share: float = 0.0  # so much of the weights kept stays as they began; the rest is
-    # learnt. On few patients 0.5 keeps what they would unlearn.
+    # interpolation of the saved weights: 0 is trained, 1 is pretrained. On few patients 0.5 keeps
+    # what they would forget.
+    pretrained_share: Part = 0.0
     encoder_weights: Path | None = None  # ResNet-34 of ImageNet (torchvision, smp): resnet34_unet
-    dropout: float = 0.0  # part of the features that training leaves out, where the network has it
+    dropout: Part = 0.0  # part of the features that training leaves out, where the network has it
 
     # -- optimisation
     loss: LossName = "dice"  # soft Dice of the foreground classes
     optimizer: OptimizerName = "adam"  # sgd with momentum 0.99
-    weight_decay: float | None = None  # None is the optimizer's usual: adamw 0.01, sgd 3e-5, adam 0
+    weight_decay: Amount | None = None  # None: the optimizer's usual, adamw 0.01, sgd 3e-5, adam 0
     amsgrad: bool = False  # of adam and adamw: steps by the largest second moment so far
-    learning_rate: float = 3e-4  # at the start
+    learning_rate: Positive = 3e-4  # at the start
     schedule: ScheduleName = "cosine"  # of the learning rate, by epoch
-    batch_size: int = 2  # sub-volumes per step (and per process under torchrun)
-    max_epochs: int = 100  # passes over the training sub-volumes
-    gradient_clip: float = 12.0  # largest gradient norm; 0 leaves it alone
-    ema_decay: float = 0.0  # keep a moving average of the weights; 0.99 steadies a constant rate
-    patience: int = 0  # stop after so many validations without a better Dice; 0 = never
-    val_interval: int = 1  # epochs between validations
+    batch_size: Count = 2  # sub-volumes per step (and per process under torchrun)
+    max_epochs: Count = 100  # passes over the training sub-volumes
+    gradient_clip: Amount = 12.0  # largest gradient norm; 0 leaves it alone
+    ema_decay: Part = 0.0  # keep a moving average of the weights; 0.99 steadies a constant rate
+    patience: Whole = 0  # stop after so many validations without a better Dice; 0 = never
+    val_interval: Count = 1  # epochs between validations
 
     # -- machine
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    device: Device = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: the fastest one here
     compile: bool = False  # torch.compile: a minute at the start, faster steps on a GPU
     deterministic: bool = False  # repeatable on a GPU as far as torch can, slower; a CPU always is
     sync_batch_norm: bool = False  # under torchrun: statistics over all GPUs, for small batches
     tensorboard: bool = False  # also write event files: tensorboard --logdir checkpoints
-    seed: int = 0  # of weights, order and augmentation
+    seed: Seed = 0  # of weights, order and augmentation
 
     # -- inference
-    overlap: float = 0.5  # of neighbouring windows, along each axis they slide on; apply_model.py's
+    overlap: Part = 0.5  # of neighbouring windows, along each axis they slide on; apply_model.py's
 
     # Names of the options that were given by hand; None: those that differ from the defaults.
     given: ClassVar[frozenset[str] | None] = None
@@ -380,6 +399,7 @@ def main(config: Config) -> None:
         saved = utilities.load_checkpoint(find_checkpoint(config.resume, ["last.pt"]))
         folder = config.resume if config.resume.is_dir() else config.resume.parent
         config = resume_settings(config, folder, saved)
+        check_settings(config)
         stopped = config.patience and utilities.find_best(saved["history"])[1] >= config.patience
         if stopped or saved["epoch"] >= config.max_epochs:
             done = f"{folder}: finished after {saved['epoch']} epochs"

@@ -35,6 +35,11 @@ from data.files import InputError, atomic_write, find_checkpoint, write_csv
 from data.labels import IGNORED, IMAGE, LABEL, PRED
 from data.pictures import add_legend, class_colour, find_busiest_slice, save_figure, show_patient
 from data.settings import (
+    Count,
+    Device,
+    HuWindow,
+    Part,
+    Spacing,
     check_settings,
     check_types,
     delayed_interrupt,
@@ -220,9 +225,20 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     for organ, usual in (checkpoint.get("expected") or {}).items():
         check_types(usual, {"log_ml": float, "sd": float}, f"{path}: expected {organ}", remedy)
     for settings in ("preprocessing", "inference", "config"):
-        check_settings(checkpoint[settings], f"{path}: its setting ")
+        check_settings(checkpoint[settings], f"{path}: its setting ", SavedSettings)
     refuse_non_finite(checkpoint["network_state"], path)
     return checkpoint
+
+
+class SavedSettings:
+    """Settings of a checkpoint with a range."""
+
+    spacing: tuple[Spacing, ...]
+    hu_window: HuWindow | None
+    input_size: tuple[Count, ...]
+    window: tuple[Count, ...]
+    overlap: Part
+    device: Device
 
 
 def load_network(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:

@@ -37,7 +37,7 @@ def test_a_network_of_cropped_slices_crops_what_it_is_applied_to(raw_phantoms, t
     edges = np.array([[part.start, part.stop - 1] for part in box])
     ends = np.diag(to_network)[:2, None] * edges + to_network[:2, 3, None]
     assert np.abs(ends - [[0, n - 1] for n in tensor.shape[1:3]]).max() < 1  # network voxels
-    assert apply_model.segment(model, scan).shape == scan.shape
+    assert apply_model.segment(model, scan).label.shape == scan.shape
 
 
 def edit_spacing(source, folder):
@@ -79,9 +79,8 @@ def test_spacing_median_of_patches_has_three_axes(whole_cases, tmp_path):
 
 def test_spacing_in_other_words_is_refused():
     check_settings(train.Config(spacing="median"))
-    for settings in (train.Config(spacing="mean"), {"spacing": "median"}):  # a checkpoint's
-        with pytest.raises(InputError, match="--spacing must be a number"):
-            check_settings(settings)
+    with pytest.raises(InputError, match="--spacing must be"):
+        check_settings(train.Config(spacing="mean"))
 
 
 def test_single_slices_with_liver_train_the_2d_network_and_are_applied(
