@@ -1029,6 +1029,9 @@ def test_slices_given_one_by_one_are_their_series_once(tmp_path):
     volume = save(scan_of(2), tmp_path / "x.nii.gz")
     assert find_scans(*slices, volume) == [tmp_path / "a", volume]
     assert find_scans(slices[3]) == [slices[3]]  # one slice names its series
+    others = [f.rename(tmp_path / f"a/x{f.name}") for f in save_series(scan_of(2), tmp_path / "b")]
+    assert find_scans(slices[3], others[3]) == [slices[3], others[3]]  # so does one of each
+    assert len(find_scans(*slices, *others)) == 2
 
 
 def test_truths_may_be_segs_or_masks(tmp_path):
