@@ -570,6 +570,12 @@ def test_two_series_in_one_folder_have_names_by_their_uids(tmp_path):
         assert np.array_equal(label, Volume(label_of(patient), AFFINE).ras.data)
 
 
+def test_a_series_that_a_seg_names_is_a_scan_whatever_its_folder_is_called(tmp_path):
+    as_seg(save_series(scan_of(1), tmp_path / "masks/p1"), label_of(1), tmp_path / "masks/x.dcm")
+    (case,) = find_pairs(tmp_path).cases
+    assert (case.image, case.label) == (tmp_path / "masks/p1", tmp_path / "masks/x.dcm")
+
+
 def test_two_segs_of_one_series_are_told(tmp_path):
     lay_seg(tmp_path, 1)
     scan = read_scan(tmp_path / "p1/scan")
