@@ -19,14 +19,22 @@ from typing import Literal
 import tyro
 
 from data.files import InputError, find_checkpoint
-from data.settings import NETWORK_LIBRARIES, read_settings, run_script
+from data.settings import (
+    NETWORK_LIBRARIES,
+    Device,
+    Int16,
+    Part,
+    Whole,
+    read_settings,
+    run_script,
+)  # fmt: skip
 
 
 @dataclass
 class Options:
     """How a scan is segmented, beside what the checkpoint says."""
 
-    windows: int = 0  # windows per network call; 0: up to 4, on the CPU only of small ones
+    windows: Whole = 0  # windows per network call; 0: up to 4, on the CPU only of small ones
     mirror: bool = False  # average with the front-back mirror image; twice the time
     trim_by_hu: bool = True  # of a liver in CT: drop an edge that is far darker than its inside
     largest_component: bool = True  # keep the largest component of an organ; not for paired organs
@@ -47,12 +55,12 @@ class Config(Options):
     split: Literal["training", "validation", "test"] | None = None  # cases of prepared data instead
     data: Path = Path("data/prepared")  # what prepare.py wrote; read with --split only
     truth: tuple[Path, ...] = ()  # reference label maps: one per path, or a folder of equal names
-    overlap: float | None = None  # of neighbouring windows, 0 to below 1; None: the checkpoint's
-    background: int | None = None  # fill value of masked volumes; None: air (CT), 0 (MR)
+    overlap: Part | None = None  # of neighbouring windows, 0 to below 1; None: the checkpoint's
+    background: Int16 | None = None  # fill value of masked volumes; None: air (CT), 0 (MR)
     dicom_seg: bool = False  # also write a DICOM SEG of scans that are DICOM series
     force: bool = False  # go on with scans that do not look like CT in HU
     overwrite: bool = False  # do finished cases again
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    device: Device = "auto"  # auto, cpu, cuda, cuda:1
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: what is fast here
 
 
@@ -84,14 +92,13 @@ import torch
 from monai.inferers import sliding_window_inference
 from tqdm import tqdm
 
-from data import trust
+from data import scans, trust
 from data.check import judge_hu
 from data.datasets import Case, list_cases
 from data.evaluate import do_each, evaluate, measure, refuse_failures, report_all, tell_row
 from data.files import lock_folder, read_record, write_json
 from data.labels import group_tumours, translate_classes
 from data.pictures import draw_planes, save_figure
-from data.scans import describe_label, mark_undrawn, read_label_map, read_scan, stamp_inputs
 from data.seg import write_seg
 from data.splits import read_cases
 from data.volumes import AIR_HU, Volume, find_bounding_box, write_masked
@@ -184,7 +191,7 @@ def segment(
     `Volume(array, affine)`, affine 4×4 from voxel to patient mm in RAS+.
     """
     options = options or Options()
-    scan = scan if isinstance(scan, Volume) else read_scan(Path(scan))
+    scan = scan if isinstance(scan, Volume) else scans.read_scan(Path(scan))
     tensor, to_network = preprocess_volume(scan, model.chain, model.device)
     begin = time.perf_counter()
     if model.finder:
@@ -383,7 +390,7 @@ def find_doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str
 def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume | None, list[str]]:
     """Return a scan in memory, its truth as RAS class indices, and what is unusual about them."""
     assert case.image
-    scan = read_scan(case.image)
+    scan = scans.read_scan(case.image)
     array = scan.read()
     scan, notes = replace(scan, data=array, convert=None), list(scan.notes)
     for kind, fault in judge_hu(array[::2, ::2], array.dtype):
@@ -402,7 +409,7 @@ def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume 
     if case.label is None:
         return scan, None, notes
     declared = case.described.labels if case.described else model.declared
-    label = read_label_map(
+    label = scans.read_label_map(
         case.label,
         scan,
         declared,
@@ -410,7 +417,7 @@ def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume 
         trust_grid=case.trust_grid,
         ignore=case.described.ignore if case.described else (),
     )
-    truth = label.ras.like(mark_undrawn(label.ras.data, 0, *case.drawn))
+    truth = label.ras.like(scans.mark_undrawn(label.ras.data, 0, *case.drawn))
     return scan, truth, list(dict.fromkeys([*notes, *label.notes]))
 
 
@@ -452,7 +459,7 @@ def do_case(model: Model, weights: str, config: Config, case: Case) -> None:
     settings = [getattr(config, one.name) for one in fields(Options)]
     settings += [config.background, config.dicom_seg, config.overlap, config.precision]
     settings += [case.described, case.trust_grid, case.accepted, case.drawn]
-    inputs = stamp_inputs([case.image, case.label])
+    inputs = scans.stamp_inputs([case.image, case.label])
     mark = hashlib.sha256(repr([inputs, weights, settings]).encode()).hexdigest()
     record, names = folder / f"{case.name}.json", [f"{case.name}_{end}" for end in WRITTEN]
     known = None if config.overwrite else read_record(record, mark)
@@ -464,7 +471,7 @@ def do_case(model: Model, weights: str, config: Config, case: Case) -> None:
     row = apply_to_case(model, case, config)
     row |= {
         "image": str(case.image and case.image.resolve()),
-        "truth": case.label and describe_label(case.label),
+        "truth": case.label and scans.describe_label(case.label),
         "checkpoint": ", ".join(map(str, (config.checkpoint, *config.folds))),
         "weights": weights,
         "mark": mark,

@@ -29,16 +29,16 @@ from data.labels import (
     IGNORED,
     IMAGE,
     LABEL,
-    LARGEST_VALUE,
     Labels,
     find_label,
     find_values,
     index_classes,
     list_values,
+    parse_values,
 )
 from data.pictures import PLANES, choose_hu_window, find_busiest_slice, save_figure, show_patient
 from data.scans import describe_label, read_label_map, read_scan, restore_label
-from data.settings import command_line, show_progress
+from data.settings import Count, Whole, read_settings, run_script, show_progress
 from data.volumes import Volume, find_bounding_box
 
 Finding = tuple[str, str]  # kind (a key of RULES), text
@@ -97,7 +97,10 @@ def read_data_set(config: Any) -> tuple[list[Case], Terms]:
 
     `config` has the settings of this file's `Config`.
     """
-    named, values = {"images": config.images, "labels": config.labels}, parse_values(config.values)
+    named, values = (
+        {"images": config.images, "labels": config.labels},
+        parse_values(config.values, "--values"),
+    )
     data = find_pairs(config.source, **named, exclude=config.destination, values=values or None)
     print(*describe_data_set(data), sep="\n")
     ignore = data.ignore
@@ -111,23 +114,6 @@ def read_data_set(config: Any) -> tuple[list[Case], Terms]:
     foreground = choose_foreground(config.foreground, data.declared)
     how = (config.trust_image_grid, config.modality, config.subvolume_depth)
     return data.cases, Terms(data.declared, foreground, *how, ignore, config.label_every)
-
-
-def parse_values(words: Sequence[str]) -> Labels:
-    """`["liver=6", "tumour=7,8"]` → {"liver": (6,), "tumour": (7, 8)}."""
-    labels: Labels = {}
-    for word in words:
-        name, _, numbers = word.partition("=")
-        parts = numbers.split(",")
-        if not name or not all(part.isdecimal() for part in parts):
-            raise InputError(f"--values {word}: must be NAME=VALUE or NAME=VALUE,VALUE")
-        labels[name] = tuple(map(int, parts))
-    listed = [value for values in labels.values() for value in values]
-    if len(set(listed)) < len(listed) or max(listed, default=0) > LARGEST_VALUE:
-        raise InputError(
-            f"--values {' '.join(words)}: each value from 0 to {LARGEST_VALUE} has one name"
-        )
-    return labels
 
 
 def choose_foreground(names: Sequence[str], labels: Labels) -> tuple[int, ...]:
@@ -467,8 +453,8 @@ class Config:
     values: tuple[str, ...] = ()  # what label values mean, such as liver=6 tumour=7
     foreground: tuple[str, ...] = FOREGROUND  # labels that must not be lost
     modality: Literal["CT", "MR"] = "CT"  # MR: intensities are no HU
-    label_every: int = 1  # only every so many-th slice was drawn
-    subvolume_depth: int = 16  # slices below which a scan is thin
+    label_every: Count = 1  # only every so many-th slice was drawn
+    subvolume_depth: Whole = 16  # slices below which a scan is thin
     trust_image_grid: bool = False  # lay a label map on its scan's grid if only the shapes agree
     accept: tuple[Literal["mirrored", "outside", "hu"], ...] = ()  # errors to take as warnings
 
@@ -485,4 +471,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__)
+    run_script(main, read_settings(Config, __doc__))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import apply_model
+import visualize_3d
 from apply_model import Model, Options
 from data.files import InputError
 from data.labels import USUAL_LABELS
@@ -18,7 +19,8 @@ from data.scans import read_volume
 from data.volumes import Volume
 from preprocess import Chain
 from utilities import build_network, save_checkpoint
-from visualize_3d import find_result
+from visualize_3d import Config as View
+from visualize_3d import find_case
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 SHAPE = (40, 36, 24)
@@ -262,7 +264,7 @@ def test_the_trust_of_prepare_holds_for_its_test_split(use, tmp_path):
         apply(use, split="test", data=data)
     write_prepared(data, label, affine=moved, settings={"trust_image_grid": True})
     assert float(apply(use, split="test", data=data)["a"]["liver_dice"]) > 0.98
-    case = find_result(use["destination"] / "a")
+    case = visualize_3d.find_case(use["destination"] / "a", visualize_3d.Config())
     assert case.reference.data.any(), "3D reads it although its header lies elsewhere"
 
 
@@ -284,7 +286,7 @@ def test_masks_of_prepared_data_are_one_truth(use, tmp_path):
     write_prepared(tmp_path / "data", label, record={"label": paths})
     row = apply(use, split="test", data=tmp_path / "data")["a"]
     assert float(row["liver_dice"]) > 0.98
-    case = find_result(use["destination"] / "a")
+    case = find_case(use["destination"] / "a", View())
     assert np.count_nonzero(case.reference.data == 1) == np.count_nonzero(label)
 
 
