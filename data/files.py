@@ -103,7 +103,7 @@ def one_error(path: Path, what: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings(action="ignore"):  # of values that this program checks
             yield
-    except (InputError, PermissionError):
+    except InputError:
         raise
     except Exception as error:  # damaged bytes lead a library to anything
         told = f"{what} ({type(error).__name__}: {error}); the file is cut off or damaged, copy or"
