@@ -4,7 +4,7 @@
     python benchmarks/starter.py --work data/starter --seed 1      # once more, all drawn anew
     python benchmarks/starter.py --work data/starter --score-only  # of weights that are there
 
-The scripts are run as a user runs them: `data/make_bodies.py`, `prepare.py`, `train.py`, and
+The scripts are run as a user runs them: `benchmarks/bodies.py`, `prepare.py`, `train.py`, and
 `apply_model.py` on the real CTs. What is there already in `--work` is not made again. Not one real
 voxel is trained on; the settings were chosen on the two scans in `CHOSEN_ON`, so the mean over the
 others, which stands apart in the result, is the one to believe.
@@ -64,7 +64,7 @@ def make_weights(config: Config, folder: Path) -> dict[str, float]:
     """Bodies, sub-volumes and training, as far as they are not there; minutes of each."""
     raw, data, seconds = folder / "raw", folder / "prepared", {}
     if not (ROOT / raw / "dataset.json").exists():
-        seconds["bodies"] = run("data/make_bodies.py", "--destination", raw, "--seed", config.seed,
+        seconds["bodies"] = run("benchmarks/bodies.py", "--destination", raw, "--seed", config.seed,
                                 *shlex.split(BODIES))  # fmt: skip
     if not (ROOT / data / "dataset.json").exists():
         seconds["prepare"] = run("prepare.py", raw, "--destination", data, "--seed", config.seed,

@@ -236,5 +236,4 @@ def read_record(path: Path, mark: str | None = None) -> dict[str, Any] | None:
         return None
     if not isinstance(content, dict) or not content.keys() & {"mark", "fingerprint"}:
         return None
-    content.pop(SIGNATURE, None)
     return content if mark in (None, content.get("mark")) else None

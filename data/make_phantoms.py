@@ -1,62 +1,50 @@
 """Make synthetic abdominal CTs, so that the whole pipeline runs with nothing downloaded.
 
     python data/make_phantoms.py --destination data/raw --cases 20 --seed 0
-    python data/make_phantoms.py --livers path/to/masks --destination data/raw_painted
 
 One atlas of the abdomen is written down below in reference millimetres: x to the patient's RIGHT,
 y to the front, z to the head, the origin on the body axis at the height of the liver's dome. An
 organ is an implicit function, negative inside and roughly a distance in millimetres. A patient is
-the atlas with jittered numbers, bent by a few smooth waves and scaled; a scan is that patient
-sampled on a voxel grid. So orientation, spacing and obliqueness are only sampling, and cannot
-break the anatomy. Arrays are (Z, Y, X) in here: in that order they lie in a NIfTI file.
+the atlas with random sizes, bent by a few smooth waves and scaled; a scan is that patient sampled
+on a voxel grid, so orientation and spacing cannot break the anatomy. Arrays are (Z, Y, X) in here.
 """
 
-import json
-import multiprocessing
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, reduce
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import nibabel as nib
 import numpy as np
-import tyro
 from nibabel.affines import apply_affine
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
-from tqdm import tqdm
 
-# Run as a script, the folder above is not where Python looks for `data` and `utilities`.
+# Run as a script, the folder above is not where Python looks for `data`.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.volumes import Volume, read_file
+from data.files import InputError, write_json
+from data.settings import read_settings, run_script, show_progress
+from data.volumes import Volume
 
 
 @dataclass
 class Config:
+    """Which phantoms are made, and where they are written."""
+
     destination: Path = Path("data/raw")  # folder to write, in Decathlon layout
-    cases: int | None = None  # number of cases; default 20, with --livers all masks
+    cases: int = 20  # number of cases
     first: int = 0  # index of the first case, for batches (--first 20 --cases 20)
     seed: int = 0  # case i depends on (seed, i) alone: same numbers, same bytes
-    size: int | None = None  # voxels in-plane; default 128, with --livers the mask's own grid
-    slices: tuple[int, int] = (40, 72)  # fewest and most slices (not with --livers)
+    size: int = 128  # voxels in-plane
+    slices: tuple[int, int] = (40, 72)  # fewest and most slices
     tumours: tuple[int, int] = (0, 4)  # fewest and most tumours in a liver
-    organ: Literal["liver", "spleen"] = "liver"  # what the label map outlines
-    livers: Path | None = None  # folder of liver masks: paint a body around each of them
-    compress: bool = True  # .nii.gz; --no-compress writes .nii
-    workers: int = 1  # processes; the bytes do not depend on it
+    organ: Literal["liver", "spleen"] = "liver"  # organ of the label map
 
 
-# ---------------------------------------------------------------------------------------------
-# the atlas: HU and reference millimetres (x right, y front, z head)
-# ---------------------------------------------------------------------------------------------
-
-LABELS = {
-    "liver": {"0": "background", "1": "liver", "2": "tumour"},
-    "spleen": {"0": "background", "1": "spleen"},
-}
+# The atlas: HU and reference millimetres (x right, y front, z head)
+LABELS = {"liver": ("background", "liver", "tumour"), "spleen": ("background", "spleen")}
 ORIENTATIONS = ("RAS", "LAS", "LPS", "oblique")  # case i takes number i modulo 4
 AIR, GAS, LUNG, TABLE, FAT, WATER, SOFT = -1000, -900, -850, -150, -100, 10, 40
 MUSCLE, DISC, SPONGY, BONE = 55, 85, 190, 320
@@ -93,6 +81,10 @@ HEPATIC_TUBES = [  # from, to, radius at either end
     ((24, -24, -22), (62, 50, -58), 5.5, 2.5),
     ((24, -24, -22), (-18, 44, -42), 5.0, 2.5),
 ]
+ABOVE_LIVER = {  # HU; spleen and kidneys are so close that HU cannot tell them from the liver
+    "liver": (0, 0), "spleen": (-8, 12), "kidney": (-5, 35), "pancreas": (-25, -5),
+    "vein": (30, 50), "aorta": (40, 70), "heart": (20, 45),
+}  # fmt: skip
 VERTEBRAE = [  # columns: centre, radii, how far they reach towards the disc (-1 .. 1), HU
     ((0, SPINE - 30, 0), (44, 5, ALONG), -0.3, BONE),  # transverse processes
     ((0, SPINE - 48, 0), (4.5, 22, ALONG), 0.2, BONE),  # spinous process
@@ -104,53 +96,51 @@ VERTEBRAE = [  # columns: centre, radii, how far they reach towards the disc (-1
 ]
 
 
-# ---------------------------------------------------------------------------------------------
-# shapes: functions of float32 arrays x, y, z (mm), negative inside
-# ---------------------------------------------------------------------------------------------
-
-
+# Shapes: functions of float32 arrays x, y, z (mm), negative inside
 class Shape(NamedTuple):
-    level: Callable[..., np.ndarray]  # (x, y, z) -> about the distance in mm to the surface
-    low: np.ndarray = np.full(3, -np.inf)  # the box (mm) outside which the level is positive
+    """An implicit function and the box (mm) outside which it is positive."""
+
+    level: Callable[..., np.ndarray]  # (x, y, z) → about the distance in mm to the surface
+    low: np.ndarray = np.full(3, -np.inf)
     high: np.ndarray = np.full(3, np.inf)
 
     def grown(self, mm: float) -> "Shape":
         return Shape(lambda *p: self.level(*p) - mm, self.low - mm, self.high + mm)
 
     def within(self, other: "Shape", mm: float = 0) -> "Shape":
-        """The intersection, its crease rounded over `mm`."""
-        a, b = self.level, other.level
-        return Shape(lambda *p: smooth_max(a(*p), b(*p), mm), self.low, self.high)
+        """Return the intersection, its crease rounded over `mm`."""
+
+        def level(*p):
+            a, b = self.level(*p), other.level(*p)
+            return 0.5 * (a + b + np.sqrt((a - b) ** 2 + mm * mm)) if mm else np.maximum(a, b)
+
+        return Shape(level, self.low, self.high)
 
     def without(self, other: "Shape", mm: float = 0) -> "Shape":
         return self.within(Shape(lambda *p: -other.level(*p)), mm)
 
     def joined(self, other: "Shape", mm: float) -> "Shape":
-        """The union, its crease filled over `mm`."""
+        """Return the union, its crease filled over `mm`."""
+        outside = Shape(lambda *p: -self.level(*p)).without(other, mm)
         low, high = np.minimum(self.low, other.low) - mm, np.maximum(self.high, other.high) + mm
-        return Shape(lambda *p: -smooth_max(-self.level(*p), -other.level(*p), mm), low, high)
-
-
-def smooth_max(a: np.ndarray, b: np.ndarray, mm: float) -> np.ndarray:
-    return 0.5 * (a + b + np.sqrt((a - b) ** 2 + mm * mm)) if mm else np.maximum(a, b)
+        return Shape(lambda *p: -outside.level(*p), low, high)
 
 
 def ellipsoid(centre, radii) -> Shape:
-    """An ellipsoid; a column where a radius is infinite."""
+    """Return an ellipsoid; a column where a radius is infinite."""
     centre, radii = np.asarray(centre, float), np.asarray(radii, float)
     # as Python floats, because a float64 scalar would turn float32 arrays into float64
-    c, inverse = centre.tolist(), (1 / radii).tolist()  # 0 along a column
-    least = float(radii.min())
-
-    def level(*p):
-        q = sum(((p[n] - c[n]) * inverse[n]) ** 2 for n in range(3) if inverse[n])
-        return (np.sqrt(q) - 1) * least
-
-    return Shape(level, centre - radii, centre + radii)
+    c, inverse, least = centre.tolist(), (1 / radii).tolist(), float(radii.min())
+    axes = [n for n in range(3) if inverse[n]]  # 0 along a column
+    return Shape(
+        lambda *p: (np.sqrt(sum(((p[n] - c[n]) * inverse[n]) ** 2 for n in axes)) - 1) * least,
+        centre - radii,
+        centre + radii,
+    )
 
 
 def tube(start, end, r0: float, r1: float) -> Shape:
-    """A straight vessel or muscle whose radius goes from r0 to r1."""
+    """Return a straight vessel or muscle whose radius goes from r0 to r1."""
     start, end = np.asarray(start, float), np.asarray(end, float)
     s, axis = start.tolist(), (end - start).tolist()
     a = ((end - start) / ((end - start) @ (end - start))).tolist()
@@ -165,7 +155,7 @@ def tube(start, end, r0: float, r1: float) -> Shape:
 
 @Shape
 def cavity(x, y, z) -> np.ndarray:
-    """The inside of the trunk, between ellipse and rectangle in cross-section, closed on top."""
+    """Return the inside of the trunk, between ellipse and rectangle in cross-section."""
     u, v = (x * (1 / HALF_WIDTH)) ** 2, ((y - CAVITY_Y) * (1 / HALF_DEPTH)) ** 2
     radius = np.sqrt(np.sqrt(u * u + v * v + 1.3 * u * v))
     return (radius + (np.maximum(z - 130, 0) * (1 / 150)) ** 2 - 1) * CAVITY_MM
@@ -173,33 +163,27 @@ def cavity(x, y, z) -> np.ndarray:
 
 @Shape
 def muscles(x, y, z) -> np.ndarray:
-    """The cavity and its wall, which is thickest beside the spine."""
+    """Return the cavity and its wall, which is thickest beside the spine."""
     back, flank = np.clip((CAVITY_Y - y) * (1 / HALF_DEPTH), 0, 1.2), (x * (1 / 80)) ** 2
     return cavity.level(x, y, z) - 11 - 22 * back * back / (1 + flank * flank)
 
 
-@Shape
-def table(x, y, z) -> np.ndarray:
-    rim = np.abs(np.sqrt(x * x + (y - 250) ** 2) - 425) - 3
-    return np.maximum(rim, np.maximum(y + 110, np.abs(x) - 210))
+table = Shape(
+    lambda x, y, z: np.maximum(
+        np.abs(np.sqrt(x * x + (y - 250) ** 2) - 425) - 3, np.maximum(y + 110, np.abs(x) - 210)
+    )
+)
 
 
 @Shape
 def ribs(x, y, z) -> np.ndarray:
-    """Rings in the wall that fall towards the front, down to the costal arch."""
+    """Return rings in the wall that fall towards the front, down to the costal arch."""
     rings = 6 * (0.45 - np.cos((z + 0.5 * y) * (2 * np.pi / 29)))
     rings = np.maximum(rings, np.abs(cavity.level(x, y, z) - 5) - 4)
     return np.maximum(rings, np.maximum(0.75 * y - 112 - z, 26 - np.abs(x)))
 
 
-def between_discs(reach: float) -> Shape:
-    return Shape(lambda x, y, z: 6 * (np.cos(z * (2 * np.pi / VERTEBRA)) - reach))
-
-
-# ---------------------------------------------------------------------------------------------
-# the patient: layers of shapes, back to front
-# ---------------------------------------------------------------------------------------------
-
+# The patient: layers of shapes, back to front
 Layers = list[tuple[str, Shape, float]]  # name, shape, HU
 
 
@@ -212,25 +196,8 @@ class Patient:
     fat: float  # under the skin, mm
 
 
-def draw_waves(rng: np.random.Generator, n: int, lengths, mm: float, axes: int) -> np.ndarray:
-    """(n, 4 + axes): plane waves of random direction, length (mm), phase and amplitude."""
-    vector = rng.normal(size=(n, 3))
-    vector *= 2 * np.pi / np.linalg.norm(vector, axis=1, keepdims=True)
-    phase, amplitude = rng.uniform(0, 2 * np.pi, (n, 1)), rng.uniform(-mm, mm, (n, axes))
-    return np.hstack([vector / rng.uniform(lengths[0], lengths[1], (n, 1)), phase, amplitude])
-
-
-def draw_hu(rng: np.random.Generator) -> dict[str, float]:
-    """Portal venous phase: spleen and kidneys so close to the liver that HU cannot tell them."""
-    liver = rng.uniform(84, 120)
-    above = {"liver": (0, 0), "spleen": (-8, 12), "kidney": (-5, 35), "pancreas": (-25, -5)}
-    above |= {"vein": (30, 50), "aorta": (40, 70), "heart": (20, 45)}
-    hu = {name: float(liver + rng.uniform(*span)) for name, span in above.items()}
-    return hu | {"stomach": float(rng.uniform(5, 100)), "wall": float(rng.uniform(45, 90))}
-
-
 def draw_liver(rng: np.random.Generator, part: dict[str, Shape], dome: Shape) -> Shape:
-    """Two lobes inside ribs and dome, hollow towards kidney, stomach and spine."""
+    """Return two lobes inside ribs and dome, hollow towards kidney, stomach and spine."""
     waves = draw_waves(rng, 4, (60, 130), 2.5, 1).tolist()
 
     def right(x, y, z):  # follows the dome, and tapers below towards the flank
@@ -246,7 +213,7 @@ def draw_liver(rng: np.random.Generator, part: dict[str, Shape], dome: Shape) ->
 
 
 def draw_chest(rng: np.random.Generator, part: dict[str, Shape], hu: dict, dome: Shape) -> Layers:
-    """Lungs down to the diaphragm, between them heart and mediastinum."""
+    """Return lungs down to the diaphragm, between them heart and mediastinum."""
     lung = cavity.grown(-2).without(dome).within(Shape(lambda x, y, z: -118 - z))
     lung = lung._replace(low=np.array([-np.inf, -np.inf, -120]))
     lobes = [(side, rng.uniform((60, -70, -70), (120, 70, 70))) for side in (1, -1) * 8]
@@ -262,7 +229,7 @@ def draw_chest(rng: np.random.Generator, part: dict[str, Shape], hu: dict, dome:
 
 
 def draw_belly(rng: np.random.Generator, part: dict[str, Shape], hu: dict) -> Layers:
-    """Psoas muscles, hip bones, bowel with gas, stool or fluid in its loops, pancreas, spine."""
+    """Return psoas muscles, hip bones, bowel with gas, stool or fluid, pancreas and spine."""
     layers: Layers = []
     for side, name in ((1, "right hip"), (-1, "left hip")):
         psoas = tube((side * 32, -58, -160), (side * 62, -14, -390), 13, 26)
@@ -274,12 +241,13 @@ def draw_belly(rng: np.random.Generator, part: dict[str, Shape], hu: dict) -> La
         layers += [("bowel", loop, hu["wall"]), ("bowel", loop.grown(-3), content)]
     layers.append(("pancreas", part["pancreas"], hu["pancreas"]))
     for centre, radii, reach, value in VERTEBRAE:
-        layers.append(("spine", ellipsoid(centre, radii).within(between_discs(reach)), value))
+        cycle = Shape(lambda *p, end=reach: 6 * (np.cos(p[2] * (2 * np.pi / VERTEBRA)) - end))
+        layers.append(("spine", ellipsoid(centre, radii).within(cycle), value))
     return layers
 
 
 def draw_front(part: dict[str, Shape], hu: dict, dome: Shape) -> Layers:
-    """Spleen, stomach, kidneys, gallbladder, aorta and vena cava."""
+    """Return spleen, stomach, kidneys, gallbladder, aorta and vena cava."""
     spleen = part["spleen"].within(cavity.grown(-5), 6).within(dome.grown(-3), 6)
     stomach = part["stomach"].joined(part["antrum"], 16).within(dome.grown(-5), 6)
     surface = float(part["stomach"].high[1] - 24)
@@ -299,13 +267,15 @@ def draw_front(part: dict[str, Shape], hu: dict, dome: Shape) -> Layers:
 
 
 def draw_patient(rng: np.random.Generator) -> Patient:
-    """The patient, still without tumours."""
+    """Return a random patient, still without tumours, in the portal venous phase."""
     part = {
         name: ellipsoid(centre + rng.uniform(-5, 5, 3), radii * rng.uniform(0.92, 1.08, 3))
         for name, (centre, radii) in ORGANS.items()
     }
-    hu, fat = draw_hu(rng), float(rng.uniform(8, 30))
-    domes = part["right dome"].joined(part["left dome"], 30)
+    liver_hu = rng.uniform(84, 120)
+    hu = {name: float(liver_hu + rng.uniform(*span)) for name, span in ABOVE_LIVER.items()}
+    hu |= {"stomach": float(rng.uniform(5, 100)), "wall": float(rng.uniform(45, 90))}
+    fat, domes = float(rng.uniform(8, 30)), part["right dome"].joined(part["left dome"], 30)
     dome = Shape(lambda x, y, z: domes.level(x, y, np.maximum(z, -100)))  # upright walls below
     behind: Layers = [("table", table, TABLE), ("skin", muscles.grown(fat), SOFT)]
     behind += [("fat", muscles.grown(fat - 2), FAT), ("muscle", muscles, MUSCLE)]
@@ -319,18 +289,15 @@ def draw_patient(rng: np.random.Generator) -> Patient:
     return Patient(np.vstack(bend), behind, liver, draw_front(part, hu, dome), fat)
 
 
-def add_tumours(rng: np.random.Generator, patient: Patient, centres: np.ndarray, number) -> None:
-    """Puts tumours at random ones of `centres`: (n, 3) points inside the liver, reference mm."""
-    for centre in rng.permutation(centres)[: rng.integers(number[0], number[1] + 1)]:
-        shape = ellipsoid(centre, rng.uniform(6, 22) * rng.uniform(0.8, 1.2, 3))
-        patient.liver.append(("tumour", shape, patient.liver[0][2] - float(rng.uniform(35, 65))))
+def draw_waves(rng: np.random.Generator, n: int, lengths, mm: float, axes: int) -> np.ndarray:
+    """Return (n, 4 + axes): plane waves of random direction, length (mm), phase and amplitude."""
+    vector = rng.normal(size=(n, 3))
+    vector *= 2 * np.pi / np.linalg.norm(vector, axis=1, keepdims=True)
+    phase, amplitude = rng.uniform(0, 2 * np.pi, (n, 1)), rng.uniform(-mm, mm, (n, axes))
+    return np.hstack([vector / rng.uniform(lengths[0], lengths[1], (n, 1)), phase, amplitude])
 
 
-# ---------------------------------------------------------------------------------------------
-# scanning: a patient on a voxel grid
-# ---------------------------------------------------------------------------------------------
-
-
+# Scanning: a patient on a voxel grid
 class Canvas:
     """A slab of slices: HU float32, labels uint8, and each voxel's place in the bent body (mm)."""
 
@@ -351,8 +318,11 @@ class Canvas:
         self.hu = np.full(shape, AIR, np.float32)
         self.label = np.zeros(shape, np.uint8)
 
-    def cover(self, shape: Shape) -> tuple[tuple[slice, ...], np.ndarray] | None:
-        """The block of voxels around a shape and its share of each; None where it is not."""
+    def paint(self, shape: Shape, hu: float, label: int = 0, inside: np.ndarray | None = None):
+        """Blend a shape over what is there, limited to the shares `inside` (Z, Y, X).
+
+        Return the block of voxels around the shape and its share of each; None where it is not.
+        """
         low = np.maximum(shape.low - self.edge, self.low)
         high = np.minimum(shape.high + self.edge, self.high)
         if (low > high).any():
@@ -363,106 +333,40 @@ class Canvas:
         last = np.maximum(np.ceil(voxels.max(0) + self.margin) + 1, 0).astype(int)[::-1]
         block = tuple(map(slice, first, last))
         level = shape.level(*(p[block] for p in self.mm))
-        return block, np.clip(0.5 - level * (1 / self.edge), 0, 1)
-
-    def paint(self, shape: Shape, hu: float, label: int = 0, inside: np.ndarray | None = None):
-        """Blends one shape over what is there; `inside` limits it to another's share."""
-        if found := self.cover(shape):
-            block, cover = found
-            self.blend(block, cover if inside is None else cover * inside[block], hu, label)
-
-    def blend(self, block, cover: np.ndarray, hu: float, label: int) -> None:
-        self.hu[block] += cover * (hu - self.hu[block])
-        self.label[block][cover > 0.5] = label
+        share = np.clip(0.5 - level * (1 / self.edge), 0, 1)
+        share = share if inside is None else share * inside[block]
+        self.hu[block] += share * (hu - self.hu[block])
+        self.label[block][share > 0.5] = label
+        return block, share
 
 
-def paint(canvas: Canvas, patient: Patient, organ: str, given: np.ndarray | None) -> None:
-    """Back to front. A given liver comes last, so that nothing covers a voxel of it."""
-    labels = {"liver": 1, "vein": 1, "tumour": 2} if organ == "liver" else {organ: 1}
-    (_, liver, liver_hu), *inner = patient.liver
-    before, after = patient.behind + patient.front, []
-    if given is None:
-        before, after = patient.behind, patient.front
-    for name, shape, hu in before:
-        canvas.paint(shape, hu, labels.get(name, 0))
-    if given is None:
-        given = np.zeros_like(canvas.hu)
-        if found := canvas.cover(liver):
-            given[found[0]] = found[1]
-    canvas.blend(..., given, liver_hu, labels.get("liver", 0))
-    for name, shape, hu in inner:
-        canvas.paint(shape, hu, labels.get(name, 0), given)
-    for name, shape, hu in after:
-        canvas.paint(shape, hu, labels.get(name, 0))
-
-
-def enlarged(coarse: np.ndarray, factor: int, axis: int, length: int) -> np.ndarray:
-    """Linearly by a whole factor along one axis, voxel edges aligned, cut to `length`."""
-    last = coarse.shape[axis] - 1
-    at = np.clip((np.arange(length, dtype=np.float32) + 0.5) / factor - 0.5, 0, last)
-    low = at.astype(int)
-    t = np.expand_dims(at - low, tuple(range(1, coarse.ndim - axis)))
-    low, high = coarse.take(low, axis), coarse.take(np.minimum(low + 1, last), axis)
-    return low + t * (high - low)
-
-
-def share(mask: np.ndarray, factor: int) -> np.ndarray:
-    """(Z, Y, X) mask to the share of it in blocks of factor x factor voxels in-plane."""
-    ny, nx = (-n % factor for n in mask.shape[1:])
-    blocks = np.pad(mask > 0, ((0, 0), (0, ny), (0, nx))).astype(np.float32)
-    rows = reduce(np.add, [blocks[:, n::factor] for n in range(factor)])
-    whole = reduce(np.add, [rows[:, :, n::factor] for n in range(factor)])
-    return whole * (1 / factor**2)
-
-
-def scan(
-    rng: np.random.Generator,
-    patient: Patient,
-    shape: tuple[int, int, int],
-    to_reference: np.ndarray,
-    organ: str,
-    mask: np.ndarray | None = None,
+def paint_patient(
+    patient: Patient, shape: tuple[int, ...], to_reference: np.ndarray, organ: str = "liver"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Image int16 and label uint8, (Z, Y, X); `to_reference` takes voxel indices (X, Y, Z) to mm.
-
-    Around a given mask the body is painted in voxels of about 1.5 mm and enlarged, as blurred as
-    a scanner would show it and several times faster; the label keeps the mask's own voxels.
-    """
-    step = 1 if mask is None else max(1, round(1.5 / np.linalg.norm(to_reference[:3, 0])))
-    plane, pad = [-(-n // step) for n in shape[1:]], 96
-    depth = max(1, 2**18 // (plane[0] * plane[1]))  # slabs that fit the processor's cache
-    # noise correlates over about a voxel; each slice takes a random crop of one of four tiles
-    noise = rng.standard_normal((4, shape[1] + pad, shape[2] + pad), dtype=np.float32)
-    noise = gaussian_filter(noise, (0, *[rng.uniform(0.6, 1.0)] * 2), mode="wrap")
-    noise *= np.float32(rng.uniform(8, 17) / noise.std())
-    crops = rng.integers((4, pad, pad), size=(shape[0], 3))
-    image, label = np.empty(shape, np.int16), np.empty(shape, np.uint8)
-    to_fine = np.diag([step, step, 1.0, 1.0])
-    to_fine[:2, 3] = (step - 1) / 2  # the centre of a coarse voxel
+    """Return HU float32 and label uint8 (Z, Y, X); `to_reference` takes voxels (X, Y, Z) to mm."""
+    hu, label = np.empty(shape, np.float32), np.empty(shape, np.uint8)
+    values = {"liver": 1, "vein": 1, "tumour": 2} if organ == "liver" else {organ: 1}
+    depth = max(1, 2**18 // (shape[1] * shape[2]))  # slabs that fit the processor's cache
     for first in range(0, shape[0], depth):
-        slab = slice(first, min(first + depth, shape[0]))
-        to_fine[2, 3] = first
-        canvas = Canvas((slab.stop - first, *plane), to_reference @ to_fine, patient.bend)
-        paint(canvas, patient, organ, None if mask is None else share(mask[slab], step))
-        hu = canvas.hu
-        if step > 1:
-            hu = enlarged(enlarged(hu, step, 1, shape[1]), step, 2, shape[2])
-        for n, (tile, j, i) in enumerate(crops[slab]):
-            crop = noise[tile, j : j + shape[1], i : i + shape[2]]
-            image[first + n] = np.maximum(np.rint(hu[n] + crop), -1024)
-        label[slab] = canvas.label.repeat(step, 1).repeat(step, 2)[:, : shape[1], : shape[2]]
-        if mask is not None:
-            label[slab] = (mask[slab] > 0) * np.maximum(label[slab], 1)
-    return image, label
+        slab, place = slice(first, min(first + depth, shape[0])), np.eye(4)
+        place[2, 3] = first
+        canvas = Canvas((slab.stop - first, *shape[1:]), to_reference @ place, patient.bend)
+        inside = np.zeros_like(canvas.hu)  # the liver's share, which limits its veins and tumours
+        for name, part, value in patient.behind + patient.liver + patient.front:
+            limit = inside if name in ("vein", "tumour") else None
+            painted = canvas.paint(part, value, values.get(name, 0), limit)
+            if painted and name == "liver":
+                inside[painted[0]] = painted[1]
+        hu[slab], label[slab] = canvas.hu, canvas.label
+    return hu, label
 
 
 def draw_grid(rng: np.random.Generator, config: Config, index: int, fat: float, liver: np.ndarray):
+    """Return shape (Z, Y, X), affine to patient mm and affine to reference mm of a random scan.
+
+    It holds the whole `liver`, (n, 3) points in reference mm, and slices without it at both ends.
     """
-    Shape (Z, Y, X), affine to patient mm and affine to reference mm of one random scan that holds
-    the whole `liver`, (n, 3) points of it in reference mm, and some slices without it at both ends.
-    """
-    size, count = config.size or 128, int(rng.integers(config.slices[0], config.slices[1] + 1))
+    size, count = config.size, int(rng.integers(config.slices[0], config.slices[1] + 1))
     scale = rng.uniform(0.88, 1.1) * rng.uniform(0.95, 1.05, 3) * (1, 1, 0.9)  # the patient's size
     letters = ORIENTATIONS[index % len(ORIENTATIONS)]
     spare = 34 if letters == "oblique" else 16  # mm, also for the bend of the body
@@ -486,166 +390,65 @@ def draw_grid(rng: np.random.Generator, config: Config, index: int, fat: float, 
     return (count, size, size), affine, to_reference
 
 
-# ---------------------------------------------------------------------------------------------
-# given livers
-# ---------------------------------------------------------------------------------------------
-
-
-def mask_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; --livers takes a folder of liver masks")
-    files = sorted(p for p in folder.glob("[!.]*") if p.name.endswith((".nii", ".nii.gz")))
-    if not files:
-        raise ValueError(f"{folder}: no .nii or .nii.gz in it; --livers takes a folder of masks")
-    return files
-
-
-def read_mask(path: Path, size: int | None) -> Volume:
-    """The mask (X, Y, Z); with `size`, the nearest voxels of a grid of that size in-plane."""
-    given = read_file(path)
-    mask = given.read()
-    if not mask.any():
-        raise ValueError(
-            f"{path}: expected a 3D liver mask, found no voxel above 0; leave this file out"
-        )
-    factor = mask.shape[0] / (size or mask.shape[0])
-    if factor == 1:
-        return given.like(mask)
-    near = [((np.arange(round(n / factor)) + 0.5) * factor).astype(int) for n in mask.shape[:2]]
-    grid = np.diag([factor, factor, 1, 1])
-    grid[:2, 3] = (factor - 1) / 2
-    form = nib.Nifti1Image(np.empty((1, 1, 1), np.uint8), given.affine @ grid, given.header)
-    affine = form.header.get_best_affine()  # as a file holds it
-    return Volume(np.asfortranarray(mask[np.ix_(*near)]), affine, str(path), form.header)
-
-
-def place_around(mask: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """
-    The affine from voxels (X, Y, Z) to reference mm that lays the box of the mask (Z, Y, X) on the
-    atlas' liver, and (n, 3) points of the mask in reference mm.
-
-    The bulk of a liver lies to the right in its box. Where a header says left (19 of the LiTS
-    volumes carry an identity affine), the whole body is painted as mirrored as that header is.
-    """
-    step = [max(1, n // 64) for n in mask.shape]
-    found = np.argwhere(mask[:: step[0], :: step[1], :: step[2]]) * step
-    voxels = (found if len(found) else np.argwhere(mask))[:, ::-1]
-    points = apply_affine(affine, voxels)
-    low, high = points.min(0), points.max(0)
-    middle = (low + high) / 2
-    scale = np.maximum(high - low, 20) / np.diff(LIVER_BOX, axis=0)[0]
-    scale[2] = np.clip(scale[2], 0.7 * scale[0], 1.4 * scale[0])  # a liver may be cut by the scan
-    if points[:, 0].mean() < middle[0] - 5:
-        scale[0] *= -1
-    fit = np.diag([*(1 / scale), 1])
-    fit[:3, 3] = LIVER_BOX.mean(0) - middle / scale
-    fit[2, 3] = LIVER_BOX[1, 2] - high[2] / scale[2]  # its top is the dome
-    reach = cavity.level(*apply_affine(fit, points).T).max() / CAVITY_MM
-    fit = np.diag([1 / (1 + max(0, reach)), 1 / (1 + max(0, reach)), 1, 1]) @ fit  # ribs outside
-    return fit @ affine, apply_affine(fit, points)
-
-
-# ---------------------------------------------------------------------------------------------
-# cases and files
-# ---------------------------------------------------------------------------------------------
-
-
+# Cases and files
 def make_phantom(index: int, config: Config) -> tuple[Volume, Volume]:
-    """
-    Image (int16 HU) and label (uint8) of case `index`, both (X, Y, Z) on one grid. They depend on
-    (seed, index) and on size, slices, tumours and organ; with `livers` on the index-th mask.
+    """Return image (int16 HU) and label (uint8) of case `index`, both (X, Y, Z) on one grid.
+
+    They depend on (seed, index) and on size, slices, tumours and organ alone.
     """
     rng = np.random.default_rng([config.seed, index])
     patient = draw_patient(rng)
-    if config.livers:
-        given = read_mask(mask_files(config.livers)[index], config.size)
-        mask, header = given.data.T, given.header
-        shape, (to_reference, p) = mask.shape, place_around(mask, given.affine)
-        inside = p + np.cos(p @ patient.bend[:, :3].T + patient.bend[:, 3]) @ patient.bend[:, 4:]
-    else:
-        mask, header = None, nib.Nifti1Header()
-        low, high = LIVER_BOX + [[-25], [25]]
-        p = rng.uniform(low, high, (4000, 3))
-        depth = patient.liver[0][1].level(*p.T)
-        room = np.min([part.level(*p.T) for _, part, _ in patient.front], 0)
-        inside = p[(depth < -7) & (room > 8)]
-        shape, affine, to_reference = draw_grid(rng, config, index, patient.fat, p[depth < 0])
-        header.set_xyzt_units("mm")
-        header.set_qform(affine, 1)
-        header.set_sform(affine, 1)
-    add_tumours(rng, patient, inside, config.tumours)
-    volumes = scan(rng, patient, shape, to_reference, config.organ, mask)
-    assert header is not None  # a mask that was read has one
-    affine = header.get_best_affine()  # as the file will hold it, and the codes stay the header's
-    image, label = (Volume(v.T, affine, header=header) for v in volumes)
-    return image, label
-
-
-def write_case(index: int, config: Config) -> None:
-    name = f"phantom_{index:03d}"
-    if config.livers:
-        name = mask_files(config.livers)[index].name.removesuffix(".gz").removesuffix(".nii")
-    name += ".nii.gz" if config.compress else ".nii"
-    for folder, volume in zip(("imagesTr", "labelsTr"), make_phantom(index, config), strict=True):
-        volume.write(config.destination / folder / name)
-
-
-def write_dataset_json(config: Config) -> None:
-    """Lists every pair on disk, so that batches made by several calls add up."""
-    images = sorted(p.name for p in (config.destination / "imagesTr").glob("[!.]*.nii*"))
-    names = [name for name in images if (config.destination / "labelsTr" / name).exists()]
-    record = {
-        "name": "Phantoms",
-        "description": "Synthetic abdominal CT of no patient, made by make_phantoms.py",
-        "tensorImageSize": "3D",
-        "modality": {"0": "CT"},
-        "labels": LABELS[config.organ],
-        "numTraining": len(names),
-        "numTest": 0,
-        "training": [{"image": f"./imagesTr/{n}", "label": f"./labelsTr/{n}"} for n in names],
-        "test": [],
-    }
-    part = config.destination / ".dataset.json.part"
-    part.write_text(json.dumps(record, indent=2) + "\n")
-    part.replace(config.destination / "dataset.json")
-
-
-def case_indices(config: Config) -> range:
-    """The cases to make; settings that cannot work are refused before any work is done."""
-    if config.livers and config.organ != "liver":
-        raise ValueError("--livers paints given livers, so --organ must be liver")
-    for name, least in (("slices", 8), ("tumours", 0)):
-        low, high = getattr(config, name)
-        if not least <= low <= high:
-            raise ValueError(f"--{name} must be {least} <= fewest <= most, got {low} {high}")
-    if config.size is not None and config.size < 16:
-        raise ValueError(f"--size must be at least 16 voxels in-plane, got {config.size}")
-    available = len(mask_files(config.livers)) if config.livers else 1000
-    default = available if config.livers else 20
-    cases = default if config.cases is None else config.cases
-    indices = range(max(config.first, 0), min(config.first + cases, available))
-    if config.first < 0 or not indices:
-        raise ValueError(f"--first {config.first} --cases {cases}: none of the {available} cases")
-    return indices
+    low, high = LIVER_BOX + [[-25], [25]]
+    points = rng.uniform(low, high, (4000, 3))
+    _, liver, liver_hu = patient.liver[0]
+    depth, room = liver.level(*points.T), [part.level(*points.T) for _, part, _ in patient.front]
+    shape, affine, to_reference = draw_grid(rng, config, index, patient.fat, points[depth < 0])
+    centres = rng.permutation(points[(depth < -7) & (np.min(room, 0) > 8)])
+    for centre in centres[: rng.integers(config.tumours[0], config.tumours[1] + 1)]:
+        tumour = ellipsoid(centre, rng.uniform(6, 22) * rng.uniform(0.8, 1.2, 3))
+        patient.liver.append(("tumour", tumour, liver_hu - float(rng.uniform(35, 65))))
+    # noise correlates over about a voxel; each slice takes a random crop of one of four tiles
+    pad = 96
+    noise = rng.standard_normal((4, shape[1] + pad, shape[2] + pad), dtype=np.float32)
+    noise = gaussian_filter(noise, (0, *[rng.uniform(0.6, 1.0)] * 2), mode="wrap")
+    noise *= np.float32(rng.uniform(8, 17) / noise.std())
+    hu, label = paint_patient(patient, shape, to_reference, config.organ)
+    for flat, (tile, j, i) in zip(hu, rng.integers((4, pad, pad), size=(len(hu), 3)), strict=True):
+        flat += noise[tile, j : j + shape[1], i : i + shape[2]]
+    header = nib.Nifti1Header()
+    header.set_xyzt_units("mm")
+    header.set_qform(affine, 1)
+    header.set_sform(affine, 1)
+    affine = header.get_best_affine()  # as the file will hold it
+    image = np.maximum(np.rint(hu), -1024).astype(np.int16)
+    return Volume(image.T, affine, header=header), Volume(label.T, affine, header=header)
 
 
 def main(config: Config) -> None:
-    indices = case_indices(config)
-    for folder in ("imagesTr", "labelsTr"):
-        (config.destination / folder).mkdir(parents=True, exist_ok=True)
-    job = partial(write_case, config=config)
-    if config.workers > 1:
-        with multiprocessing.get_context("spawn").Pool(config.workers) as pool:
-            list(tqdm(pool.imap_unordered(job, indices), "phantoms", len(indices), disable=None))
-    else:
-        list(tqdm(map(job, indices), "phantoms", len(indices), disable=None))
-    write_dataset_json(config)
-    print(f"{config.destination}: {len(indices)} cases written, dataset.json lists all in it")
-    print(f"next: python prepare.py {config.destination}")
+    for name, least in (("slices", 8), ("tumours", 0)):
+        low, high = getattr(config, name)
+        if not least <= low <= high:
+            raise InputError(f"--{name} must be {least} <= fewest <= most, got {low} {high}")
+    if config.size < 16 or config.first < 0 or config.cases < 1:
+        told = f"--size {config.size} --first {config.first} --cases {config.cases}"
+        raise InputError(f"{told}: must be at least 16, 0 and 1")
+    for index in show_progress(range(config.first, config.first + config.cases), unit="phantom"):
+        for folder, volume in zip(
+            ("imagesTr", "labelsTr"), make_phantom(index, config), strict=True
+        ):
+            volume.write(config.destination / folder / f"phantom_{index:03d}.nii.gz")
+    names = sorted(path.name for path in (config.destination / "labelsTr").glob("[!.]*.nii*"))
+    record = {
+        "name": "Phantoms",
+        "description": "Synthetic abdominal CT of no patient, made by make_phantoms.py",
+        "modality": {"0": "CT"},
+        "labels": {str(value): name for value, name in enumerate(LABELS[config.organ])},
+        "numTraining": len(names),
+        "training": [{"image": f"./imagesTr/{n}", "label": f"./labelsTr/{n}"} for n in names],
+    }
+    write_json(record, config.destination / "dataset.json")  # lists cases of earlier calls too
+    print(f"{config.cases} cases written; next: python prepare.py {config.destination}")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except (OSError, ValueError) as error:
-        sys.exit(f"make_phantoms: {error}")
+    run_script(main, read_settings(Config, __doc__))

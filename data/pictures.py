@@ -1,6 +1,6 @@
-"""Pictures: radiological view (the patient's right on the picture's left), colour-blind safe.
+"""Draw slices with outlines, legends and figures, in radiological view, colour-blind safe.
 
-`show_patient` is the one drawing of a slice with outlines, which check, previews and results use.
+`show_patient` is the one drawing of a slice with outlines; the patient's right is on the left.
 """
 
 from __future__ import annotations
@@ -16,158 +16,35 @@ from data.labels import IGNORED, IMAGE, LABEL, PRED
 from data.volumes import find_bounding_box
 
 HU_WINDOW = (-200.0, 250.0)  # HU window of every picture for people (training has its own setting)
-
-
-# Okabe & Ito's palette. Reference and prediction must be told apart by everyone, on grey.
-TRUTH_COLOUR, PREDICTION_COLOUR = "#56B4E9", "#E69F00"
-
-
+# Okabe & Ito's palette, which everyone can tell apart, also on grey.
+TRUTH_COLOUR, DOUBT_COLOUR = "#56B4E9", "#FF2020"
 LABEL_COLOURS = {1: "#E69F00", 2: "#CC79A7", 3: "#009E73", 4: "#F0E442", 5: "#0072B2"}
-
-
-PLANES = {  # plane → (axis that is cut, letters at the picture's left, right, top, bottom)
-    "axial": (2, "RLAP"),
-    "coronal": (1, "RLSI"),
-    "sagittal": (0, "APSI"),
-}
+# plane → (axis that is cut, letters at the picture's left, right, top, bottom)
+PLANES = {"axial": (2, "RLAP"), "coronal": (1, "RLSI"), "sagittal": (0, "APSI")}
+SIDES = (  # where these letters stand: x, y, horizontal and vertical alignment
+    (0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"),
+    (0.5, 0.97, "center", "top"), (0.5, 0.03, "center", "bottom"),
+)  # fmt: skip
 
 
 def choose_hu_window(scan: np.ndarray) -> tuple[float, float]:
-    """Values shown as black and white: HU_WINDOW for CT in HU, which has fat and air below 0.
+    """Return the values shown as black and white: HU_WINDOW for CT, which has fat and air below 0.
 
-    Of a network's input, 0 and 1; of anything else (MR) its own range.
+    Of a network's input 0 and 1; of anything else (MR) its own range.
     """
     sample = scan[tuple(slice(None, None, max(1, size // 64)) for size in scan.shape)]
     if np.mean(sample < -30) >= 0.01:
         return HU_WINDOW
-    low, high = np.percentile(sample, [1, 99])
     if 0 <= sample.min() <= sample.max() <= 1:
         return 0.0, 1.0
+    low, high = np.percentile(sample, [1, 99])
     return float(low), float(max(high, low + 1))
 
 
 def find_busiest_slice(mask: np.ndarray, axis: int = 2) -> int:
-    """Index of the slice along `axis` with most of a mask (X, Y, Z); the middle one of an empty."""
+    """Return the slice along `axis` with most of a mask (X, Y, Z); the middle one of an empty."""
     counts = np.count_nonzero(mask, axis=tuple(other for other in range(3) if other != axis))
     return int(counts.argmax()) if counts.any() else mask.shape[axis] // 2
-
-
-def draw_plane(
-    axes: Any,
-    image: np.ndarray,
-    plane: str,
-    index: int,
-    spacing: tuple[float, float, float],
-    outlines: dict[str, np.ndarray] | None = None,
-    window: tuple[float, float] = HU_WINDOW,
-) -> None:
-    """Draw one slice of a RAS array (X, Y, Z) with outlines of masks, to scale, with its letters.
-
-    `outlines` maps a colour to a mask (X, Y, Z), or to class indices, between which lines are drawn
-    too; `spacing` is in mm per voxel.
-    """
-    cut, letters = PLANES[plane]
-    across, up = (step for axis, step in enumerate(spacing) if axis != cut)
-
-    def picture(array: np.ndarray) -> np.ndarray:  # first axis runs leftwards, second one up
-        # np.take would copy a whole volume that is stored in Fortran order
-        return np.moveaxis(array, cut, 0)[index][::-1, ::-1].T
-
-    grey = picture(image)
-    axes.imshow(grey, cmap="gray", vmin=window[0], vmax=window[1], aspect=up / across)
-    for colour, mask in (outlines or {}).items():
-        flat = picture(mask)
-        if flat.any() and not flat.all():
-            # contours keep three numbers for each pixel: of those around the mask only
-            box = [slice(max(b.start - 1, 0), b.stop + 1) for b in find_bounding_box(flat)]
-            ys, xs = (np.arange(size)[part] for size, part in zip(flat.shape, box, strict=True))
-            levels = np.arange(0.5, int(flat.max()))
-            lines = {"levels": levels, "colors": [colour] * len(levels), "linewidths": 1.2}
-            axes.contour(xs, ys, flat[tuple(box)], **lines)
-    sides = (0.02, 0.5), (0.98, 0.5), (0.5, 0.97), (0.5, 0.03)  # left, right, top, bottom
-    for letter, (x, y) in zip(letters, sides, strict=True):
-        axes.text(
-            x, y, letter, transform=axes.transAxes, color="white", fontsize=9, weight="bold",
-            ha={0.02: "left", 0.98: "right"}.get(x, "center"),
-            va={0.97: "top", 0.03: "bottom"}.get(y, "center"),
-        )  # fmt: skip
-    axes.set(xticks=[], yticks=[])
-
-
-def outlines_of(
-    truth: np.ndarray | None, prediction: np.ndarray, num_classes: int
-) -> dict[str, np.ndarray]:
-    """Class indices → colour and mask for `draw_plane`: truth in blue, each class in its colour."""
-    outlines = {} if truth is None else {TRUTH_COLOUR: truth}
-    for value in range(1, num_classes):  # after five classes the colours come again
-        colour, mask = class_colour(value), prediction == value
-        outlines[colour] = outlines[colour] | mask if colour in outlines else mask
-    return outlines
-
-
-def class_colour(value: int) -> str:
-    """Colour of class 1, 2, …; after five they come again."""
-    return LABEL_COLOURS[(value - 1) % len(LABEL_COLOURS) + 1]
-
-
-def add_legend(figure: Any, class_names: Sequence[str], truth: bool) -> None:
-    """Say below a figure which colour is what."""
-    from matplotlib.lines import Line2D
-
-    lines = {"truth": TRUTH_COLOUR} if truth else {}
-    for value, name in enumerate(class_names, start=1):
-        lines[f"predicted {name}" if truth else name] = class_colour(value)
-    handles = [Line2D([], [], color=colour, label=text) for text, colour in lines.items()]
-    columns = max(1, min(len(handles), int(figure.get_figwidth() // 2)))  # an entry takes 2 inches
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
-
-
-def draw_planes(
-    data: Mapping[str, Any], names: Sequence[str], title: str, axial_slices: int = 6
-) -> Any:
-    """Figure for `save_figure`: three planes of a patient where most label is, and axial slices.
-
-    Args:
-        data: as `show_patient` takes it, with a label, a prediction or both; the label, where there
-            is one, chooses the planes.
-        names: of the foreground classes, for the legend.
-        axial_slices: as many in a second row, from the lowest to the highest with an outline.
-    """
-    from matplotlib.figure import Figure
-
-    image, maps = as_array(data[IMAGE]), [as_array(data[k]) for k in (LABEL, PRED) if k in data]
-    boxes = [find_bounding_box(array) for array in maps]
-    masks = [(a[b] != 0) & (a[b] != IGNORED) for a, b in zip(maps, boxes, strict=True)]
-    window = choose_hu_window(image)
-    figure = Figure(figsize=(13, 7.2))  # no layout engine: it would draw everything twice
-    top = figure.add_gridspec(1, 3, left=0.01, right=0.99, bottom=0.41, top=0.9, wspace=0.02)
-    row = figure.add_gridspec(1, axial_slices, left=0.01, right=0.99, bottom=0.06, top=0.35)
-    for place, (plane, (cut, _)) in enumerate(PLANES.items()):
-        index, axes = image.shape[cut] // 2, figure.add_subplot(top[place])
-        if masks[0].any():
-            index = boxes[0][cut].start + find_busiest_slice(masks[0], cut)
-        told = f"{plane}, slice {index + 1} of {image.shape[cut]}"
-        show_patient(data, index, axes=axes, plane=plane, hu_window=window, title=told)
-    used = [
-        number + box[2].start
-        for box, mask in zip(boxes, masks, strict=True)
-        for number in np.flatnonzero(mask.any(axis=(0, 1)))
-    ]
-    lowest, highest = (min(used), max(used)) if used else (0, image.shape[2] - 1)
-    chosen = np.linspace(lowest, highest, axial_slices).round().astype(int)
-    for place, index in enumerate(chosen):
-        axes, told = figure.add_subplot(row[place]), f"slice {index + 1}"
-        show_patient(data, int(index), axes=axes, hu_window=window, title=told)
-    figure.suptitle(title, fontsize=11)
-    add_legend(figure, names, truth=len(maps) == 2)
-    return figure
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a PNG whole or not at all."""
-    with atomic_write(path) as temporary:
-        # zlib at 3 is twice as fast as at its usual 6, and no larger
-        figure.savefig(temporary, dpi=110, facecolor="white", pil_kwargs={"compress_level": 3})
 
 
 def show_patient(
@@ -181,7 +58,7 @@ def show_patient(
     hu_window: tuple[float, float] | None = None,
     title: str | None = None,
 ) -> Any:
-    """Draw one slice of a patient: image, outlines of label and prediction. The one such drawing.
+    """Draw one slice of a patient: image, outlines of label and prediction. Return the figure.
 
     With label and prediction, the label is blue and each class of the prediction has its own
     colour; with one of them, each of its classes has.
@@ -196,9 +73,6 @@ def show_patient(
         plane: "axial", "coronal" or "sagittal".
         names: of the foreground classes, for a legend below a figure.
         hu_window: values that are black and white; `choose_hu_window` when left out.
-
-    Returns:
-        The matplotlib Figure.
     """
     cut = PLANES[plane][0]
     arrays = {key: as_array(data[key]) for key in (IMAGE, LABEL, PRED) if key in data}
@@ -206,16 +80,20 @@ def show_patient(
     if slice_index is None:
         guide = next(iter(arrays.values())) > 0 if arrays else image > image.mean()
         slice_index = find_busiest_slice(guide, cut)
-    part = [slice(None)] * 3
-    part[cut] = slice(slice_index, slice_index + 1)
-    maps = {key: array[tuple(part)].astype(np.uint8) for key, array in arrays.items()}
+    maps = {key: flatten(array, cut, slice_index).astype(np.uint8) for key, array in arrays.items()}
     maps = {key: np.where(flat == IGNORED, 0, flat) for key, flat in maps.items()}
     truth, found = maps.get(LABEL) if len(maps) == 2 else None, maps.get(PRED, maps.get(LABEL))
-    outlines = {} if found is None else outlines_of(truth, found, int(found.max()) + 1)
-    figure = make_figure(path is None) if axes is None else axes.figure
+    figure = axes.figure if axes else make_figure(path is None)
     drawn, window = axes or figure.subplots(), hu_window or choose_hu_window(image)
     spacing = getattr(getattr(data[IMAGE], "ras", None), "spacing_mm", (1.0, 1.0, 1.0))
-    draw_plane(drawn, image[tuple(part)], plane, 0, spacing, outlines, window)
+    across, up = (step for axis, step in enumerate(spacing) if axis != cut)
+    grey = {"cmap": "gray", "vmin": window[0], "vmax": window[1], "aspect": up / across}
+    drawn.imshow(flatten(image, cut, slice_index), **grey)
+    draw_outlines(drawn, truth, found)
+    for letter, (x, y, ha, va) in zip(PLANES[plane][1], SIDES, strict=True):
+        style = {"color": "white", "fontsize": 9, "weight": "bold", "ha": ha, "va": va}
+        drawn.text(x, y, letter, transform=drawn.transAxes, **style)
+    drawn.set(xticks=[], yticks=[])
     both = " · label in blue · prediction in orange" if truth is not None and not names else ""
     drawn.set_title(title or f"slice {slice_index + 1} of {image.shape[cut]}{both}", fontsize=10)
     if axes is None and names:
@@ -229,19 +107,8 @@ def show_patient(
     return figure
 
 
-def make_figure(interactive: bool) -> Any:
-    """A figure for a notebook or window, or for a file alone."""
-    if interactive:
-        from matplotlib import pyplot
-
-        return pyplot.figure(figsize=(6, 6), layout="constrained")
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(6, 6), layout="constrained")
-
-
 def as_array(volume: Any) -> np.ndarray:
-    """(X, Y, Z) of a Volume (RAS), an array or a tensor with or without a channel axis."""
+    """Return (X, Y, Z) of a Volume (RAS), an array or a tensor with or without a channel axis."""
     volume = getattr(volume, "ras", volume)
     volume = volume.data if hasattr(volume, "spacing_mm") else volume
     if hasattr(volume, "detach"):  # a tensor of torch, or of MONAI
@@ -249,13 +116,133 @@ def as_array(volume: Any) -> np.ndarray:
     return np.reshape(volume, np.shape(volume)[-3:])
 
 
+def flatten(array: np.ndarray, axis: int, index: int) -> np.ndarray:
+    """Return a slice (rows, columns) of a RAS array; left and down in it are right and back."""
+    # np.take would copy a whole volume that is stored in Fortran order
+    return np.moveaxis(array, axis, 0)[index][::-1, ::-1].T
+
+
+def draw_outlines(axes: Any, truth: np.ndarray | None, found: np.ndarray | None) -> None:
+    """Draw lines around the classes of two maps (rows, columns): the truth in one colour.
+
+    Colours come again after five classes; lines between classes of one colour are drawn too.
+    """
+    outlines: dict[str, Any] = {} if truth is None else {TRUTH_COLOUR: truth}
+    for value in range(1, 0 if found is None else int(found.max()) + 1):
+        outlines[class_colour(value)] = outlines.get(class_colour(value), False) | (found == value)
+    for colour, mask in outlines.items():
+        if mask.any() and not mask.all() and min(mask.shape) > 1:  # a line has no outline
+            # contours keep three numbers for each pixel: of those around the mask only
+            box = [slice(max(b.start - 1, 0), b.stop + 1) for b in find_bounding_box(mask)]
+            ys, xs = (np.arange(size)[part] for size, part in zip(mask.shape, box, strict=True))
+            lines = {"levels": np.arange(0.5, int(mask.max())), "colors": colour, "linewidths": 1.2}
+            axes.contour(xs, ys, mask[tuple(box)], **lines)
+
+
+def class_colour(value: int) -> str:
+    """Return the colour of class 1, 2, …; after five they come again."""
+    return LABEL_COLOURS[(value - 1) % len(LABEL_COLOURS) + 1]
+
+
+def make_figure(interactive: bool) -> Any:
+    """Return a figure for a notebook or window, or for a file alone."""
+    if not interactive:
+        from matplotlib.figure import Figure
+
+        return Figure(figsize=(6, 6), layout="constrained")
+    from matplotlib import pyplot
+
+    return pyplot.figure(figsize=(6, 6), layout="constrained")
+
+
+def add_legend(figure: Any, class_names: Sequence[str], truth: bool, doubt: bool = False) -> None:
+    """Write below a figure which colour stands for what."""
+    from matplotlib.lines import Line2D
+
+    lines = {"truth": TRUTH_COLOUR} if truth else {}
+    for value, name in enumerate(class_names, start=1):
+        lines[f"predicted {name}" if truth else name] = class_colour(value)
+    lines |= {"in doubt": DOUBT_COLOUR} if doubt else {}
+    handles = [Line2D([], [], color=colour, label=text) for text, colour in lines.items()]
+    columns = max(1, min(len(handles), int(figure.get_figwidth() // 2)))  # an entry takes 2 inches
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a PNG completely or not at all."""
+    with atomic_write(path) as temporary:
+        # zlib at 3 is twice as fast as at its usual 6, and no larger
+        figure.savefig(temporary, dpi=110, facecolor="white", pil_kwargs={"compress_level": 3})
+
+
+def draw_planes(
+    data: Mapping[str, Any], names: Sequence[str], title: str, doubt: Any = None
+) -> Any:
+    """Return a figure: three planes of a patient where most label is, and six axial slices.
+
+    Args:
+        data: as `show_patient` takes it, with a label, a prediction or both; the label, where there
+            is one, chooses the planes.
+        names: of the foreground classes, for the legend.
+        doubt: a `data.trust.Evidence`, whose least sure slice becomes a fourth panel.
+    """
+    from matplotlib.colors import to_rgba
+    from matplotlib.figure import Figure
+
+    window, views = choose_hu_window(as_array(data[IMAGE])), choose_views(data)
+    if doubt is not None:
+        note = f"least sure: slice {doubt.slice + 1}, trust: {doubt.word}"
+        views.insert(3, ("axial", doubt.slice, note))
+    figure = Figure(figsize=(13, 7.2))  # no layout engine: it would draw everything twice
+    ends = {"left": 0.01, "right": 0.99, "wspace": 0.02}
+    top = figure.add_gridspec(1, len(views) - 6, bottom=0.41, top=0.9, **ends)
+    row = figure.add_gridspec(1, 6, bottom=0.06, top=0.35, **ends)
+    places = [*(top[n] for n in range(len(views) - 6)), *(row[n] for n in range(6))]
+    for place, (plane, index, note) in zip(places, views, strict=True):
+        axes = figure.add_subplot(place)
+        show_patient(data, index, axes=axes, plane=plane, hu_window=window, title=note)
+    if doubt is not None and doubt.doubt.size:
+        red = flatten(doubt.doubt[..., None], 2, 0)[..., None] * to_rgba(DOUBT_COLOUR, 0.6)
+        figure.axes[3].imshow(red, interpolation="none", aspect=figure.axes[3].get_aspect())
+    unit = " HU" if window == HU_WINDOW else ""
+    figure.suptitle(f"{title} · grey: {window[0]:g} to {window[1]:g}{unit}", fontsize=11)
+    add_legend(figure, names, truth=LABEL in data and PRED in data, doubt=doubt is not None)
+    return figure
+
+
+def choose_views(data: Mapping[str, Any]) -> list[tuple[str, int, str]]:
+    """Return plane, index and title of the slice with most label in each plane, and of six axial
+    slices from the lowest to the highest with an outline."""
+    shape, maps = (
+        as_array(data[IMAGE]).shape,
+        [as_array(data[k]) for k in (LABEL, PRED) if k in data],
+    )
+    boxes = [find_bounding_box(array) for array in maps]
+    masks = [(a[b] != 0) & (a[b] != IGNORED) for a, b in zip(maps, boxes, strict=True)]
+    views = []
+    for plane, (cut, _) in PLANES.items():
+        index = shape[cut] // 2
+        if masks[0].any():
+            index = boxes[0][cut].start + find_busiest_slice(masks[0], cut)
+        views.append((plane, index, f"{plane}, slice {index + 1} of {shape[cut]}"))
+    used = [
+        b[2].start + np.flatnonzero(m.any(axis=(0, 1))) for b, m in zip(boxes, masks, strict=True)
+    ]
+    every = np.concatenate(used) if any(map(len, used)) else np.arange(shape[2])
+    chosen = np.linspace(every.min(), every.max(), 6).round().astype(int).tolist()
+    return [*views, *(("axial", index, f"slice {index + 1}") for index in chosen)]
+
+
 def spread(length: int, count: int) -> list[int]:
-    """At most `count` indices, evenly over `length`."""
+    """Return at most `count` indices, evenly over `length`."""
     return np.linspace(0, length - 1, min(count, length)).astype(int).tolist()
 
 
 def draw_inputs(before: Any, after: Any, names: Sequence[str]) -> Any:
-    """Figure of some items {"image", "label", "case", "first_slice"}: a slice, and histograms."""
+    """Return a figure of four items, as cached and augmented: a slice of each, and histograms.
+
+    `before` and `after` are datasets of {"image", "label", "case", "first_slice"}.
+    """
     from matplotlib.figure import Figure
 
     chosen = spread(len(before), 4)
@@ -263,14 +250,15 @@ def draw_inputs(before: Any, after: Any, names: Sequence[str]) -> Any:
     for row, index in zip(figure.subplots(len(chosen), 3, squeeze=False), chosen, strict=True):
         for axes, dataset, style in zip(row, (before, after), ("-", "--"), strict=False):
             item, kind = dataset[index], "as cached" if dataset is before else "augmented"
-            title = f"{item['case']} from slice {item['first_slice']}, {kind}"
-            show_patient(item, axes=axes, names=names, title=title)
             image, label = as_array(item[IMAGE]), as_array(item[LABEL])
             organ = (label > 0) & (label != IGNORED)
+            number = item["first_slice"] + find_busiest_slice(organ) + 1
+            show_patient(item, axes=axes, title=f"{item['case']}, slice {number}, {kind}")
             shown = {"all": (image, "0.4"), "organ": (image[organ], class_colour(1))}
             for what, (values, colour) in shown.items():
                 bins = {"bins": 60, "range": (0, 1), "histtype": "step", "linestyle": style}
                 row[2].hist(values.ravel(), **bins, color=colour, label=f"{what}, {kind}")
         row[2].set(xlabel="network input (0..1 over the HU window)", ylabel="voxels", yscale="log")
         row[2].legend(fontsize=8)
+    add_legend(figure, names, truth=False)
     return figure

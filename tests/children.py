@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import apply_model
 import data.evaluate
+import preprocess
 import train
 import utilities
 from data.settings import delayed_interrupt
@@ -70,6 +72,25 @@ def busy(begun: Any, told: Any) -> None:
     start_script(step, None)
 
 
+def slowly(begun: Any, item: int) -> dict[str, torch.Tensor]:
+    """A sub-volume, after some tenths of a second in torch."""
+    begun.set()
+    for _ in range(20):
+        torch.randn(64, 64) @ torch.randn(64, 64)
+        time.sleep(0.01)
+    return {"image": torch.zeros(item + 1)}
+
+
+def caching(begun: Any, told: Any) -> None:
+    """What train.py does first."""
+    sys.stderr = os.fdopen(os.dup(told.fileno()), "w")
+    prepare = functools.partial(slowly, begun)
+    try:
+        start_script(lambda _: preprocess.cache_items(range(1000), prepare), None)
+    finally:
+        sys.stderr.flush()
+
+
 def write_blank(figure: Figure, path: Path | str, **how: object) -> None:
     """In the place of `Figure.savefig`, which takes longer than all else: a small picture."""
     from PIL import Image
@@ -81,7 +102,7 @@ def write_blank(figure: Figure, path: Path | str, **how: object) -> None:
 def draw_nothing(set_attribute: Callable[[object, str, object], None] = setattr) -> None:
     """Blank pictures from now on, for whoever looks at none."""
     set_attribute(Figure, "savefig", write_blank)
-    set_attribute(apply_model, "draw_planes", lambda *_: Figure())
+    set_attribute(apply_model, "draw_planes", lambda *_, **__: Figure())
     set_attribute(data.evaluate, "draw_summary", lambda *_: Figure())
     set_attribute(utilities, "curves_figure", lambda *_: Figure())
     set_attribute(utilities, "preview_figure", lambda *_: Figure())

@@ -37,10 +37,10 @@ def run_script(
 @contextlib.contextmanager
 def without_pictures() -> Iterator[None]:
     """prepare.py draws no picture of a case, which takes five sixths of its time on phantoms."""
-    import prepare
+    import data.check
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "draw_case", lambda *_: None)
+        patch.setattr(data.check, "draw_overlay", lambda *_: None)
         yield
 
 

@@ -1,71 +1,68 @@
-"""Bodies for training without a real scan: repeatable, plausible, and different from each other."""
+"""Synthetic bodies, the starter weights that were trained on them, and what pages say of both."""
 
-import make_bodies
+import nibabel as nib
 import numpy as np
-import organs
 import pytest
+from conftest import ROOT
 
-COARSE = make_bodies.Config(spacing=(8.0, 8.0, 8.0))
+import apply_model
+from benchmarks import bodies
+from data.evaluate import dice_metric
+from data.files import read_json
 
-
-@pytest.fixture(scope="module")
-def bodies():
-    """(image, label) of six coarse bodies, as arrays (X, Y, Z)."""
-    pairs = (make_bodies.make_body(index, COARSE) for index in range(6))
-    return [tuple(np.asanyarray(volume.dataobj) for volume in pair) for pair in pairs]
-
-
-def test_a_body_depends_on_seed_and_index_alone(bodies):
-    again = make_bodies.make_body(3, COARSE)
-    for volume, known in zip(again, bodies[3], strict=True):
-        assert np.array_equal(np.asanyarray(volume.dataobj), known)
-    other = make_bodies.make_body(3, make_bodies.Config(spacing=COARSE.spacing, seed=1))
-    assert other[0].shape != bodies[3][0].shape or not np.array_equal(
-        np.asanyarray(other[0].dataobj), bodies[3][0]
-    )
+STARTER = ROOT / "checkpoints" / "starter.pt"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-def test_image_and_label_share_a_grid_in_ras(bodies):
-    image, label = make_bodies.make_body(0, COARSE)
-    assert image.shape == label.shape
-    assert np.array_equal(image.affine, label.affine)
-    assert np.allclose(np.diag(image.affine)[:3], COARSE.spacing)
-    assert (image.get_data_dtype(), label.get_data_dtype()) == (np.int16, np.uint8)
+def test_bodies_are_repeatable_and_differ(tmp_path):
+    config = bodies.Config(tmp_path, cases=2, spacing=(12.0, 12.0, 12.0))
+    bodies.main(config)
+    for index in (0, 1):
+        for folder, volume in zip(
+            ("imagesTr", "labelsTr"), bodies.make_body(index, config), strict=True
+        ):
+            written = nib.load(tmp_path / folder / f"body_{index:04d}.nii.gz")
+            assert np.array_equal(np.asanyarray(written.dataobj), volume.data)
+    one, other = (bodies.make_body(index, config)[0] for index in (0, 1))
+    assert one.shape != other.shape or not np.array_equal(one.data, other.data)
+    image, label = bodies.make_body(0, config)
+    liver = np.argwhere(label.data > 0)
+    assert 150 < len(liver) * 12**3 / 1000 < 4500, "ml"
+    assert liver[:, 0].mean() > label.shape[0] / 2, "in RAS, x grows to the right"
+    assert -30 < np.median(image.data[label.data == 1]) < 200
 
 
-def test_the_liver_is_on_the_right_and_of_a_plausible_size(bodies):
-    for image, label in bodies:
-        liver = np.argwhere(label > 0) / np.array(label.shape)
-        ml = len(liver) * np.prod(COARSE.spacing) / 1000
-        assert 150 < ml < 4500  # a scan may begin or end within it
-        assert liver[:, 0].mean() > 0.5  # in RAS, x grows to the right
-        assert -30 < np.median(image[label == 1]) < 200
+def test_a_phantom_around_a_mask_keeps_its_voxels_and_its_grid(tmp_path):
+    mask, affine = np.zeros((40, 36, 20), np.uint8), np.diag([-8.0, -8, 8, 1])
+    mask[8:24, 8:28, 4:16] = 1
+    nib.save(nib.Nifti1Image(mask, affine), tmp_path / "liver.nii.gz")
+    image, label = bodies.paint_around(tmp_path / "liver.nii.gz", 0, bodies.Config())
+    assert np.array_equal(label.data > 0, mask > 0)
+    assert np.array_equal(label.affine, affine) and np.array_equal(image.affine, affine)
+    assert 80 < np.median(image.data[label.data == 1]) < 130
 
 
-def test_bodies_differ_in_size_reach_and_contrast(bodies):
-    assert len({image.shape for image, _ in bodies}) == len(bodies)
-    contrast = [np.median(image[label == 1]) for image, label in bodies]
-    assert np.ptp(contrast) > 30
+def test_the_starter_segments_a_body_that_it_never_saw():
+    assert STARTER.stat().st_size <= 5_000_000
+    scan, truth = bodies.make_body(5000, bodies.Config())
+    label = apply_model.segment(apply_model.load_model(STARTER, "cpu"), scan).label
+    assert dice_metric(label.read() > 0, truth.data > 0)[0] > 0.85
 
 
-def test_tissues_keep_the_order_of_their_hu():
-    for seed in range(40):
-        hu = make_bodies.draw_hu(np.random.default_rng(seed))
-        assert set(hu) >= {"liver", "spleen", "heart", "cortex", "aorta", "vein", "fat", "lung"}
-        assert hu["lung"] < hu["fat"] < hu["muscle"] < hu["bone"]
+def test_the_pages_give_the_measured_dice_of_the_starter_and_say_what_it_is_not():
+    result = read_json(RESULTS / "starter.json")["seed_0"]
+    readme, card = ((ROOT / name).read_text() for name in ("README.md", "docs/starter.md"))
+    assert f"{result['dice_mean']:.3f}" in readme and f"{result['dice_worst']:.3f}" in readme
+    for name, figures in result["scans"].items():
+        assert f"| {name} | {figures['dice']:.3f} |" in card
+    for page in (readme, card):
+        assert "medical device" in page
 
 
-def test_the_command_writes_a_decathlon_folder(tmp_path):
-    make_bodies.main(make_bodies.Config(tmp_path, cases=2, spacing=(12.0, 12.0, 12.0)))
-    names = ["body_0000.nii.gz", "body_0001.nii.gz"]
-    for folder in ("imagesTr", "labelsTr"):
-        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == names
-    assert (tmp_path / "dataset.json").is_file()
-
-
-@pytest.mark.parametrize("liver_hu", [-25.0, 0.0, 60.0, 140.0])
-def test_tumours_in_livers_of_any_hu(liver_hu):
-    inside = np.zeros((10, 3))
-    for seed in range(40):
-        layers = organs.draw_tumours(np.random.default_rng(seed), inside, liver_hu)
-        assert all(name == "tumour" and np.isfinite(hu) for name, _, hu in layers)
+@pytest.mark.parametrize("row", read_json(RESULTS / "peers.json")["rows"])
+def test_the_table_of_other_programs_is_that_of_the_benchmark(row):
+    page = (ROOT / "docs" / "few_patients.md").read_text(encoding="utf-8")
+    for name, scan in row.get("scans", {}).items():  # none where nnU-Net made no plan
+        dice = [f"{scan[way]['dice']:.3f}" for way in ("as_it_is", "largest_component")]
+        program = f"| {row['program']}, `{row['configuration']}`, seed {row['seed']}"
+        assert f"\n{program} | {name} | {dice[0]} | {dice[1]} | " in page

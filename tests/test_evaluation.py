@@ -1,14 +1,12 @@
-"""The figures that are reported agree with well-kept implementations, also where they are odd."""
+"""The reported metrics agree with well-kept implementations, also where they are undefined."""
 
 import csv
 import json
-import math
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import random_affine, run_here, run_script
+from conftest import run_here, run_script
 from helpers import as_volume
 from monai.metrics import (
     compute_average_surface_distance,
@@ -18,7 +16,7 @@ from monai.metrics import (
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 from scipy import ndimage
 
-from apply_model import clean, find_doubts, trim_by_hu
+from apply_model import Options, clean, find_doubts, trim_by_hu
 from data import evaluate as evaluation
 from data.check import judge_hu
 from data.datasets import pair_truths
@@ -26,14 +24,12 @@ from data.evaluate import (
     describe_values,
     evaluate,
     measure,
-    print_summary,
     score_lesions,
     summarise,
     write_table,
 )
 from data.files import InputError
 from data.labels import IGNORED
-from data.volumes import find_bounding_box
 
 NAMES = ["liver", "tumour"]
 BLANK = pytest.mark.usefixtures("blank_pictures")
@@ -57,29 +53,28 @@ def one_hot(classes: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.stack([classes == 1, classes == 2])[None]).float()
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_surface_figures_agree_with_monai(seed):
-    predicted, truth = blobs(seed), blobs(seed + 100 * (seed % 2) + 1)
+def test_surface_metrics_agree_with_monai():
+    predicted, truth = blobs(1), blobs(102)
     row = evaluate(as_volume(predicted, AFFINE), as_volume(truth, AFFINE), NAMES)
     pair, options = (one_hot(predicted), one_hot(truth)), {"include_background": True}
-    hd95 = compute_hausdorff_distance(*pair, percentile=95, spacing=SPACING, **options)
-    asd = compute_average_surface_distance(*pair, symmetric=True, spacing=SPACING, **options)
-    nsd = compute_surface_dice(*pair, class_thresholds=[2.0, 2.0], spacing=SPACING, **options)
-    for index, name in enumerate(NAMES):
-        assert row[f"{name}_hd95_mm"] == pytest.approx(float(hd95[0, index]), rel=1e-4)
-        assert row[f"{name}_asd_mm"] == pytest.approx(float(asd[0, index]), rel=1e-4)
-        assert row[f"{name}_nsd_2mm"] == pytest.approx(float(nsd[0, index]), abs=1e-4)
+    options["spacing"] = SPACING
+    found = {
+        "hd95_mm": compute_hausdorff_distance(*pair, percentile=95, **options),
+        "asd_mm": compute_average_surface_distance(*pair, symmetric=True, **options),
+        "nsd_2mm": compute_surface_dice(*pair, class_thresholds=[2.0, 2.0], **options),
+    }
+    for figure, values in found.items():
+        ours = [row[f"{name}_{figure}"] for name in NAMES]
+        assert ours == pytest.approx(values[0].tolist(), rel=1e-5), figure
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_overlap_figures_agree_with_the_confusion_matrix(seed):
-    """scikit-learn's formulas, from its confusion matrix: rows are the truth."""
-    predicted, truth = blobs(seed), blobs(seed + 1)
+def test_overlap_metrics_agree_with_the_confusion_matrix():
+    predicted, truth = blobs(1), blobs(2)
     row = evaluate(as_volume(predicted, AFFINE), as_volume(truth, AFFINE), NAMES)
     matrix = np.zeros((3, 3))
-    np.add.at(matrix, (truth.ravel(), predicted.ravel()), 1)
-    tp, fn, fp = matrix.diagonal(), matrix.sum(1) - matrix.diagonal(), 0
-    fp = matrix.sum(0) - tp
+    np.add.at(matrix, (truth.ravel(), predicted.ravel()), 1)  # rows are the truth
+    tp = matrix.diagonal()
+    fn, fp = matrix.sum(1) - tp, matrix.sum(0) - tp
     tn = matrix.sum() - tp - fn - fp
     expected = {
         "precision": tp / (tp + fp), "recall": tp / (tp + fn), "iou": tp / (tp + fp + fn),
@@ -89,36 +84,27 @@ def test_overlap_figures_agree_with_the_confusion_matrix(seed):
         "volume_error_percent": 100 * (fp - fn) / (tp + fn),
     }  # fmt: skip
     for figure, values in expected.items():
-        for index, name in enumerate(NAMES, start=1):
-            assert row[f"{name}_{figure}"] == pytest.approx(values[index]), figure
+        ours = [row[f"{name}_{figure}"] for name in NAMES]
+        assert ours == pytest.approx(values[1:].tolist()), figure
     assert row["accuracy"] == pytest.approx(tp.sum() / matrix.sum())
     assert row["mean_iou"] == pytest.approx(expected["iou"].mean())
 
 
-def test_empty_cases_are_told():
+def test_undefined_metrics_are_none_and_a_false_alarm_scores_nothing():
     organ = ball((20, 20, 20), (10, 10, 10), 5).astype(np.uint8)
-    nothing = np.zeros_like(organ)
-    missed = evaluate(as_volume(nothing, AFFINE), as_volume(organ, AFFINE), ["liver"])
-    assert (missed["liver_dice"], missed["liver_nsd_2mm"], missed["liver_recall"]) == (0, 0, 0)
-    assert missed["liver_empty"] == "prediction"
-    assert missed["liver_hd95_mm"] is missed["liver_precision"] is None
-    assert missed["liver_volume_error_percent"] == -100
-    alarm = evaluate(as_volume(organ, AFFINE), as_volume(nothing, AFFINE), ["liver"])
-    assert (alarm["liver_dice"], alarm["liver_nsd_2mm"]) == (0, 0)
-    assert alarm["liver_volume_error_percent"] is alarm["liver_recall"] is None
-    assert alarm["liver_empty"] == "truth"
-    neither = evaluate(as_volume(nothing, AFFINE), as_volume(nothing, AFFINE), ["liver"])
-    assert neither["liver_empty"] == "both"
-    assert neither["liver_dice"] is neither["liver_nsd_2mm"] is neither["liver_hd95_mm"] is None
-    assert (neither["accuracy"], neither["mean_iou"], neither["liver_specificity"]) == (1, 1, 1)
-    without_tumour = evaluate(as_volume(nothing, AFFINE), as_volume(nothing, AFFINE), NAMES)
-    assert (without_tumour["tumour_lesions"], without_tumour["tumour_lesion_recall"]) == (0, None)
-    rows = [{"case": c, **r} for c, r in (("a", missed), ("b", alarm), ("c", neither))]
-    summary = summarise(rows, ["liver"])
-    assert summary["liver"]["empty"] == {"truth": 1, "prediction": 1, "both": 1}
-    assert (summary["liver"]["dice"]["n"], summary["liver"]["dice"]["mean"]) == (2, 0)
-    assert summary["liver"]["hd95_mm"] == {"n": 0}
-    assert "NaN" not in json.dumps(summary)
+    organ, nothing = as_volume(organ, AFFINE), as_volume(0 * organ, AFFINE)
+    pairs = {"prediction": (nothing, organ), "truth": (organ, nothing), "both": (nothing, nothing)}
+    rows = {empty: {"case": empty, **evaluate(*pairs[empty], ["liver"])} for empty in pairs}
+    keys = ("dice", "nsd_2mm", "recall", "precision", "hd95_mm", "volume_error_percent", "empty")
+    missed, alarm, neither = ([row[f"liver_{key}"] for key in keys] for row in rows.values())
+    assert missed == [0, 0, 0, None, None, -100, "prediction"]
+    assert alarm == [0, 0, None, 0, None, None, "truth"]
+    assert neither == [None, None, None, None, None, None, "both"]
+    assert [rows["both"][key] for key in ("accuracy", "mean_iou", "liver_specificity")] == [1, 1, 1]
+    liver = summarise(list(rows.values()), ["liver"])["liver"]
+    assert liver["empty"] == {"truth": 1, "prediction": 1, "both": 1}
+    assert (liver["dice"]["n"], liver["dice"]["mean"]) == (2, 0)
+    assert liver["hd95_mm"] == {"n": 0}
 
 
 def test_one_voxel_and_a_full_volume():
@@ -127,91 +113,59 @@ def test_one_voxel_and_a_full_volume():
     single[0, 2, 2] = other[3, 2, 2] = 1
     row = evaluate(as_volume(single, AFFINE), as_volume(other, AFFINE), ["liver"])
     assert row["liver_hd95_mm"] == row["liver_asd_mm"] == pytest.approx(3 * 0.8)
-    assert row["liver_nsd_2mm"] == 0
-    full = np.ones((5, 5, 5), np.uint8)
-    row = evaluate(as_volume(full, AFFINE), as_volume(full, AFFINE), ["liver"])
+    full = as_volume(np.ones((5, 5, 5), np.uint8), AFFINE)
+    row = evaluate(full, full, ["liver"])
     assert (row["liver_dice"], row["liver_hd95_mm"], row["liver_nsd_2mm"]) == (1, 0, 1)
     assert row["liver_specificity"] is None  # there is no background to get wrong
 
 
-def test_two_millimetres_are_within_two_millimetres():
-    near = ball((30, 20, 20), (10, 10, 10), 6).astype(np.uint8)
-    affine = random_affine(3, (1.0, 1.0, 1.0))
-    row = evaluate(*(as_volume(a, affine) for a in (np.roll(near, 2, axis=0), near)), ["liver"])
-    assert row["liver_nsd_2mm"] == 1
-    assert row["liver_hd95_mm"] <= 2 + 1e-9
-
-
-def test_distances_do_not_depend_on_how_a_patient_is_stored():
-    predicted, truth = (blobs(7) > 0).astype(np.uint8), (blobs(8) > 0).astype(np.uint8)
-    first = evaluate(as_volume(predicted, AFFINE), as_volume(truth, AFFINE), ["liver"])
-    turned = random_affine(1, spacing=SPACING)  # columns come in another order
-    order = np.argsort(np.linalg.norm(turned[:3, :3], axis=0))
-    assert np.allclose(sorted(SPACING), np.linalg.norm(turned[:3, :3], axis=0)[order])
-    lengths = np.linalg.norm(turned[:3, :3], axis=0)
-    back = [SPACING.index(pytest.approx(length)) for length in lengths]
-    second = evaluate(
-        *(as_volume(a.transpose(back), turned) for a in (predicted, truth)), ["liver"]
-    )
-    for key, value in first.items():
-        assert second[key] == pytest.approx(value), key
+def test_distances_on_a_sheared_grid_are_those_of_the_patient():
+    """One voxel along x and two along z are (1 + 1.5, 0, 2) mm apart."""
+    affine = np.eye(4)
+    affine[:3, 2] = (0.75, 0, 1)
+    one, other = np.zeros((2, 9, 9, 9), np.uint8)
+    one[4, 4, 3] = other[5, 4, 5] = 1
+    row = evaluate(as_volume(one, affine), as_volume(other, affine), ["liver"])
+    assert row["liver_hd95_mm"] == pytest.approx(np.sqrt(10.25))
 
 
 def test_lesions_are_counted_one_by_one():
-    """Three true lesions; one found, one touched by less than a tenth, one missed; one false."""
+    """Four true lesions: one found, one touched by less than a tenth, two missed; one false."""
     truth, found = np.zeros((2, 80, 40, 40), bool)
     for at in (10, 40, 65):
         truth |= ball(truth.shape, (at, 20, 20), 7)
     truth |= ball(truth.shape, (25, 5, 5), 2)
     found |= ball(truth.shape, (11, 20, 20), 6)
-    found[34:36, 20, 20] = True  # a corner of the second
+    found[34:36, 20, 20] = True  # a corner of the second, itself right: it lies in a tumour
     found |= ball(truth.shape, (25, 35, 35), 3)
     row = score_lesions(found, truth, as_volume(truth))
-    assert (row["lesions"], row["lesions_found"]) == (4, 1)
-    assert row["lesion_recall"] == 0.25
-    # The two voxels in the second lesion are themselves right: they lie in a tumour.
+    assert (row["lesions"], row["lesions_found"], row["lesion_recall"]) == (4, 1, 0.25)
     assert (row["lesions_predicted"], row["lesions_right"]) == (3, 2)
     assert (row["lesions_0_to_10_mm"], row["lesions_10_to_20_mm"]) == (1, 3)
     assert (row["lesions_found_0_to_10_mm"], row["lesions_found_10_to_20_mm"]) == (0, 1)
-    empty = score_lesions(np.zeros_like(truth), np.zeros_like(truth), as_volume(truth))
+    empty = score_lesions(0 * truth > 0, 0 * truth > 0, as_volume(truth))
     assert empty["lesion_recall"] is empty["lesion_precision"] is None
 
 
 def test_post_processing_keeps_the_organ_and_its_tumours():
     shape = (60, 40, 40)
     classes = ball(shape, (20, 20, 20), 12).astype(np.uint8)
-    tumours = ball(shape, (16, 20, 20), 3) | ball(shape, (27, 20, 20), 2)
-    classes[tumours] = 2  # two tumours in one liver
+    classes[ball(shape, (16, 20, 20), 3) | ball(shape, (27, 20, 20), 2)] = 2  # in one liver
+    expected = classes.copy()
     classes[20, 12, 20] = 0  # a hole
-    whole = classes.copy()
-    whole[20, 12, 20] = 1
     stray = ball(shape, (52, 20, 20), 4)
     classes[stray] = 1
-    classes[52, 20, 20] = 2  # a tumour in the stray piece
+    classes[52, 20, 20] = 2  # a tumour in the stray component
     classes[45, 2, 2] = 2  # a tumour in nothing
-    before = classes.copy()
-    assert np.array_equal(clean(classes, NAMES), whole)
-    assert np.array_equal(classes, before), "the input stays as it is"
+    assert np.array_equal(clean(classes, NAMES), expected)
     off = {"largest_component": False, "fill_holes": False, "tumour_inside": False}
-    assert np.array_equal(clean(classes, NAMES, **off), classes)
-    only_holes = clean(classes, NAMES, **off | {"fill_holes": True})
-    assert (only_holes != classes).sum() == 1
-    only_inside = clean(classes, NAMES, **off | {"tumour_inside": True})
-    assert only_inside[45, 2, 2] == 0
-    assert only_inside[52, 20, 20] == 2
-    only_largest = clean(classes, NAMES, **off | {"largest_component": True})
-    assert not (only_largest[stray] == 1).any()
-    assert only_largest[45, 2, 2] == 2
+    assert np.array_equal(clean(classes, NAMES, Options(**off)), classes), "the input stays"
+    assert (clean(classes, NAMES, Options(**off | {"fill_holes": True})) != classes).sum() == 1
+    only_inside = clean(classes, NAMES, Options(**off | {"tumour_inside": True}))
+    assert (only_inside[45, 2, 2], only_inside[52, 20, 20]) == (0, 2)
+    only_largest = clean(classes, NAMES, Options(**off | {"largest_component": True}))
+    assert only_largest[45, 2, 2] == 2 and not (only_largest[stray] == 1).any()
     assert not clean(np.zeros(shape, np.uint8), NAMES).any()
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_post_processing_agrees_with_scipy(seed):
-    classes = (blobs(seed) > 0).astype(np.uint8)
-    labels, count = ndimage.label(classes, np.ones((3, 3, 3)))
-    sizes = ndimage.sum_labels(classes, labels, range(1, count + 1))
-    largest = ndimage.binary_fill_holes(labels == 1 + int(np.argmax(sizes)))
-    assert np.array_equal(clean(classes, ["liver"]) > 0, largest)
 
 
 def draw_neighbour(names=("liver",), noise=5.0, hu=5):
@@ -251,39 +205,32 @@ def test_a_dark_edge_is_no_liver_and_dark_tumours_stay():
     ],
 )
 def test_nothing_else_is_trimmed(case):
-    names = case.get("names", ["liver"])
     scores, image, *_ = draw_neighbour(**case)
     before = scores.copy()
-    trim_by_hu(scores, image, names)
-    lost = (before > 0) & (scores < 0)
-    assert lost.sum() < 0.01 * (before > 0).sum()
-    nothing = np.full_like(before, -6)
-    trim_by_hu(nothing, image, names)
-    assert (nothing == -6).all()
+    trim_by_hu(scores, image, case.get("names", ["liver"]))
+    assert ((before > 0) & (scores < 0)).sum() < 0.01 * (before > 0).sum()
 
 
-def test_what_is_implausible_is_told():
+def test_implausible_livers_are_reported():
     """A liver of 1.4 l on the right is fine; on the left, small, or cut off it is not."""
     shape, affine = (80, 60, 40), np.diag([4.0, 4.0, 5.0, 1.0])
     scan = np.where(ball(shape, (40, 30, 20), 28), 40, -1000).astype(np.int16)
-    right = ball(shape, (52, 30, 20), 16).astype(np.uint8)
+    right, small = (ball(shape, (52, 30, 20), radius).astype(np.uint8) for radius in (16, 5))
 
-    def doubt(classes, scan, names):
-        return find_doubts(as_volume(classes, affine), as_volume(scan, affine), names)
+    def doubt(classes, depth=40, organ="liver"):
+        return find_doubts(
+            as_volume(classes, affine), as_volume(scan[..., :depth], affine), [organ]
+        )
 
-    assert doubt(right, scan, ["liver"]) == []
-    assert "left" in doubt(right[::-1], scan, ["liver"])[0]
-    small = doubt(ball(shape, (52, 30, 20), 5).astype(np.uint8), scan, ["liver"])
-    assert "expected 500 to 4000" in small[0]
-    cut = doubt(right[:, :, :20], scan[:, :, :20], ["liver"])
-    assert ["upper end" in text for text in cut] == [True]
-    assert doubt(np.zeros_like(right), scan, ["liver"]) == ["no liver found"]
-    assert doubt(right[::-1], scan, ["spleen"]) == []
+    assert doubt(right) == doubt(right[::-1], organ="spleen") == []
+    assert "left" in doubt(right[::-1])[0]
+    assert "expected 500 to 4000" in doubt(small)[0]
+    assert ["upper end" in text for text in doubt(right[:, :, :20], 20)] == [True]
+    assert doubt(0 * right) == ["no liver found"]
 
 
-def test_what_is_no_ct_is_told():
-    rng = np.random.default_rng(0)
-    ct = rng.choice([-1000, -100, 50], (32, 32, 32)).astype(np.int16)
+def test_scans_that_are_no_ct_are_reported():
+    ct = np.random.default_rng(0).choice([-1000, -100, 50], (32, 32, 32)).astype(np.int16)
     assert judge_hu(ct, ct.dtype) == []
     for array, kind, told in (
         (ct.astype(np.uint8), "hu", "8 bits"),
@@ -295,8 +242,6 @@ def test_what_is_no_ct_is_told():
     ):
         ((found, text),) = judge_hu(array, array.dtype)
         assert found == kind and told in text
-    some = np.where(ct == 50, np.nan, ct.astype(np.float32))  # the rest is judged
-    assert judge_hu(some, some.dtype) == []
 
 
 def test_measurements_in_units():
@@ -305,21 +250,18 @@ def test_measurements_in_units():
     scan = np.where(mask, 60, -100).astype(np.int16)
     scan[5:10][mask[5:10] > 0] = 80
     row = measure(as_volume(mask, AFFINE), as_volume(scan, AFFINE), ["liver", "spleen"])
-    assert row["liver_volume_ml"] == pytest.approx(200 * 3 / 1000)
+    assert row["liver_volume_ml"] == 0.6, "200 voxels of 3 mm³"
     assert (row["liver_hu_mean"], row["liver_hu_sd"]) == (70, 10)
-    extent = [row[f"liver_extent_{axis}_mm"] for axis in "xyz"]
-    assert extent == [8.0, 7.5, 10.0]
+    assert [row[f"liver_extent_{axis}_mm"] for axis in "xyz"] == [8.0, 7.5, 10.0]
     assert (row["spleen_volume_ml"], row["spleen_hu_mean"]) == (0, None)
-    assert [part.stop - part.start for part in find_bounding_box(mask)] == [10, 5, 4]
 
 
-def test_summary_names_the_worst():
-    values = {"a": 0.9, "b": 0.5, "c": 0.7}
-    low = describe_values(values, "low")
+def test_the_summary_names_the_worst():
+    low = describe_values({"a": 0.9, "b": 0.5, "c": 0.7}, "low")
     assert (low["worst"], low["worst_case"], low["median"], low["n"]) == (0.5, "b", 0.7, 3)
-    assert low["sd"] == pytest.approx(np.std([0.9, 0.5, 0.7], ddof=1))
+    assert low["sd"] == pytest.approx(0.2)
     assert describe_values({"a": -30.0, "b": 10.0}, "far")["worst_case"] == "a"
-    assert describe_values({"a": 3.0, "b": math.pi}, "high")["worst_case"] == "b"
+    assert describe_values({"a": 3.0, "b": 3.1}, "high")["worst_case"] == "b"
 
 
 # ---------------------------------------------------------------------------------------
@@ -345,74 +287,53 @@ def folders(tmp_path):
 
 
 def run_evaluation(predictions, truths, **settings):
-    out = settings.setdefault("destination", predictions.parent / "out")
-    evaluation.main(evaluation.Config(predictions, truths, **settings))
-    rows = json.loads((out / "results.json").read_text())
-    return {row["case"]: row for row in rows}
+    out = predictions.parent / "out"
+    evaluation.main(evaluation.Config(predictions, truths, out, **settings))
+    return {row["case"]: row for row in json.loads((out / "results.json").read_text())}
 
 
 def test_folders_are_evaluated_by_name(folders, capsys):
     rows = run_evaluation(*folders)
     assert sorted(rows) == ["liver_0", "liver_1", "liver_2"]
     for n in range(3):
-        pair = (as_volume(blobs(n + shift), AFFINE) for shift in (0, 10))
-        expected = evaluate(*pair, NAMES)
+        expected = evaluate(*(as_volume(blobs(n + shift), AFFINE) for shift in (0, 10)), NAMES)
         assert {key: rows[f"liver_{n}"][key] for key in expected} == pytest.approx(expected)
     out = folders[0].parent / "out"
     summary = json.loads((out / "summary.json").read_text())
     assert summary["patients"] == 3
     assert (out / "summary.png").stat().st_size > 10_000
     told = capsys.readouterr().out
-    assert f"the worst: {summary['liver']['dice']['worst_case']} (Dice" in told
+    assert summary["liver"]["dice"]["worst_case"] in told
     assert f"look at {out / 'summary.png'}" in told
 
 
 @BLANK
 def test_results_of_apply_model_are_evaluated_by_case(folders, tmp_path, capsys):
-    for path in folders[0].iterdir():
-        case = path.name.removesuffix(".nii.gz")
-        for kind in ("label", "masked"):  # the masked volume is no label map
-            target = tmp_path / "results" / case / f"{case}_{kind}.nii.gz"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+    results = tmp_path / "results"
+    for kind in ("label", "masked"):  # the masked volume is no label map
+        write_maps(results, {f"liver_{n}/liver_{n}_{kind}": blobs(n) for n in range(3)})
     (folders[1] / "liver_2.nii.gz").unlink()
-    rows = run_evaluation(tmp_path / "results", folders[1])
+    rows = run_evaluation(results, folders[1])
     assert sorted(rows) == ["liver_0", "liver_1"]
-    expected = evaluate(*(as_volume(blobs(shift), AFFINE) for shift in (0, 10)), NAMES)
-    assert rows["liver_0"]["liver_dice"] == pytest.approx(expected["liver_dice"])
-    assert "no truth of this name" in capsys.readouterr().out
-
-
-def test_results_of_apply_model_are_truths_too(tmp_path):
-    """As they are after a correction, or to compare two networks."""
-    scans = [tmp_path / f"{name}.nii.gz" for name in "ab"]
-    results = write_maps(tmp_path / "results", {f"{n}/{n}_label": blobs(0) for n in "ab"})
-    write_maps(results, {f"{n}/{n}_masked": blobs(0) for n in "ab"})
-    assert pair_truths(scans, [results]) == [results / n / f"{n}_label.nii.gz" for n in "ab"]
+    assert rows["liver_0"]["liver_dice"] == run_evaluation(*folders)["liver_0"]["liver_dice"]
+    assert "no label map for liver_2_label.nii.gz" in capsys.readouterr().out
+    scans = [tmp_path / f"liver_{n}.nii.gz" for n in (0, 1)]  # corrected results are truths too
+    labels = [results / f"liver_{n}" / f"liver_{n}_label.nii.gz" for n in (0, 1)]
+    assert pair_truths(scans, [results]) == labels
 
 
 @BLANK
-def test_two_files_are_a_pair_whatever_their_names(folders):
-    pair = [folder / f"liver_{n}.nii.gz" for n, folder in enumerate(folders)]
-    assert list(run_evaluation(*pair, destination=folders[0].parent / "out")) == ["liver_0"]
-
-
-@BLANK
-def test_predictions_may_be_stored_and_named_otherwise(folders, tmp_path):
+def test_predictions_may_be_stored_otherwise(folders, tmp_path):
     """Other axes, half a hundredth of a mm off, floats, nnU-Net's channel and suffixes."""
-    expected = run_evaluation(*folders)
     turn = np.array([[1, -1], [2, 1], [0, -1]])
-    for n in range(3):
-        array = apply_orientation(blobs(n).astype(np.float32), turn)
-        affine = AFFINE @ inv_ornt_aff(turn, blobs(n).shape) + 0.005 * np.eye(4, k=3)
-        path = tmp_path / "others" / f"liver_{n}_0000.nii"
-        path.parent.mkdir(exist_ok=True)
-        as_volume(array, affine).write(path)
-    rows = run_evaluation(tmp_path / "others", folders[1])
-    figures = [key for key in expected["liver_0"] if "liver" in key or "tumour" in key]
-    for row, before in zip(rows.values(), expected.values(), strict=True):
-        for key in figures:
-            assert row[key] == pytest.approx(before[key]), key
+    array = apply_orientation(blobs(0).astype(np.float32), turn)
+    affine = AFFINE @ inv_ornt_aff(turn, blobs(0).shape) + 0.005 * np.eye(4, k=3)
+    (tmp_path / "others").mkdir()
+    as_volume(array, affine).write(tmp_path / "others" / "liver_0_0000.nii")
+    (row,) = run_evaluation(tmp_path / "others", folders[1]).values()
+    expected = run_evaluation(*folders)["liver_0"]
+    for key in (key for key in expected if "liver_" in key or "tumour_" in key):
+        assert row[key] == pytest.approx(expected[key]), key
 
 
 @pytest.mark.parametrize(
@@ -422,7 +343,6 @@ def test_predictions_may_be_stored_and_named_otherwise(folders, tmp_path):
         (lambda path: as_volume(blobs(1) * 100, AFFINE).write(path), "200|100"),
         (lambda path: as_volume(blobs(1)[:-1], AFFINE).write(path), "label map is"),
         (lambda path: as_volume(blobs(1), AFFINE + 2 * np.eye(4, k=3)).write(path), "voxels apart"),
-        (lambda path: nib.save(nib.Nifti1Image(blobs(1) * np.nan, AFFINE), path), "NaN"),
     ],
 )
 @pytest.mark.parametrize("which", [0, 1], ids=["prediction", "truth"])
@@ -438,8 +358,8 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(folders, spoil, told, w
 @BLANK
 def test_classes_may_overlap_and_be_numbered_otherwise(folders, tmp_path):
     """A liver with its tumours, and the tumours: as LiTS counts; predictions of another program."""
-    whole = run_evaluation(*folders, labels=("liver=1,2",))["liver_0"]
-    both = run_evaluation(*folders, labels=("liver=1,2", "tumour=2"))["liver_0"]
+    whole = run_evaluation(*folders, labels={"liver": ("1", "2")})["liver_0"]
+    both = run_evaluation(*folders, labels={"liver": ("1", "2"), "tumour": ("2",)})["liver_0"]
     alone = run_evaluation(*folders)["liver_0"]
     assert both["liver_dice"] == whole["liver_dice"] != alone["liver_dice"]
     assert both["tumour_dice"] == alone["tumour_dice"]
@@ -447,7 +367,7 @@ def test_classes_may_overlap_and_be_numbered_otherwise(folders, tmp_path):
     others = write_maps(tmp_path / "5", {f"liver_{n}": blobs(n) for n in range(3)}, (0, 5, 7))
     with pytest.raises(InputError, match="holds"):
         run_evaluation(others, folders[1])
-    rows = run_evaluation(others, folders[1], predicted=("liver=5", "tumour=7"))
+    rows = run_evaluation(others, folders[1], predicted={"liver": ("5",), "tumour": ("7",)})
     assert rows["liver_0"]["liver_dice"] == alone["liver_dice"]
     (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "liver": [1, 2]}}')
     assert run_evaluation(*folders)["liver_0"]["liver_dice"] == whole["liver_dice"]
@@ -457,21 +377,18 @@ def test_classes_may_overlap_and_be_numbered_otherwise(folders, tmp_path):
 def test_values_beside_the_classes_must_be_declared(folders, tmp_path):
     truths = write_maps(tmp_path / "more", {f"liver_{n}": blobs(n) for n in range(3)}, (0, 1, 9))
     with pytest.raises(InputError, match=r"holds \[9\]"):
-        run_evaluation(folders[0], truths, labels=("liver=1",), others=(2,))
-    rows = run_evaluation(folders[0], truths, labels=("liver=1",), others=(2, 9))
+        run_evaluation(folders[0], truths, labels={"liver": ("1",)}, others=(2,))
+    rows = run_evaluation(folders[0], truths, labels={"liver": ("1",)}, others=(2, 9))
     assert rows["liver_0"]["liver_dice"] == 1
 
 
-@pytest.mark.parametrize(
-    "words", [("liver=0",), ("liver=spleen",), ("liver=1,x",), ("=1",), ("7",)]
-)
-@BLANK
-def test_classes_that_cannot_be_are_refused(folders, words):
+@pytest.mark.parametrize("name, words", [("liver", "0"), ("liver", "spleen"), ("", "1")])
+def test_classes_that_cannot_be_are_refused(folders, name, words):
     with pytest.raises(InputError, match="--labels"):
-        run_evaluation(*folders, labels=words)
+        run_evaluation(*folders, labels={name: (words,)})
 
 
-def test_what_nobody_judged_counts_nowhere():
+def test_ignored_voxels_count_nowhere():
     predicted, truth = blobs(1), blobs(2)
     unknown = ball(truth.shape, (10, 10, 10), 6)
     truth[unknown] = IGNORED
@@ -483,43 +400,15 @@ def test_what_nobody_judged_counts_nowhere():
     assert row["accuracy"] == pytest.approx(right)
 
 
-@BLANK
-def test_no_equal_name_is_an_error(folders):
-    for path in folders[0].iterdir():
-        path.rename(path.with_name(f"x{path.name}"))
-    with pytest.raises(InputError, match="called like"):
-        run_evaluation(*folders)
-
-
-@BLANK
 def test_the_evaluation_works_alone(folders, capsys):
-    assert run_here("-m", "data.evaluate", "--help") == 0
-    assert "PREDICTIONS" in capsys.readouterr().out.upper()
-    done = run_script("-m", "data.evaluate", *folders, "--destination", folders[0].parent / "out")
+    out = folders[0].parent / "out"
+    options = ("--labels", "liver=1,2", "tumour=2", "--destination", out)
+    done = run_script("-m", "data.evaluate", *folders, *options)
     assert done.returncode == 0, done.stderr
     assert "mean ± SD" in done.stdout
     (folders[0] / "liver_0.nii.gz").write_text("")
-    out = folders[0].parent / "out"
-    ended = run_here("-m", "data.evaluate", *folders, "--destination", out)
-    assert "liver_0.nii.gz" in str(ended)
+    assert "liver_0.nii.gz" in str(run_here("-m", "data.evaluate", *folders, *options))
     assert "Traceback" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_the_printed_summary_is_what_a_careful_person_writes(capsys, count):
-    name = "a class with a rather long name"
-    rows = [
-        {"case": f"case{n}", **evaluate(*(as_volume(blobs(n + m), AFFINE) for m in (0, 1)), [name])}
-        for n in range(count)
-    ]
-    for row in rows:
-        row[f"{name}_volume_error_percent"] = -123456.789
-    print_summary(summarise(rows, [name]), [name])
-    header, *lines = capsys.readouterr().out.splitlines()
-    assert ("± 0." in "".join(lines)) == (count > 1)
-    for line in lines[:4]:
-        assert len(line.removeprefix(name).replace(" ± ", "±").split()) == 6, line
-    assert "SD 0.000" not in header
 
 
 @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@a", "\t=1", "\r=1"])
@@ -527,10 +416,3 @@ def test_a_spreadsheet_runs_nothing(tmp_path, name):
     write_table([{"case": name, "value": -1.5, "none": None}], tmp_path / "t.csv")
     (row,) = csv.DictReader((tmp_path / "t.csv").open(newline=""))
     assert row == {"case": f"'{name}", "value": "-1.5", "none": ""}
-
-
-def test_truths_that_are_not_there_are_named(tmp_path):
-    """Also where their number is wrong for that very reason: one folder for many scans."""
-    scans = [tmp_path / f"{name}.nii.gz" for name in "abc"]
-    with pytest.raises(InputError, match="none: no such file or folder"):
-        pair_truths(scans, [tmp_path / "none"])

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,7 @@ from helpers import small_config
 
 import apply_model
 import prepare
-import preprocess
 import train
-import utilities
 import visualize_3d
 from data import check, evaluate
 from data.files import InputError, atomic_write, lock_folder, read_record, stamp_files, write_csv
@@ -67,28 +64,23 @@ def test_ranges_let_the_defaults_and_recipes_through():
             check_settings(apply_model.Config(**wrong))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__module__)
-def test_every_number_of_a_config_has_a_range(config):
-    """Apart from label values, and a fold, which the data's own number of folds limits."""
-    hints = typing.get_type_hints(config, include_extras=True)
-    bare = [name for name, hint in hints.items() if re.search(r"(?<!\[)\b(int|float)'", str(hint))]
-    assert set(bare) <= {"fold", "others"}
-
-
-def test_a_device_that_is_not_there_is_refused_and_auto_takes_what_works(monkeypatch, capsys):
-    if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="sees no GPU; use --device cpu"):
-            pick_device("cuda:3")
-    with pytest.raises(InputError, match="no GPU of Apple"):
-        pick_device("mps")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_what_is_no_gpu_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    utilities._convolves.cache_clear()  # this machine has no such GPU, so a 3D network fails on it
-    assert [pick_device("mps").type, pick_device("auto").type] == ["cpu", "cpu"]
-    assert capsys.readouterr().out.count("the CPU is used instead") == 1
-    monkeypatch.setattr(utilities, "_convolves", lambda device: True)
-    assert pick_device("auto").type == "mps"
-    assert preprocess.resampling_device(torch.device("mps")).type == "cpu"
+    assert str(pick_device("auto")) == str(pick_device("cuda")) == "cuda:0"
+    assert pick_device("mps").type == "mps"
+    with pytest.raises(InputError, match="cuda:1: torch sees no such GPU"):
+        pick_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert pick_device("auto").type == "cpu"  # never Apple's of itself: 3D layers are wrong there
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--device mps"):
+        pick_device("mps")
+
+
+# ---------------------------------------------------------------------------------------
+# Files and locks
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

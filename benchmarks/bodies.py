@@ -1,34 +1,121 @@
-"""The organs of `make_bodies.py`: each function draws one anew, as layers of shapes with HU.
+"""Make synthetic abdominal CTs that differ as patients, scanners and contrast phases do.
 
+    python benchmarks/bodies.py --destination data/bodies --cases 200 --spacing 4 4 4
+    python benchmarks/bodies.py --destination data/painted --livers ../shared/data/lits_labels
+
+`make_phantoms.py` draws one abdomen with random sizes, to test a pipeline; this draws many others,
+to train a network that has never seen a real scan: the HU of every organ by contrast phase, how
+long the left lobe and how low the right one is, what fills stomach and bowel, how much fat, noise
+and blur, how far the scan reaches. With `--livers`, a phantom is painted around each liver mask.
 Shapes and conventions are those of `make_phantoms.py`: reference millimetres, x to the patient's
-right, y to the front, z to the head, the origin at the height of the liver's dome. `hu` is what
-`make_bodies.draw_hu` draws: tissue → HU. Layers are painted back to front.
+right, y to the front, z to the head, the origin at the liver's dome. Layers are painted back to
+front; `hu` is what `draw_hu` draws, tissue → HU.
 """
 
+import sys
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
-from make_phantoms import (
-    ALONG,
-    CAVITY_Y,
-    GAS,
-    HALF_DEPTH,
-    HALF_WIDTH,
-    SOFT,
-    SPINE,
-    VERTEBRAE,
-    WATER,
-    Layers,
-    Shape,
-    between_discs,
-    cavity,
-    draw_waves,
-    ellipsoid,
-    ribs,
-    table,
-    tube,
-)
+import tyro
+from nibabel.affines import apply_affine
+from scipy.ndimage import gaussian_filter, gaussian_filter1d, zoom
+from scipy.spatial.transform import Rotation
+from skimage.measure import block_reduce
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script
+
+import data.make_phantoms as atlas
+from data.files import write_json
+from data.make_phantoms import ALONG, GAS, SPINE, Layers, Shape, cavity, draw_waves, ellipsoid, tube
+from data.volumes import Volume
+
+
+@dataclass
+class Config:
+    """Which bodies are made, and where they are written."""
+
+    destination: Path = Path("data/bodies")  # folder to write, in Decathlon layout
+    cases: int = 200  # number of bodies
+    first: int = 0  # index of the first body, for batches (--first 200 --cases 100)
+    seed: int = 0  # body i depends on (seed, i) alone: same numbers, same bytes
+    spacing: tuple[float, float, float] = (4.0, 4.0, 4.0)  # mm per voxel, x y z
+    livers: Path | None = None  # folder of liver masks: paint a phantom around each instead
+    step: int = 1  # with --livers: use every n-th voxel in plane
+
+
+# HU by contrast phase: (lowest, highest)
+PHASES: dict[str, dict[str, tuple[float, float]]] = {
+    "none": {
+        "liver": (30, 70), "spleen": (40, 60), "cortex": (25, 42), "medulla": (25, 42),
+        "aorta": (32, 50), "vein": (30, 50), "heart": (32, 50), "gland": (25, 50),
+    },
+    "arterial": {
+        "liver": (50, 90), "spleen": (80, 150), "cortex": (120, 220), "medulla": (50, 110),
+        "aorta": (180, 400), "vein": (50, 120), "heart": (110, 350), "gland": (60, 120),
+    },
+    "portal": {
+        "liver": (80, 145), "spleen": (85, 145), "cortex": (130, 230), "medulla": (110, 210),
+        "aorta": (115, 190), "vein": (120, 200), "heart": (95, 180), "gland": (60, 110),
+    },
+    "late": {
+        "liver": (65, 110), "spleen": (65, 110), "cortex": (85, 180), "medulla": (85, 200),
+        "aorta": (75, 130), "vein": (75, 130), "heart": (70, 130), "gland": (50, 95),
+    },
+}  # fmt: skip
+PHASE_SHARES = {"none": 0.15, "arterial": 0.2, "portal": 0.45, "late": 0.2}
+
+
+def draw_hu(rng: np.random.Generator) -> dict[str, float]:
+    """HU of every tissue. Of some organs it is the liver's, which nothing but shape can tell."""
+    phase = PHASES[str(rng.choice(list(PHASE_SHARES), p=list(PHASE_SHARES.values())))]
+    hu = {name: float(rng.uniform(*span)) for name, span in phase.items()}
+    if rng.random() < 0.15:  # fatty
+        hu["liver"] -= float(rng.uniform(10, 50))
+    for name in ("spleen", "heart", "cortex", "gland"):
+        if rng.random() < 0.25:
+            hu[name] = hu["liver"] + float(rng.uniform(-12, 12))
+    hu["muscle"] = float(rng.uniform(35, 75))
+    hu["wall"] = float(rng.uniform(0.6, 1.0) * hu["gland"] + rng.uniform(-5, 25))
+    hu["fat"] = float(atlas.FAT + rng.uniform(-15, 12))
+    hu["lung"] = float(rng.uniform(-900, -720))
+    hu["bone"], hu["spongy"] = float(rng.uniform(220, 480)), float(rng.uniform(100, 240))
+    hu["bile"] = float(rng.choice([rng.uniform(-2, 25), rng.uniform(20, 110)], p=[0.85, 0.15]))
+    return hu
+
+
+def draw_body(rng: np.random.Generator) -> tuple[atlas.Patient, float, np.ndarray]:
+    """The patient, mm from cavity to skin, and (n, 3) points of the liver in reference mm."""
+    hu = draw_hu(rng)
+    dome, top = draw_dome(rng)
+    trunk, skin = draw_trunk(rng, hu)
+    liver = draw_liver(rng, dome, top)
+    behind, front = trunk + draw_chest(rng, hu, dome) + draw_bowel(rng, hu), []
+    for part in (draw_stomach(rng, hu, dome), draw_spleen(rng, hu, dome)):
+        if rng.random() < 0.35:  # they make a dent in the liver, else the liver in them
+            front += part
+        else:
+            behind += part
+    if (rim := rng.uniform(-4, 4)) > 0:
+        behind.append(("fat", liver.grown(rim).within(cavity.grown(-1)).within(dome), hu["fat"]))
+    if rng.random() < 0.12:  # free fluid around it
+        behind.append(("fluid", liver.grown(rng.uniform(5, 20)).within(cavity).within(dome),
+                       float(rng.uniform(0, 25))))  # fmt: skip
+    front += draw_kidneys(rng, hu) + draw_vessels(rng, hu)
+    points = rng.uniform((-130, -100, -260), (150, 110, 5), (6000, 3))
+    depth = liver.level(*points.T)
+    inner = draw_liver_inside(rng, hu) + draw_tumours(rng, points[depth < -6], hu["liver"])
+    bend = [draw_waves(rng, 5, (150, 350), rng.uniform(2, 8), 3)]
+    bend += [draw_waves(rng, 4, (60, 140), rng.uniform(0.5, 2.5), 3)]
+    layers = [("liver", liver, hu["liver"]), *inner]
+    return atlas.Patient(np.vstack(bend), behind, layers, front, skin), skin, points[depth < 0]
+
+
+# The organs: each function draws one anew
 
 
 def draw_content(rng: np.random.Generator, hu: dict[str, float]) -> float:
@@ -167,15 +254,16 @@ def draw_bones(rng: np.random.Generator, hu: dict[str, float], skin: float) -> L
         hip = jitter(rng, (side * 84, -20, -400), (56, 66, 84), 8, 0.1)
         wing = hip.without(hip.grown(-7)).within(Shape(lambda x, y, z: y))
         bones += [("psoas", psoas, hu["muscle"]), ("hip", wing, hu["bone"])]
-    for centre, radii, above, value in VERTEBRAE:
+    for centre, radii, above, value in atlas.VERTEBRAE:
         value = hu["spongy"] if value == 190 else hu["bone"] if value == 320 else value
-        bones.append(("spine", ellipsoid(centre, radii).within(between_discs(above)), value))
+        cycle = Shape(lambda *p, end=above: 6 * (np.cos(p[2] * (2 * np.pi / atlas.VERTEBRA)) - end))
+        bones.append(("spine", ellipsoid(centre, radii).within(cycle), value))
     if rng.random() < 0.7:  # the pillars of the diaphragm
         for side in (1, -1):
             crus = tube((side * 14, -36, -20), (side * 18, -44, -150), *rng.uniform(4, 11, 2))
             bones.append(("crus", crus, hu["muscle"]))
     if rng.random() < 0.15:  # arms beside the body
-        out = HALF_WIDTH + skin + 45
+        out = atlas.HALF_WIDTH + skin + 45
         for side in (1, -1):
             at = np.array([side * out, rng.uniform(-40, 50), 0])
             for radius, value in ((42, hu["fat"]), (34, hu["muscle"]), (11, hu["bone"])):
@@ -190,28 +278,31 @@ def draw_trunk(rng: np.random.Generator, hu: dict[str, float]) -> tuple[Layers, 
 
     @Shape
     def muscle(x, y, z):
-        depth, flank = np.clip((CAVITY_Y - y) * (1 / HALF_DEPTH), 0, 1.2), (x * (1 / 80)) ** 2
+        depth, flank = (
+            np.clip((atlas.CAVITY_Y - y) * (1 / atlas.HALF_DEPTH), 0, 1.2),
+            (x * (1 / 80)) ** 2,
+        )
         level = cavity.level(x, y, z)
         return level - np.float32(wall) - np.float32(back) * depth * depth / (1 + flank * flank)
 
     @Shape
     def skin(x, y, z):
-        side = (y - CAVITY_Y) * np.float32(1 / HALF_DEPTH)
+        side = (y - atlas.CAVITY_Y) * np.float32(1 / atlas.HALF_DEPTH)
         share = 1 + np.float32(behind_fat) * np.clip(-side, 0, 1)
         return muscle.level(x, y, z) - fat * (share + np.float32(front_fat) * np.clip(side, 0, 1))
 
     layers: Layers = []
     if rng.random() < 0.9:
         drop = float(np.float32(wall + back + fat * (1 + behind_fat) - 28 + rng.uniform(0, 8)))
-        layers.append(("table", Shape(lambda x, y, z: table.level(x, y + drop, z)),
+        layers.append(("table", Shape(lambda x, y, z: atlas.table.level(x, y + drop, z)),
                        float(rng.uniform(-700, 150))))  # fmt: skip
-    layers += [("skin", skin, SOFT), ("fat", skin.grown(-2.5), hu["fat"])]
+    layers += [("skin", skin, atlas.SOFT), ("fat", skin.grown(-2.5), hu["fat"])]
     layers += [("muscle", muscle, hu["muscle"])]
     sheet = muscle.grown(-rng.uniform(2, 6)).without(cavity.grown(rng.uniform(2, 5)))
     if rng.random() < 0.5:  # fat between the layers of the wall
         layers.append(("fat", sheet, float(hu["fat"] * rng.uniform(0.3, 0.9))))
     layers.append(("fat", cavity, hu["fat"] + float(rng.uniform(0, 25))))
-    layers.append(("ribs", Shape(ribs.level, np.array([-np.inf, -np.inf, -185])), hu["bone"]))
+    layers.append(("ribs", Shape(atlas.ribs.level, np.array([-np.inf, -np.inf, -185])), hu["bone"]))
     bones = draw_bones(rng, hu, wall + fat)
     return layers + bones, float(wall + fat * (1 + max(behind_fat, front_fat)))
 
@@ -224,7 +315,7 @@ def draw_chest(rng: np.random.Generator, hu: dict[str, float], dome: Shape) -> L
     layers: Layers = [("lung", lung, hu["lung"])]
     for side in (1, -1) * 7:
         end = rng.uniform((60, -70, -70), (120, 70, 70)) * (side, 1, 1)
-        layers.append(("chest", tube((side * 25, -10, 50), end, 6, 1).within(lung), SOFT))
+        layers.append(("chest", tube((side * 25, -10, 50), end, 6, 1).within(lung), atlas.SOFT))
     if rng.random() < 0.25:  # fluid or collapsed lung at the back
         level, tilt = float(rng.uniform(-80, -20)), float(rng.uniform(-0.2, 0.3))
         half = float(rng.choice([-1, 1]))
@@ -331,7 +422,7 @@ def draw_kidneys(rng: np.random.Generator, hu: dict[str, float]) -> Layers:
             pyramid = ellipsoid(centre + (-side * step * 0.25, 0, step), (15, 14, 9))
             layers.append(("kidney", pyramid, hu["medulla"]))
         sinus = ellipsoid(centre + (-side * 14, 4, 0), (15, 9, 20))
-        layers.append(("fat", sinus, float(rng.choice([hu["fat"], WATER, hu["medulla"]]))))
+        layers.append(("fat", sinus, float(rng.choice([hu["fat"], atlas.WATER, hu["medulla"]]))))
         if rng.random() < 0.3:
             size = rng.uniform(8, 26) if rng.random() < 0.7 else rng.uniform(26, 55)
             place = centre + rng.uniform((-20, -15, -50), (20, 25, 50))
@@ -372,3 +463,147 @@ def draw_vessels(rng: np.random.Generator, hu: dict[str, float]) -> Layers:
             ("mass", mass.within(cavity.grown(-3)), hu["liver"] + float(rng.normal(0, 12)))
         )
     return layers
+
+
+# The scan
+
+
+def draw_grid(rng: np.random.Generator, config: Config, skin: float):
+    """Shape (Z, Y, X) and the affine from voxels (X, Y, Z) to reference mm of one random scan."""
+    scale = rng.uniform(0.86, 1.12) * rng.uniform((0.94, 0.86, 0.8), (1.08, 1.18, 1.08))
+    width, depth = (
+        (2 * (half + skin)) * s for half, s in ((atlas.HALF_WIDTH, scale[0]), (105, scale[1]))
+    )
+    margin = rng.uniform(-50, -10) if rng.random() < 0.12 else rng.uniform(0, 60)  # cut, or air
+    top, bottom = rng.uniform(5, 170), rng.uniform(-420, -190)
+    if rng.random() < 0.12:
+        top = rng.uniform(-60, 5)
+    if rng.random() < 0.15:
+        bottom = rng.uniform(-190, -110)
+    mm = np.array([width + margin, depth + margin + 20, (top - bottom) * scale[2]])
+    shape = np.maximum(np.round(mm / config.spacing), 16).astype(int)
+    middle = np.array([*rng.uniform(-8, 8, 2), (top + bottom) / 2 * scale[2]])
+    turn = Rotation.from_rotvec(np.deg2rad(rng.normal(0, (4, 4, 6)))).as_matrix()
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag(config.spacing)
+    affine[:3, 3] = middle - affine[:3, :3] @ ((shape - 1) / 2)
+    return tuple(shape[::-1].tolist()), np.diag([*(1 / scale), 1]) @ affine
+
+
+def scan(rng: np.random.Generator, patient: atlas.Patient, shape, to_reference: np.ndarray):
+    """Return image int16 and label uint8, (Z, Y, X): painted, uneven, blurred and noisy."""
+    hu, label = atlas.paint_patient(patient, shape, to_reference)
+    soft = (hu > -150) & (hu < 300)
+    for voxels, most in ((4, 7), (1.5, 12)):  # tissue is nowhere even
+        field = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), voxels)
+        hu += soft * field * np.float32(rng.uniform(0, most) / field.std())
+    blur = rng.choice([0, rng.uniform(0, 0.8)]), rng.choice([0, rng.uniform(0, 1.2)])
+    hu = gaussian_filter(hu, (blur[1], blur[0], blur[0])) if max(blur) > 0 else hu
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    if (thick := rng.uniform(-0.8, 0.9)) > 0:  # thick slices, interpolated
+        noise = gaussian_filter1d(noise, thick, axis=0)
+    if (kernel := rng.uniform(-0.6, 0.7)) > 0:
+        noise = gaussian_filter(noise, (0, kernel, kernel))
+    hu += noise * np.float32(np.exp(rng.uniform(np.log(2), np.log(32))) / noise.std())
+    hu += np.float32(rng.normal(0, 4))
+    return np.maximum(np.rint(hu), atlas.AIR - 24).astype(np.int16), label
+
+
+def make_body(index: int, config: Config) -> tuple[Volume, Volume]:
+    """Return image (int16 HU) and label (uint8) of body `index`, (X, Y, Z), by seed and spacing."""
+    rng = np.random.default_rng([config.seed, index])
+    patient, skin, _ = draw_body(rng)
+    shape, to_reference = draw_grid(rng, config, skin)
+    image, label = scan(rng, patient, shape, to_reference)
+    affine = np.diag([*config.spacing, 1.0])
+    return Volume(image.T, affine), Volume(label.T, affine)
+
+
+# A phantom around a given liver
+
+
+def paint_around(path: Path, index: int, config: Config) -> tuple[Volume, Volume]:
+    """Return image and label (X, Y, Z) of a phantom around a liver mask, on the mask's grid.
+
+    It is painted in voxels of about 1.5 mm and enlarged; the label keeps the mask's own voxels.
+    """
+    rng, half = np.random.default_rng([config.seed, index]), config.step // 2
+    given = nib.load(path).slicer[half :: config.step, half :: config.step]
+    mask = np.asanyarray(given.dataobj).T > 0
+    patient = atlas.draw_patient(rng)
+    to_reference, points = place_around(mask, given.affine)
+    waves = np.cos(points @ patient.bend[:, :3].T + patient.bend[:, 3])
+    centres, liver_hu = points + waves @ patient.bend[:, 4:], patient.liver[0][2]
+    for centre in rng.permutation(centres)[: rng.integers(5)]:
+        tumour = ellipsoid(centre, rng.uniform(6, 22) * rng.uniform(0.8, 1.2, 3))
+        patient.liver.append(("tumour", tumour, liver_hu - float(rng.uniform(35, 65))))
+    step = max(1, round(1.5 / np.linalg.norm(to_reference[:3, 0])))
+    shares = block_reduce(mask.astype(np.float32), (1, step, step), np.mean)
+    hu, label = np.empty(mask.shape, np.float32), np.empty(mask.shape, np.uint8)
+    for z, share in enumerate(shares):
+        to_fine = np.diag([step, step, 1.0, 1.0])
+        to_fine[:3, 3] = ((step - 1) / 2, (step - 1) / 2, z)  # the centre of a coarse voxel
+        canvas = atlas.Canvas((1, *share.shape), to_reference @ to_fine, patient.bend)
+        for _, part, value in patient.behind + patient.front:
+            canvas.paint(part, value)
+        canvas.hu += share * (liver_hu - canvas.hu)
+        for name, part, value in patient.liver[1:]:
+            canvas.paint(part, value, 2 if name == "tumour" else 1, share[None])
+        size = {"grid_mode": True, "mode": "nearest"}
+        fine = zoom(canvas.hu[0], step, order=1, **size)[: mask.shape[1], : mask.shape[2]]
+        tumours = canvas.label[0].repeat(step, 0).repeat(step, 1)[: mask.shape[1], : mask.shape[2]]
+        hu[z], label[z] = fine, mask[z] * np.maximum(tumours, 1)
+    noise = gaussian_filter(rng.standard_normal(hu.shape, dtype=np.float32), (0, 0.8, 0.8))
+    hu += noise * np.float32(rng.uniform(8, 17) / noise.std())
+    image = np.maximum(np.rint(hu), atlas.AIR - 24).astype(np.int16)
+    header = given.header
+    return Volume(image.T, given.affine, header=header), Volume(
+        label.T, given.affine, header=header
+    )
+
+
+def place_around(mask: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the affine from voxels (X, Y, Z) to reference mm that lays the box of a mask (Z, Y, X)
+    on the atlas' liver, and (n, 3) points of the mask in reference mm.
+
+    The bulk of a liver lies to the right in its box. Where a header says left (19 of the LiTS
+    volumes carry an identity affine), the whole body is painted as mirrored as that header is.
+    """
+    step = [max(1, n // 64) for n in mask.shape]
+    found = np.argwhere(mask[:: step[0], :: step[1], :: step[2]]) * step
+    voxels = (found if len(found) else np.argwhere(mask))[:, ::-1]
+    points = apply_affine(affine, voxels)
+    low, high = points.min(0), points.max(0)
+    middle = (low + high) / 2
+    scale = np.maximum(high - low, 20) / np.diff(atlas.LIVER_BOX, axis=0)[0]
+    scale[2] = np.clip(scale[2], 0.7 * scale[0], 1.4 * scale[0])  # a liver may be cut by the scan
+    if points[:, 0].mean() < middle[0] - 5:
+        scale[0] *= -1
+    fit = np.diag([*(1 / scale), 1])
+    fit[:3, 3] = atlas.LIVER_BOX.mean(0) - middle / scale
+    fit[2, 3] = atlas.LIVER_BOX[1, 2] - high[2] / scale[2]  # its top is the dome
+    reach = cavity.level(*apply_affine(fit, points).T).max() / atlas.CAVITY_MM
+    fit = np.diag([1 / (1 + max(0, reach)), 1 / (1 + max(0, reach)), 1, 1]) @ fit  # ribs outside
+    return fit @ affine, apply_affine(fit, points)
+
+
+def main(config: Config) -> None:
+    masks = sorted(config.livers.glob("[!.]*.nii*")) if config.livers else []
+    last = min(config.first + config.cases, len(masks) if config.livers else sys.maxsize)
+    for index in tqdm(range(config.first, last), "bodies", disable=None):
+        if config.livers:
+            name, pair = masks[index].name, paint_around(masks[index], index, config)
+        else:
+            name, pair = f"body_{index:04d}.nii.gz", make_body(index, config)
+        for folder, volume in zip(("imagesTr", "labelsTr"), pair, strict=True):
+            volume.write(config.destination / folder / name)
+    about = {"name": "Bodies", "description": "Synthetic abdominal CT of no patient"}
+    record = about | {
+        "modality": {"0": "CT"},
+        "labels": dict(zip("012", atlas.LABELS["liver"], strict=True)),
+    }
+    write_json(record, config.destination / "dataset.json")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
