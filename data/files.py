@@ -18,8 +18,6 @@ from typing import Any
 
 import filelock
 
-SIGNATURE = "crc32"  # key of a record's checksum
-
 
 class InputError(ValueError):
     """An input that cannot be used; the message says file, found, expected and remedy.
@@ -52,24 +50,6 @@ def write_json(content: Any, path: Path) -> None:
     """Write JSON whole or not at all, a Path as its text."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
-
-
-def write_signed(record: dict[str, Any], path: Path) -> None:
-    """Write an object as JSON with a checksum of its content."""
-    plain = json.loads(json.dumps(record, default=str))
-    write_json(plain | {SIGNATURE: _sign(plain)}, path)
-
-
-def read_signed(path: Path) -> dict[str, Any]:
-    """Return what `write_signed` wrote, without its checksum."""
-    record = read_json(path, "a record of this program")
-    if not isinstance(record, dict) or record.pop(SIGNATURE, None) != _sign(record):
-        raise InputError(f"{path}: is no record of this program and version, or was changed")
-    return record
-
-
-def _sign(record: dict[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
