@@ -375,9 +375,8 @@ def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume 
     """Return a scan in memory, its truth as RAS class indices, and what is unusual about them."""
     assert case.image
     scan = scans.read_scan(case.image)
-    array = scan.read()
-    scan, notes = replace(scan, data=array, convert=None), list(scan.notes)
-    for kind, fault in judge_hu(array[::2, ::2], array.dtype):
+    notes = list(scan.notes)
+    for kind, fault in judge_hu(scan.data[::2, ::2], scan.dtype):
         if "MR" in (model.modality, case.modality):
             continue
         if kind == "hu" and not config.force and "hu" not in case.accepted:
