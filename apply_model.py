@@ -697,7 +697,7 @@ def find_prepared(config: Any, read_fold: Callable[[Path], int]) -> list[Case]:
         cases = [
             Case(
                 record["case"], Path(record[IMAGE]), restore_label(record[LABEL]), described,
-                bool(settings.get("trust_image_grid")), settings.get("modality") or "",
+                bool(record.get("trust_image_grid")), settings.get("modality") or "",
                 tuple(record.get("warnings", ())),
                 tuple(record.get("accepted", settings.get("accept") or ())),
                 (int(record.get("drawn_slice", 0)), int(settings.get("label_every") or 1)),

@@ -30,6 +30,8 @@ USUAL_LABELS: Labels = {BACKGROUND: (0,), "liver": (1,), "tumour": (2,)}
 LIVER_WITH_TUMOURS: dict[str, tuple[str, ...]] = {"liver": ("liver", "tumour")}
 
 FOREGROUND = ("liver", "tumour")  # what must not be lost where nothing else is asked for
+# Errors of the check that `--accept` takes as warnings.
+ACCEPTABLE = Literal["outside", "outline", "empty", "hu", "identity", "turned", "left_right"]
 
 # Words that mean the same; a name is compared word by word.
 SYNONYMS = {

@@ -111,8 +111,8 @@ def test_label_other_axes(built, segment, tmp_path):
 def test_label_other_origin(built, segment, tmp_path):
     with pytest.raises(InputError, match="cases have errors"):
         run(built)
-    dataset = run(built, trust_image_grid=True)
-    assert len(dataset["cases"]) == 3 and dataset["settings"]["trust_image_grid"]
+    dataset = run(built, trust_image_grid=())
+    assert len(dataset["cases"]) == 3 and all(c["trust_image_grid"] for c in dataset["cases"])
     (case,) = (case for case in dataset["cases"] if case["split"] == "test")
     image, truth = Path(case["image"]), Path(case["label"])
     scan, label = read_scan(image), read_scan(truth)
@@ -143,7 +143,7 @@ def test_mhd_raw_changed(built, segment, tmp_path):
     assert sums[0] != sums[1]
 
 
-ALONE = {"training": 1.0, "validation": 0.0, "test": 0.0, "accept": ("mirrored", "outside")}
+ALONE = {"training": 1.0, "validation": 0.0, "test": 0.0, "accept": ("outline", "outside")}
 
 
 def as_decathlon(built: Path) -> Path:

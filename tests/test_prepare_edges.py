@@ -44,7 +44,7 @@ def test_mr_is_said_once_and_kept(tmp_path):
     for index in range(3):
         scan, label = (array[:, :, 12:24] for array in ras_arrays(index))
         replace_case(tmp_path / "raw", index, np.abs(scan) % 255, label)
-    dataset = run(tmp_path / "raw", modality="MR", accept=("mirrored",))
+    dataset = run(tmp_path / "raw", modality="MR", accept=("outline",))
     assert dataset["settings"]["modality"] == "MR"
     assert "−1000" not in str(dataset["cases"])
     piece = nib.load(tmp_path / "prepared" / dataset["subvolumes"][0]["image"])
@@ -53,9 +53,9 @@ def test_mr_is_said_once_and_kept(tmp_path):
 
 def test_an_accepted_finding_is_repeated(raw):
     replace_case(raw, 0, ras_arrays(0)[0], ras_arrays(0)[1][::-1])
-    case = run(raw, accept=("mirrored",))["cases"][0]
-    assert case["accepted"] == ["mirrored"]
-    assert "mirror image" in " ".join(case["warnings"])
+    case = run(raw, accept=("outline",))["cases"][0]
+    assert case["accepted"] == ["outline"]
+    assert "mirrored left-right" in " ".join(case["warnings"])
 
 
 def test_the_check_works_alone(raw, tmp_path):
