@@ -19,7 +19,7 @@ from typing import Literal
 import tyro
 
 from data.labels import ACCEPTABLE, FOREGROUND
-from data.settings import read_settings, run_script
+from data.settings import Count, Seed, Share, Whole, read_settings, run_script
 
 
 @dataclass
@@ -31,16 +31,17 @@ class Config:
     values: tuple[str, ...] = ()  # what label values mean, such as liver=6 tumour=7
     foreground: tuple[str, ...] = FOREGROUND  # labels that must not be lost
     modality: Literal["CT", "MR"] = "CT"  # MR: intensities are no HU; kept in dataset.json
-    label_every: int = 1  # only every so many-th slice was drawn; those between are not counted
-    subvolume_depth: int = 16  # axial slices per sub-volume; 0 keeps cases whole, for patches
-    crop_to_body: bool = False  # of a CT: sub-volumes lose the air beside the body, so that the
-    # network's pixels lie on the patient; on few patients measured better
-    keep_empty: float = 0.0  # fraction of the sub-volumes without foreground that is kept
-    training: float = 0.70  # fraction of the patients that the network is fitted to
-    validation: float = 0.15  # fraction of the patients that choose the checkpoint
-    test: float = 0.15  # fraction of the patients that are looked at once, at the end
-    seed: int = 0  # of the split and of keep_empty
-    folds: int = 0  # cross-validation: parts to divide the patients into; train.py --fold picks one
+    label_every: Count = 1  # only every so many-th slice was drawn; those between are not counted
+    subvolume_depth: Whole = 16  # axial slices per sub-volume; 0 keeps cases whole, for patches
+    # crop sub-volumes of CT to the body, so that the network's pixels lie on the patient; on few
+    # patients measured better
+    crop_to_body: bool = False
+    keep_empty: Share = 0.0  # fraction of the sub-volumes without foreground that is kept
+    training: Share = 0.70  # fraction of the patients that the network is fitted to
+    validation: Share = 0.15  # fraction of the patients that choose the checkpoint
+    test: Share = 0.15  # fraction of the patients that are looked at once, at the end
+    seed: Seed = 0  # of the split and of keep_empty
+    folds: Whole = 0  # cross-validation: number of folds of the patients; train.py --fold picks one
     split: Path | None = None  # JSON with lists of cases: training, validation, test
     patients: Path | None = None  # CSV with columns case,patient, where one patient has many scans
     patient_pattern: str = ""  # or: regular expression whose first group, in a case name, is it
@@ -51,7 +52,7 @@ class Config:
     leave_out: tuple[str, ...] = ()  # cases not to use
     overwrite: bool = False  # remove what was prepared here from another source
     compress: bool = False  # gzip the images too: half the disk, twice the time
-    workers: int = 0  # processes; 0 means one per core
+    workers: Whole = 0  # processes; 0 means one per core
 
 
 if __name__ == "__main__":  # help and mistakes need no heavy library

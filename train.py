@@ -7,8 +7,8 @@
     python train.py --show                      # only draw what the network would see
     torchrun --nproc-per-node 4 train.py        # on four GPUs
 
-Edit the settings in place or give them as options; the checkpoint carries them all. Read
-`curves.png` and `preview.png` in the run's folder to see how it goes. Next: apply_model.py.
+Edit the settings in place or give them as options; the checkpoint carries them all. To see how it
+goes, read `curves.png` and `preview.png` in the run's folder. Next: apply_model.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,23 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from data.labels import LIVER_WITH_TUMOURS
-from data.settings import NETWORK_LIBRARIES, Classes, read_settings, run_script
+from data.settings import (
+    NETWORK_LIBRARIES,
+    Amount,
+    Classes,
+    Count,
+    Degrees,
+    Device,
+    HuWindow,
+    Part,
+    Positive,
+    Seed,
+    Share,
+    Spacing,
+    Whole,
+    read_settings,
+    run_script,
+)  # fmt: skip
 
 NetworkName = Literal[
     "unet3d", "unet", "attention_unet", "segresnet", "vnet", "unetr", "dynunet", "swin_unetr",
@@ -48,66 +64,68 @@ class Config:
     labels: Classes = field(default_factory=LIVER_WITH_TUMOURS.copy)
 
     # -- input
+
     # "subvolumes": as prepare.py cut them; each slice is resampled in its own plane, the slice axis
     # never. "patches": cut at random from whole cases (prepare.py --subvolume-depth 0), at one
     # spacing along all three axes, which small tumours survive.
     sampling: Literal["subvolumes", "patches"] = "subvolumes"
-    spacing: tuple[float, ...] | Literal["median"] = (1.0, 1.0)  # mm: x y (then resized), or x y z
-    # of patches; "median" is that of the training patients.
-    input_size: tuple[int, ...] = (256, 256)  # voxels, multiples of 8: x y, or x y z of patches
-    hu_window: tuple[float, float] | None = (-200.0, 250.0)  # HU that become 0 and 1; soft tissue.
-    # None, for MR: negatives become 0, then each slice is divided by its maximum. Of CT that makes
-    # the brightness of a liver depend on the bone beside it.
-    patches_per_case: int = 8  # random patches from each case in an epoch
-    foreground_sampling: float = 0.67  # part of the patches centred on foreground, classes alike
+    # mm: x y (slices are then resized), or x y z of patches; "median": of the training patients
+    spacing: tuple[Spacing, ...] | Literal["median"] = (1.0, 1.0)
+    input_size: tuple[Count, ...] = (256, 256)  # voxels, multiples of 8: x y, or x y z of patches
+    # HU that become 0 and 1; soft tissue. None, for MR: negatives become 0, then each slice is
+    # divided by its maximum. In CT the brightness of a liver would then depend on nearby bone.
+    hu_window: HuWindow | None = (-200.0, 250.0)
+    patches_per_case: Count = 8  # random patches from each case in an epoch
+    foreground_sampling: Share = 0.67  # part of the patches centred on foreground, classes alike
 
     # -- augmentation
-    augment_probability: float = 0.8  # of each of: affine change, noise, intensity scaling, shift.
-    # Of the training alone; on few patients, more of it measured better.
-    rotation_degrees: float = 15.0  # largest rotation in plane, either way
-    translation: float = 0.1  # largest shift either way, fraction of the picture's side
-    scaling: float = 0.2  # largest change of size either way
-    noise_sd: float = 0.02  # largest noise, in units of the 0..1 intensity (0.02 = 9 HU)
-    intensity_scaling: float = 0.15  # largest change of contrast either way (contrast agent)
-    intensity_shift: float = 0.1  # largest change of brightness either way (0.1 = 45 HU)
-    flip_probability: float = 0.0  # left-right; 0, because a liver is on the right
+
+    # probability of each: affine change, noise, intensity scaling, shift; in training alone. On
+    # few patients a higher one measured better.
+    augment_probability: Share = 0.8
+    rotation_degrees: Degrees = 15.0  # largest rotation in plane, either way
+    translation: Share = 0.1  # largest shift either way, fraction of the picture's side
+    scaling: Part = 0.2  # largest change of size either way
+    noise_sd: Amount = 0.02  # largest noise, in units of the 0..1 intensity (0.02 = 9 HU)
+    intensity_scaling: Amount = 0.15  # largest change of contrast either way (contrast agent)
+    intensity_shift: Amount = 0.1  # largest change of brightness either way (0.1 = 45 HU)
+    flip_probability: Share = 0.0  # left-right; 0, because a liver is on the right
 
     # -- network
-    network: NetworkName = "unet3d"  # unet3d is Çiçek et al. 2016; the others are MONAI's.
-    # No deep supervision: it has not been measured to help here.
-    base_channels: int = 32  # width; 32 is the paper's 19 M parameters, 8 trains on a laptop
+    network: NetworkName = "unet3d"  # unet3d is Çiçek et al. 2016; the others are MONAI's
+    base_channels: Count = 32  # width; 32 is the paper's 19 M parameters, 8 trains on a laptop
     pretrained: Path | None = None  # a checkpoint of the same network, whose weights to begin with
-    pretrained_share: float = 0.0  # so much of the weights kept stays as they began; the rest is
-    # learnt. On few patients 0.5 keeps what they would unlearn.
+    # interpolation of the saved weights: 0 is trained, 1 is pretrained. On few patients 0.5 keeps
+    # what they would forget.
+    pretrained_share: Part = 0.0
     encoder_weights: Path | None = None  # ResNet-34 of ImageNet (torchvision, smp): resnet34_unet
-    dropout: float = 0.0  # part of the features that training leaves out, where the network has it
+    dropout: Part = 0.0  # part of the features that training leaves out, where the network has it
 
     # -- optimisation
     loss: LossName = "dice"  # soft Dice of the foreground classes
     optimizer: OptimizerName = "adam"  # sgd with momentum 0.99
-    weight_decay: float | None = None  # None is the optimizer's usual: adamw 0.01, sgd 3e-5, adam 0
+    weight_decay: Amount | None = None  # None: the optimizer's usual, adamw 0.01, sgd 3e-5, adam 0
     amsgrad: bool = False  # of adam and adamw: steps by the largest second moment so far
-    learning_rate: float = 3e-4  # at the start
+    learning_rate: Positive = 3e-4  # at the start
     schedule: ScheduleName = "cosine"  # of the learning rate, by epoch
-    batch_size: int = 2  # sub-volumes per step (and per process under torchrun)
-    max_epochs: int = 100  # passes over the training sub-volumes
-    gradient_clip: float = 12.0  # largest gradient norm; 0 leaves it alone
-    ema_decay: float = 0.0  # keep a moving average of the weights; 0.99 steadies a constant rate
-    patience: int = 0  # stop after so many validations without a better Dice; 0 = never
-    val_interval: int = 1  # epochs between validations
+    batch_size: Count = 2  # sub-volumes per step (and per process under torchrun)
+    max_epochs: Count = 100  # passes over the training sub-volumes
+    gradient_clip: Amount = 12.0  # largest gradient norm; 0 leaves it alone
+    ema_decay: Part = 0.0  # keep a moving average of the weights; 0.99 steadies a constant rate
+    patience: Whole = 0  # stop after so many validations without a better Dice; 0 = never
+    val_interval: Count = 1  # epochs between validations
 
     # -- machine
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    device: Device = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: the fastest one here
     compile: bool = False  # torch.compile: a minute at the start, faster steps on a GPU
     deterministic: bool = False  # repeatable on a GPU as far as torch can, slower; a CPU always is
     sync_batch_norm: bool = False  # under torchrun: statistics over all GPUs, for small batches
-    disk_cache: bool = False  # keep preprocessed sub-volumes beside the data for the next run
     tensorboard: bool = False  # also write event files: tensorboard --logdir checkpoints
-    seed: int = 0  # of weights, order and augmentation
+    seed: Seed = 0  # of weights, order and augmentation
 
     # -- inference
-    overlap: float = 0.5  # of neighbouring windows, along each axis they slide on; apply_model.py's
+    overlap: Part = 0.5  # of neighbouring windows, along each axis they slide on; apply_model.py's
 
     # Names of the options that were given by hand; None: those that differ from the defaults.
     given: ClassVar[frozenset[str] | None] = None
@@ -134,68 +152,42 @@ class Config:
 # The first one is `python train.py` alone. Add your own.
 RECIPES: dict[str, tuple[str, Config]] = {
     "liver-unet3d": (
-        "liver with its tumours; 19 M 3D U-Net on 16-slice sub-volumes, Dice",
-        Config(),
+        "liver with its tumours; 19 M 3D U-Net on 16-slice sub-volumes, Dice", Config(),
     ),
     "laptop": (
-        "the same in a CPU's minutes: whole cases at 3 mm, from the starter weights",
-        Config(
-            data=Path("data/whole"),  # prepare.py … --subvolume-depth 0 --destination data/whole
-            run_folder=Path("checkpoints/laptop"),
-            sampling="patches",
-            spacing=(3.0, 3.0, 3.0),
-            input_size=(96, 96, 64),
-            rotation_degrees=25.0,  # stronger augmentation than usual: few patients, few minutes
-            scaling=0.35,
-            noise_sd=0.05,
-            intensity_scaling=0.3,
-            intensity_shift=0.2,
-            network="unet",
-            base_channels=16,
-            pretrained=Path("checkpoints/starter.pt"),
-            pretrained_share=0.5,
-            loss="dice_ce",
-            learning_rate=1e-3,
-            max_epochs=18,
+        "the same in a CPU's minutes: whole cases at 3 mm, from the starter weights", Config(
+            # prepare.py … --subvolume-depth 0 --destination data/whole
+            data=Path("data/whole"), run_folder=Path("checkpoints/laptop"),
+            sampling="patches", spacing=(3.0, 3.0, 3.0), input_size=(96, 96, 64),
+            # stronger augmentation than usual: few patients, few minutes
+            rotation_degrees=25.0, scaling=0.35, noise_sd=0.05, intensity_scaling=0.3,
+            intensity_shift=0.2, network="unet", base_channels=16,
+            pretrained=Path("checkpoints/starter.pt"), pretrained_share=0.5,
+            loss="dice_ce", learning_rate=1e-3, max_epochs=18,
         ),
     ),
     "liver-monai": (
-        "the same with MONAI's residual U-Net on patches, Dice + weighted cross-entropy",
-        Config(
-            data=Path("data/whole"),
-            run_folder=Path("checkpoints/liver-monai"),
-            sampling="patches",
-            spacing=(1.5, 1.5, 1.0),
-            input_size=(128, 128, 64),
-            hu_window=(-200.0, 200.0),
-            network="unet",
-            loss="weighted_dice_ce",
-            learning_rate=1e-3,
+        "the same with MONAI's residual U-Net on patches, Dice + weighted cross-entropy", Config(
+            data=Path("data/whole"), run_folder=Path("checkpoints/liver-monai"),
+            sampling="patches", spacing=(1.5, 1.5, 1.0), input_size=(128, 128, 64),
+            hu_window=(-200.0, 200.0), network="unet", loss="weighted_dice_ce", learning_rate=1e-3,
         ),
     ),
     "liver-slices-resnet34": (
-        "the same slice by slice; 2D U-Net with a ResNet-34 encoder",
-        Config(
-            run_folder=Path("checkpoints/liver-slices-resnet34"),
-            network="resnet34_unet",
-            loss="dice_ce",
-            learning_rate=1e-3,
-            overlap=0.0,  # windows know nothing of each other: a slice is the same in each
+        "the same slice by slice; 2D U-Net with a ResNet-34 encoder", Config(
+            run_folder=Path("checkpoints/liver-slices-resnet34"), network="resnet34_unet",
+            loss="dice_ce", learning_rate=1e-3, overlap=0.0,  # a slice is the same in each window
         ),
     ),
     "liver-tumour-ce": (
         "liver and tumour apart; 3D U-Net on patches, cross-entropy (try weighted_ce, dice_ce)",
         Config(
-            data=Path("data/whole"),
-            run_folder=Path("checkpoints/liver-tumour-ce"),
-            labels={"liver": ("liver",), "tumour": ("tumour",)},
-            sampling="patches",
-            spacing=(1.0, 1.0, 1.0),
-            input_size=(128, 128, 64),
-            loss="ce",
+            data=Path("data/whole"), run_folder=Path("checkpoints/liver-tumour-ce"),
+            labels={"liver": ("liver",), "tumour": ("tumour",)}, sampling="patches",
+            spacing=(1.0, 1.0, 1.0), input_size=(128, 128, 64), loss="ce",
         ),
     ),
-}
+}  # fmt: skip
 
 
 if __name__ == "__main__":  # help and mistakes are told before anything heavy is loaded
@@ -206,16 +198,14 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Literal, cast
 
 import torch
 from monai import losses
 
+import utilities
 from data.files import InputError, find_checkpoint, lock_folder, write_json
-from data.labels import IGNORED, IMAGE, LIVER_WITH_TUMOURS, Labels, as_labels, resolve_classes
-from data.settings import check_settings, is_first_process, keep_log, pick
+from data.labels import IGNORED, as_labels, resolve_classes
+from data.settings import check_settings, is_first_process, pick
 from data.splits import check_splits, choose_fold, count_voxels, read_prepared
 from data.trust import learn_volumes
 from preprocess import (
@@ -223,59 +213,33 @@ from preprocess import (
     Chain,
     SubvolumeLoader,
     Subvolumes,
-    WholeCases,
     augmentation,
     cache_split,
     show_inputs,
 )
-from utilities import (
-    GRAINS,
-    Run,
-    build_network,
-    load_checkpoint,
-    on_device,
-    pick_device,
-    pick_precision,
-    process_group,
-    rank_and_size,
-    refuse_non_finite,
-    train,
-    validations_since_best,
-)
 
 
-class CrossEntropy(torch.nn.CrossEntropyLoss):
-    """Cross-entropy of logits (B, C, X, Y, Z) and class indices (B, 1, X, Y, Z)."""
-
-    def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        return super().forward(logits, label[:, 0].long())
-
-
-class JudgedLoss(torch.nn.Module):
-    """A loss of the voxels that somebody judged (label not IGNORED) and of no others.
-
-    It must not depend on where voxels lie, nor tell the samples of a batch apart (`batch=True`).
-    """
+class AnnotatedLoss(torch.nn.Module):
+    """A loss over annotated voxels alone, which must not depend on their place or their sample."""
 
     def __init__(self, loss: torch.nn.Module):
         super().__init__()
         self.loss = loss
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        if not (judged := label[:, 0] != IGNORED).any():
+        if not (known := label[:, 0] != IGNORED).any():
             return 0 * logits.sum()
-        classes, true = logits.movedim(1, -1)[judged].T, label[:, 0][judged]
+        classes, true = logits.movedim(1, -1)[known].T, label[:, 0][known]
         return self.loss(classes[None, :, :, None, None], true[None, None, :, None, None])
 
 
-# Dice is of the foreground alone. batch=True pools the voxels of a batch: a sub-volume with a
-# sliver of liver then does not swing the gradient as much as one that is full of it.
+# Dice of the foreground. batch=True pools the voxels of a batch: a sub-volume with a sliver of
+# liver then weighs less than one that is full of it.
 DICE: dict[str, Any] = dict(softmax=True, to_onehot_y=True, include_background=False, batch=True)
-
 LOSSES: dict[str, Callable[[torch.Tensor], torch.nn.Module]] = {  # class weights → loss
     "dice": lambda weights: losses.DiceLoss(**DICE),
-    "ce": lambda weights: CrossEntropy(),
-    "weighted_ce": lambda weights: CrossEntropy(weight=weights),
+    "ce": lambda weights: losses.DiceCELoss(**DICE, lambda_dice=0.0),
+    "weighted_ce": lambda weights: losses.DiceCELoss(**DICE, weight=weights, lambda_dice=0.0),
     "dice_ce": lambda weights: losses.DiceCELoss(**DICE),
     "weighted_dice_ce": lambda weights: losses.DiceCELoss(**DICE, weight=weights),
     "dice_focal": lambda weights: losses.DiceFocalLoss(**DICE),
@@ -299,30 +263,29 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # progress 0..1 → factor o
 
 
 def check(config: Config, prepared: dict[str, Any]) -> None:
-    """Refuse settings that cannot work, before hours are spent on them."""
+    """Raise InputError for settings that cannot work, before hours are spent on them."""
     patches, depth = config.sampling == "patches", prepared["subvolume_depth"]
     if patches == bool(depth):
         found = f"sub-volumes of {depth} slices" if depth else "whole cases"
         raise InputError(
-            f"{config.data}: holds {found}, but --sampling is {config.sampling}; prepare it again "
-            f"into another --destination with --subvolume-depth {0 if patches else 16}, and name "
-            "that folder in --data"
+            f"{config.data}: holds {found}, but --sampling is {config.sampling}; give --data that "
+            f"prepare.py wrote with --subvolume-depth {0 if patches else 16}"
         )
     axes = "x y z" if patches else "x y"
-    for name in ("spacing", "input_size"):
-        if len(given := getattr(config, name)) != len(axes.split()):
-            raise InputError(
-                f"--{name.replace('_', '-')} of {config.sampling} must be {axes}, got {given}"
-            )
+    for option, given in {"--spacing": config.spacing, "--input-size": config.input_size}.items():
+        if len(given) != len(axes.split()):
+            raise InputError(f"{option} of {config.sampling} must be {axes}, got {given}")
     window, flat = config.window(depth), config.network == "resnet34_unet"
-    if any(size % 8 for size in (window[:2] if flat else window)):
+    halved = window[:2] if flat else window  # the axes along which the network pools
+    if any(size % 8 for size in halved):
         raise InputError(
-            "the network's input must be a multiple of 8 along each axis (three poolings), got "
-            f"{window} voxels; change --input-size, or prepare.py's --subvolume-depth"
+            f"{window} voxels: the network's input must be a multiple of 8 along each axis (three "
+            "poolings); change --input-size, or prepare.py's --subvolume-depth"
         )
-    grain = {**GRAINS, "dynunet": 16}.get(config.network, 8)
-    slices = [window[2]] if flat else []  # a 2D network's normalisation sees them together
-    if math.prod([max(n // grain, 1) for n in window[: 3 - len(slices)]] + slices) < 2:
+    deep = {"unet": 16, "attention_unet": 16, "vnet": 16, "dynunet": 16, "resnet34_unet": 32}
+    grain = deep.get(config.network, 8)
+    # a 2D network normalises all slices together
+    if math.prod(max(size // grain, 1) for size in halved) * (window[2] if flat else 1) < 2:
         raise InputError(
             f"{window} voxels are a single one after the poolings of {config.network}, and "
             f"normalisation needs two; give --input-size of more than {grain} along an axis"
@@ -334,26 +297,24 @@ def check(config: Config, prepared: dict[str, Any]) -> None:
     if config.optimizer == "sgd" and config.amsgrad:
         raise InputError("--amsgrad is of adam and adamw, got --optimizer sgd; leave it out")
     if config.resume is None and not config.show and (config.run_folder / "last.pt").exists():
-        raise InputError(
-            f"{config.run_folder}: holds a run already; give another --run-folder, or go on with "
-            f"--resume {config.run_folder}"
-        )
+        remedy = f"give another --run-folder, or go on with --resume {config.run_folder}"
+        raise InputError(f"{config.run_folder}: holds a run already; {remedy}")
 
 
 def choose_spacing(config: Config, prepared: dict[str, Any]) -> Config:
-    """The settings with numbers for the spacing "median": of the training patients, in mm."""
+    """Return the settings with the median spacing (mm) of the training patients."""
     known = prepared["subvolumes"]
     steps = {item["case"]: item["spacing_mm"] for item in known if item["split"] == "training"}
     axes = 3 if config.sampling == "patches" else 2
     middle = [round(statistics.median(along), 4) for along in zip(*steps.values(), strict=True)]
     spacing = tuple(middle[:axes])
-    if rank_and_size()[0] == 0:
+    if is_first_process():
         print(f"--spacing median: {' × '.join(map(str, spacing))} mm ({len(steps)} training scans)")
     return dataclasses.replace(config, spacing=spacing)
 
 
 def choose_hu_window(config: Config, modality: str) -> Config:
-    """The settings, without a HU window for MR unless one was given: MR has no HU."""
+    """Return the settings; those for MR without a HU window, unless one was given."""
     if modality != "MR" or config.hu_window is None or "hu_window" in config.list_given():
         return config
     if is_first_process():
@@ -362,84 +323,54 @@ def choose_hu_window(config: Config, modality: str) -> Config:
 
 
 def resume_settings(config: Config, folder: Path, saved: dict[str, Any]) -> Config:
-    """The saved run's settings; only where it runs and how long may be given anew."""
+    """Return the saved run's settings; only device and number of epochs may be given anew."""
     names, given = {item.name for item in dataclasses.fields(Config)}, config.list_given()
     if unknown := sorted(saved["config"].keys() - names):
-        raise InputError(
-            f"{folder}: a run with settings that are unknown here ({', '.join(unknown)}); update "
-            "this program, or train again"
-        )
-    free: dict[str, Any] = {"run_folder": folder, "resume": folder, "device": config.device}
-    free |= {"data": Path(saved["config"]["data"])}
-    if "max_epochs" in given:
-        free["max_epochs"] = config.max_epochs
-    result = dataclasses.replace(Config(**saved["config"]), **free)
+        what = f"a run with settings that are unknown here ({', '.join(unknown)})"
+        raise InputError(f"{folder}: {what}; update this program, or train again")
+    old = saved["config"] | {"data": Path(saved["config"]["data"]), "run_folder": folder}
+    old |= {"max_epochs": config.max_epochs} if "max_epochs" in given else {}
+    result = Config(**old | {"resume": folder, "device": config.device})
     mine, kept = config.plain(), result.plain()
-    changed = sorted(name for name in given - {"resume"} if mine[name] != kept[name])
-    if changed:
-        raise InputError(
-            f"{folder}: a resumed run keeps its settings, but {', '.join(changed)} differ; "
-            "leave them out, or start another --run-folder"
-        )
+    if changed := sorted(name for name in given - {"resume"} if mine[name] != kept[name]):
+        what = f"a resumed run keeps its settings, but {', '.join(changed)} differ"
+        raise InputError(f"{folder}: {what}; leave them out, or start another --run-folder")
     return result
 
 
-def is_finished(config: Config, saved: dict[str, Any]) -> bool:
-    """Whether a run has nothing left to do; says so."""
-    stopped = config.patience and validations_since_best(saved["history"]) >= config.patience
-    if saved["epoch"] < config.max_epochs and not stopped:
-        return False
-    why = f"--patience {config.patience}" if stopped else f"--max-epochs {config.max_epochs}"
-    advice = "start another with --pretrained" if stopped else "train on with more --max-epochs"
-    print(f"{config.resume}: finished after {saved['epoch']} epochs ({why}); {advice}")
-    return True
-
-
-def class_weights(prepared: dict[str, Any], labels: Labels) -> torch.Tensor:
-    """One weight per class from its voxels in the training data; their mean is 1.
-
-    Inverse to the square root of the count. Inverse to the count itself, a tumour voxel weighs a
-    thousand times as much as one of the background: on six real CTs a network trained with that
-    invented more than a litre of tumour per patient.
-    """
-    inverse = count_voxels(prepared, labels, "training").clip(1) ** -0.5
-    return torch.tensor(inverse / inverse.mean(), dtype=torch.float32)
+def choose_precision(config: Config, device: torch.device, window: Sequence[int]) -> torch.dtype:
+    """Return the precision of convolutions: float32 where "auto" would meet a fault of torch."""
+    # On a CPU torch 2.13 leaves gradients of bfloat16 convolutions partly unwritten (NaN) where
+    # feature maps shrink to 2 × 2 pixels, or where a single slice is halved.
+    tiny = min(window[:2]) < 64 or window[2] < 16
+    on_cpu = config.precision == "auto" and device.type == "cpu"
+    return utilities.pick_precision("fp32" if on_cpu and tiny else config.precision, device)
 
 
 def begin_with(network: torch.nn.Module, network_args: dict[str, Any], path: Path) -> bool:
-    """Load the weights of a checkpoint; of another number of classes, all but the head's.
-
-    Returns whether all are loaded: of a network with a new head no share can be kept. Raises
-    InputError where it holds another network.
-    """
-    saved, own = load_checkpoint(path), network.state_dict()
-    given, classes = saved["network_state"], saved["network_args"].get("out_channels")
-    other = [
-        name for name in {**own, **given}
-        if name not in given or name not in own or given[name].shape != own[name].shape
-    ]  # fmt: skip
+    """Load a checkpoint's weights, but not the head's of another number of classes; return whether
+    all are loaded. Raise InputError where it holds another network."""
+    saved, own = utilities.load_checkpoint(path), network.state_dict()
+    given, old = saved["network_state"], saved["network_args"]
+    shapes = [{name: value.shape for name, value in state.items()} for state in (own, given)]
+    other = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
     aside = {"out_channels": 0, "dropout": 0}
-    alike = {**saved["network_args"], **aside} == {**network_args, **aside}
-    if other and not (alike and classes != network_args["out_channels"]):
+    heads_differ = old.get("out_channels") != network_args["out_channels"]
+    if other and not (heads_differ and {**old, **aside} == {**network_args, **aside}):
         raise InputError(
             f"{path}: --pretrained must be the same network, but {len(other)} of its weights "
-            f"differ, such as {other[0]}; it was trained with {saved['network_args']} for "
-            f"{', '.join(saved['preprocessing']['labels'])}: give the same --network and "
-            "--base-channels"
+            f"differ, such as {other[0]}; give the --network and --base-channels of {old}"
         )
     network.load_state_dict({n: v for n, v in given.items() if n not in other}, strict=False)
     if other and is_first_process():
-        print(f"{path}: {classes} classes; begins anew: {', '.join(sorted(other))}")
+        print(f"{path}: {old.get('out_channels')} classes; begins anew: {', '.join(other)}")
     return not other
 
 
-def begin_with_encoder(network: torch.nn.Module, path: Path) -> None:
-    """Load a ResNet-34 of torchvision or segmentation_models_pytorch into resnet34_unet.
-
-    The filters of its first layer are added up over the colours. Raises InputError where the file
-    is none.
-    """
-    encoder = cast(Any, network).network.encoder
+def begin_with_encoder(network: Any, path: Path) -> None:
+    """Load a ResNet-34 of torchvision or segmentation_models_pytorch into resnet34_unet, its first
+    filters added over the colours. Raise InputError where the file holds none."""
+    encoder = network.network.encoder
     own, remedy = encoder.state_dict(), "give a ResNet-34 as torch.save wrote its state_dict"
     try:
         given = torch.load(path, map_location="cpu", weights_only=True)
@@ -451,143 +382,50 @@ def begin_with_encoder(network: torch.nn.Module, path: Path) -> None:
         found = {name: taken[name] for name in own if name in taken or "num_batches" not in name}
         if wrong := next((n for n in found if found[n].shape != own[n].shape), ""):
             raise ValueError(f"{wrong} is {tuple(found[wrong].shape)}")
-        refuse_non_finite(found, path)
+        utilities.refuse_non_finite(found, path)
     except Exception as error:  # a foreign file may lead to anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: --encoder-weights: no ResNet-34 ({reason}); {remedy}") from error
     encoder.load_state_dict(found, strict=False)
-    if rank_and_size()[0] == 0:
-        left = sorted(given.keys() - {n for n in given if n.removeprefix("encoder.") in found})
+    if is_first_process():
+        left = sorted(name for name in given if name.removeprefix("encoder.") not in found)
         print(f"{path}: {len(found)} weights of the encoder; left out: {', '.join(left) or 'none'}")
-
-
-def safe_precision(config: Config, device: torch.device, window: Sequence[int]) -> str:
-    """`config.precision`, but float32 where "auto" would meet a fault of torch on the CPU.
-
-    Gradients of bfloat16 convolutions are partly never written (torch 2.13, seen as NaN and as runs
-    that differ) where feature maps shrink to 2 × 2 pixels, or where a single slice is halved.
-    """
-    tiny = min(window[:2]) < 64 or window[2] < 16
-    on_cpu = config.precision == "auto" and device.type == "cpu"
-    return "fp32" if on_cpu and tiny else config.precision
 
 
 def main(config: Config) -> None:
     check_settings(config)
     saved = None
     if config.resume:
-        saved = load_checkpoint(find_checkpoint(config.resume, ["last.pt"]))
+        saved = utilities.load_checkpoint(find_checkpoint(config.resume, ["last.pt"]))
         folder = config.resume if config.resume.is_dir() else config.resume.parent
         config = resume_settings(config, folder, saved)
-        if is_finished(config, saved):
+        check_settings(config)
+        stopped = config.patience and utilities.find_best(saved["history"])[1] >= config.patience
+        if stopped or saved["epoch"] >= config.max_epochs:
+            done = f"{folder}: finished after {saved['epoch']} epochs"
+            print(f"{done}; train on with more --max-epochs, or start another with --pretrained")
             return
-    device = pick_device(config.device)
+    device = utilities.pick_device(config.device)
     prepared = choose_fold(read_prepared(config.data), config.fold, config.data)
     config = choose_hu_window(config, prepared["settings"].get("modality", "CT"))
-    if config.spacing == "median":
-        config = choose_spacing(config, prepared)
+    config = choose_spacing(config, prepared) if config.spacing == "median" else config
     check(config, prepared)
     labels = resolve_classes(config.labels, as_labels(prepared["labels"]))
     ignore, crop = tuple(prepared.get("ignore", ())), prepared["settings"].get("crop_to_body")
     chain = pick(Chain, config, labels=labels, ignore=ignore, crop_to_body=bool(crop))
-    if config.show:
-        # training leaves some sub-volumes alone; a picture should not
+    if config.show:  # a training leaves some sub-volumes as they are; a picture should not
         augment = pick(Augment, config, classes=len(labels), augment_probability=1.0)
         picture = show_inputs(config.data, prepared, chain, augment, device)
         print(f"look at {picture}: is the outline on the organ? Then: train.py, same options")
         return
-    with process_group(device), contextlib.ExitStack() as first:
+    with utilities.process_group(device), contextlib.ExitStack() as stack:
         if is_first_process():
-            first.enter_context(lock_folder(config.run_folder))
-            first.enter_context(keep_log(config.run_folder / "train.log"))
+            stack.enter_context(lock_folder(config.run_folder))
         fit(config, prepared, chain, device, saved)
 
 
-def load_data(
-    config: Config, prepared: dict[str, Any], chain: Chain, device: torch.device
-) -> tuple[SubvolumeLoader, SubvolumeLoader | None]:
-    """Cached sub-volumes as batches: training, augmented, and validation, if there is one."""
-    validated = check_splits(prepared, chain.labels, config.data)
-    cache = (chain, device, config.disk_cache)
-    training = cache_split(prepared, config.data, "training", *cache)
-    augment = augmentation(pick(Augment, config, classes=len(chain.labels)), device)
-    patches, window = config.sampling == "patches", config.window(prepared["subvolume_depth"])
-    repeats = config.patches_per_case if patches else 1
-    augmented = Subvolumes(training, augment, config.seed, repeats)
-    loading: dict[str, Any] = {
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "pin": device.type == "cuda" and not training[0][IMAGE].is_cuda,
-    }
-    train_loader = SubvolumeLoader(augmented, shuffle=True, **loading)
-    if not validated:
-        return train_loader, None
-    validation = cache_split(prepared, config.data, "validation", *cache)
-    known = WholeCases(validation, window) if patches else Subvolumes(validation)
-    loading |= {"batch_size": 1} if patches else {}  # whole cases differ in size
-    return train_loader, SubvolumeLoader(known, shuffle=False, **loading)
-
-
-def build_run(
-    config: Config,
-    prepared: dict[str, Any],
-    chain: Chain,
-    device: torch.device,
-    saved: dict[str, Any] | None,
-) -> Run:
-    """Network, optimizer and schedule, as they begin or as `saved` has them."""
-    window = config.window(prepared["subvolume_depth"])
-    network_args: dict[str, Any] = {
-        "name": config.network, "in_channels": 1, "out_channels": len(chain.labels),
-        "base_channels": config.base_channels, "input_size": window,
-    }  # fmt: skip
-    network_args |= {"dropout": config.dropout} if config.dropout else {}
-    network_args |= {"projections": True} if config.encoder_weights else {}
-    model = on_device(build_network(**network_args), device)
-    share = config.pretrained_share
-    if saved is not None:
-        share *= bool((saved.get("averaging_state") or {}).get("first"))
-    elif config.pretrained and not begin_with(model, network_args, config.pretrained) and share:
-        share = 0.0
-        if is_first_process():
-            print("--pretrained-share is 0: there is no share of a layer that begins anew")
-    if config.encoder_weights and saved is None:
-        begin_with_encoder(model, config.encoder_weights)
-    if config.sync_batch_norm and rank_and_size()[1] > 1:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    options = {} if config.weight_decay is None else {"weight_decay": config.weight_decay}
-    options |= {"amsgrad": True} if config.amsgrad else {}
-    optimizer = OPTIMIZERS[config.optimizer](model.parameters(), config.learning_rate, **options)
-    factor = SCHEDULES[config.schedule]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda epoch: factor(epoch / config.max_epochs)
-    )
-    carried = {
-        "network_args": network_args,
-        "preprocessing": asdict(chain),
-        "inference": {"window": window, "overlap": config.overlap},
-        "declared": as_labels(prepared["labels"]),
-        "modality": prepared["settings"].get("modality", "CT"),
-        "expected": learn_volumes(prepared, chain.labels),
-        "config": config.plain(),
-    }
-    precision = pick_precision(safe_precision(config, device, window), device)
-    how = (config.ema_decay, share, config.compile, config.tensorboard)
-    run = Run(model, optimizer, scheduler, config.run_folder, device, precision, carried, *how)
-    if saved is not None:
-        run.restore(saved)
-    return run
-
-
-def fit(
-    config: Config,
-    prepared: dict[str, Any],
-    chain: Chain,
-    device: torch.device,
-    saved: dict[str, Any] | None,
-) -> None:
-    """Data, network, loss, loop: one process of possibly several."""
-    rank, processes = rank_and_size()
+def fit(config: Config, prepared: dict, chain: Chain, device: torch.device, saved: Any) -> None:
+    """Load the data, build the network, train: in one process of possibly several."""
     torch.manual_seed(config.seed)
     if config.deterministic:  # 3D max pooling has no such algorithm on a GPU: warned, not refused
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -596,25 +434,96 @@ def fit(
     train_loader, val_loader = load_data(config, prepared, chain, device)
     run = build_run(config, prepared, chain, device, saved)
     loss_function = LOSSES[config.loss](class_weights(prepared, chain.labels)).to(device)
-    loss_function = JudgedLoss(loss_function) if chain.ignore else loss_function
-    if rank == 0:
-        parameters = sum(parameter.numel() for parameter in run.model.parameters())
-        used = str(run.precision).removeprefix("torch.")
-        print(f"{config.network}: {parameters:,} parameters, {used} on {processes} × {device}")
+    loss_function = AnnotatedLoss(loss_function) if chain.ignore else loss_function
+    if is_first_process():
+        count = sum(parameter.numel() for parameter in run.model.parameters())
+        where = f"{run.precision} on {utilities.rank_and_size()[1]} × {device}"
+        print(f"{config.network}: {count:,} parameters, {where}")
+        if device.type == "cpu" and count > 10_000_000:
+            print("slow on a CPU: python train.py laptop is the recipe for it (docs/recipes.md)")
         write_json(config.plain() | {"resume": None}, config.run_folder / "config.json")
-    train(
+    utilities.train(
         run, train_loader, val_loader, loss_function, max_epochs=config.max_epochs,
         val_interval=config.val_interval, gradient_clip=config.gradient_clip,
         patience=config.patience,
     )  # fmt: skip
-    if rank == 0:
+    if is_first_process():
         split = "validation" if prepared["settings"].get("folds") else "test"
         scans = "SCAN" if config.fold == "all" else f"--split {split} --data {config.data}"
-        print(
-            f"done: look at curves.png{' and preview.png' * (val_loader is not None)} in "
-            f"{config.run_folder}, then: python apply_model.py {scans} "
-            f"--checkpoint {find_checkpoint(config.run_folder)}"
-        )
+        apply = f"apply_model.py {scans} --checkpoint {find_checkpoint(config.run_folder)}"
+        print(f"done: look at the pictures in {config.run_folder}, then: python {apply}")
+
+
+def load_data(config: Config, prepared: dict, chain: Chain, device: torch.device) -> tuple:
+    """Return loaders of training data, augmented, and of validation data (None without any)."""
+    validated = check_splits(prepared, chain.labels, config.data)
+    training = cache_split(prepared, config.data, "training", chain, device)
+    augment = augmentation(pick(Augment, config, classes=len(chain.labels)), device)
+    patches = config.sampling == "patches"
+    repeats = config.patches_per_case if patches else 1
+    augmented = Subvolumes(training, augment, config.seed, repeats)
+    how: dict[str, Any] = {"seed": config.seed, "pin": device.type == "cuda"}
+    train_loader = SubvolumeLoader(augmented, config.batch_size, shuffle=True, **how)
+    if not validated:
+        return train_loader, None
+    known = Subvolumes(cache_split(prepared, config.data, "validation", chain, device))
+    size = 1 if patches else config.batch_size  # whole cases differ in size
+    return train_loader, SubvolumeLoader(known, size, shuffle=False, **how)
+
+
+def build_run(
+    config: Config, prepared: dict, chain: Chain, device: torch.device, saved: Any
+) -> utilities.Run:
+    """Return network, optimizer and schedule, as they begin or as `saved` has them."""
+    window = config.window(prepared["subvolume_depth"])
+    network_args: dict[str, Any] = {
+        "name": config.network, "in_channels": 1, "out_channels": len(chain.labels),
+        "base_channels": config.base_channels, "input_size": window,
+    }  # fmt: skip
+    more = {"dropout": config.dropout, "projections": bool(config.encoder_weights)}
+    network_args |= {name: value for name, value in more.items() if value}
+    model = utilities.on_device(utilities.build_network(**network_args), device)
+    complete = True
+    if config.pretrained and saved is None:
+        complete = begin_with(model, network_args, config.pretrained)
+    if config.pretrained_share and not complete:
+        config = dataclasses.replace(config, pretrained_share=0.0)
+        print("--pretrained-share is 0: there is no share of a layer that begins anew")
+    if config.encoder_weights and saved is None:
+        begin_with_encoder(model, config.encoder_weights)
+    if config.sync_batch_norm and utilities.rank_and_size()[1] > 1:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    given = {"weight_decay": config.weight_decay, "amsgrad": config.amsgrad or None}
+    options = {name: value for name, value in given.items() if value is not None}
+    optimizer = OPTIMIZERS[config.optimizer](model.parameters(), config.learning_rate, **options)
+    factor, epochs = SCHEDULES[config.schedule], config.max_epochs
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: factor(n / epochs))
+    carried = {
+        "network_args": network_args,
+        "preprocessing": dataclasses.asdict(chain),
+        "inference": {"window": window, "overlap": config.overlap},
+        "declared": as_labels(prepared["labels"]),
+        "modality": prepared["settings"].get("modality", "CT"),
+        "expected": learn_volumes(prepared, chain.labels),
+        "config": config.plain(),
+    }
+    precision = choose_precision(config, device, window)
+    how = (config.ema_decay, config.pretrained_share, config.compile, config.tensorboard)
+    run = utilities.Run(
+        model, optimizer, scheduler, config.run_folder, device, precision, carried, *how
+    )
+    if saved is not None:
+        run.restore(saved)
+    return run
+
+
+def class_weights(prepared: dict[str, Any], labels: dict) -> torch.Tensor:
+    """Return one weight per class, inverse to the root of its voxels in the training data, mean 1.
+
+    Weights inverse to the count led to a litre of false tumour per patient on six real CTs.
+    """
+    inverse = count_voxels(prepared, labels, "training").clip(1) ** -0.5
+    return torch.tensor(inverse / inverse.mean(), dtype=torch.float32)
 
 
 if __name__ == "__main__":

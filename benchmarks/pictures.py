@@ -53,18 +53,16 @@ def render(scan: Path, label: Path) -> np.ndarray:
     """The 3D view on paper's white, half turned, without words: the figure has its own."""
     visualize_3d.BACKGROUND_COLOUR, visualize_3d.INK = PAPER, INK
     config = visualize_3d.Config((scan,), mode="organs", label=label, size=(1300, 1150))
-    case = visualize_3d.find_case(scan, config)
-    scene = visualize_3d.SCENES["organs"](case, config)
+    scene = visualize_3d.SCENES["organs"](visualize_3d.find_case(scan, config), config)
+    plotter = visualize_3d.make_plotter(config, offscreen=True)
+    visualize_3d.put_scene(plotter, scene)
     visualize_3d.turn_view(scene, config)
-    stage = visualize_3d.Stage(config, offscreen=True)
-    stage.show(scene)
     camera = scene.panels[0].GetActiveCamera()
     camera.Azimuth(-20)
     camera.Elevation(10)
     camera.Zoom(1.3)
-    scene.panels[0].ResetCameraClippingRange()
-    picture = stage.plotter.screenshot(asarray=True)
-    stage.plotter.close()
+    picture = plotter.screenshot(asarray=True)
+    plotter.close()
     return picture
 
 

@@ -40,10 +40,10 @@ from preprocess import (
     SubvolumeLoader,
     Subvolumes,
     augmentation,
-    deterministic_chain,
+    preprocess_files,
     subvolume_items,
 )
-from utilities import Run, autocast, build_network, pick_device, pick_precision, train_one_epoch
+from utilities import Run, build_network, pick_device, pick_precision, train_one_epoch
 
 
 @dataclass
@@ -140,13 +140,16 @@ def measure_bare(config: Config, device: torch.device, precision: torch.dtype, *
     model = new_network(config, device).to(memory_format=torch.channels_last_3d)
     size = (more.get("batch_size", config.batch_size), 1, *config.input_size, 16)
     image = torch.rand(size, device=device).to(memory_format=torch.channels_last_3d)
-    with FlopCounterMode(display=False) as counter, autocast(device, precision):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autocast(device.type, precision, enabled=precision != torch.float32),
+    ):
         model(image).float().sum().backward()
     network = torch.compile(model) if more.get("compiled") else model
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        with autocast(device, precision):
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             logits = network(image)
         logits.float().mean().backward()
 
@@ -165,7 +168,8 @@ def measure_ours(
     optimizer = train.OPTIMIZERS["adam"](model.parameters(), 1e-4)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
     precision = pick_precision("auto", device)
-    run = Run(model, optimizer, scheduler, Path(), device, precision, carried={}, told=True)
+    carried = {"preprocessing": {"labels": chain.labels}}
+    run = Run(model, optimizer, scheduler, Path(), device, precision, carried)
     loss_function = train.LOSSES["dice"](torch.ones(2)).to(device)
     row: dict[str, float] = {}
     for steps in (1, config.steps):  # the first one warms up
@@ -174,7 +178,7 @@ def measure_ours(
         part = torch.utils.data.Subset(augmented, indices)
         loader = SubvolumeLoader(part, config.batch_size, shuffle=True, seed=0)
         how = (loss_function, settings.gradient_clip, (1, 1), lambda: False)
-        row = train_one_epoch(run, model, loader, *how)
+        row = train_one_epoch(run, loader, *how)
     return {
         "seconds_per_step": config.batch_size / row["samples_per_s"],
         "data_wait_percent": row["data_wait_percent"],
@@ -195,7 +199,7 @@ def measure_caches(
     """The cache's build against the usual chain, the same files and workers; and our cache."""
     chains = {
         "usual_chain": transforms.Compose([*usual_chain(settings), transforms.ToTensord(KEYS)]),
-        "ours": deterministic_chain(chain, device),
+        "ours": functools.partial(preprocess_files, chain=chain, device=device),
     }
     result: dict[str, Any] = {"items": len(items), "workers": config.workers}
     for name, steps in chains.items():

@@ -31,13 +31,13 @@ from data.labels import (
     IGNORED,
     IMAGE,
     LABEL,
-    LARGEST_VALUE,
     Labels,
     find_label,
     find_values,
     index_classes,
     is_tumour,
     list_values,
+    parse_values,
 )
 from data.pictures import (
     PLANES,
@@ -49,7 +49,7 @@ from data.pictures import (
     show_patient,
 )
 from data.scans import describe_label, read_label_map, read_scan, restore_label
-from data.settings import command_line, show_progress
+from data.settings import Count, Whole, read_settings, run_script, show_progress
 from data.volumes import AIR_HU, Volume, find_bounding_box
 
 Finding = tuple[str, str]  # kind (a key of RULES), text
@@ -61,7 +61,7 @@ RULES = {  # kind of finding → (level, remedy); an error stops its case, a not
     "orphan": ("error", "add the missing file or remove this one"),
     "unreadable": ("error", "get the file again, or convert it as the message says"),
     "shape": ("error", "export the label map again on the grid of its scan"),
-    "grid": ("error", "export the label map again, or lay it on the scan: --trust-image-grid CASE"),
+    "grid": ("error", "export the label map again, or trust its scan: --trust-image-grid CASES"),
     "values": ("error", "correct the label map, or declare its values in dataset.json"),
     "empty": ("error", "annotate it, or name the organ's label by --foreground NAME or --values "
               "liver=VALUE; to keep such cases: --accept empty"),
@@ -139,7 +139,10 @@ def read_data_set(config: Any) -> tuple[list[Case], Terms]:
 
     `config` has the settings of this file's `Config`.
     """
-    named, values = {"images": config.images, "labels": config.labels}, parse_values(config.values)
+    named, values = (
+        {"images": config.images, "labels": config.labels},
+        parse_values(config.values, "--values"),
+    )
     data = find_pairs(config.source, **named, exclude=config.destination, values=values or None)
     print(*describe_data_set(data), sep="\n")
     ignore = data.ignore
@@ -155,23 +158,6 @@ def read_data_set(config: Any) -> tuple[list[Case], Terms]:
         raise InputError(f"--trust-image-grid {min(missing)}: there is no such case")
     how = (config.trust_image_grid, config.modality, config.subvolume_depth)
     return data.cases, Terms(data.declared, foreground, *how, ignore, config.label_every)
-
-
-def parse_values(words: Sequence[str]) -> Labels:
-    """`["liver=6", "tumour=7,8"]` → {"liver": (6,), "tumour": (7, 8)}."""
-    labels: Labels = {}
-    for word in words:
-        name, _, numbers = word.partition("=")
-        parts = numbers.split(",")
-        if not name or not all(part.isdecimal() for part in parts):
-            raise InputError(f"--values {word}: must be NAME=VALUE or NAME=VALUE,VALUE")
-        labels[name] = tuple(map(int, parts))
-    listed = [value for values in labels.values() for value in values]
-    if len(set(listed)) < len(listed) or max(listed, default=0) > LARGEST_VALUE:
-        raise InputError(
-            f"--values {' '.join(words)}: each value from 0 to {LARGEST_VALUE} has one name"
-        )
-    return labels
 
 
 def choose_foreground(names: Sequence[str], labels: Labels) -> tuple[int, ...]:
@@ -446,9 +432,9 @@ def judge_outline(
     text = f"{in_air:.0%} of the foreground lies in air or lung"
     findings = [(kind, text)] * bool(in_air > 0.05)
     liver, tumour = find_liver(terms)
-    if not liver:
-        return findings, None
     organ, tumours = mask_values(small, liver), mask_values(small, tumour)
+    if not organ.any():
+        return findings, None
     whole = (*spacing_mm[:2], spacing_mm[2] * terms.label_every)
     more, better = list[Finding](), None
     if terms.modality == "CT":
@@ -602,9 +588,12 @@ def compare_cases(records: list[dict[str, Any]], terms: Terms) -> list[Finding]:
     for organ in list_organs(terms):
         values = [str(value) for value in terms.labels[organ]]
         lacking = [r["case"] for r in readable if not any(map(r["voxels_per_label"].get, values))]
-        if lacking:
-            what = f"{len(lacking)} of {len(readable)} cases hold no voxel of {organ}"
-            told.append(("lacking", f"{what}: {', '.join(lacking)}"))
+        text = f"{len(lacking)} of {len(readable)} cases hold no voxel of {organ}"
+        if 0 < len(lacking) < len(readable):
+            told.append(("lacking", f"{text}: {', '.join(lacking)}"))
+        for record in readable if len(lacking) == len(readable) else ():
+            if "empty" not in dict(record["findings"]):
+                record["findings"].append(("empty", text))
     return told
 
 
@@ -646,8 +635,8 @@ def report_cases(
     A finding that several cases share is one line, with their names; `of_set` are the whole set's.
     """
     rows, told = [], defaultdict[tuple[str, str, str], list[str]](list)
-    for kind, text in of_set:
-        told[find_level((kind, text), accept), text, RULES[kind][1]] = ["all cases"]
+    for finding in of_set:
+        told[find_level(finding, accept), finding[1], RULES[finding[0]][1]] = ["all cases"]
     for record in records:
         findings = [(find_level(finding, accept), *finding) for finding in record["findings"]]
         levels = Counter(level for level, *_ in findings)
@@ -670,8 +659,10 @@ def report_cases(
     for first, *middle, last in table:
         cells = [f"{text:>{width}}" for text, width in zip(middle, widths, strict=False)]
         print(f"{first:<{width}}", *cells, last, sep="  ")
-    for line in sorted(told, key=lambda line: LEVELS.index(line[0])):
-        print(f"{line[0]}: {', '.join(told[line])}: {line[1]}; {line[2]}")
+    for level, found, remedy in sorted(told, key=lambda line: LEVELS.index(line[0])):
+        names = told[level, found, remedy]
+        remedy = remedy.replace("CASES", " ".join(names))
+        print(f"{level}: {', '.join(names)}: {found}; {remedy}")
     write_csv(rows, path)
 
 
@@ -684,8 +675,8 @@ class Config:
     values: tuple[str, ...] = ()  # what label values mean, such as liver=6 tumour=7
     foreground: tuple[str, ...] = FOREGROUND  # labels that must not be lost
     modality: Literal["CT", "MR"] = "CT"  # MR: intensities are no HU
-    label_every: int = 1  # only every so many-th slice was drawn
-    subvolume_depth: int = 16  # slices below which a scan is thin
+    label_every: Count = 1  # only every so many-th slice was drawn
+    subvolume_depth: Whole = 16  # slices below which a scan is thin
     trust_image_grid: tuple[str, ...] | None = None  # cases whose label map is laid on the scan
     # voxel on voxel; without names: all whose headers disagree
     accept: tuple[ACCEPTABLE, ...] = ()  # errors to take as warnings
@@ -703,4 +694,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__)
+    run_script(main, read_settings(Config, __doc__))

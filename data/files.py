@@ -1,4 +1,4 @@
-"""Files whole or not there, one process per folder, JSON and CSV; and the error of all rooms."""
+"""Atomic writes, locks, records, JSON, CSV, names and lists of files; the error of all modules."""
 
 from __future__ import annotations
 
@@ -9,23 +9,21 @@ import io
 import json
 import os
 import re
-import socket
-import time
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
+import filelock
 
 SIGNATURE = "crc32"  # key of a record's checksum
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what, why, and what to do.
+    """An input that cannot be used; the message says file, found, expected and remedy.
 
-    `kind` names the finding of the check that this is, see `data.check`.
+    `kind` names its finding in `data.check`.
     """
 
     def __init__(self, message: str, kind: str = "unreadable") -> None:
@@ -34,7 +32,7 @@ class InputError(ValueError):
 
 
 def find_checkpoint(path: Path, names: Sequence[str] = ("best.pt", "last.pt")) -> Path:
-    """The checkpoint that a path stands for: itself, or of a run's folder the first of `names`."""
+    """Return the checkpoint `path`, or the first of `names` in a run's folder."""
     files = [path / name for name in names] if path.is_dir() else [path]
     if found := [file for file in files if file.is_file()]:
         return found[0]
@@ -42,7 +40,7 @@ def find_checkpoint(path: Path, names: Sequence[str] = ("best.pt", "last.pt")) -
 
 
 def read_json(path: Path, what: str = "a JSON object") -> Any:
-    """Content of a JSON file, with or without a byte order mark; InputError where it is none."""
+    """Return the content of a JSON file, with or without a byte order mark."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -50,19 +48,19 @@ def read_json(path: Path, what: str = "a JSON object") -> Any:
 
 
 def write_json(content: Any, path: Path) -> None:
-    """Write JSON whole or not at all; a Path is written as its text."""
+    """Write JSON whole or not at all, a Path as its text."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
 
 
 def write_signed(record: dict[str, Any], path: Path) -> None:
-    """`write_json` of an object with a checksum of its content, by which damage is known."""
+    """Write an object as JSON with a checksum of its content."""
     plain = json.loads(json.dumps(record, default=str))
     write_json(plain | {SIGNATURE: _sign(plain)}, path)
 
 
 def read_signed(path: Path) -> dict[str, Any]:
-    """What `write_signed` wrote, without its checksum; InputError where that does not agree."""
+    """Return what `write_signed` wrote, without its checksum."""
     record = read_json(path, "a record of this program")
     if not isinstance(record, dict) or record.pop(SIGNATURE, None) != _sign(record):
         raise InputError(f"{path}: is no record of this program and version, or was changed")
@@ -74,7 +72,7 @@ def _sign(record: dict[str, Any]) -> str:
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a CSV file with these columns, separated by commas, semicolons or tabs (Excel)."""
+    """Return the rows of a CSV file with these columns; commas, semicolons or tabs part them."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -88,7 +86,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write rows as CSV, whole or not at all; a column for every key that any row has."""
+    """Write rows as CSV, whole or not at all, with a column for each key of any row."""
     with (
         atomic_write(path) as temporary,  # names of files need be no UTF-8
         temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
@@ -100,12 +98,11 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the final name only when all went well.
+    """Yield a temporary path beside `path`, which takes the final name only when all went well.
 
-    The temporary name starts with a dot, has the process id and a mark, and keeps the suffixes,
-    because writers choose the format by suffix. Whatever a writer raises on a full disk (torch,
-    matplotlib and ITK do not raise OSError) becomes an InputError, as does a file that is not
-    there or is empty afterwards. What was written is on the disk before it gets its name.
+    It keeps the suffixes, because writers choose the format by them. Whatever a writer raises on a
+    full disk (torch and matplotlib raise no OSError) becomes an InputError, as does a missing or
+    empty file. The content is on the disk before it gets its name.
     """
     name = path.name if len(path.name) < 200 else f"{zlib.crc32(path.name.encode()):08x}"
     suffix = "" if name == path.name else "".join(path.suffixes)[-20:]
@@ -131,104 +128,45 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep a folder for this process, so that no second one writes into it.
+    """Keep a folder for this process; InputError where another process has it.
 
-    A lock whose owner has died on this machine is taken over. A folder that was made for it goes
-    again where nothing came to stand in it. Raises InputError that names process and machine of the
-    owner.
+    The operating system frees the lock of a process that dies. A folder that was made for the lock
+    is removed if it is still empty.
     """
-    process, path, new = psutil.Process(), folder / ".lock", not folder.exists()
-    mine = {"pid": process.pid, "started": process.create_time(), "host": socket.gethostname()}
+    path, new = folder / ".lock", not folder.exists()
+    lock = filelock.FileLock(path, timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _make_lock(mine, path)
-    except FileExistsError as error:
-        if not folder.is_dir():
-            raise InputError(f"{folder}: cannot be written (a file); choose a folder") from error
-        owner = _read_lock(path)
-        if _is_alive(owner, mine["host"]):
-            raise InputError(
-                f"{folder}: process {owner.get('pid', 'unknown')} on {owner.get('host', 'unknown')}"
-                f" writes here; wait for it or choose another folder (if it is gone: remove {path})"
-            ) from None
-        write_json(mine, path)
-        time.sleep(0.1)  # another process may take it over at the same moment: the last one has it
-        if _read_lock(path) != mine:
-            raise InputError(f"{folder}: another process began to write here; wait") from None
-    except OSError as error:
+        lock.acquire()
+    except filelock.Timeout as error:
         raise InputError(
-            f"{folder}: cannot be written ({error.strerror}); choose another"
+            f"{folder}: another process writes here; wait for it or choose another folder"
+        ) from error
+    except (OSError, NotImplementedError) as error:  # a file system that knows no locks
+        raise InputError(
+            f"{folder}: cannot be written or locked ({error}); choose another folder"
         ) from error
     try:
         yield
     finally:
-        if _read_lock(path) == mine:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()  # before it is free, so that nobody else holds the removed file
+        lock.release()
         if new:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
-def _make_lock(mine: dict[str, Any], path: Path) -> None:
-    """Write a lock that is not there yet; on a full disk none is left that nobody owns."""
-    with path.open("x") as stream:
-        try:
-            json.dump(mine, stream)
-            stream.flush()
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
-
-
-def _read_lock(path: Path) -> dict[str, Any]:
-    """Owner of a lock; of one that is only just being written, a living one for some seconds."""
-    try:
-        content = json.loads(path.read_text())
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime < 10:
-                return {"host": "another machine", "pid": "unknown"}
-        return {}
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process of this machine lives; one that ended and that nobody has asked yet how
-    (a zombie) does not."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:  # of another user: it is there
-        return True
-
-
-def _is_alive(owner: dict[str, Any], host: str) -> bool:
-    """Whether the owner of a lock runs; on another machine nobody knows, so it does."""
-    if owner.get("host") != host:
-        return bool(owner)
-    try:
-        pid = int(owner["pid"])
-        return is_running(pid) and abs(psutil.Process(pid).create_time() - owner["started"]) < 1
-    except (psutil.Error, KeyError, TypeError, ValueError):
-        return False
-
-
-LONGEST = 100  # letters of a case name; file systems allow 255 bytes with what is added
+LONGEST = 100  # bytes of a case name; file systems allow 255 with what is added
 
 
 def show_path(path: Path) -> str:
-    """A path that can be printed, also where its name is not UTF-8."""
+    """Return a path as text that can be printed, also where its name is not UTF-8."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-# ---------------------------------------------------------------------------------------
-# Case names
-# ---------------------------------------------------------------------------------------
-
-
 def make_safe(text: str) -> str:
-    """A case name that every file system and spreadsheet takes as a name, and nothing else."""
+    """Return a case name that is a plain name to every file system and spreadsheet."""
     text = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode())
     text = re.sub(r'[\x00-\x1f\x7f/\\:*?"<>|]', "_", text).strip().lstrip(".=+-@ ").rstrip(". ")
     text = re.sub(r"\.{2,}", ".", text)
@@ -239,20 +177,12 @@ def make_safe(text: str) -> str:
 
 
 def natural(name: str) -> list[tuple[bool, int, str]]:
-    """Sorting key: liver_2 before liver_10."""
+    """Return a sorting key that puts liver_2 before liver_10."""
     return [(t.isdecimal(), int(t) if t.isdecimal() else 0, t) for t in re.split(r"(\d+)", name)]
 
 
-# ---------------------------------------------------------------------------------------
-# Lists of files
-# ---------------------------------------------------------------------------------------
-
-
 def list_plain_files(folder: Path) -> list[Path]:
-    """What is not hidden in a folder, nor a folder, in the order of the names.
-
-    Links that lead nowhere too, so that whoever reads them names them.
-    """
+    """Return the files of a folder that are not hidden, by name; broken links too."""
     with os.scandir(folder) as entries:
         names = [e.name for e in entries if not e.name.startswith(".") and not _is_folder(e)]
     return [folder / name for name in sorted(names)]
@@ -266,10 +196,9 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def list_below(folder: Path, exclude: Path | None = None) -> list[Path]:
-    """All files, also through links, each folder listed once; hidden ones (macOS leaves
-    `._x.nii`) and `exclude` are not."""
+    """Return all files below a folder, also through links, but none hidden nor in `exclude`."""
 
-    def refuse(error: OSError) -> None:  # what cannot be listed must not be missing silently
+    def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be listed ({error.strerror}); ask its owner")
 
     files: list[Path] = []

@@ -25,7 +25,7 @@ from scipy.spatial.transform import Rotation
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.files import InputError, write_json
-from data.settings import command_line, show_progress
+from data.settings import read_settings, run_script, show_progress
 from data.volumes import Volume
 
 
@@ -451,4 +451,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__)
+    run_script(main, read_settings(Config, __doc__))

@@ -1,12 +1,8 @@
-"""What tests do in processes of their own, which may die: begun from a server that knows torch.
-
-This module stays small, because every such process imports it.
-"""
+"""What tests do in processes of their own, which may die: begun from a server that knows torch."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import multiprocessing
 import os
@@ -28,7 +24,7 @@ import data.evaluate
 import preprocess
 import train
 import utilities
-from data import settings
+from data.settings import delayed_interrupt
 from data.settings import run_script as start_script
 
 HANGS = 300  # seconds after which a process counts as hanging
@@ -42,11 +38,11 @@ def open_server() -> Any:
     return context
 
 
-def start_busy(target: Callable[..., None], *given: object) -> tuple[Any, TextIO]:
-    """A process that has begun its work, and what it will have said when it ends."""
+def start_busy() -> tuple[Any, TextIO]:
+    """A process that is `busy`, and what it says."""
     context = open_server()
     begun, (read, write) = context.Event(), context.Pipe(duplex=False)
-    child = context.Process(target=target, args=(begun, write, *given))
+    child = context.Process(target=busy, args=(begun, write))
     child.start()
     write.close()
     assert begun.wait(HANGS)
@@ -62,13 +58,18 @@ def run_child(target: Callable[..., None], *given: object) -> int:
     return child.exitcode
 
 
-def watched(begun: Any, told: Any, echo: float) -> None:
-    """Busy in compiled code, as torch is; Python's handlers wait for it."""
-    settings.ECHO_SECONDS = echo
+def busy(begun: Any, told: Any) -> None:
+    """A script in the midst of its training steps."""
     sys.stderr = os.fdopen(os.dup(told.fileno()), "w")
-    with settings.delayed_interrupt():
-        begun.set()
-        hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1)
+    os.dup2(told.fileno(), 2)
+
+    def step(_: None) -> None:
+        with delayed_interrupt():
+            begun.set()
+            while True:
+                time.sleep(0.01)
+
+    start_script(step, None)
 
 
 def slowly(begun: Any, item: int) -> dict[str, torch.Tensor]:
@@ -85,7 +86,7 @@ def caching(begun: Any, told: Any) -> None:
     sys.stderr = os.fdopen(os.dup(told.fileno()), "w")
     prepare = functools.partial(slowly, begun)
     try:
-        start_script(lambda _: preprocess.CachedVolumes(range(1000), prepare), None)
+        start_script(lambda _: preprocess.cache_items(range(1000), prepare), None)
     finally:
         sys.stderr.flush()
 
@@ -146,10 +147,7 @@ def train_or_resume(settings: dict, dies: tuple[str, int] | None = None) -> None
 
 
 def launch(log: Path, data: Path, run: Path) -> None:
-    """`ddp.work` in two processes, by what torchrun calls, but forked instead of begun anew.
-
-    All that they say goes to `log`.
-    """
+    """`ddp.work` in two processes, as torchrun begins them, but forked; they write to `log`."""
     torch.set_num_threads(1)
     draw_nothing()
     stream = log.open("w")  # for the rest of this process

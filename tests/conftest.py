@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,8 +16,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 from children import draw_nothing
-
-from data.settings import USUAL, restore_handlers
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -91,11 +90,9 @@ def ct_image(array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
 
 
 @pytest.fixture(autouse=True)
-def usual_signals() -> Iterator[None]:
-    """A script that a test called leaves no handler behind, and a shell's `&` none before it."""
-    restore_handlers(USUAL)
-    yield
-    restore_handlers(USUAL)
+def usual_signals() -> None:
+    """Ctrl-C is heard, also where a shell began the tests in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,51 +1,87 @@
-"""The network is the published one, and every entry of the list can be built and trained."""
+"""The network is the published one; every network, loss and optimizer trains and reloads."""
 
-import itertools
+import json
+from typing import get_args
 
-import numpy as np
+import pytest
 import torch
+from helpers import small_config
+from torch.nn.modules.dropout import _DropoutNd
 
-from utilities import UNet3D, predicted_classes
+import apply_model
+import train
+from data.files import InputError
+from data.splits import read_prepared
+from utilities import UNet3D, build_network, predict_classes
+
+ARGUMENTS = {"in_channels": 1, "out_channels": 2, "base_channels": 16, "input_size": (32, 32, 32)}
 
 
 def test_parameters_as_counted_in_the_paper():
     model = UNet3D(in_channels=3, out_channels=3)
-    scales = sum(
-        module.weight.numel()
-        for module in model.modules()
-        if isinstance(module, torch.nn.BatchNorm3d)
-    )
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm3d)]
+    scales = sum(module.weight.numel() for module in norms)
     total = sum(parameter.numel() for parameter in model.parameters())
     assert (total, scales) == (19_072_291, 2_336)
     assert total - scales == 19_069_955  # Çiçek et al. 2016
-    liver = UNet3D(in_channels=1, out_channels=2)
-    assert sum(parameter.numel() for parameter in liver.parameters()) == 19_070_498
 
 
-def test_logits_have_the_shape_of_the_input_and_batch_norm_stands_before_each_relu():
-    model = UNet3D(in_channels=2, out_channels=4, base_channels=4).eval()
-    assert model(torch.zeros(2, 2, 24, 16, 8)).shape == (2, 4, 24, 16, 8)
-    layers = [m for m in model.modules() if not list(m.children())]
-    before_relu = [a for a, b in itertools.pairwise(layers) if isinstance(b, torch.nn.ReLU)]
-    assert len(before_relu) == 14
-    assert all(isinstance(layer, torch.nn.BatchNorm3d) for layer in before_relu)
+def test_predicted_classes_are_the_largest_logits():
+    for classes in (2, 4):
+        logits = torch.randn(2, classes, 8, 8, 8)
+        assert torch.equal(predict_classes(logits), logits.argmax(1).to(torch.uint8))
 
 
-def test_skip_connections_carry_detail():
-    """A change of one voxel reaches the same place in the output: nothing is flipped."""
-    torch.manual_seed(0)
-    model = UNet3D(base_channels=4).eval()
-    x = torch.zeros(1, 1, 32, 32, 16)
-    y = x.clone()
-    y[0, 0, 20, 9, 5] = 10.0
+def test_the_2d_network_sees_each_slice_alone():
+    network = build_network("resnet34_unet", **ARGUMENTS).eval()
+    volume = torch.randn(2, 1, 32, 32, 5)
     with torch.no_grad():
-        change = (model(y) - model(x)).abs().sum(dim=1)[0]
-    found = np.array(np.unravel_index(int(change.argmax()), change.shape))
-    assert np.abs(found - (20, 9, 5)).max() <= 2  # within reach of the four last convolutions
+        together, alone = network(volume), network(volume[..., 3:4])
+    assert together.shape == (2, 2, 32, 32, 5)
+    assert torch.allclose(together[..., 3:4], alone, atol=1e-5)
 
 
-def test_predicted_classes_is_argmax():
-    logits = torch.randn(2, 2, 8, 8, 8)
-    assert torch.equal(predicted_classes(logits), logits.argmax(1).to(torch.uint8))
-    logits = torch.randn(2, 4, 8, 8, 8)
-    assert torch.equal(predicted_classes(logits), logits.argmax(1).to(torch.uint8))
+@pytest.mark.parametrize("name", get_args(train.NetworkName))
+def test_dropout_is_in_every_network_and_changes_no_name_of_a_weight(name):
+    with torch.device("cpu" if name == "swin_unetr" else "meta"):
+        plain, network = (build_network(name, **ARGUMENTS, dropout=rate) for rate in (0.0, 0.3))
+    shapes = [{n: v.shape for n, v in net.state_dict().items()} for net in (plain, network)]
+    assert shapes[0] == shapes[1]
+    assert 0.3 in [m.p for m in network.modules() if isinstance(m, _DropoutNd)]
+
+
+OPTIONS = [
+    *(("network", name) for name in get_args(train.NetworkName)),
+    *(("loss", name) for name in get_args(train.LossName)),
+    *(("optimizer", name) for name in get_args(train.OptimizerName)),
+    *(("schedule", name) for name in get_args(train.ScheduleName)),
+]
+
+
+@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.parametrize(("option", "name"), OPTIONS)
+def test_every_name_trains_an_epoch_and_is_rebuilt_from_its_checkpoint(option, name, few, tmp_path):
+    content = read_prepared(few)
+    content["subvolumes"] = list({r["split"]: r for r in content["subvolumes"]}.values())
+    (tmp_path / "subvolumes").symlink_to(few / "subvolumes")
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    side = {"swin_unetr": 64}.get(name, 32)  # five halvings must leave a voxel
+    how = {"input_size": (side, side), "ema_decay": 0.0, "batch_size": 1, option: name}
+    train.main(small_config(tmp_path, tmp_path / "run", max_epochs=1, **how))
+    model = apply_model.load_model(tmp_path / "run" / "last.pt", "cpu", "fp32")
+    with torch.no_grad():
+        logits = model.network(torch.zeros(1, 1, *model.inference["window"]))
+    assert logits.shape == (1, 2, side, side, 16) and logits.isfinite().all()
+
+
+def test_an_unknown_network_is_refused_with_the_known_ones():
+    with pytest.raises(InputError, match="network must be one of unet3d, unet"):
+        build_network("unet4d", **ARGUMENTS)
+
+
+def test_cross_entropy_is_that_of_torch_with_and_without_class_weights():
+    logits, label = torch.randn(2, 3, 4, 4, 4), torch.randint(0, 3, (2, 1, 4, 4, 4))
+    weights = torch.tensor([0.5, 1.0, 1.5])
+    for name, given in (("ce", None), ("weighted_ce", weights)):
+        expected = torch.nn.functional.cross_entropy(logits, label[:, 0], given)
+        assert train.LOSSES[name](weights)(logits, label) == pytest.approx(expected.item())

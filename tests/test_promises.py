@@ -12,7 +12,7 @@ PROMISES = {  # how a sentence begins → the tests that it stands on
         test_apply.test_killed_at_any_moment_the_same_command_finishes_the_rest
         test_prepare_edges.test_a_signal_ends_in_a_command_without_tracebacks
         test_engine.test_control_c_finishes_the_batch_and_goes_on_from_there
-        test_apply_inputs.test_an_interrupt_is_no_failure_and_leaves_nothing_torn
+        test_apply_inputs.test_an_error_stops_one_case_and_an_interrupt_all
         test_settings.test_a_signal_ends_a_script_with_130_and_what_to_do
     """,
     "A full disk ends": """
@@ -30,7 +30,7 @@ PROMISES = {  # how a sentence begins → the tests that it stands on
     "A bad file stops": """
         test_prepare_check.test_orphans_and_broken_files_stop_their_case_only
         test_prepare_edges.test_whatever_a_case_raises_the_others_are_done
-        test_apply_inputs.test_a_bad_scan_is_named_and_its_neighbours_are_done
+        test_apply.test_a_broken_scan_stops_nothing_and_finished_ones_are_skipped
         test_evaluation.test_a_case_that_fails_is_named_and_the_others_go_on
         test_visualize_3d.test_of_several_cases_the_sound_ones_are_drawn
     """,
@@ -40,7 +40,6 @@ PROMISES = {  # how a sentence begins → the tests that it stands on
     """,
     "Nothing but geometry": """
         test_volumes.test_no_text_of_the_input_is_written
-        test_apply_inputs.test_nothing_of_a_header_but_geometry_is_written
         test_dicom_scripts.test_series_with_seg_and_nifti_labels_are_prepared_and_nothing_private_is_written
         test_dicom_seg.test_a_dicom_seg_says_what_it_is_and_where
     """,
