@@ -63,20 +63,20 @@ RULES = {  # kind of finding → (level, remedy); an error stops its case, a not
     "shape": ("error", "export the label map again on the grid of its scan"),
     "grid": ("error", "export the label map again, or trust its scan: --trust-image-grid CASES"),
     "values": ("error", "correct the label map, or declare its values in dataset.json"),
-    "empty": ("error", "annotate it, or name the organ's label by --foreground NAME or --values "
-              "liver=VALUE; to keep such cases: --accept empty"),
+    "empty": (
+        "error",
+        "annotate it, name its label by --foreground or --values, or --accept empty",
+    ),
     "nan": ("error", "convert the file again; every voxel needs a number"),
     "small": ("error", "get the scan in its full size"),
     "hu": ("error", "convert to HU as int16; for MR: --modality MR; to keep it: --accept hu"),
     "outside": ("error", "look at the picture; the label map may be shifted, flipped or another's"),
-    "outline": ("error", "look at the picture, where that place is dotted, and correct the label "
-                "map; to keep it: --accept outline"),
+    "outline": ("error", "that place is dotted in the picture; to keep yours: --accept outline"),
     "ambiguous": ("error", "rename or remove one, or name two folders: --images --labels"),
     "drawn": ("error", "give the right --label-every, or correct the slices in between"),
     "identity": ("error", "get the header with its geometry; to keep it: --accept identity"),
     "turned": ("error", "write the spacing in the order x, y, z; to keep it: --accept turned"),
-    "left_right": ("error", "correct the header's left-right; where organs lie mirrored in the "
-                   "patient (situs inversus): --accept left_right"),
+    "left_right": ("error", "correct the header; of situs inversus: --accept left_right"),
     "outline_off": ("warning", "look at the picture, where that place is dotted"),
     "organ": ("warning", "look whether the values of the label map mean what is declared"),
     "air": ("warning", "look whether HU were clipped"),
@@ -93,7 +93,7 @@ RULES = {  # kind of finding → (level, remedy); an error stops its case, a not
     "near_grid": ("note", "the scan's own geometry is used"),
     "thin": ("note", "it is padded with air"),
     "mixture": ("note", "all sub-volumes are written in RAS"),
-}  # fmt: skip
+}
 LEVELS = ("error", "warning", "note")
 HIGHEST_HU = 31_000  # of any CT, metal included; padding read as unsigned is 62,512 and more
 COARSE = 128  # voxels in-plane that are enough for the statistics
@@ -101,11 +101,10 @@ SMALLEST = 8  # voxels in-plane; a network halves a slice three times
 LARGEST_MM = (1000, 1000, 2200)  # of a scan: the widest scanners see 800 mm of a patient
 PLAUSIBLE_ML = {"liver": (500, 4000)}  # volumes of adults
 RIGHT_SIDED = ("liver",)  # organs on the patient's right
-# An outline's HU range over the lowest one elsewhere: from 1.15 on a warning, from 1.4 on an error.
-DOUBTFUL, WRONG = 1.15, 1.4
-EVEN_HU = 5  # a lower range says nothing more
-SMALLEST_FIT = 100_000  # mm³ of an outline that is judged; the tips of livers often fit elsewhere
-POINTS = 2000  # of an outline that are enough for its HU range
+# An outline is judged from so many mm³ on (the tips of livers often fit elsewhere), by so many of
+# its voxels, and is doubtful or wrong if its HU range is so many times the lowest one elsewhere.
+SMALLEST_MM3, POINTS, DOUBTFUL, WRONG = 100_000, 2000, 1.15, 1.4
+EVEN_HU = 5  # lower HU ranges are counted as this one
 MOVES_MM = (-25.0, -12.5, 0.0, 12.5, 25.0)  # along each axis
 TURNS: dict[Turn, str] = {  # (order of the axes, axes whose direction is reversed) → name
     ((0, 1, 2), ()): "",
@@ -294,14 +293,12 @@ def sum_slices(coarse: np.ndarray) -> list[int]:
 
 
 def draw_overlay(
-    name: str,
-    scan: Volume,
-    outline: np.ndarray,
-    middle: tuple[int, ...],
-    labels: Labels,
-    dotted: np.ndarray | None,
+    name: str, scan: Volume, outline: np.ndarray, middle: Sequence[int], labels: Labels, dotted: Any
 ) -> Any:
-    """Return a figure: three planes of a scan (RAS) through `middle` with each label's outline."""
+    """Return a figure: three planes of a scan (RAS) through `middle` with each label's outline.
+
+    `dotted` is None or the mask of a place where the foreground fits better.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.6))  # no layout engine: it would draw everything twice
@@ -356,11 +353,10 @@ def judge_labels(voxels: dict[int, int], known: dict[str, int], terms: Terms) ->
     organs = list_organs(terms)
     if any(voxels.get(value) for organ in organs for value in terms.labels[organ]):
         return []
-    names = {value: name for name, value in known.items()}
-    names |= {value: name for name, values in terms.labels.items() for value in values}
-    held = [f"{names.get(v, 'unnamed')} = {v}" for v in voxels if v and voxels[v]]
-    text = f"no voxel is {' or '.join(organs)}; the label map holds {', '.join(held) or 'no label'}"
-    return [("empty", text)]
+    names = terms.labels | {name: (value,) for name, value in known.items()}
+    held = {f"{n} = {v}" for n, values in names.items() for v in values if v and voxels.get(v)}
+    found = ", ".join(sorted(held)) or "no label"
+    return [("empty", f"no voxel is {' or '.join(organs)}; the label map holds {found}")]
 
 
 def list_organs(terms: Terms) -> list[str]:
@@ -379,9 +375,8 @@ def judge_gaps(annotated: np.ndarray, every: int) -> list[Finding]:
     steps = np.diff(drawn)
     if len(steps) < 2 or np.mean(steps > every) < 0.5:
         return []
-    usual = int(np.bincount(steps).argmax())
-    text = f"most slices between annotated ones are empty: --label-every {usual}?"
-    return [("drawn", text)]
+    usual = np.bincount(steps).argmax()
+    return [("drawn", f"most slices between annotated ones are empty: --label-every {usual}?")]
 
 
 def judge_hu(array: np.ndarray, stored: np.dtype) -> list[Finding]:
@@ -431,15 +426,14 @@ def judge_outline(
     kind = "outside" if in_air > 0.3 else "partly_outside"
     text = f"{in_air:.0%} of the foreground lies in air or lung"
     findings = [(kind, text)] * bool(in_air > 0.05)
-    liver, tumour = find_liver(terms)
-    organ, tumours = mask_values(small, liver), mask_values(small, tumour)
+    organ, tumour = (mask_values(small, values) for values in find_liver(terms))
     if not organ.any():
         return findings, None
-    whole = (*spacing_mm[:2], spacing_mm[2] * terms.label_every)
     more, better = list[Finding](), None
     if terms.modality == "CT":
-        more, better = judge_fit(coarse, organ | tumours, spacing_mm)
-    doubts = doubt_organ("liver", organ, tumours, coarse, whole)
+        more, better = judge_fit(coarse, organ | tumour, spacing_mm)
+    whole = (*spacing_mm[:2], spacing_mm[2] * terms.label_every)
+    doubts = doubt_organ("liver", organ, tumour, coarse, whole)
     doubts = [doubt for doubt in doubts if not more or doubt[0] != "left_right"]
     return findings + more + doubts, better
 
@@ -460,30 +454,27 @@ def doubt_organ(
     """
     import cc3d
 
-    ml, body, findings = math.prod(spacing_mm) / 1000, organ | tumour, list[Finding]()
-    whole, dark = np.count_nonzero(body) * ml, np.count_nonzero(tumour) * ml
+    ml, body = math.prod(spacing_mm) / 1000, organ | tumour
+    whole, inner = np.count_nonzero(body) * ml, np.count_nonzero(tumour) * ml
     low, high = PLAUSIBLE_ML.get(name, (0, math.inf))
-    rows = body.any(axis=(0, 1))
-    if whole > high or (whole < low and not (rows[0] or rows[-1])):  # not cut off by the scan
-        findings.append(("organ", f"{name} of {whole:.3g} ml, expected {low} to {high}"))
-    if dark > whole - dark:
-        text = f"tumour of {dark:.3g} ml in {whole - dark:.3g} ml of {name}: values exchanged?"
-        findings.append(("organ", text))
-    if name not in RIGHT_SIDED or not body.any():
-        return findings
+    rows, right = body.any(axis=(0, 1)), name in RIGHT_SIDED and whole > 0
+    cut = rows[0] or rows[-1]  # by the end of the scan
     parts = np.sort(np.bincount(cc3d.connected_components(body.any(axis=2)).ravel())[1:])
-    if len(parts) > 1 and parts[-2] > parts[-1] / 4:
-        findings.append(("organ", f"{name} lies in two parts: is it a paired organ?"))
-    patient = hu[:, ::4, rows] > -300
-    if patient.any():
-        own, middle = (
-            np.average(np.arange(len(mask)), weights=mask.sum(axis=(1, 2)))
-            for mask in (body, patient)
-        )
-        left_mm = (middle - own) * spacing_mm[0]
-        text = f"{name} lies {left_mm:.0f} mm on the patient's left: are the scan's sides right?"
-        findings += [("left_right", text)] * bool(left_mm > 10)
-    return findings
+    own_x, patient_x = (
+        np.arange(len(mask)) @ mask.sum(axis=(1, 2)) / max(mask.sum(), 1)
+        for mask in (body, hu[:, ::4, rows] > -300)
+    )
+    rules = (
+        ("organ", whole > high or (whole < low and not cut),
+         f"{name} of {whole:.3g} ml, expected {low} to {high}"),
+        ("organ", inner > whole - inner,
+         f"tumour of {inner:.3g} ml in {whole - inner:.3g} ml of {name}: values exchanged?"),
+        ("organ", right and len(parts) > 1 and parts[-2] > parts[-1] / 4,
+         f"{name} lies in two parts side by side: is it a paired organ?"),
+        ("left_right", right and (patient_x - own_x) * spacing_mm[0] > 10,
+         f"{name} lies on the patient's left: are the scan's sides right?"),
+    )  # fmt: skip
+    return [(kind, text) for kind, wrong, text in rules if wrong]
 
 
 def judge_fit(
@@ -493,42 +484,43 @@ def judge_fit(
 
     The interquartile range in the outline is divided by the lowest one in 1,125 places: turned and
     moved by up to 25 mm along each axis. A right outline has the lowest one; one that is moved by
-    10 mm is not always seen, nor is a part of less than 100 ml.
+    10 mm is not always seen, and what is smaller than SMALLEST_MM3 is not judged.
     """
     at = np.argwhere(inside)
-    if len(at) * math.prod(spacing_mm) < SMALLEST_FIT:
+    if len(at) * math.prod(spacing_mm) < SMALLEST_MM3:
         return [], None
     at = at[:: max(1, len(at) // POINTS)]
     steps = [sorted({round(mm / step) for mm in MOVES_MM}) for step in spacing_mm]
     moves = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1).reshape(-1, 3)
     margin = moves.max(axis=0)
-    hu = np.pad(np.clip(coarse, AIR_HU, 3000).astype(np.int16), [(n, n) for n in margin],
-                constant_values=AIR_HU)  # fmt: skip
+    hu = np.clip(coarse, AIR_HU, HIGHEST_HU).astype(np.int16)
+    hu = np.pad(hu, [(n, n) for n in margin], constant_values=AIR_HU)
     offsets = moves @ np.array(hu.strides) // hu.itemsize
-    found: list[tuple[float, Turn, np.ndarray]] = []
+    spreads: dict[Turn, np.ndarray] = {}
     for order, backward in TURNS:
-        if order[0] and coarse.shape[0] != coarse.shape[1]:
-            continue
         there = at[:, order]
         for axis in backward:
             there[:, axis] = coarse.shape[axis] - 1 - there[:, axis]
-        index = np.ravel_multi_index(tuple((there + margin).T), hu.shape)
-        values = hu.ravel()[index + offsets[:, None]]
-        quarters = [len(at) * part // 4 for part in (1, 2, 3)]
-        values.partition(quarters, axis=1)
-        low, middle, high = values[:, quarters].T.astype(float)
-        if not found:
-            own = (high - low)[~moves.any(axis=1)][0]
-        spread = np.where((middle > -50) & (middle < 300), high - low, np.inf)  # soft tissue
-        best = int(spread.argmin())
-        found.append((spread[best], (order, backward), moves[best]))
-    lowest, turn, move = min(found, key=lambda place: place[0])
-    ratio = own / max(lowest, EVEN_HU)
-    if ratio < DOUBTFUL:
+        if (there < coarse.shape).all():  # exchanged axes may differ in length
+            index = np.ravel_multi_index(tuple((there + margin).T), hu.shape)
+            values = hu.ravel()[index + offsets[:, None]]
+            spreads[order, backward] = measure_spread(values)
+    turn = min(spreads, key=lambda turn: spreads[turn].min())
+    best = int(spreads[turn].argmin())
+    own = spreads[(0, 1, 2), ()][len(moves) // 2]
+    if (ratio := own / spreads[turn][best]) < DOUBTFUL:
         return [], None
-    where = " and ".join([TURNS[turn]] * bool(TURNS[turn]) + name_moves(move * spacing_mm))
-    text = f"the outline fits better {where}: its HU spread over {own:.0f} here, {lowest:.0f} there"
-    return [("outline" if ratio >= WRONG else "outline_off", text)], (*turn, tuple(move))
+    place = " and ".join([*filter(None, [TURNS[turn]]), *name_moves(moves[best] * spacing_mm)])
+    text = f"the outline fits better {place}: the HU in it differ {ratio:.1f} times as much here"
+    return [("outline" if ratio >= WRONG else "outline_off", text)], (*turn, tuple(moves[best]))
+
+
+def measure_spread(values: np.ndarray) -> np.ndarray:
+    """Return the interquartile range of each row of HU; 1000 more where it is no soft tissue."""
+    quarters = [values.shape[1] * part // 4 for part in (1, 2, 3)]
+    values.partition(quarters, axis=1)
+    low, middle, high = values[:, quarters].T.astype(float)
+    return np.maximum(high - low, EVEN_HU) + 1000 * ((middle < -50) | (middle > 300))
 
 
 def name_moves(mm: np.ndarray) -> list[str]:
@@ -587,12 +579,12 @@ def compare_cases(records: list[dict[str, Any]], terms: Terms) -> list[Finding]:
     told = [("mixture", f"orientations are mixed: {text}")] * (len(mixture) > 1)
     for organ in list_organs(terms):
         values = [str(value) for value in terms.labels[organ]]
-        lacking = [r["case"] for r in readable if not any(map(r["voxels_per_label"].get, values))]
+        lacking = [r for r in readable if not any(map(r["voxels_per_label"].get, values))]
         text = f"{len(lacking)} of {len(readable)} cases hold no voxel of {organ}"
         if 0 < len(lacking) < len(readable):
-            told.append(("lacking", f"{text}: {', '.join(lacking)}"))
-        for record in readable if len(lacking) == len(readable) else ():
-            if "empty" not in dict(record["findings"]):
+            told.append(("lacking", f"{text}: {', '.join(r['case'] for r in lacking)}"))
+        elif lacking and len(list_organs(terms)) > 1:  # else each case has this finding
+            for record in lacking:
                 record["findings"].append(("empty", text))
     return told
 
