@@ -92,14 +92,13 @@ import torch
 from monai.inferers import sliding_window_inference
 from tqdm import tqdm
 
-from data import trust
+from data import scans, trust
 from data.check import choose_step, doubt_organ, judge_geometry, judge_hu
 from data.datasets import Case, list_cases
 from data.evaluate import do_each, evaluate, measure, refuse_failures, report_all, tell_row
 from data.files import lock_folder, read_record, write_json
 from data.labels import group_tumours, translate_classes
 from data.pictures import draw_planes, save_figure
-from data.scans import describe_label, mark_undrawn, read_label_map, read_scan, stamp_inputs
 from data.seg import write_seg
 from data.splits import read_cases
 from data.volumes import AIR_HU, Volume, find_bounding_box, write_masked
@@ -190,7 +189,7 @@ def segment(
     `Volume(array, affine)`, affine 4×4 from voxel to patient mm in RAS+.
     """
     options = options or Options()
-    scan = scan if isinstance(scan, Volume) else read_scan(Path(scan))
+    scan = scan if isinstance(scan, Volume) else scans.read_scan(Path(scan))
     tensor, to_network = preprocess_volume(scan, model.chain, model.device)
     begin = time.perf_counter()
     if model.finder:
@@ -386,7 +385,7 @@ def find_doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str
 def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume | None, list[str]]:
     """Return a scan in memory, its truth as RAS class indices, and what is unusual about them."""
     assert case.image
-    scan = read_scan(case.image)
+    scan = scans.read_scan(case.image)
     array = scan.read()
     scan, notes = replace(scan, data=array, convert=None), list(scan.notes)
     for kind, fault in judge_hu(array[::2, ::2], array.dtype) + judge_geometry(scan):
@@ -405,7 +404,7 @@ def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume 
     if case.label is None:
         return scan, None, notes
     declared = case.described.labels if case.described else model.declared
-    label = read_label_map(
+    label = scans.read_label_map(
         case.label,
         scan,
         declared,
@@ -413,7 +412,7 @@ def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume 
         trust_grid=case.trust_grid,
         ignore=case.described.ignore if case.described else (),
     )
-    truth = label.ras.like(mark_undrawn(label.ras.data, 0, *case.drawn))
+    truth = label.ras.like(scans.mark_undrawn(label.ras.data, 0, *case.drawn))
     return scan, truth, list(dict.fromkeys([*notes, *label.notes]))
 
 
@@ -455,7 +454,7 @@ def do_case(model: Model, weights: str, config: Config, case: Case) -> None:
     settings = [getattr(config, one.name) for one in fields(Options)]
     settings += [config.background, config.dicom_seg, config.overlap, config.precision]
     settings += [case.described, case.trust_grid, case.accepted, case.drawn]
-    inputs = stamp_inputs([case.image, case.label])
+    inputs = scans.stamp_inputs([case.image, case.label])
     mark = hashlib.sha256(repr([inputs, weights, settings]).encode()).hexdigest()
     record, names = folder / f"{case.name}.json", [f"{case.name}_{end}" for end in WRITTEN]
     known = None if config.overwrite else read_record(record, mark)
@@ -467,7 +466,7 @@ def do_case(model: Model, weights: str, config: Config, case: Case) -> None:
     row = apply_to_case(model, case, config)
     row |= {
         "image": str(case.image and case.image.resolve()),
-        "truth": case.label and describe_label(case.label),
+        "truth": case.label and scans.describe_label(case.label),
         "checkpoint": ", ".join(map(str, (config.checkpoint, *config.folds))),
         "weights": weights,
         "mark": mark,

@@ -46,6 +46,7 @@ if __name__ == "__main__":  # --help and wrong options end here, before the libr
 
 import functools
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -256,11 +257,7 @@ def make_surface(
 UPRIGHT = ((0.93, 0.62), (0.93, 0.92))  # ends of a slider, above the letter at the right edge
 WHOLE = (0, 0, 1, 1)  # left, bottom, right, top of a panel, as fractions of the window
 PANELS = {"axial": (0, 0.5, 0.5, 1), "coronal": (0.5, 0.5, 1, 1), "sagittal": (0.5, 0, 1, 0.5)}
-SEEN_FROM = {
-    "axial": -1,
-    "coronal": 1,
-    "sagittal": -1,
-}  # slices seen from below, the front, the left
+SEEN_FROM = {"axial": -1, "coronal": 1, "sagittal": -1}  # from below, the front, the left
 
 
 @dataclass
@@ -671,6 +668,8 @@ def write_mesh(case: Case, config: Config, path: Path) -> None:
         if config.mesh_space == "LPS":
             mesh.vertices = mesh.vertices * (-1, -1, 1)
         with atomic_write(target) as temporary:
+            if shutil.disk_usage(temporary.parent).free < 100 * mesh.ncells:  # VTK is silent then
+                raise OSError("no space left on the disk")
             mesh.write(str(temporary))
 
 

@@ -498,13 +498,13 @@ def judge_fit(
     offsets = moves @ np.array(hu.strides) // hu.itemsize
     spreads: dict[Turn, np.ndarray] = {}
     for order, backward in TURNS:
+        if order[0] and coarse.shape[0] != coarse.shape[1]:
+            continue
         there = at[:, order]
         for axis in backward:
             there[:, axis] = coarse.shape[axis] - 1 - there[:, axis]
-        if (there < coarse.shape).all():  # exchanged axes may differ in length
-            index = np.ravel_multi_index(tuple((there + margin).T), hu.shape)
-            values = hu.ravel()[index + offsets[:, None]]
-            spreads[order, backward] = measure_spread(values)
+        index = np.ravel_multi_index(tuple((there + margin).T), hu.shape)
+        spreads[order, backward] = measure_spread(hu.ravel()[index + offsets[:, None]])
     turn = min(spreads, key=lambda turn: spreads[turn].min())
     best = int(spreads[turn].argmin())
     own = spreads[(0, 1, 2), ()][len(moves) // 2]

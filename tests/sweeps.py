@@ -1,7 +1,7 @@
 """Sweeps over what can be wrong with a file: right, told, or refused with one error that names it.
 
 Each sweep tries every fault of a kind, or `number` of them drawn by `seed`, asserts how each ends
-and returns how often each ending came. `benchmarks/doors.py` tries all, the tests a sample.
+and returns how often each ending came.
 """
 
 from __future__ import annotations

@@ -290,21 +290,19 @@ def test_a_scan_in_place_of_a_seg_and_a_seg_in_place_of_a_scan(tmp_path):
         read_label_map(next(series.glob("0*.dcm")), scan, USUAL_LABELS).read()
 
 
-def test_masks_of_structures_become_one_label_map_in_which_tumours_win(tmp_path):
-    """2 × 2 × 2 voxels of tumour inside of 4 × 3 × 3 of liver; a mask with two values is none."""
-    liver, tumour = np.zeros((2, *SHAPE), np.uint8)
-    liver[2:6, 1:4, 1:4], tumour[3:5, 2:4, 2:4] = 255, 1
-    masks = tuple(
-        (name, write_nifti(tmp_path / f"{name}.nii", array))
-        for name, array in (("tumour", tumour), ("liver", liver), ("spleen", liver))
-    )
-    found = read_label_map(masks, SCAN, USUAL_LABELS)
-    assert np.bincount(found.read().ravel()).tolist() == [240 - 36, 36 - 8, 8]
-    assert found.classes == {"tumour": 2, "liver": 1} and found.name == str(tmp_path)
+def test_of_overlapping_masks_tumours_win_then_smaller_structures(tmp_path):
+    """36 voxels of liver hold 8 of a vessel; 12 of tumour cover half of the vessel."""
+    liver, vessel, tumour = np.zeros((3, *SHAPE), np.uint8)
+    liver[2:6, 1:4, 1:4], vessel[2:4, 2:4, 2:4], tumour[3:6, 2:4, 2:4] = 255, 1, 1
+    drawn = {"tumour": tumour, "vessel": vessel, "liver": liver, "spleen": liver}
+    masks = tuple((n, write_nifti(tmp_path / f"{n}.nii", array)) for n, array in drawn.items())
+    found = read_label_map(masks, SCAN, {"liver": 1, "tumour": 2, "vessel": 3})
+    assert np.bincount(found.read().ravel()).tolist() == [240 - 36, 36 - 12 - 4, 12, 4]
+    assert found.classes == {"tumour": 2, "vessel": 3, "liver": 1} and found.name == str(tmp_path)
     with pytest.raises(InputError, match=r"mask of one structure.*\[0, 1, 2\]"):
         read_label_map((("liver", write_nifti(tmp_path / "a.nii", LABEL)),), SCAN, USUAL_LABELS)
     with pytest.raises(InputError, match="none of the masks spleen is one of the labels"):
-        read_label_map(masks[2:], SCAN, USUAL_LABELS)
+        read_label_map(masks[3:], SCAN, USUAL_LABELS)
 
 
 def test_pictures_lie_on_the_files_of_a_series_and_on_no_other_scan(tmp_path):

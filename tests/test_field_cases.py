@@ -1,7 +1,6 @@
 """Small inputs that reproduce trouble reported in public; each ends as its `expect.txt` says."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,38 +134,16 @@ def test_label_other_origin(built, segment, tmp_path):
 
 
 def test_mhd_raw_changed(built, segment, tmp_path):
-    """The second run notices it and does the case again; so does prepare.py."""
-    first = segment(built / "scan.mhd")
+    """The second run notices that voxels changed and does the case again."""
+    segment(built / "scan.mhd")
     before = label_of(tmp_path / "results", "scan")
-    one = run(as_decathlon(built), **ALONE)
     (built / "scan.raw").write_bytes((built / "other.raw").read_bytes())
-    (built / "decathlon/imagesTr/scan.raw").write_bytes((built / "other.raw").read_bytes())
     assert np.array_equal(read_scan(built / "scan.mhd").ras.data, field_patient(0)[0])
-    second = segment(built / "scan.mhd")
-    assert first["scan"]["mark"] != second["scan"]["mark"]
+    segment(built / "scan.mhd")
     segment(built / "scan.mhd", out="fresh")
     after = label_of(tmp_path / "results", "scan")
     assert np.array_equal(after, label_of(tmp_path / "fresh", "scan"))
     assert not np.array_equal(after, before)
-    two = run(built / "decathlon", **ALONE)
-    sums = [[entry["image_crc32"] for entry in d["subvolumes"]] for d in (one, two)]
-    assert sums[0] != sums[1]
-
-
-ALONE = {"training": 1.0, "validation": 0.0, "test": 0.0, "accept": ("outline", "outside")}
-
-
-def as_decathlon(built: Path) -> Path:
-    """scan.mhd with its data file and a label map of its soft tissue."""
-    raw = built / "decathlon"
-    for folder in ("imagesTr", "labelsTr"):
-        (raw / folder).mkdir(parents=True)
-    for name in ("scan.mhd", "scan.raw"):
-        shutil.copy(built / name, raw / "imagesTr" / name)
-    scan = read_file(built / "scan.mhd")
-    array = scan.read()
-    scan.like(((array > 0) & (array < 250)).astype(np.uint8)).write(raw / "labelsTr/scan.nii.gz")
-    return raw
 
 
 # ---------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -191,27 +190,10 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch
     assert names["found"].shape == names["scan"].shape
 
 
-def has_docker() -> bool:
-    docker = shutil.which("docker")
-    return (
-        docker is not None and not subprocess.run([docker, "info"], capture_output=True).returncode
-    )
-
-
 def test_the_container_is_made_of_what_is_there():
     """Every file that the Dockerfile copies exists, and the demo is a target of the Makefile."""
     text = (ROOT / "Dockerfile").read_text()
     assert (ROOT / "requirements.txt").exists() and "COPY requirements.txt ." in text
     assert 'CMD ["make", "demo"]' in text
-    assert re.findall(r"^FROM (.*)$", text, flags=re.MULTILINE) == ["python:3.12-slim"]
     kept = (ROOT / ".dockerignore").read_text().split()
     assert {".git", ".venv", "data/*", "!data/*.py", "!checkpoints/starter.pt"} <= set(kept)
-
-
-@pytest.mark.skipif(not has_docker(), reason="no docker engine")
-def test_the_container_runs_the_demo():
-    subprocess.run(["docker", "build", "-q", "-t", "liver-test", ROOT], check=True)
-    done = subprocess.run(
-        ["docker", "run", "--rm", "liver-test"], check=True, capture_output=True, text=True
-    )
-    assert "liver_3d.png" in done.stdout

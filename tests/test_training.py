@@ -9,12 +9,13 @@ import pytest
 import torch
 from children import run_child, train_or_resume
 from conftest import run_here
-from helpers import assert_same_run, augment_of, cached, comparable, small_config
+from helpers import assert_same_run, augment_of, cached, chain_of, comparable, small_config
 
 import preprocess
 import train
 from data.evaluate import dice_metric
 from data.files import InputError
+from data.splits import read_prepared
 from utilities import UNet3D, load_checkpoint, pick_precision, predict_classes
 
 QUICK = {"batch_size": 1, "learning_rate": 5e-3}
@@ -204,3 +205,14 @@ def test_tensorboard_shows_the_history(few, tmp_path):
     events = EventAccumulator(str(tmp_path / "events")).Reload().Scalars("val_dice")
     history = load_checkpoint(tmp_path / "last.pt")["history"]
     assert [e.value for e in events] == pytest.approx([row["val_dice"] for row in history])
+
+
+def test_options_reach_the_optimizer(few, tmp_path):
+    for options in ({"optimizer": "adamw", "weight_decay": 0.2, "amsgrad": True}, {}):
+        config = small_config(few, tmp_path, **options)
+        run = train.build_run(
+            config, read_prepared(few), chain_of(config), torch.device("cpu"), None
+        )
+        defaults = run.optimizer.defaults
+        assert defaults["weight_decay"] == options.get("weight_decay", 0)
+        assert defaults["amsgrad"] is options.get("amsgrad", False)
