@@ -1,5 +1,6 @@
 """Small inputs that reproduce trouble reported in public; each ends as its `expect.txt` says."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,22 @@ def test_sets_are_prepared_with_their_own_liver(name, settings, foreground, case
 def test_sets_whose_liver_nobody_names_are_refused(name, message, tmp_path):
     with pytest.raises(InputError, match=message):
         run(build_field_case(name, tmp_path / "raw"))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "text"),
+    [
+        ("43_tumour_only_as_1", {}, "p0, p1, p2: liver of 13.5 ml, expected 500 to 4000"),
+        ("76_values_swapped_without_json", {}, "of liver: values exchanged?"),
+        ("06_intercept_twice_nifti", {}, "applied twice?"),
+        ("44_spacing_reversed", {}, "1536 × 320 × 30 mm is no body"),
+        ("55_trust_turns_sound_labels", {"trust_image_grid": ()}, "note: liver_0: the label map"),
+    ],
+)
+def test_what_cannot_be_is_told(name, settings, text, tmp_path, capsys):
+    with contextlib.suppress(InputError):
+        run(build_field_case(name, tmp_path / "raw"), **settings)
+    assert text in capsys.readouterr().out
 
 
 def test_split_nnunet(built):
