@@ -19,15 +19,7 @@ from typing import Literal
 import tyro
 
 from data.files import InputError, find_checkpoint
-from data.settings import (
-    NETWORK_LIBRARIES,
-    Device,
-    Int16,
-    Part,
-    Whole,
-    read_settings,
-    run_script,
-)  # fmt: skip
+from data.settings import NETWORK_LIBRARIES, Device, Int16, Part, Whole, read_settings, run_script
 
 
 @dataclass
@@ -185,17 +177,13 @@ def segment(
 ) -> Segmentation:
     """Segment a scan in HU, and lay the result on exactly its grid.
 
-    `scan`: a volume or its path, in any orientation and spacing. An array (X, Y, Z) comes as
-    `Volume(array, affine)`, affine 4×4 from voxel to patient mm in RAS+.
+    `scan`: its path or a Volume(array (X, Y, Z), affine 4×4 to RAS mm), of any orientation.
     """
     options = options or Options()
     scan = scan if isinstance(scan, Volume) else scans.read_scan(Path(scan))
     tensor, to_network = preprocess_volume(scan, model.chain, model.device)
-    begin = time.perf_counter()
-    if model.finder:
-        scores = predict_near(model, scan, tensor, to_network, options)
-    else:
-        scores = predict(model, tensor, options)
+    begin, near = time.perf_counter(), (model, scan, tensor, to_network, options)
+    scores = predict_near(*near) if model.finder else predict(model, tensor, options)
     seconds = time.perf_counter() - begin
     if options.trim_by_hu and model.chain.hu_window and model.modality == "CT":
         low, high = model.chain.hu_window  # are 0 and 1 of the network's input
@@ -246,10 +234,9 @@ def predict(
 ) -> torch.Tensor:
     """Return how far each class's logit lies above the background's, (C − 1, X, Y, Z), on the CPU.
 
-    Windows of the training's size, blended by a Gaussian, slide over a preprocessed volume
-    (1, X, Y, Z), or a `box` of it: sub-volumes along the slices alone, patches along all axes where
-    there is anything but air. Where the device's memory is short, this scan is done one window at
-    a time, else on the CPU; the next scan tries the device again.
+    Windows, blended by a Gaussian, slide over a preprocessed volume (1, X, Y, Z) or a `box` of it:
+    sub-volumes along the slices, patches along all axes where there is anything but air. Where the
+    memory is short, this scan is done window by window, else on the CPU.
     """
     if not box and model.chain.sampling == "patches":
         box = find_bounding_box((volume[0] > 0).cpu().numpy())
@@ -277,8 +264,7 @@ def predict(
 def ask(model: Model, device: torch.device, mirror: bool, batch: torch.Tensor) -> torch.Tensor:
     """Return how far each class's logit lies above the background's, (B, C − 1, X, Y, Z).
 
-    `mirror` averages with the front-back mirror image; never left-right, because the side tells
-    the liver from the spleen.
+    `mirror` averages with the front-back image; left-right would mix up liver and spleen.
     """
     networks, same = (model.network, *model.others), device == model.device
     precision = model.precision if same else pick_precision("auto", device)
@@ -301,16 +287,14 @@ def trim_by_hu(
 ) -> None:
     """Remove from an organ the edge that is far darker than its inside; in place.
 
-    The inside is the half that the network is surer of. It stays, as does what the rest encloses
-    in its slice: tumours, cysts. `scores` (C − 1, X, Y, Z) are the logits of the classes `names`
-    above the background's, `image` (X, Y, Z) is the CT on their grid.
+    The inside is the surer half. It stays, as does what the rest encloses in its slice: tumours,
+    cysts. `scores`: (C − 1, X, Y, Z) logits above the background's; `image`: (X, Y, Z), the CT.
     """
     for every, name in zip(scores, names, strict=True):
         if name not in DARKER_HU or not (every > 0).any():
             continue
         box = find_bounding_box(every > 0)
-        score = every[box]
-        found = score > 0
+        score, found = every[box], every[box] > 0
         known, hu = score[found], image[box][found]
         inside = known >= np.median(known)
         below = np.median(hu[inside]) - hu

@@ -767,6 +767,9 @@ def test_a_description_reaches_no_neighbouring_set(tmp_path):
     (tmp_path / "btcv/dataset.json").write_text(json.dumps({"labels": BTCV}))
     with pytest.raises(InputError, match=r"btcv/dataset.json says .*spleen.*lits/segmentation-1.*"):
         find_pairs(tmp_path)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": BTCV}))  # above the source
+    assert find_pairs(tmp_path / "lits").declared["liver"] == (1,)
+    (tmp_path / "dataset.json").unlink()
     same = {"labels": {"liver": 1, "cancer": 2}}  # the usual values by another name
     (tmp_path / "btcv/dataset.json").write_text(json.dumps(same))
     assert find_pairs(tmp_path).declared == {"background": (0,), "liver": (1,), "cancer": (2,)}
