@@ -85,7 +85,7 @@ from monai.inferers import sliding_window_inference
 from tqdm import tqdm
 
 from data import scans, trust
-from data.check import judge_hu
+from data.check import choose_step, doubt_organ, judge_geometry, judge_hu
 from data.datasets import Case, list_cases
 from data.evaluate import do_each, evaluate, measure, refuse_failures, report_all, tell_row
 from data.files import lock_folder, read_record, write_json
@@ -101,8 +101,6 @@ WRITTEN = ("label.nii.gz", "masked.nii.gz", "probability.nii.gz", "label.dcm", "
 OUTSIDE = -20.0  # logit where no window was: surely background
 AT_ONCE = 1_200_000  # voxels per call on a CPU; larger calls are no faster there
 LOCATE_MM = 25.0  # around the organ that --locate finds
-PLAUSIBLE_ML = {"liver": (500, 4000)}  # volumes of adults
-RIGHT_SIDED = ("liver",)  # organs on the patient's right
 # How much darker than its inside an organ's edge may be, in HU, of organs of one brightness: fat,
 # bile and bowel are darker still. A voxel half of which is fat is 100 darker than a liver of 100.
 DARKER_HU = {"liver": 80.0}
@@ -342,27 +340,24 @@ def find_holes(mask: np.ndarray) -> np.ndarray:
 
 def find_doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str]:
     """Return what is implausible about a segmentation: class indices and HU on one grid."""
-    found, outer = [], find_bounding_box(classes.ras.data)
+    found, outer = list[str](), find_bounding_box(classes.ras.data)
+    step = choose_step(classes.ras_shape)
+    coarse, hu = classes.ras.data[::step, ::step], scan.ras.data[::step, ::step]
+    x_mm, y_mm, z_mm = scan.ras.spacing_mm
     for organ, tumours in group_tumours(names).items():
         name, body = names[organ - 1], np.isin(classes.ras.data[outer].T, [organ, *tumours]).T
         if not body.any():
             found.append(f"no {name} found")
             continue
-        low, high = PLAUSIBLE_ML.get(name, (0, math.inf))
-        if not low <= (ml := np.count_nonzero(body) * scan.voxel_ml) <= high:
-            found.append(f"{name} of {ml:.0f} ml, expected {low} to {high}")
+        masks = coarse == organ, np.isin(coarse, tumours)
+        doubts = doubt_organ(name, *masks, hu, (x_mm * step, y_mm * step, z_mm))
+        found += [text for _, text in doubts]
         pairs = zip(outer, find_bounding_box(body), strict=True)
         box = [slice(a.start + b.start, a.start + b.stop) for a, b in pairs]
         sides = (("left", "right"), ("back", "front"), ("lower", "upper"))
         for part, size, (first, last) in zip(box, classes.ras_shape, sides, strict=True):
             touched = [first] * (part.start == 0) + [last] * (part.stop == size)
             found += [f"{name} reaches the {end} end of the scan: cut off?" for end in touched]
-        patient = scan.ras.data[:, ::4, box[2]][:, :, ::4] > -300
-        if name in RIGHT_SIDED and patient.any():
-            counts = [mask.sum(axis=(1, 2)) for mask in (body, patient)]
-            middles = [np.average(np.arange(len(some)), weights=some) for some in counts]
-            if outer[0].start + middles[0] < middles[1]:
-                found.append(f"{name} on the patient's left: are the scan's sides right?")
     return found
 
 
@@ -376,7 +371,7 @@ def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume 
     assert case.image
     scan = scans.read_scan(case.image)
     notes = list(scan.notes)
-    for kind, fault in judge_hu(scan.data[::2, ::2], scan.dtype):
+    for kind, fault in judge_hu(scan.data[::2, ::2], scan.dtype) + judge_geometry(scan):
         if "MR" in (model.modality, case.modality):
             continue
         if kind == "hu" and not config.force and "hu" not in case.accepted:

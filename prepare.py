@@ -18,7 +18,7 @@ from typing import Literal
 
 import tyro
 
-from data.labels import FOREGROUND
+from data.labels import ACCEPTABLE, FOREGROUND
 from data.settings import Count, Seed, Share, Whole, read_settings, run_script
 
 
@@ -46,8 +46,9 @@ class Config:
     patients: Path | None = None  # CSV with columns case,patient, where one patient has many scans
     patient_pattern: str = ""  # or: regular expression whose first group, in a case name, is it
     check_only: bool = False  # stop after the check
-    trust_image_grid: bool = False  # lay a label map on its scan's grid if only the shapes agree
-    accept: tuple[Literal["mirrored", "outside", "hu"], ...] = ()  # errors to take as warnings
+    trust_image_grid: tuple[str, ...] | None = None  # cases whose label map is laid on the scan
+    # voxel on voxel; without names: all whose headers disagree
+    accept: tuple[ACCEPTABLE, ...] = ()  # errors to take as warnings
     leave_out: tuple[str, ...] = ()  # cases not to use
     overwrite: bool = False  # remove what was prepared here from another source
     compress: bool = False  # gzip the images too: half the disk, twice the time
@@ -125,10 +126,11 @@ def main(config: Config) -> None:
                 check = partial(check_once, config=config, terms=terms)
                 bar = {"total": len(cases), "desc": "checking", "unit": "case"}
                 records = list(show_progress(do_each(check, cases), **bar))
-                notes = [text for _, text in compare_cases(records)]
-                report_cases(records, config.accept, config.destination / "check" / "check.csv")
+                told = compare_cases(records, terms)
+                table = config.destination / "check" / "check.csv"
+                report_cases(records, told, config.accept, table)
                 if not config.check_only:
-                    cut_cases(do_each, records, notes, config, terms)
+                    cut_cases(do_each, records, [text for _, text in told], config, terms)
                     remove_gone(config.destination, {case.name for case in everything})
         except KeyboardInterrupt as stop:
             command = f"python {shlex.join(sys.argv)}"
@@ -214,8 +216,14 @@ def cut_cases(
         record["split"] = split[record["patient"]]
         if folds:
             record["fold"] = folds[record["patient"]]
-    if any("split" in record for record in sound):
-        write_dataset(records, notes, config, terms)
+    if not any("split" in record for record in sound):
+        return
+    if not any(record.get("subvolumes") for record in sound):
+        what = "no sub-volume holds foreground; correct what the check found, keep some without"
+        raise InputError(
+            f"{config.source}: {what}: --keep-empty, or whole cases: --subvolume-depth 0"
+        )
+    write_dataset(records, notes, config, terms)
 
 
 def cut_case(record: Record, config: Config, terms: Terms) -> Record:
@@ -236,7 +244,8 @@ def cut_case(record: Record, config: Config, terms: Terms) -> Record:
     with replace_folder(config.destination / "subvolumes" / name) as folder:
         for first, last in list_cuts(record["slices"], size, terms.label_every, seeded(0, name)):
             here, chosen = slice(first, last), seeded(config.seed, f"{name}:{first}")
-            if not foreground[here].any() and chosen >= config.keep_empty:
+            empty = config.subvolume_depth and not foreground[here].any()
+            if empty and chosen >= config.keep_empty:  # a whole case that is accepted stays
                 continue
             covered[here] = foreground[here]
             entry: Record = {"case": name, "first_slice": first}

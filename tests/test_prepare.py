@@ -30,7 +30,7 @@ def raw(tmp_path):
 def test_every_voxel_keeps_its_value_and_its_place_in_the_patient(tmp_path, crop):
     affines = (SHEARED, COLUMNS_FIRST, None, np.diag([5.0, -5, -5, 1]))
     raw = write_patients(tmp_path / "raw", affines=affines)
-    dataset = run(raw, accept=("mirrored",), crop_to_body=crop)
+    dataset = run(raw, accept=("outline",), crop_to_body=crop)
     cases = {case["case"]: case for case in dataset["cases"]}
     assert [case["orientation"] for case in cases.values()] == ["LPS", "PIR", "RAS", "RPI"]
     for entry in dataset["subvolumes"]:
