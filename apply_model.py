@@ -84,8 +84,7 @@ import torch
 from monai.inferers import sliding_window_inference
 from tqdm import tqdm
 
-from data import scans, trust
-from data.check import choose_step, doubt_organ, judge_geometry, judge_hu
+from data import check, scans, trust
 from data.datasets import Case, list_cases
 from data.evaluate import do_each, evaluate, measure, refuse_failures, report_all, tell_row
 from data.files import lock_folder, read_record, write_json
@@ -341,7 +340,7 @@ def find_holes(mask: np.ndarray) -> np.ndarray:
 def find_doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str]:
     """Return what is implausible about a segmentation: class indices and HU on one grid."""
     found, outer = list[str](), find_bounding_box(classes.ras.data)
-    step = choose_step(classes.ras_shape)
+    step = check.choose_step(classes.ras_shape)
     coarse, hu = classes.ras.data[::step, ::step], scan.ras.data[::step, ::step]
     x_mm, y_mm, z_mm = scan.ras.spacing_mm
     for organ, tumours in group_tumours(names).items():
@@ -350,7 +349,7 @@ def find_doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str
             found.append(f"no {name} found")
             continue
         masks = coarse == organ, np.isin(coarse, tumours)
-        doubts = doubt_organ(name, *masks, hu, (x_mm * step, y_mm * step, z_mm))
+        doubts = check.doubt_organ(name, *masks, hu, (x_mm * step, y_mm * step, z_mm))
         found += [text for _, text in doubts]
         pairs = zip(outer, find_bounding_box(body), strict=True)
         box = [slice(a.start + b.start, a.start + b.stop) for a, b in pairs]
@@ -371,7 +370,7 @@ def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume 
     assert case.image
     scan = scans.read_scan(case.image)
     notes = list(scan.notes)
-    for kind, fault in judge_hu(scan.data[::2, ::2], scan.dtype) + judge_geometry(scan):
+    for kind, fault in check.judge_hu(scan.data[::2, ::2], scan.dtype) + check.judge_geometry(scan):
         if "MR" in (model.modality, case.modality):
             continue
         if kind == "hu" and not config.force and "hu" not in case.accepted:

@@ -79,6 +79,7 @@ from typing import Any
 
 import numpy as np
 
+from data import splits
 from data.check import (
     Terms,
     check_case,
@@ -95,15 +96,6 @@ from data.files import InputError, lock_folder, read_record, write_json
 from data.labels import IMAGE, LABEL, as_plain
 from data.scans import list_cuts, mark_undrawn, stamp_inputs
 from data.settings import check_settings, show_progress
-from data.splits import (
-    PREPARED_SCHEMA,
-    SPLITS,
-    divide_patients,
-    name_patients,
-    refuse_no_validation,
-    seeded,
-    split_patients,
-)
 from data.volumes import AIR_HU, BODY_HU, Volume, find_body, find_bounding_box
 
 CUT = 4  # of the sub-volumes: what an earlier version of this file cut is cut again
@@ -116,7 +108,7 @@ Record = dict[str, Any]  # of a case: what the check found, later its entry in d
 def main(config: Config) -> None:
     refuse_settings(config)
     everything, terms = read_data_set(config)
-    name_patients(everything, config)
+    splits.name_patients(everything, config)
     cases = choose_cases(everything, config)
     with lock_folder(config.destination):
         claim_destination(config.destination, config.source, config.overwrite)
@@ -202,8 +194,8 @@ def cut_cases(
     sound = [record for record in records if not list_errors(record, config.accept)]
     if not sound:
         return
-    split, folds = split_patients(sound, config), divide_patients(sound, config)
-    refuse_no_validation(split, config)
+    split, folds = splits.split_patients(sound, config), splits.divide_patients(sound, config)
+    splits.refuse_no_validation(split, config)
     (config.destination / "dataset.json").unlink(missing_ok=True)
     results = do_each(partial(cut_case, config=config, terms=terms), sound)
     results = list(show_progress(results, total=len(sound), desc="cutting", unit="case"))
@@ -242,8 +234,10 @@ def cut_case(record: Record, config: Config, terms: Terms) -> Record:
     foreground = np.sum([counts[value] for value in terms.foreground], axis=0)
     entries, covered = [], np.zeros_like(foreground)
     with replace_folder(config.destination / "subvolumes" / name) as folder:
-        for first, last in list_cuts(record["slices"], size, terms.label_every, seeded(0, name)):
-            here, chosen = slice(first, last), seeded(config.seed, f"{name}:{first}")
+        for first, last in list_cuts(
+            record["slices"], size, terms.label_every, splits.seeded(0, name)
+        ):
+            here, chosen = slice(first, last), splits.seeded(config.seed, f"{name}:{first}")
             empty = config.subvolume_depth and not foreground[here].any()
             if empty and chosen >= config.keep_empty:  # a whole case that is accepted stays
                 continue
@@ -319,7 +313,7 @@ def write_dataset(records: list[Record], notes: list[str], config: Config, terms
         raise RuntimeError(f"{inside} foreground voxels, {covered} covered: a fault of prepare.py")
     same = ("source", "destination", "workers", "check_only", "overwrite")  # content without them
     dataset = {
-        "schema": PREPARED_SCHEMA,
+        "schema": splits.PREPARED_SCHEMA,
         "source": str(config.source.resolve()),
         "settings": {key: value for key, value in asdict(config).items() if key not in same},
         "subvolume_depth": config.subvolume_depth,
@@ -331,14 +325,14 @@ def write_dataset(records: list[Record], notes: list[str], config: Config, terms
         "left_out": left_out,
         "subvolumes": subvolumes,
     }
-    for name in SPLITS:  # as MONAI reads them
+    for name in splits.SPLITS:  # as MONAI reads them
         chosen = [entry for entry in subvolumes if entry["split"] == name]
         dataset[name] = [{key: entry[key] for key in (IMAGE, LABEL, "case")} for entry in chosen]
     write_json(dataset, config.destination / "dataset.json")
     patients = Counter({case["patient"]: case["split"] for case in cases}.values())
     print(
         f"{config.destination}: {len(cases)} cases, {len(subvolumes)} sub-volumes; patients "
-        f"{' / '.join(f'{patients[name]} {name}' for name in SPLITS)}\n"
+        f"{' / '.join(f'{patients[name]} {name}' for name in splits.SPLITS)}\n"
         f"foreground voxels: {inside} in, {covered} covered"
     )
 
