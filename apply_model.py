@@ -72,6 +72,7 @@ import hashlib
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -84,8 +85,7 @@ import torch
 from monai.inferers import sliding_window_inference
 from tqdm import tqdm
 
-from data import check, scans, trust
-from data.datasets import Case, list_cases
+from data import check, datasets, scans, trust
 from data.evaluate import do_each, evaluate, measure, refuse_failures, report_all, tell_row
 from data.files import lock_folder, read_record, write_json
 from data.labels import group_tumours, translate_classes
@@ -365,7 +365,9 @@ def find_doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str
 # ---------------------------------------------------------------------------------------
 
 
-def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume | None, list[str]]:
+def read_case(
+    model: Model, case: datasets.Case, config: Config
+) -> tuple[Volume, Volume | None, list[str]]:
     """Return a scan in memory, its truth as RAS class indices, and what is unusual about them."""
     assert case.image
     scan = scans.read_scan(case.image)
@@ -398,7 +400,7 @@ def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume 
     return scan, truth, list(dict.fromkeys([*notes, *label.notes]))
 
 
-def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
+def apply_to_case(model: Model, case: datasets.Case, config: Config) -> dict[str, Any]:
     """Segment one scan, write its results, and return its row of measurements."""
     begin = time.perf_counter()
     scan, truth, notes = read_case(model, case, config)
@@ -430,7 +432,7 @@ def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
     }
 
 
-def do_case(model: Model, weights: str, config: Config, case: Case) -> None:
+def do_case(model: Model, weights: str, config: Config, case: datasets.Case) -> None:
     """Segment a case and write its record last, unless a record says that this was done."""
     folder = config.destination / case.name
     settings = [getattr(config, one.name) for one in fields(Options)]
@@ -455,6 +457,26 @@ def do_case(model: Model, weights: str, config: Config, case: Case) -> None:
         "files": [name for name in names if (folder / name).is_file()],
     }
     write_json(row, record)
+
+
+def list_cases(paths: Sequence[Path], truth: Sequence[Path]) -> list[datasets.Case]:
+    """Return the scans that some paths stand for, each under a name of its own, with their truths.
+
+    Raises InputError for no path, for a scan that is given twice, or truths that do not fit.
+    """
+    if not paths:
+        raise InputError("nothing to segment: give CT volumes, or --split test")
+    found = datasets.find_scans(*paths)
+    if twice := [scan for scan, n in Counter(map(os.path.realpath, found)).items() if n > 1]:
+        raise InputError(f"{twice[0]}: is given twice; give each scan once")
+    names = datasets.name_scans(found, paths[0] if len(paths) == 1 else None)
+    return [
+        datasets.Case(
+            name, name, scan, label, alone=len(found) == 1,
+            described=datasets.describe_truths(label) if label else None,
+        )
+        for name, scan, label in zip(names, found, datasets.pair_truths(found, truth), strict=True)
+    ]  # fmt: skip
 
 
 def main(config: Config) -> None:

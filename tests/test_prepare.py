@@ -148,9 +148,9 @@ def test_split_sizes(number, sizes):
 
 def test_folds_divide_the_patients_and_leave_no_test_split():
     config = Config(folds=5)
-    parts = prepare.divide_patients(patients(13), config)
+    parts = prepare.splits.divide_patients(patients(13), config)
     assert sorted(Counter(parts.values()).values()) == [2, 2, 3, 3, 3]
-    split = prepare.splits.split_patients(patients(13), config)  # what other programs read is fold 0
+    split = prepare.splits.split_patients(patients(13), config)
     assert split == {name: "training" if part else "validation" for name, part in parts.items()}
     for number, settings, text in ((13, {"folds": 14}, "--folds 14: must"), (2, {}, "--test 0")):
         with pytest.raises(InputError, match=text):
