@@ -134,7 +134,8 @@ class Segmentation:
 
     label: Volume  # raw label values on exactly the scan's grid; `label.classes` names them
     classes: Volume  # class indices 0, 1, 2, …; axes R, A, S
-    evidence: list[trust.Evidence]  # how sure the network is of each organ
+    scores: torch.Tensor  # (C − 1, …) logits above the background's, on the network's grid
+    to_network: np.ndarray  # 4×4, RAS voxel of the scan → voxel of that grid, without rotation
     probability: Volume | None  # of foreground, uint8 in steps of 1/255, if asked for
     network_seconds: float
 
@@ -188,18 +189,16 @@ def segment(
         low, high = model.chain.hu_window  # are 0 and 1 of the network's input
         trim_by_hu(scores.numpy(), tensor[0].cpu().numpy(), model.names, high - low)
     del tensor  # as large as the scores; what follows needs the room
-    evidence = trust.weigh_scores(scores.numpy(), to_network, scan.ras_shape, model.names)
     classes, likely = classes_on_grid(scores, to_network, scan.ras_shape), None
     if options.probability:
         likely = scan.from_ras(probability_on_grid(scores, to_network, scan.ras_shape))
-    del scores
     classes = clean(classes, model.names, options)
     values = {name: raw[0] for name, raw in model.chain.labels.items()}
     table = np.array(list(values.values()), np.min_scalar_type(max(values.values())))
     in_order = table.tolist() == list(range(len(table)))
     label = scan.from_ras(classes if in_order else table[classes])
     label, indices = replace(label, classes=values), Volume(classes, scan.ras_affine)
-    return Segmentation(label, indices, evidence, likely, seconds)
+    return Segmentation(label, indices, scores, to_network, likely, seconds)
 
 
 def predict_near(
@@ -408,7 +407,8 @@ def apply_to_case(model: Model, case: datasets.Case, config: Config) -> dict[str
     row: dict[str, Any] = {"case": case.name, **measure(found.classes, scan, model.names)}
     if truth is not None:
         row |= evaluate(found.classes, truth, model.names)
-    doubt = trust.judge_trust(found.evidence, row, model.expected)
+    known = (found.scores.numpy(), found.to_network, scan.ras_shape, model.names)
+    doubt = trust.judge_trust(trust.weigh_scores(*known), row, model.expected)
     row |= doubt.row
     notes += find_doubts(found.classes, scan, model.names)
     summary, folder = tell_row(row, model.names), config.destination / case.name
