@@ -17,6 +17,8 @@ import functools
 import json
 import os
 import sys
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ CPU, GPU = 1, 2  # device types of DLPack
 ROOT = Path(__file__).resolve().parent.parent
 TRIPS: collections.Counter[tuple[str, str]] = collections.Counter()  # (kind, line) → times
 OPERATIONS: collections.Counter[str] = collections.Counter()  # operator → calls
+STREAMS: collections.Counter[str] = collections.Counter()  # stream → operators
 KEPT: list[Any] = []  # what torch's C++ holds pointers to
 
 # Operators whose result the host waits for.
@@ -73,6 +76,10 @@ def run_on_cpu(operator: Any, *args: Any, **kwargs: Any) -> Any:
     if name in BLOCKING:
         TRIPS["cuda→cpu", find_line()] += 1
     given, form = pytree.tree_flatten((args, kwargs))
+    if getattr(kwargs.get("generator"), "home", "cuda") != "cuda":
+        raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu' ({name})")
+    where = getattr(CURRENT, "stream", USUAL).name
+    STREAMS[where] += 1
     devices = {
         t.device.type for t in given if isinstance(t, torch.Tensor) and (t.dim() or is_on_gpu(t))
     }
@@ -206,6 +213,43 @@ def announce_device() -> None:
     KEPT.extend([new, places, guard])
 
 
+class Stream:
+    """A stream that is in order anyway; `LOG` tells what was asked of it, by the stream's name."""
+
+    def __init__(self, device: Any = None, name: str = "own"):
+        self.name, self.device = name, device
+
+    def record_event(self) -> Event:
+        return Event(self.name)
+
+    def wait_event(self, event: Event) -> None:
+        LOG.append((self.name, "waits for", event.stream))
+
+    def __enter__(self) -> None:
+        CURRENT.stream, self.before = self, getattr(CURRENT, "stream", USUAL)
+
+    def __exit__(self, *_: object) -> None:
+        CURRENT.stream = self.before
+
+
+@dataclass
+class Event:
+    stream: str
+
+
+class Generator(torch.Generator):
+    """A generator of a device, whose numbers are the host's."""
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        generator = super().__new__(cls, "cpu")
+        generator.home = torch.device(device).type
+        return generator
+
+
+USUAL, CURRENT = Stream(name="usual"), threading.local()
+LOG: list[tuple[str, str, str]] = []
+
+
 def install(capability: tuple[int, int] = (9, 0), free: int = 80 << 30) -> None:
     """Make torch believe in one GPU of this compute capability, with so many bytes free."""
     if not torch.__version__.startswith(TORCH):
@@ -229,9 +273,12 @@ def install(capability: tuple[int, int] = (9, 0), free: int = 80 << 30) -> None:
         "is_bf16_supported": True, "is_current_stream_capturing": False,
         "get_device_name": "pretended", "_lazy_init": None, "set_device": None,
         "empty_cache": None, "synchronize": None, "reset_peak_memory_stats": None,
+        "memory_reserved": 0, "max_memory_reserved": 0,
     }  # fmt: skip
     for name, value in answers.items():
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    torch.cuda.Stream, torch.cuda.stream, torch.Generator = Stream, lambda stream: stream, Generator
+    torch.cuda.current_stream = lambda *_: getattr(CURRENT, "stream", USUAL)
 
 
 if not torch.cuda.is_available():
