@@ -287,16 +287,16 @@ def pick_device(name: str, precision: str = "auto") -> torch.device:
     count, launched = torch.cuda.device_count(), "LOCAL_RANK" in os.environ
     kind, _, number = name.partition(":")
     kind = kind if kind != "auto" else "cuda" if count else "cpu"
-    index = int(number or os.environ.get("LOCAL_RANK", 0))
+    index = int(number or os.environ.get("LOCAL_RANK", "0"))
     there = {"cuda": index < count, "mps": torch.backends.mps.is_available()}
     if not there.get(kind, True):
-        what = f"torch sees no such GPU ({count} of NVIDIA)"
         many = f" of process {index} of torchrun" if launched and not number else ""
         remedy = "start fewer processes" if many and count else "use --device cpu"
+        what = f"torch sees no such GPU ({count} of NVIDIA)"
         raise InputError(f"--device {kind}:{index}{many}: {what}; {remedy}")
     if name == "auto" and not count and shutil.which("nvidia-smi"):
         print(f"torch {torch.__version__} sees no GPU: its build or the driver is not for it")
-    device = torch.device(kind, index if kind == "cuda" else None)
+    device = torch.device(f"cuda:{index}" if kind == "cuda" else kind)
     if kind != "cpu" and (reason := find_fault(device, precision)):
         if name != "auto" or launched:
             raise InputError(f"--device {device}: {reason}; use --device cpu")
@@ -306,19 +306,14 @@ def pick_device(name: str, precision: str = "auto") -> torch.device:
 
 @functools.cache
 def find_fault(device: torch.device, precision: str) -> str:
-    """Return why a GPU does not train a small network in a precision, or ""; print it once.
-
-    Apple's GPUs are asked in a process of its own, which they may end.
-    """
-    if device.type == "mps":
-        call = f"utilities.try_device(utilities.torch.device({str(device)!r}), {precision!r})"
+    """Return why a GPU does not train a small network in a precision, or ""; print it once."""
+    if device.type == "mps":  # it may end the process that asks
+        call = f"utilities.try_device(utilities.torch.device('mps'), {precision!r})"
         command = [sys.executable, "-c", f"import utilities; print({call})"]
-        here = Path(__file__).parent
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-        reason = done.stdout.strip()
-        reason = (
-            f"a small step ended its process ({done.returncode})" if done.returncode else reason
-        )
+        how: dict[str, Any] = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+        done = subprocess.run(command, check=False, **how)
+        ended = f"a small step ended its process ({done.returncode})" if done.returncode else ""
+        reason = ended or done.stdout.strip()
     else:
         reason = try_device(device, precision)
     if reason:
@@ -503,10 +498,22 @@ def train_step(run: Run, batch: dict, loss_function: nn.Module, clip: float) -> 
     run.scaler.step(run.optimizer)
     run.scaler.update()
     if run.average:
-        run.average.update_parameters(run.model)
+        move_average(run.average, run.model)
     found = predict_classes(logits.detach()).masked_fill(label[:, 0] == IGNORED, 0)
     counts = list_overlaps(found, label[:, 0], logits.shape[1])
     return loss.detach(), torch.stack([torch.stack(numbers) for numbers in counts], dim=1)
+
+
+def move_average(average: AveragedModel, model: nn.Module) -> None:
+    """Do `average.update_parameters(model)`, but send no count of steps to the GPU, for which the
+    host would wait in each step."""
+    if not average.n_averaged:
+        average.update_parameters(model)
+        return
+    mine, its = (itertools.chain(m.parameters(), m.buffers()) for m in (average.module, model))
+    pairs = [(a, b.detach()) for a, b in zip(mine, its, strict=True) if a.is_floating_point()]
+    cast(Any, average.multi_avg_fn)(*map(list, zip(*pairs, strict=True)), None)
+    average.n_averaged += 1
 
 
 def predict_classes(logits: torch.Tensor) -> torch.Tensor:

@@ -76,7 +76,7 @@ def run_on_cpu(operator: Any, *args: Any, **kwargs: Any) -> Any:
     if name in BLOCKING:
         TRIPS["cuda→cpu", find_line()] += 1
     given, form = pytree.tree_flatten((args, kwargs))
-    if getattr(kwargs.get("generator"), "home", "cuda") != "cuda":
+    if (drawn := kwargs.get("generator")) is not None and HOMES.get(drawn._cdata) != "cuda":
         raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu' ({name})")
     where = getattr(CURRENT, "stream", USUAL).name
     STREAMS[where] += 1
@@ -242,10 +242,11 @@ class Generator(torch.Generator):
 
     def __new__(cls, device: Any = "cpu") -> Any:
         generator = super().__new__(cls, "cpu")
-        generator.home = torch.device(device).type
+        HOMES[generator._cdata] = torch.device(device).type
         return generator
 
 
+HOMES: dict[int, str] = {}  # address of a generator → its device
 USUAL, CURRENT = Stream(name="usual"), threading.local()
 LOG: list[tuple[str, str, str]] = []
 
