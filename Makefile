@@ -56,10 +56,10 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What the tests with real windows and a real browser need; without it they skip and say so.
+# What the test with a real window needs; without it it skips and says so.
 system-packages:
 	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends xvfb x11-apps xdotool chromium > /dev/null
+	apt-get install -y -qq --no-install-recommends xvfb xdotool > /dev/null
 
 # The README's pictures, from what the demo left.
 pictures:

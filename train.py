@@ -203,6 +203,7 @@ import torch
 from monai import losses
 from monai.networks.utils import one_hot
 
+import utilities
 from data.files import InputError, find_checkpoint, lock_folder, write_json
 from data.labels import IGNORED, as_labels, resolve_classes
 from data.settings import check_settings, is_first_process, pick
@@ -215,21 +216,6 @@ from preprocess import (
     Subvolumes,
     cache_split,
     show_inputs,
-)
-from utilities import (
-    Run,
-    build_network,
-    find_best,
-    is_memory_short,
-    load_checkpoint,
-    measure_step,
-    on_device,
-    pick_device,
-    pick_precision,
-    process_group,
-    rank_and_size,
-    refuse_non_finite,
-    train,
 )
 
 
@@ -375,13 +361,13 @@ def choose_precision(config: Config, device: torch.device, window: Sequence[int]
     # feature maps shrink to 2 × 2 pixels, or where a single slice is halved.
     tiny = min(window[:2]) < 64 or window[2] < 16
     on_cpu = config.precision == "auto" and device.type == "cpu"
-    return pick_precision("fp32" if on_cpu and tiny else config.precision, device)
+    return utilities.pick_precision("fp32" if on_cpu and tiny else config.precision, device)
 
 
 def begin_with(network: torch.nn.Module, network_args: dict[str, Any], path: Path) -> bool:
     """Load a checkpoint's weights, but not the head's of another number of classes; return whether
     all are loaded. Raise InputError where it holds another network."""
-    saved, own = load_checkpoint(path), network.state_dict()
+    saved, own = utilities.load_checkpoint(path), network.state_dict()
     given, old = saved["network_state"], saved["network_args"]
     shapes = [{name: value.shape for name, value in state.items()} for state in (own, given)]
     other = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
@@ -413,7 +399,7 @@ def begin_with_encoder(network: Any, path: Path) -> None:
         found = {name: taken[name] for name in own if name in taken or "num_batches" not in name}
         if wrong := next((n for n in found if found[n].shape != own[n].shape), ""):
             raise ValueError(f"{wrong} is {tuple(found[wrong].shape)}")
-        refuse_non_finite(found, path)
+        utilities.refuse_non_finite(found, path)
     except Exception as error:  # a foreign file may lead to anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: --encoder-weights: no ResNet-34 ({reason}); {remedy}") from error
@@ -427,16 +413,16 @@ def main(config: Config) -> None:
     check_settings(config)
     saved = None
     if config.resume:
-        saved = load_checkpoint(find_checkpoint(config.resume, ["last.pt"]))
+        saved = utilities.load_checkpoint(find_checkpoint(config.resume, ["last.pt"]))
         folder = config.resume if config.resume.is_dir() else config.resume.parent
         config = resume_settings(config, folder, saved)
         check_settings(config)
-        stopped = config.patience and find_best(saved["history"])[1] >= config.patience
+        stopped = config.patience and utilities.find_best(saved["history"])[1] >= config.patience
         if stopped or saved["epoch"] >= config.max_epochs:
             done = f"{folder}: finished after {saved['epoch']} epochs"
             print(f"{done}; train on with more --max-epochs, or start another with --pretrained")
             return
-    device = pick_device(config.device, config.precision)
+    device = utilities.pick_device(config.device, config.precision)
     prepared = choose_fold(read_prepared(config.data), config.fold, config.data)
     config = choose_hu_window(config, prepared["settings"].get("modality", "CT"))
     config = choose_spacing(config, prepared) if config.spacing == "median" else config
@@ -449,13 +435,13 @@ def main(config: Config) -> None:
         picture = show_inputs(config.data, prepared, chain, augment, device)
         print(f"look at {picture}: is the outline on the organ? Then: train.py, same options")
         return
-    with process_group(device), contextlib.ExitStack() as stack:
+    with utilities.process_group(device), contextlib.ExitStack() as stack:
         if is_first_process():
             stack.enter_context(lock_folder(config.run_folder))
         try:
             fit(config, prepared, chain, device, saved)
         except RuntimeError as error:
-            if not is_memory_short(error):
+            if not utilities.is_memory_short(error):
                 raise
             raise InputError(
                 f"out of memory on {device} with --batch-size {config.batch_size}, --input-size "
@@ -475,16 +461,16 @@ def fit(config: Config, prepared: dict, chain: Chain, device: torch.device, save
     loss_function = LOSSES[config.loss](class_weights(prepared, chain.labels)).to(device)
     loss_function = AnnotatedLoss(loss_function) if chain.ignore else loss_function
     window = run.carried["inference"]["window"]
-    step_bytes = measure_step(run, loss_function, (config.batch_size, 1, *window))
+    step_bytes = utilities.measure_step(run, loss_function, (config.batch_size, 1, *window))
     train_loader, val_loader = load_data(config, prepared, chain, device, step_bytes)
     if is_first_process():
         count = sum(parameter.numel() for parameter in run.model.parameters())
-        where = f"{run.precision} on {rank_and_size()[1]} × {device}"
+        where = f"{run.precision} on {utilities.rank_and_size()[1]} × {device}"
         print(f"{config.network}: {count:,} parameters, {where}")
         if device.type == "cpu" and count > 10_000_000:
             print("slow on a CPU: python train.py laptop is the recipe for it (docs/recipes.md)")
         write_json(config.plain() | {"resume": None}, config.run_folder / "config.json")
-    train(
+    utilities.train(
         run, train_loader, val_loader, loss_function, max_epochs=config.max_epochs,
         val_interval=config.val_interval, gradient_clip=config.gradient_clip,
         patience=config.patience,
@@ -522,7 +508,7 @@ def load_data(
 
 def build_run(
     config: Config, prepared: dict, chain: Chain, device: torch.device, saved: Any
-) -> Run:
+) -> utilities.Run:
     """Return network, optimizer and schedule, as they begin or as `saved` has them."""
     window = config.window(prepared["subvolume_depth"])
     network_args: dict[str, Any] = {
@@ -531,7 +517,7 @@ def build_run(
     }  # fmt: skip
     more = {"dropout": config.dropout, "projections": bool(config.encoder_weights)}
     network_args |= {name: value for name, value in more.items() if value}
-    model = on_device(build_network(**network_args), device)
+    model = utilities.on_device(utilities.build_network(**network_args), device)
     complete = True
     if config.pretrained and saved is None:
         complete = begin_with(model, network_args, config.pretrained)
@@ -540,7 +526,7 @@ def build_run(
         print("--pretrained-share is 0: there is no share of a layer that begins anew")
     if config.encoder_weights and saved is None:
         begin_with_encoder(model, config.encoder_weights)
-    if config.sync_batch_norm and rank_and_size()[1] > 1:
+    if config.sync_batch_norm and utilities.rank_and_size()[1] > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     given = {"weight_decay": config.weight_decay, "amsgrad": config.amsgrad or None}
     options = {name: value for name, value in given.items() if value is not None}
@@ -558,7 +544,9 @@ def build_run(
     }
     precision = choose_precision(config, device, window)
     how = (config.ema_decay, config.pretrained_share, config.compile, config.tensorboard)
-    run = Run(model, optimizer, scheduler, config.run_folder, device, precision, carried, *how)
+    run = utilities.Run(
+        model, optimizer, scheduler, config.run_folder, device, precision, carried, *how
+    )
     if saved is not None:
         run.restore(saved)
     return run

@@ -1,23 +1,21 @@
-"""What helps on few patients: settings compared at equal CPU minutes, on real CTs in rotation.
+"""Accuracy on real CTs in 3-fold cross-validation: settings compared at equal CPU minutes.
+
 
     python benchmarks/levers.py --settings starter patches --minutes 4 --seeds 0 1 2
     python benchmarks/levers.py --settings starter patches --minutes 4 --patients 1
     python benchmarks/levers.py --settings "starter, 3 mm" --seeds 0 --applying
-    python benchmarks/levers.py --settings "starter, 3 mm" --painted data/raw_painted
     python benchmarks/levers.py --settings subvolumes --crop-to-body
-    python benchmarks/levers.py --settings "laptop, no share" --join data/raw_painted --bodies 4
+    python benchmarks/levers.py --settings "liver-tumour-ce --loss dice_ce" --epochs 50
     python benchmarks/levers.py --report
 
 Three rounds over the six patients of `--source`: four train (or the first `--patients` of them),
-two are new to the network. The scripts are run as a user runs them, on one thread. Minutes are CPU
-minutes of train.py, caching counted; a short trial of each setting says how many epochs they are,
-so that seeds and rounds of a setting take equally many steps, and the minutes that were really
-used stand in each row. The held-out patients are in the validation split, and the LAST checkpoint
-is applied: nothing is chosen by looking at them. Whole volumes, on the scan's own grid.
+two are new to the network. A setting is a name in SETTINGS, or options of train.py, such as a
+recipe. The scripts are run as a user runs them, on one thread. Minutes are CPU minutes of train.py,
+caching counted; a short trial of each setting says how many epochs they are, so that seeds and
+rounds of a setting take equally many steps, and the minutes that were really used stand in each
+row. The held-out patients are in the validation split, and the LAST checkpoint is applied: nothing
+is chosen by looking at them. Figures are per patient, on the scan's own grid.
 Each row is written as soon as it is known, and what is known is not run again.
-`--join` lets painted bodies train beside the patients, for as many steps.
-`--painted` takes networks that were trained to bodies that `benchmarks/bodies.py --livers MASKS
---step 3` painted around real livers of others: many, where real patients are six.
 Writes benchmarks/results/levers.json.
 """
 
@@ -28,16 +26,16 @@ import json
 import os
 import resource
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from machine import DATA, RESULTS, ROOT, machine
 
+import train
 from data.files import read_json, write_json
 
 SUBVOLUMES = "--network unet --input-size 128 128 --loss dice_ce --learning-rate 2e-3"
@@ -82,8 +80,6 @@ APPLYING = {  # how a network that was trained is applied → options of apply_m
     "without post-processing": "--no-trim-by-hu --no-largest-component --no-fill-holes "
     "--no-tumour-inside",
 }
-PAINTED = "painted_"  # before the names of bodies that are no patients
-FAILURE = 0.8  # a Dice below it
 FIGURES = ("dice", "precision", "recall", "hd95_mm")
 
 
@@ -102,9 +98,6 @@ class Config:
     applying: bool = False  # train nothing: apply what was trained in some ways
     ways: tuple[str, ...] = tuple(APPLYING)  # names in APPLYING
     crop_to_body: bool = False  # prepare.py's
-    join: Path | None = None  # painted bodies that train too
-    bodies: int = 4  # how many of them
-    painted: Path | None = None  # train nothing: apply what was trained to these bodies with labels
     report: bool = False  # run nothing, print the table of what is known
 
 
@@ -121,48 +114,41 @@ def run(*command: object) -> float:
 
 
 def split_patients(config: Config, turn: int, seed: int) -> tuple[list[str], list[str]]:
-    """Training and held-out patients of a round; another seed begins with another patient."""
-    names = list_cases(config.source)
-    patients = [name for name in names if not name.startswith(PAINTED)]
+    """Return training and held-out patients; another seed begins with another patient."""
+    patients = list_cases(config.source)
     held_out = patients[turn::3]
     others = [name for name in patients if name not in held_out]
-    first, bodies = seed % len(others), [name for name in names if name.startswith(PAINTED)]
-    return [*(others[first:] + others[:first])[: config.patients], *bodies], held_out
+    first = seed % len(others)
+    return (others[first:] + others[:first])[: config.patients], held_out
 
 
 def list_cases(source: Path) -> list[str]:
-    """Names of all cases of a data set."""
+    """Return the names of all cases of a data set."""
     return sorted(p.name[:-7] for p in (source / "imagesTr").glob("[!.]*.nii.gz"))
 
 
-def join_painted(config: Config) -> Config:
-    """The same comparison on copies of the patients, painted bodies beside them."""
-    if config.join is None:
-        return config
-    joined = ROOT / config.work / f"joined_{config.bodies}"
-    bodies = sorted((config.join / "imagesTr").glob("[!.]*.nii.gz"))[: config.bodies]
-    for part in ("imagesTr", "labelsTr"):
-        (joined / part).mkdir(parents=True, exist_ok=True)
-        for path in (config.source / part).glob("[!.]*.nii.gz"):
-            shutil.copyfile(path, joined / part / path.name)
-        for path in bodies:
-            other = config.join / part / path.name
-            shutil.copyfile(other, joined / part / f"{PAINTED}{path.name}")
-    return replace(config, source=joined)
-
-
 def name_setting(config: Config, setting: str) -> str:
-    """A setting with what was done to the patients, as it stands in a row."""
-    cropped = ", cropped to the body" if config.crop_to_body else ""
-    return f"{setting}{cropped}{f', {config.bodies} painted bodies' if config.join else ''}"
+    """Return a setting with what was done to the patients, as it stands in a row."""
+    return f"{setting}, cropped to the body" if config.crop_to_body else setting
+
+
+def name_file(text: str) -> str:
+    """Return a text as a name of a file."""
+    return text.replace(", ", "_").replace(" ", "_").replace("/", "_")
+
+
+def read_options(setting: str) -> tuple[list[str], bool]:
+    """Return the words for train.py, and whether they take patches of whole cases."""
+    words = last_of_each(SETTINGS.get(setting, setting))
+    recipe = train.RECIPES.get(words[0], train.RECIPES[next(iter(train.RECIPES))])[1]
+    patches = words[words.index("--sampling") + 1] if "--sampling" in words else recipe.sampling
+    return words, patches == "patches"
 
 
 def prepare(config: Config, training: list[str], held_out: list[str], patches: bool) -> Path:
-    """Prepared data of a round, made once."""
+    """Prepare the data of a round once; return their folder."""
     kind = name_setting(config, "patches" if patches else "subvolumes")
-    kind = kind.replace(", ", "_").replace(" ", "_")
-    patients = [name for name in training if not name.startswith(PAINTED)]
-    name = "_".join([kind, *patients, "without", *held_out])
+    name = name_file("_".join([kind, *training, "without", *held_out]))
     data = config.work / "prepared" / name
     if not (ROOT / data / "dataset.json").exists():
         split = ROOT / config.work / f"{name}.json"
@@ -175,22 +161,23 @@ def prepare(config: Config, training: list[str], held_out: list[str], patches: b
     return data
 
 
-def fit(options: str, data: Path, folder: Path, seed: int, epochs: int) -> float:
-    """One training; CPU seconds."""
+def fit(setting: str, data: Path, folder: Path, seed: int, epochs: int) -> float:
+    """Train once; return the CPU seconds."""
+    words, _ = read_options(setting)
+    recipe = [] if words[0].startswith("--") else [words.pop(0)]
     return run(
-        "train.py", "--data", data, "--run-folder", folder, "--seed", seed,
-        "--max-epochs", epochs, "--val-interval", epochs, *last_of_each(options),
+        "train.py", *recipe, "--data", data, "--run-folder", folder, "--seed", seed,
+        "--max-epochs", epochs, "--val-interval", epochs, *words,
     )  # fmt: skip
 
 
 def last_of_each(options: str) -> list[str]:
-    """Options as words; of one that is given twice, the last."""
+    """Return options as words; of one that is given twice, the last."""
     found: dict[str, list[str]] = {}
     for word in shlex.split(options):
-        if word.startswith("--"):
+        if word.startswith("--") or not found:
             found.pop(word, None)
-            name = word
-            found[name] = []
+            found[name := word] = []
         else:
             found[name].append(word)
     return [word for name, values in found.items() for word in (name, *values)]
@@ -209,7 +196,7 @@ def count_epochs(config: Config, setting: str, data: Path) -> int:
     samples = count_samples(data)
     if setting not in rates:
         seconds = [
-            fit(SETTINGS[setting], data, config.work / "trials" / f"{setting}_{epochs}", 0, epochs)
+            fit(setting, data, config.work / "trials" / name_file(f"{setting}_{epochs}"), 0, epochs)
             for epochs in (1, 4)
         ]
         each = (seconds[1] - seconds[0]) / 3
@@ -220,11 +207,9 @@ def count_epochs(config: Config, setting: str, data: Path) -> int:
 
 
 def name_run(config: Config, setting: str, turn: int, seed: int) -> str:
-    """The folder of a run and of its results."""
-    label = (
-        f"{name_setting(config, setting)}_{config.minutes:g}min_{config.patients}p_{turn}_{seed}"
-    )
-    return label.replace(", ", "_").replace(" ", "_")
+    """Return the folder of a run and of its results."""
+    label = name_setting(config, setting)
+    return name_file(f"{label}_{config.minutes:g}min_{config.patients}p_{turn}_{seed}")
 
 
 def score(data: Path, held_out: list[str], run_folder: Path, results: Path, how: str = "") -> dict:
@@ -238,15 +223,13 @@ def score(data: Path, held_out: list[str], run_folder: Path, results: Path, how:
 
 
 def run_once(config: Config, setting: str, turn: int, seed: int) -> dict:
-    """Train, apply to the held-out patients; the row."""
+    """Train, apply to the held-out patients; return the row."""
     training, held_out = split_patients(config, turn, seed)
-    data = prepare(config, training, held_out, "--sampling patches" in SETTINGS[setting])
+    data = prepare(config, training, held_out, read_options(setting)[1])
     epochs = config.epochs or count_epochs(config, setting, data)
-    if config.join:  # as many steps as the patients alone would take
-        epochs = max(1, round(epochs * (len(training) - config.bodies) / len(training)))
     name = name_run(config, setting, turn, seed)
     folder = config.work / "runs" / name
-    seconds = fit(SETTINGS[setting], data, folder, seed, epochs)
+    seconds = fit(setting, data, folder, seed, epochs)
     return {
         "setting": name_setting(config, setting), "minutes": config.minutes,
         "patients": config.patients, "round": turn, "seed": seed,
@@ -262,7 +245,7 @@ def compare_applying(config: Config) -> dict[str, dict]:
     for setting in config.settings:
         for turn, seed in itertools.product(config.rounds, config.seeds):
             training, held_out = split_patients(config, turn, seed)
-            data = prepare(config, training, held_out, "--sampling patches" in SETTINGS[setting])
+            data = prepare(config, training, held_out, read_options(setting)[1])
             name = name_run(config, setting, turn, seed)
             for way in config.ways:
                 place = config.work / "applying" / way.replace(" ", "_") / name
@@ -274,31 +257,6 @@ def compare_applying(config: Config) -> dict[str, dict]:
         entry["dice_mean"] = round(statistics.mean(entry["dice"].values()), 4)
         entry["dice_worst"] = min(entry["dice"].values())
         entry["hd95_mm_mean"] = round(statistics.mean(entry["hd95_mm"].values()), 2)
-    return table
-
-
-def score_painted(config: Config) -> dict[str, dict]:
-    """Networks that were trained, and the starter weights, on painted bodies: Dice of each."""
-    assert config.painted
-    images, labels = ((config.painted / part).resolve() for part in ("imagesTr", "labelsTr"))
-    networks = {"starter weights": Path("checkpoints/starter.pt")}
-    for setting, turn, seed in itertools.product(config.settings, config.rounds, config.seeds):
-        checkpoint = config.work / "runs" / name_run(config, setting, turn, seed) / "last.pt"
-        networks[f"{setting}, round {turn}, seed {seed}"] = checkpoint
-    table: dict[str, dict] = {}
-    for (name, checkpoint), way in itertools.product(networks.items(), config.ways):
-        name = f"{name}, {way}"
-        results = config.work / "painted" / name.replace(", ", "_").replace(" ", "_")
-        run("apply_model.py", images, "--truth", labels, "--checkpoint", checkpoint,
-            "--destination", results, *shlex.split(APPLYING[way]))  # fmt: skip
-        rows = {row["case"]: row for row in read_json(ROOT / results / "results.json")}
-        dice = {case: round(row["liver_dice"], 4) for case, row in rows.items()}
-        table[name] = {
-            "n": len(dice), "dice_mean": round(statistics.mean(dice.values()), 4),
-            "dice_worst": min(dice.values()), "failures": sum(d < FAILURE for d in dice.values()),
-            "hd95_mm_mean": round(statistics.mean(r["liver_hd95_mm"] for r in rows.values()), 2),
-            "dice": dice,
-        }  # fmt: skip
     return table
 
 
@@ -343,19 +301,15 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
 
 
 def main(config: Config) -> None:
-    config = join_painted(config)
     path = RESULTS / "levers.json"
     known = read_json(path) if path.exists() else {"rows": []}
     if config.applying:
         known["applying"] = known.get("applying", {}) | compare_applying(config)
         write_json(known, path)
-    if config.painted:
-        known["painted"] = known.get("painted", {}) | score_painted(config)
-        write_json(known, path)
     keys = ("setting", "minutes", "patients", "round", "seed")
     done = {tuple(row[key] for key in keys) for row in known["rows"]}
     wanted = itertools.product(config.seeds, config.rounds, config.settings)
-    for seed, turn, setting in [] if config.report or config.applying or config.painted else wanted:
+    for seed, turn, setting in [] if config.report or config.applying else wanted:
         run_key = (name_setting(config, setting), config.minutes, config.patients, turn, seed)
         if run_key in done:
             continue

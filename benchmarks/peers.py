@@ -31,7 +31,7 @@ import levers
 import tyro
 from machine import DATA, RESULTS, ROOT, machine
 
-from apply_model import clean
+from apply_model import Options, clean
 from data.evaluate import evaluate
 from data.files import read_json, write_json
 from data.labels import BACKGROUND, USUAL_LABELS
@@ -144,7 +144,7 @@ def score(prediction: Path, truth: Path) -> dict[str, dict]:
     grid = read_volume(truth)
     true, found = read_liver(truth, grid), read_liver(prediction, grid)
     found = found.like(found.read())
-    largest = found.like(clean(found.read(), ["liver"], fill_holes=False))
+    largest = found.like(clean(found.read(), ["liver"], Options(fill_holes=False)))
     rows = {}
     for way, volume in zip(WAYS, (found, largest), strict=True):
         row = evaluate(volume, true, ["liver"])

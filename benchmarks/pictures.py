@@ -15,10 +15,8 @@ from machine import ROOT
 from matplotlib.figure import Figure
 from PIL import Image
 
-import visualize_3d
 from data.labels import IMAGE, LABEL, PRED, USUAL_LABELS
 from data.pictures import (
-    LABEL_COLOURS,
     PLANES,
     add_legend,
     find_busiest_slice,
@@ -31,7 +29,6 @@ DEMO, PICTURES = ROOT / "data" / "demo", ROOT / "docs" / "pictures"
 FINE, FOUND = DEMO / "fine", DEMO / "fine_results"
 PHANTOM = "--cases 1 --first 4 --size 256 --slices 112 112 --tumours 3 3 --seed 5"
 SCRATCH = "--base-channels 8 --batch-size 4 --learning-rate 2e-3 --max-epochs 12"
-PAPER, INK = "white", "#222222"
 
 
 def make_fine_phantom() -> tuple[Path, Path, Path]:
@@ -50,22 +47,10 @@ def run(*command: object) -> None:
 
 
 def render(scan: Path, label: Path) -> np.ndarray:
-    """The 3D view on paper's white, half turned, without words: the figure has its own."""
-    visualize_3d.BACKGROUND_COLOUR, visualize_3d.INK = PAPER, INK
-    config = visualize_3d.Config((scan,), mode="organs", label=label, size=(1300, 1150))
-    case = visualize_3d.find_case(scan, config)
-    scene = visualize_3d.SCENES["organs"](case, config)
-    visualize_3d.turn_view(scene, config)
-    stage = visualize_3d.Stage(config, offscreen=True)
-    stage.show(scene)
-    camera = scene.panels[0].GetActiveCamera()
-    camera.Azimuth(-20)
-    camera.Elevation(10)
-    camera.Zoom(1.3)
-    scene.panels[0].ResetCameraClippingRange()
-    picture = stage.plotter.screenshot(asarray=True)
-    stage.plotter.close()
-    return picture
+    """Return the 3D view of the organs as a picture."""
+    run("visualize_3d.py", scan, "--label", label, "--mode", "organs", "--size", 1300, 1150,
+        "--screenshot", DEMO / "organs.png")  # fmt: skip
+    return np.asarray(Image.open(DEMO / "organs.png"))
 
 
 def overview(scan_path: Path, label_path: Path, found_path: Path) -> Figure:
@@ -84,13 +69,6 @@ def overview(scan_path: Path, label_path: Path, found_path: Path) -> Figure:
     space = figure.add_subplot(parts[:, 0])
     space.imshow(render(scan_path, label_path))
     space.axis("off")
-    for x, letter in ((0.02, "R"), (0.98, "L")):
-        space.text(x, 0.5, letter, transform=space.transAxes, fontsize=13, color="0.3", ha="center")
-    for place, (colour, name) in enumerate(
-        [(LABEL_COLOURS[1], "liver"), (LABEL_COLOURS[2], "tumours"), ("#c9b98f", "skin")]
-    ):
-        where = {"transform": space.transAxes, "fontsize": 13, "weight": "bold"}
-        space.text(0.02, 0.97 - 0.05 * place, f"■ {name}", color=colour, **where)
     for row, plane in enumerate(("axial", "coronal")):
         axes = figure.add_subplot(parts[row, 1])
         at = find_busiest_slice(truth.ras.data == 2, PLANES[plane][0])

@@ -2,172 +2,348 @@
 
     python benchmarks/reliability.py --quick
 
-Each attack is tried in a process forked from this warm one, with a limit of time and memory, and
-ends in one outcome. `sound` (the input's own grid and voxels, or the whole file) and `refused` (one
-InputError that names the file or the option) are right; every other outcome is a fault, and the
-exit code is 1. Writes benchmarks/results/reliability.json; with --attacks the other kinds keep
-there what they had, each with the commit that it was tried on. A new kind of attack is a function
-(work, config) → attempts, entered in ATTACKS.
+A row has a maker of an input, a command that meets it in a process forked from this warm one, and
+a verdict. `sound` and `refused` (one line that names the file or the option) are right; every other
+outcome is a fault, and the exit code is 1. No command may open a connection.
+Writes benchmarks/results/reliability.json; with --kinds the other kinds keep there what they had.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
+import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections import Counter
+import traceback
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
+import SimpleITK
 import torch
 import tyro
-from attack_bytes import attack_bytes
-from attack_inputs import attack_inputs
-from attack_json import attack_json
-from attack_privacy import attack_identifiers, attack_sockets
-from attack_scale import attack_scale
-from attack_scripts import attack_full_scripts, attack_killed_scripts, attack_script_pairs
-from attack_settings import attack_settings
-from attack_signals import attack_signals
-from attack_writes import attack_full_disk, attack_kills, attack_pairs
-from attempts import FAULTS, REFUSED, SOUND, Attempt, Config
-from machine import ROOT, machine
+from machine import RESULTS, ROOT, machine
+from PIL import Image
 
-from data.files import read_json, write_json
+import apply_model  # noqa: F401  # loaded once, for all that are forked
+import prepare  # noqa: F401
+import train  # noqa: F401
+import visualize_3d  # noqa: F401
+from data.files import InputError, read_json, write_json
+from data.scans import read_volume
+from utilities import load_checkpoint
 
-ATTACKS: dict[str, Callable[[Path, Config], Iterator[Attempt]]] = {
-    "bytes": attack_bytes,
-    "full-disk": attack_full_disk,
-    "kills": attack_kills,
-    "pairs": attack_pairs,
-    "killed-scripts": attack_killed_scripts,
-    "full-scripts": attack_full_scripts,
-    "script-pairs": attack_script_pairs,
-    "inputs": attack_inputs,
-    "identifiers": attack_identifiers,
-    "sockets": attack_sockets,
-    "settings": attack_settings,
-    "json": attack_json,
-    "scale": attack_scale,
-    "signals": attack_signals,
+sys.path.append(str(ROOT / "tests"))
+from children import write_blank
+from conftest import run_here
+from matplotlib.figure import Figure
+
+SOUND, REFUSED = "sound", "refused"
+WAITING = 300  # seconds after which a command hangs
+TINY = "--input-size 32 32 --spacing 12 12 --base-channels 4 --device cpu --precision fp32"
+STEPS = {  # script → its command; {out} is the folder that it writes
+    "prepare.py": "prepare.py {demo}/raw --destination {out} --workers 1",
+    "train.py": f"train.py --data {{demo}}/prepared --run-folder {{out}} --max-epochs 2 {TINY}",
+    "apply_model.py": "apply_model.py {demo}/raw/imagesTr --truth {demo}/raw/labelsTr "
+    "--checkpoint {demo}/run --destination {out} --device cpu",
+    "data.evaluate": "-m data.evaluate {demo}/results {demo}/raw/labelsTr --destination {out}",
+    "visualize_3d.py": "visualize_3d.py {scan} --label {truth} --screenshot {out}/a.png "
+    "--mesh {out}/a.stl --html {out}/a.html --size 200 150",
 }
+GO_ON = {"train.py": "train.py --resume {out} --device cpu"}  # where the same command is refused
 
 
 @dataclass
-class Row:
-    """How the attempts of one row of the table ended."""
-
-    counts: Counter = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)  # some of each kind, to repeat them
-    told: str = ""  # by the last attempt that was sound
-
-    def add(self, attempt: Attempt) -> None:
-        self.counts[attempt.outcome] += 1
-        if attempt.outcome in FAULTS:
-            if self.counts[attempt.outcome] <= 4:
-                self.faults.append(f"{attempt.outcome}: {attempt.detail}")
-        elif attempt.outcome == SOUND:
-            self.told = attempt.detail
-
-    @property
-    def wrong(self) -> int:
-        return sum(self.counts[fault] for fault in FAULTS)
-
-    def describe(self) -> dict[str, Any]:
-        return {"counts": dict(self.counts), "faults": self.faults, "told": self.told}
+class Config:
+    quick: bool = False  # few attempts of each row, minutes
+    kinds: tuple[str, ...] = ()  # names in KINDS; none: all
+    seed: int = 0  # of the mutations: same seed, same bytes
+    work: Path = Path("/tmp/reliability_benchmark")  # folder that is made and removed
+    results: Path = RESULTS / "reliability.json"  # JSON to write
 
 
-def print_row(name: str, row: Row) -> None:
-    """One line of the table, only the faults that occurred; below it the first of them."""
-    faults = ", ".join(f"{row.counts[fault]} {fault}" for fault in FAULTS if row.counts[fault])
-    tried, sound, refused = row.counts.total(), row.counts[SOUND], row.counts[REFUSED]
-    print(f"{name:38} {tried:6} {sound:6} {refused:8}  {faults or '-'}", flush=True)
-    for fault in row.faults:
-        print(f"    {fault}", flush=True)
+@dataclass(frozen=True)
+class End:
+    """How a command ended: its exit code, negative for a signal, and what it printed."""
+
+    code: int
+    told: str
+
+    def judge(self, *names: str) -> tuple[str, str]:
+        """Return sound, refused (naming one of `names`), or the fault; and the last words."""
+        last = self.told.strip()[-300:]
+        if "SOCKET" in self.told:
+            return "socket opened", last
+        if self.code < 0:
+            return ("hang" if -self.code in (signal.SIGALRM, signal.SIGPROF) else "crash"), last
+        if "Traceback" in self.told or "LIVER_DEBUG" in self.told:
+            return "other exception", last
+        if self.code == 0:
+            return SOUND, last
+        return (REFUSED if any(name in self.told for name in names) else "not named"), last
 
 
-def cpu_seconds() -> float:
-    """Of this process and of all that it has waited for."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+def start(command: str | Callable[[], Any], limit: int | None = None) -> tuple[int, int]:
+    """Fork a process that runs a command; return its number and the pipe of what it prints.
+
+    `limit`: bytes that a file may have, as on a full disk.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writing)
+        return child, reading
+    code: Any = 1
+    try:
+        for descriptor in (1, 2):
+            os.dup2(writing, descriptor)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        signal.setitimer(signal.ITIMER_REAL, WAITING)
+        sys.addaudithook(lambda event, given: print("SOCKET", given) if event == "socket.connect"
+                         and isinstance(given[1], tuple) else None)  # fmt: skip
+        Figure.savefig = write_blank
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        code = run_here(*command.split()) if isinstance(command, str) else command()
+        if isinstance(code, str):
+            print(code)
+            code = 1
+    except BaseException as error:
+        print(error) if isinstance(error, InputError) else traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code or 0)
 
 
-def run_attack(name: str, config: Config, rows: dict[str, Row]) -> dict[str, Any]:
-    """Try one kind; each row is printed once it is complete. Returns what it took."""
-    work = config.work / name
-    work.mkdir(parents=True)
-    start, before, last, cut_short = time.monotonic(), cpu_seconds(), "", False
-    print(f"-- {name}", flush=True)
-    for attempt in ATTACKS[name](work, config):
-        if attempt.row not in rows and last:
-            print_row(last, rows[last])
-        last = attempt.row
-        detail = attempt.detail.replace(str(config.work), "WORK")  # no paths of this machine
-        rows.setdefault(last, Row()).add(replace(attempt, detail=detail))
-        if cut_short := time.monotonic() - start > config.limit_s:
-            print(f"{name}: not finished after {config.limit_s:g} s (--limit-s)", flush=True)
-            break
-    if last:
-        print_row(last, rows[last])
-    seconds, cpu = time.monotonic() - start, cpu_seconds() - before
-    print(f"   {seconds:.0f} s, {cpu:.0f} s of CPU", flush=True)
-    shutil.rmtree(work, ignore_errors=True)
-    return {"seconds": round(seconds, 1), "cpu_s": round(cpu, 1), "complete": not cut_short}
+def run(command: str | Callable[[], Any], limit: int | None = None) -> End:
+    return wait_for(*start(command, limit))
 
 
-def name_commit() -> str:
-    """The commit that is tried, with a + where files of it were changed."""
-
-    def ask(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
-
-    changed = ask("status", "--porcelain", "--untracked-files=no", "--", "*.py")
-    return ask("rev-parse", "--short", "HEAD").strip() + "+" * bool(changed)
+def wait_for(child: int, reading: int) -> End:
+    with os.fdopen(reading, errors="replace") as stream:
+        told = stream.read()
+    return End(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), told)
 
 
-def merge_results(config: Config, tried: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What was tried now, and before it of other kinds, as the JSON keeps it."""
-    kinds: dict[str, dict[str, Any]] = {}
-    if config.attacks and config.results.is_file():
-        kinds = read_json(config.results).get("kinds", {})
-    kinds = {name: (kinds | tried)[name] for name in ATTACKS if name in kinds | tried}
-    outcomes = Counter()
-    for kind in kinds.values():
-        for row in kind["rows"].values():
-            outcomes.update(row["counts"])
-    return {
-        "command": "python benchmarks/reliability.py" + " --quick" * config.quick,
-        "machine": machine(),
-        "tried": outcomes.total(),
-        "faults": sum(outcomes[fault] for fault in FAULTS),
-        "outcomes": {name: outcomes[name] for name in (SOUND, REFUSED, *FAULTS)},
-        "kinds": kinds,
-    }
+def build_demo(folder: Path) -> dict[str, Path]:
+    """Six small phantoms on their way, from scans to label maps; return the places in commands."""
+    scan = folder / "raw/imagesTr/phantom_000.nii.gz"
+    places = {"demo": folder, "scan": scan, "truth": folder / "raw/labelsTr" / scan.name}
+    making = "data/make_phantoms.py --destination {out} --cases 6 --size 32"
+    commands = [making, *list(STEPS.values())[:3]]
+    for command, name in zip(commands, ("raw", "prepared", "run", "results"), strict=True):
+        end = run(command.format(**places, out=folder / name))
+        if end.code:
+            raise RuntimeError(f"nothing to attack: {end.told[-2000:]}")
+    return places
+
+
+def mutate(content: bytes, rng: random.Random) -> bytes:
+    """Return the bytes with one change, half of the time in the head."""
+    at = rng.randrange(len(content) if rng.random() < 0.5 else min(len(content), 600))
+    few, head, tail = rng.randint(1, 16), content[:at], content[at:]
+    flipped = bytes([tail[0] ^ 1 << rng.randrange(8)]) + tail[1:]
+    digit = rng.choice([b"9", b"-", b"e", b".", b" "]) + tail[1:]
+    return head + rng.choice([flipped, digit, b"", tail[few:], rng.randbytes(few) + tail])
+
+
+def attack_bytes(work: Path, places: dict[str, Path], config: Config) -> Iterator[tuple]:
+    array = np.arange(1, 1321, dtype=np.int16).reshape(12, 11, 10)
+    image = SimpleITK.GetImageFromArray(array)
+    files = {"scan.nii": False, "scan.nii.gz": True}  # whether every byte has a checksum
+    for name in files:
+        nib.save(nib.Nifti1Image(array.T, np.diag([1.5, 1.5, 2.5, 1])), work / name)
+    for name, packed in itertools.product(("scan.mha", "scan.nrrd"), (False, True)):
+        files[f"{'packed' if packed else 'raw'}_{name}"] = False
+        SimpleITK.WriteImage(image, str(work / [*files][-1]), useCompression=packed)
+    shutil.copy(places["demo"] / "run" / "best.pt", work)
+    for name, summed in {**files, "best.pt": True}.items():
+        path = work / name
+        content, rng = path.read_bytes(), random.Random(f"{config.seed} {name}")
+
+        def read(path=path, summed=summed) -> int:
+            found = load_checkpoint(path) if path.suffix == ".pt" else read_volume(path).read()
+            if summed and path.suffix != ".pt" and not np.array_equal(found, array.T):
+                raise AssertionError("wrong voxels")
+            return 0
+
+        for _ in range(30 if config.quick else 600):
+            path.write_bytes(mutate(content, rng))
+            yield f"bytes: {name}", *run(read).judge(name)
+
+
+def put(array: np.ndarray, value: float) -> np.ndarray:
+    array = array.astype(np.float32)
+    array[tuple(np.array(array.shape) // 2)] = value
+    return array
+
+
+CHANGES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {  # of image or label
+    "nan": ("image", lambda a: put(a, np.nan)),
+    "air alone": ("image", lambda a: np.full_like(a, -1024)),
+    "bytes": ("image", lambda a: np.clip(a / 8 + 64, 0, 255).astype(np.uint8)),
+    "four dimensions": ("image", lambda a: np.stack([a, a], axis=-1)),
+    "one slice": ("image", lambda a: a[:, :, :1]),
+    "unknown value": ("label", lambda a: put(a, 77).astype(np.uint8)),
+    "label of another shape": ("label", lambda a: a[:-1]),
+}
+READERS = {  # commands that meet the bad pair
+    "apply_model.py": "apply_model.py {image} --truth {label} --checkpoint {demo}/run "
+    "--destination {out} --device cpu",
+    "data.check": "-m data.check {bad} --destination {out}",
+}
+MISTAKES = """
+    prepare.py {demo}/raw --destination {out} --training 0.9 | add up
+    prepare.py {demo}/raw --destination {out} --values liver=x | values
+    prepare.py {demo}/raw --destination {out} --foreground kidney | kidney
+    prepare.py {demo}/raw --destinaton {out} | destinaton
+    train.py --data {demo}/raw --run-folder {out} | dataset.json
+    train.py --data {demo}/prepared --run-folder {demo}/run | run
+    train.py --data {demo}/prepared --run-folder {out} --hu-window 250 -200 | hu-window
+    train.py --data {demo}/prepared --run-folder {out} --pretrained {demo}/no.pt | no.pt
+    apply_model.py --checkpoint {demo}/run | nothing to segment
+    apply_model.py {scan} {scan} --checkpoint {demo}/run --destination {out} | twice
+    apply_model.py {scan} --checkpoint {demo}/run --locate {demo}/no.pt | no.pt
+    apply_model.py {truth} --checkpoint {demo}/run --destination {out} | HU
+    visualize_3d.py {demo}/results --mesh {out}/a.xyz | mesh
+"""
+
+
+def attack_inputs(work: Path, places: dict[str, Path], config: Config) -> Iterator[tuple]:
+    for change, (which, make) in CHANGES.items():
+        bad = work / "bad"
+        shutil.rmtree(bad, ignore_errors=True)
+        files = {"image": bad / "imagesTr/bad_1.nii.gz", "label": bad / "labelsTr/bad_1.nii.gz"}
+        for (key, path), source in zip(files.items(), ("scan", "truth"), strict=True):
+            loaded = nib.load(places[source])
+            array = np.asanyarray(loaded.dataobj).copy()
+            path.parent.mkdir(parents=True)
+            nib.save(nib.Nifti1Image(make(array) if key == which else array, loaded.affine), path)
+        for name, command in READERS.items():
+            shutil.rmtree(work / "out", ignore_errors=True)
+            end = run(command.format(**places, **files, bad=bad, out=work / "out"))
+            yield f"{change}: {name}", *end.judge("bad_1")
+
+
+def attack_settings(work: Path, places: dict[str, Path], config: Config) -> Iterator[tuple]:
+    for line in MISTAKES.strip().splitlines():
+        command, _, expected = line.strip().rpartition(" | ")
+        outcome, told = run(command.format(**places, out=work / "out")).judge(expected)
+        row = f"settings: {command.split()[0]}"
+        yield row, "accepted" if outcome == SOUND else outcome, f"{command}: {told}"
+
+
+# ---------------------------------------------------------------------------------------
+# Kills, signals, full disks, rivals: what lies there is whole, and the same command goes on
+# ---------------------------------------------------------------------------------------
+
+
+def read_tree(folder: Path) -> dict[str, bytes]:
+    """Return name → content of all files but unfinished ones and locks."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    kept = (path for path in files if ".partial" not in str(path) and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a file can be read to its end by what reads its format."""
+    readers = {".json": read_json, ".png": lambda p: Image.open(p).load(), ".pt": load_checkpoint}
+    readers |= dict.fromkeys((".nii", ".gz"), lambda p: read_volume(p).read())
+    try:
+        readers.get(path.suffix, Path.read_bytes)(path)
+        return path.stat().st_size > 0
+    except (InputError, OSError):
+        return False
+
+
+def attack_steps(work: Path, places: dict[str, Path], config: Config) -> Iterator[tuple]:
+    for name, words in STEPS.items():
+        out = work / name / "out"
+        places["out"], trees, begin = out, [], time.perf_counter()
+        for _ in range(2):
+            shutil.rmtree(out, ignore_errors=True)
+            if (end := run(words.format(**places))).code:
+                raise RuntimeError(f"{name} alone ends with {end.code}: {end.told[-2000:]}")
+            trees.append(read_tree(out))
+        seconds, rng = (time.perf_counter() - begin) / 2, random.Random(f"{config.seed} {name}")
+        varying = {key for key in trees[0] if trees[0][key] != trees[1].get(key)}
+        for kind in ("SIGKILL", "SIGTERM", "full disk", "two at once"):
+            for _ in range(2 if config.quick else 20):
+                shutil.rmtree(out, ignore_errors=True)
+                outcome, told = disturb(kind, words.format(**places), out, seconds, trees[0], rng)
+                torn = [key for key in read_tree(out) if not is_whole(out / key)]
+                resumed = name in GO_ON and (out / "last.pt").exists()
+                again = run((GO_ON[name] if resumed else words).format(**places))
+                left = read_tree(out)
+                if torn:
+                    outcome, told = "torn file", torn[0]
+                elif again.code:
+                    outcome, told = "wrong end", again.told[-300:]
+                elif odd := [k for k in left if k not in varying and left[k] != trees[0].get(k)]:
+                    outcome, told = "other files", ", ".join(odd)
+                yield f"{kind}: {name}", outcome, told
+
+
+def disturb(
+    kind: str, command: str, out: Path, seconds: float, files: dict[str, bytes], rng: random.Random
+) -> tuple[str, str]:
+    """Run a command under a disturbance; return how it ended."""
+    if kind == "full disk":
+        limit = max(0, len(rng.choice([*files.values()])) - 1)
+        return run(command, limit).judge(str(out))
+    child = start(command)
+    if kind == "two at once":
+        ends = [wait_for(*start(command)).judge(str(out)), wait_for(*child).judge(str(out))]
+        return max(ends, key=lambda judged: judged[0] != SOUND)
+    time.sleep(rng.random() * seconds)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child[0], getattr(signal, kind))
+    end = wait_for(*child)
+    expected = {"SIGKILL": (0, -signal.SIGKILL), "SIGTERM": (0, 130)}[kind]
+    sound = end.code in expected and "Traceback" not in end.told
+    return (SOUND if sound else "wrong end"), f"{end.code}: {end.told[-300:]}"
+
+
+KINDS: dict[str, Callable[[Path, dict[str, Path], Config], Iterator[tuple]]] = {
+    "bytes": attack_bytes, "inputs": attack_inputs, "settings": attack_settings,
+    "steps": attack_steps,
+}  # fmt: skip
 
 
 def main(config: Config) -> None:
     torch.set_num_threads(1)  # a process with torch's threads cannot be forked safely
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` switched it off
+    os.environ |= {"TQDM_DISABLE": "1", "MPLBACKEND": "Agg"}
     shutil.rmtree(config.work, ignore_errors=True)
-    print(f"{'attack':38} {'tried':>6} {SOUND:>6} {REFUSED:>8}  faults")
-    commit, record = name_commit(), {}
-    for name in config.attacks or ATTACKS:
-        rows: dict[str, Row] = {}
-        spent = run_attack(name, config, rows)
-        told = {key: row.describe() for key, row in rows.items()}
-        record = merge_results(
-            replace(config, attacks=config.attacks or (name,)) if record else config,
-            {name: {"commit": commit, "quick": config.quick} | spent | {"rows": told}},
-        )
-        write_json(record, config.results)
-    shutil.rmtree(config.work, ignore_errors=True)
-    print(f"{record['tried']} attempts, {record['faults']} faults")
-    sys.exit(1 if record["faults"] else 0)
+    places = build_demo(config.work / "demo")
+    result = read_json(config.results) if config.kinds and config.results.is_file() else {}
+    kinds = result.get("kinds", {})
+    for kind in config.kinds or KINDS:
+        work, rows, faults = config.work / kind, defaultdict(Counter), []
+        work.mkdir()
+        for row, outcome, told in KINDS[kind](work, places, config):
+            rows[row][outcome] += 1
+            if outcome not in (SOUND, REFUSED):
+                faults.append(f"{row}: {outcome}: {told}".replace(str(config.work), "WORK"))
+        for row, counts in rows.items():
+            print(f"{row:44} " + ", ".join(f"{n} {outcome}" for outcome, n in counts.items()))
+        kinds[kind] = {"rows": {row: dict(counts) for row, counts in rows.items()},
+                       "faults": faults}  # fmt: skip
+        write_json({"machine": machine(), "quick": config.quick, "kinds": kinds}, config.results)
+    shutil.rmtree(config.work)
+    faults = [fault for kind in kinds.values() for fault in kind["faults"]]
+    print(*faults, f"{len(faults)} faults", sep="\n")
+    sys.exit(bool(faults))
 
 
 if __name__ == "__main__":

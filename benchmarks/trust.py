@@ -3,12 +3,12 @@
     python benchmarks/trust.py --work data/trust                # about an hour on one thread
     python benchmarks/trust.py --work data/trust --score-only   # of what was segmented before
 
-Bodies of `benchmarks/bodies.py` (seeds that the starter weights never saw) and phantoms around
-real liver masks are harmed at random (`benchmarks/harms.py`: kind and strength are drawn, sometimes
-two kinds), segmented, and their true Dice is measured. The calibration is fitted on one half of the
-bodies and reported on the other, both ways; that of all bodies is reported on painted and on real
-scans: no scan is reported that its calibration saw. Every scan that is done is kept in
-`WORK/rows.json`, so that the same command goes on.
+Bodies of `benchmarks/bodies.py` (seeds that the starter weights never saw) and phantoms around real
+liver masks are harmed at random (kind and strength are drawn, sometimes two kinds), segmented, and
+their true Dice is measured. The calibration is fitted on one half of the bodies and reported on the
+other, both ways; that of all bodies is reported on painted and on real scans: no scan is reported
+that its calibration saw. Every scan that is done is kept in `WORK/rows.json`, so that the same
+command goes on.
 Writes benchmarks/results/trust.json and docs/pictures/trust.png.
 """
 
@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
-from harms import harm
 from machine import DATA, RESULTS, ROOT, machine, name_command
+from nibabel.affines import from_matvec
+from scipy.ndimage import gaussian_filter, gaussian_filter1d, rotate
 from scipy.optimize import minimize
 from scipy.stats import spearmanr
 
@@ -32,13 +34,13 @@ sys.path.insert(1, str(ROOT / "data"))  # the makers import each other as script
 
 import bodies
 
-from apply_model import Model, Trace, load_model, segment
+from apply_model import Model, load_model, segment
 from data import trust
 from data.evaluate import dice_metric, measure
 from data.files import read_json, write_json
 from data.pictures import save_figure
 from data.scans import read_label_map, read_scan
-from data.volumes import Volume
+from data.volumes import Volume, find_bounding_box
 from utilities import load_checkpoint
 
 # Harm → least and largest strength, and how often it is drawn. Strengths are drawn evenly in their
@@ -70,12 +72,75 @@ class Config:
 
 
 def draw_harm(rng: np.random.Generator) -> tuple[str, float]:
-    """A kind of harm and its strength."""
+    """Return a kind of harm and its strength."""
     share = np.array([often for _, _, often in GRADES.values()])
     name = str(rng.choice(list(GRADES), p=share / share.sum()))
     low, high, _ = GRADES[name]
     strength = float(np.exp(rng.uniform(np.log(low), np.log(high))))
     return name, -strength if name in SIGNED and rng.random() < 0.5 else strength
+
+
+def streak(hu: np.ndarray, strength: float, mm: Sequence[float], rng: Any) -> np.ndarray:
+    """Return HU with horizontal streaks (SD `strength`) across the body, as of arms beside it."""
+    lines = gaussian_filter1d(rng.normal(size=hu.shape[1:]), 3 / mm[1], axis=0)
+    lines = gaussian_filter1d(lines, 2 / mm[2], axis=1)
+    body = np.flatnonzero((hu > -300).any(axis=(0, 2)))
+    height = (np.arange(hu.shape[1]) - body.mean()) / max(np.ptp(body) / 4, 1)
+    lines *= strength / max(lines.std(), 1e-6) * np.exp(-0.5 * height**2)[:, None]
+    return hu + lines[None].astype(np.float32) * (hu > -500)
+
+
+HU_HARMS: dict[str, Callable[..., np.ndarray]] = {  # of HU, label, strength, mm, generator
+    "as it is": lambda hu, *_: hu,
+    "noise": lambda hu, _, s, mm, rng: hu + rng.normal(0, s, hu.shape).astype(np.float32),
+    "HU shifted": lambda hu, _, s, *more: hu + np.float32(s) * (hu > -500),
+    "contrast": lambda hu, _, s, *more: np.where(
+        (hu > -200) & (hu < 400), (hu - 40) * np.float32(s) + 40, hu
+    ),
+    "liver's HU": lambda hu, label, s, *more: (
+        hu + np.float32(s) * gaussian_filter((label > 0).astype(np.float32), 0.5)
+    ),
+    "blur": lambda hu, _, s, mm, rng: gaussian_filter(hu, [s / step for step in mm]),
+    "streaks": lambda hu, _, s, mm, rng: streak(hu, s, mm, rng),
+    "mirrored": lambda hu, *_: hu[::-1],  # the header does not say so: situs inversus
+    "upside down": lambda hu, *_: hu[:, :, ::-1],
+    "turned": lambda hu, _, s, *more: rotate(hu, s, (0, 1), reshape=False, order=1, cval=-1000.0),
+}
+LABEL_HARMS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {  # of label, strength
+    "mirrored": lambda label, _: label[::-1],
+    "upside down": lambda label, _: label[:, :, ::-1],
+    "turned": lambda label, s: rotate(label, s, (0, 1), reshape=False, order=0, cval=0),
+}
+
+
+def harm(
+    scan: Volume, label: np.ndarray, name: str, strength: float, rng: np.random.Generator
+) -> tuple[Volume, np.ndarray]:
+    """Return a RAS scan (HU as float32) and its label map with one thing wrong with them."""
+    scan = scan.ras
+    if name in HU_HARMS:
+        harmed = scan.like(HU_HARMS[name](scan.data, label, strength, scan.spacing_mm, rng))
+        return harmed, np.ascontiguousarray(LABEL_HARMS.get(name, lambda a, _: a)(label, strength))
+    if name == "thick slices":  # several averaged into one; liver is what is liver in half of them
+        many = round(strength)
+        count = scan.shape[2] // many
+        thick, share = (
+            array[:, :, : count * many].reshape(*array.shape[:2], count, many)
+            .mean(axis=3, dtype=np.float32) for array in (scan.data, label > 0)
+        )  # fmt: skip
+        coarse = from_matvec(np.diag([1, 1, many]), [0, 0, (many - 1) / 2])
+        return Volume(thick, scan.affine @ coarse), (share >= 0.5).astype(np.uint8)
+    z, size, box = find_bounding_box(label > 0)[2], scan.shape[2], [slice(None)] * 3
+    if name == "cropped z":  # a part of the liver's slices stays, its lower or its upper end
+        cut, upper = round((z.stop - z.start) * (1 - strength)), rng.random() < 0.5
+        box[2] = slice(z.start + cut, None) if upper else slice(0, max(z.stop - cut, z.start + 1))
+    elif name == "cropped view":  # the field of view in plane, about its own centre
+        cuts = [round(n * (1 - strength) / 2) for n in scan.shape[:2]]
+        box[:2] = [slice(cut, n - cut) for cut, n in zip(cuts, scan.shape[:2], strict=True)]
+    else:  # without liver: the slices on the side of it where there are more
+        below = z.start >= size - z.stop
+        box[2] = slice(0, max(z.start, 8)) if below else slice(min(z.stop, size - 8), size)
+    return scan.crop(tuple(box)), np.ascontiguousarray(label[tuple(box)])
 
 
 def open_scan(group: str, index: int, config: Config) -> tuple[Volume, np.ndarray]:
@@ -116,21 +181,21 @@ def make_case(
 
 def judge_case(model: Model, scan: Volume, label: np.ndarray) -> dict[str, float]:
     """True Dice of the first class, and the evidence for the expected one."""
-    trace = Trace()
-    segment(model, scan, trace=trace)
-    assert trace.classes is not None
-    row, name = measure(trace.classes, scan, model.names), model.names[0]
+    start = time.perf_counter()
+    found = segment(model, scan)
+    seconds = time.perf_counter() - start
+    row, name = measure(found.classes, scan, model.names), model.names[0]
     truth = scan.like((label > 0).astype(np.uint8)).ras.data
-    dice = float(dice_metric(trace.classes.data, truth)[0])
-    expected = trust.judge_trust(trace.evidence, row, model.expected).expected_dice
+    dice = float(dice_metric(found.classes.data, truth)[0])
+    known = found.evidence[0]
+    expected = trust.judge_trust(found.evidence, row, model.expected).expected_dice
     return {
         "dice": round(dice, 4) if np.isfinite(dice) else 0.0,  # nothing there and nothing found
-        "steadiness": round(trace.evidence[0].steadiness, 5),
-        "cut": trace.evidence[0].cut,
+        "steadiness": round(known.steadiness, 5),
+        "cut": known.cut,
         "ml": float(row[f"{name}_volume_ml"] or 0),
         "expected_dice": round(expected, 4),
-        "seconds": round(sum(trace.seconds.values()), 2),
-        "seconds_trust": round(trace.seconds["trust"], 4),
+        "seconds": round(seconds, 2),
     }
 
 

@@ -1,6 +1,9 @@
-"""Files and their names: scan or label map, what remains of a name, safe case names, listings.
+"""Recognise a data set on disk: which file is a scan, which its label map, and whose they are.
 
-The one table of words stands here; `data.layouts` pairs by what remains, apply and evaluate too.
+Words in the names of folders and files say what is a scan (image, ct …) and what a label map
+(label, mask …). Without these words, the rest of the path says whose it is: a scan and a label map
+with the same rest are a pair. `STEPS` lists all rules, the surest first. Where several fit, the
+case has a fault that names their paths. What is left out is reported.
 """
 
 from __future__ import annotations
@@ -10,494 +13,397 @@ import itertools
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from data.dicom import (
-    DicomItem,
-    find_dicom,
-)
-from data.files import (
-    InputError,
-    list_below,
-    list_plain_files,
-    make_safe,
-    natural,
-    read_record,
-    show_path,
-)
+from data.dicom import DicomItem, find_dicom, is_dicom
+from data.files import InputError, list_below, list_plain_files, make_safe, natural, read_json
+from data.files import show_path as show
 from data.labels import (
     BACKGROUND,
     SYNONYMS,
+    USUAL_LABELS,
     WORD,
     Description,
     Labels,
+    Masks,
     common_name,
+    describe,
     describe_labels,
     find_label,
+    list_paths,
     list_values,
-    read_description,
-)
-from data.scans import (
-    Masks,
+    part_ignored,
 )
 from data.seg import choose_segment_values
-from data.volumes import (
-    VOLUME_SUFFIXES,
-    keep_volumes,
-    name_case,
-)
+from data.volumes import VOLUME_SUFFIXES, keep_volumes, name_case
 
-SCAN_WORDS = {
+SCAN = {
     "image", "images", "img", "imgs", "volume", "volumes", "vol", "ct", "cts", "scan", "scans",
     "dicom", "imaging", "orig", "original", "input", "inputs",
 }  # fmt: skip
-LABEL_WORDS = {
+LABEL = {
     "label", "labels", "lbl", "labelmap", "labelled", "labeled", "seg", "segs", "segm",
     "segmentation", "segmentations", "segmented", "mask", "masks", "truth", "truths", "ground",
     "groundtruth", "gt", "annot", "annotation", "annotations", "annotated", "outline", "outlines",
     "contour", "contours", "target", "targets", "roi", "rois", "maske", "masken", "masque",
     "masques",
 }  # fmt: skip
-# What says nothing beside a word of the tables: imagesTr, DICOM_anon, PATIENT_DICOM.
-FILLERS = {"tr", "train", "training", "anon", "patient", "nifti", "nii"}
-GLUED = re.compile(
-    r"(.+?)(labels?|segmentations?|seg|masks?|truth|annotations?|outlines?)", re.IGNORECASE
+FILLER = {"tr", "train", "training", "anon", "patient", "nifti", "nii"}  # nothing beside those
+FINAL = {"final", "corrected", "revised", "reviewed", "approved"}  # of two label maps of one scan
+DRAFT = {"original", "orig", "draft", "initial", "auto", "automatic", "uncorrected", "predicted"}
+TEST = {"test", "testing"}  # cases of a challenge, whose label maps nobody has
+
+SEPARATORS = re.compile(r"[\s_\-.,;()\[\]]+")
+PLACES = re.compile(  # where a word begins in a name: imagesTr, CTscan, img0001, 1mask, liverseg
+    r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z]{2})(?=[a-z])|(?<=\d)(?=[^\W\d])|(?<=[^\W\d])(?=\d)|(?<=[^\W\d_])"
+    r"(?=(?i:labels?|segmentations?|seg|masks?|truth|annotations?|outlines?)(?![^\W\d_]))"
 )
-CHANNEL = re.compile(r"_0000$")  # nnU-Net's first channel
+TUMOURS, LIVER = ("|".join(SYNONYMS[organ]) for organ in ("tumour", "liver"))
+ORGANS = re.compile(  # at the end of a name: p1_liver, p1_livertumor2
+    rf"(?:^|_)((?:(?:(?:{LIVER})?(?:{TUMOURS})(?:_?\d+)?|{LIVER})(?:_(?=.)|$))+)$", re.IGNORECASE
+)
+CHANNEL = re.compile(r"_\d{4}$")  # nnU-Net: x_0000 is the first channel of x
+TEST_FOLDER = re.compile(r"(?:^|[^A-Z])Ts$")  # imagesTs, labelsTs
 
 Kind = Literal["scan", "label", ""]
 
 
-def split_words(text: str) -> list[str]:
-    """`TrainVolumes` → Train, Volumes; `img0001` → img, 0001; parted where a word comes out."""
-    words: list[str] = []
-    for piece in re.split(r"[\s_\-.,;()\[\]]+", text):
-        finer = re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+|[^\WA-Za-z\d]+", piece)
-        glued = GLUED.fullmatch(piece)
-        if kind_of([piece]) or not piece:
-            words += [piece] * bool(piece)
-        elif kind_of(finer) and "".join(finer) == piece:
-            for told, some in itertools.groupby(finer, lambda part: bool(kind_of([part]))):
-                parts = list(some)
-                words += parts if told else ["".join(parts)]
-        else:
-            words += glued.groups() if glued else [piece]
-    return words
+@cache
+def read_name(text: str) -> tuple[Kind, tuple[str, ...], frozenset[str]]:
+    """Return what a name says (a label map wins over a scan), the words that remain without those
+    of the tables, and all its words in small letters."""
+    pieces = [PLACES.split(piece) for piece in SEPARATORS.split(text) if piece]
+    words = frozenset(word.lower() for piece in pieces for word in piece)
+    kind: Kind = "label" if words & LABEL else "scan" if words & SCAN else ""
+    known = SCAN | LABEL
+    rests = ("".join("_" if w.lower() in known else w for w in piece) for piece in pieces)
+    rest = tuple(word for text in rests for word in text.split("_") if word)
+    if kind and all(word.lower() in FILLER for word in rest):
+        rest = ()
+    return kind, rest, words
 
 
-def kind_of(words: Iterable[str]) -> Kind:
-    """What the words of one name say: a label map wins over a scan (`ct_label`)."""
-    small = {word.lower() for word in words}
-    if small & LABEL_WORDS:
-        return "label"
-    return "scan" if small & SCAN_WORDS else ""
+def spell(text: str) -> str:
+    """Return what remains of a name as it is written; a number alone is no name: `volume-3`."""
+    kind, rest, _ = read_name(text)
+    return "_".join(rest) if kind and not "".join(rest).isdigit() else text
 
 
-def strip_words(text: str) -> tuple[str, str]:
-    """What remains of a name without the words of the tables: folded by `_`, and as it is spelt."""
-    words = split_words(text)
-    if not kind_of(words):
-        return "_".join(words), text
-    rest = [word for word in words if not kind_of([word])]
-    if all(word.lower() in FILLERS for word in rest):
-        rest = []
-    return "_".join(rest), "_".join(rest)
-
-
-@dataclass(frozen=True)
-class Named:
-    """A file or folder of a data set: what its whole relative path says."""
+@dataclass(frozen=True, eq=False)
+class Item:
+    """A file, series, SEG or stack of pictures, and what its path says."""
 
     path: Path
     kind: Kind
-    parts: tuple[str, ...]  # what remains of each folder and of the file, folded; what identifies
-    spelt: tuple[str, ...]  # the same, for case names
-    label_folder: bool = False  # a folder, not only the file's own name, says label map
+    parts: tuple[str, ...]  # what remains of each folder and of the name: whose it is
+    bare: tuple[str, ...]  # of a label map: the same without the words of FINAL and DRAFT
+    spelt: tuple[str, ...]  # `parts` as written, for names of cases
+    rank: int  # of a label map: 1 final, -1 draft
+    by_folder: bool  # a folder, not only the name, says label map
+    form: Literal["file", "series", "seg", "stack"] = "file"
+    dicom: DicomItem | None = None
 
-    @property
-    def key(self) -> str:
-        return "_".join(self.parts)
+    @cached_property
+    def folders(self) -> list[Path]:
+        """The folder of its files, and those above it in which its partner may lie."""
+        own = [self.path] if self.form == "series" and self.path.is_dir() else []
+        count = {"series": 3, "seg": 2}.get(self.form, 1) - len(own)
+        return [*own, *self.path.parents[:count]]
+
+    @cached_property
+    def keys(self) -> dict[str, dict[str, str]]:
+        """Its keys by kind, each with the structure that it leaves out: the last part of the path
+        (`p1/liver_mask`), or its last words if they name organ or tumour (`p1_liver_seg`)."""
+        *folders, last = self.parts or ("",)
+        match = ORGANS.search(last)
+        rest = last[: match.start()] if match else last
+        organ = {"_".join(folders): last} if folders or not rest else {}
+        if match and rest:
+            organ["_".join([*folders, rest])] = match[1]
+        whole = {"_".join(self.parts): ""}  # a_b/ct and a/b_ct meet
+        tails = {"_".join(self.parts[n:]): "" for n in range(1, len(self.parts))}
+        return {
+            "uid": {self.dicom.uid: ""} if self.dicom and self.dicom.uid else {},
+            "whole": whole,
+            "no series": whole if self.form != "series" else {},  # beside masks a picture of all
+            "without structure": organ,
+            "tails": tails,
+            "any": whole | tails,
+        }
+
+    def with_dicom(self, found: DicomItem | None) -> Item:
+        """Return the item as the series or SEG that was found at its path, if any."""
+        if found and found.is_seg:
+            return replace(self, kind="label", form="seg", dicom=found)
+        return replace(self, form="series", dicom=found) if found else self
 
 
-def name_files(paths: Sequence[Path], root: Path, kind: Kind = "") -> list[Named]:
-    """Judge paths below `root` by their folders' and their own names; `kind` overrules.
+def read_paths(paths: Sequence[Path], root: Path, kind: Kind = "") -> list[Item]:
+    """Return an item for each path by the words of its folders below `root` and of its name.
 
-    A folder named like a label map says nothing where names below it tell the two kinds apart. A
-    file that is only called liver, or tumour, is a label map beside one that is called a scan.
+    `kind` overrules the words. A file only called liver, or tumour with a number, is a label map
+    beside one that is called a scan, unless it has a label map of its own name.
     """
-    split = [_components(path, root) for path in paths]
-    scans = {p.parent for p in paths if kind_of(split_words(name_case(p))) == "scan"}
-    kinds = [[kind_of(split_words(text)) for text in components] for components in split]
-    mixed: set[tuple[str, ...]] = set()
-    for components, found in zip(split, kinds, strict=True):
-        if "label" in found:
-            deepest = len(found) - 1 - found[::-1].index("label")
-            mixed.update(tuple(components[: i + 1]) for i in range(deepest))
-    named = []
-    for path, components, found in zip(paths, split, kinds, strict=True):
-        telling = [
-            k if i == len(found) - 1 or tuple(components[: i + 1]) not in mixed else ""
-            for i, k in enumerate(found)
-        ]
-        own = kind or kind_of(telling)  # the kinds are words of the tables themselves
-        last = components[-1] if components else "0"
-        if not own and path.parent in scans and last.isalpha() and common_name(last) in SYNONYMS:
-            own = "label"
-        rests = [strip_words(text) for text in components]
-        parts, spelt = (tuple(rest[i] for rest in rests if rest[0]) for i in (0, 1))
-        if rests and rests[-1][0].isdigit():  # volume-3, img0001: a number alone is no name
-            spelt = (*spelt[:-1], components[-1])
-        named.append(Named(path, own, parts, spelt, "label" in telling[:-1]))
-    return named
+    named = [(*p.relative_to(root).parts[:-1], name_case(p)) if p != root else () for p in paths]
+    silent = _find_silent(named)
+    own = defaultdict(set)  # of each kind by their own names: folder, what remains
+    for path in paths:
+        told, rest, _ = read_name(name_case(path))
+        own[told].add((path.parent, rest))
+    beside = {folder for folder, _ in own["scan"]}
+    items = []
+    for path, names in zip(paths, named, strict=True):
+        kinds = ["" if names[: i + 1] in silent else read_name(n)[0] for i, n in enumerate(names)]
+        if path.parent in beside and names and not any(kinds):
+            organ = common_name(names[-1])
+            if organ == "tumour" or (organ in SYNONYMS and names[-1].isalpha()):
+                has_label = (path.parent, read_name(names[-1])[1]) in own["label"]
+                kinds[-1] = "" if has_label else "label"
+        items.append(_read_path(path, names, kinds, kind))
+    return items
 
 
-def _components(path: Path, root: Path) -> list[str]:
-    relative = path.relative_to(root)
-    stem = CHANNEL.sub("", name_case(relative)) if relative.name else ""
-    return [*relative.parts[:-1], stem] if stem else []
+def _find_silent(named: Iterable[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """Return folders called label map whose word says nothing: the names below tell both kinds
+    apart, by words for both or by the same rest with a word and without."""
+    below: defaultdict[tuple[str, ...], set[tuple[str, str]]] = defaultdict(set)
+    for names in named:
+        for i in range(1, len(names)):
+            if read_name(names[i - 1])[0] == "label":
+                kinds, rests, words = zip(*map(read_name, names[i:]), strict=True)
+                scan = "scan" if frozenset().union(*words) & SCAN - DRAFT else ""
+                rest = "_".join(itertools.chain(*rests))
+                below[names[:i]].add(("label" if "label" in kinds else scan, rest))
+    return {
+        folder
+        for folder, found in below.items()
+        for kind, rest in found
+        if (kind == "scan" and "label" in dict(found)) or (not kind and ("label", rest) in found)
+    }
 
 
-def name_apart(parts: Sequence[Sequence[str]]) -> list[str]:
-    """A safe name for each path: its last part, and as many folders as tell it from the others."""
-    taken = [1] * len(parts)
-    while True:
-        names = [make_safe("_".join(p[-n:])) for p, n in zip(parts, taken, strict=True)]
-        groups = defaultdict(list)
-        for index, name in enumerate(names):
-            groups[name.casefold()].append(index)
-        alike = [group for group in groups.values() if len(group) > 1]
-        longer = [i for group in alike for i in group if taken[i] < len(parts[i])]
-        if not longer:
-            break
-        for index in longer:
-            taken[index] += 1
-    for group in alike:  # nothing but letters' case or forbidden signs tells these apart
-        for number, index in enumerate(group):
-            mark = hashlib.sha256(f"{parts[index]}{number}".encode("utf-8", "replace"))
-            names[index] = f"{names[index]}_{mark.hexdigest()[:6]}"
-    return names
-
-
-def name_scans(paths: Sequence[Path], root: Path | None = None) -> list[str]:
-    """Unique safe case names: the last name, with the folders below `root` where it comes twice.
-
-    A name that is only a word of the tables, such as ct or scan, is that of its folder below
-    `root`, as prepare.py has it, unless it has such a neighbour there.
-    """
-    there = os.path.abspath  # a link has its own name, and may lead nowhere
-    top = Path("/") if root is None else Path(there(root))
-    parts, wordy = [], []
-    for path in map(Path, map(there, paths)):
-        inside = path.is_relative_to(top) and path != top
-        folders = path.relative_to(top).parts[:-1] if inside else path.parts[1:-1]
-        parts.append((*folders, name_case(path)))
-        wordy.append(root is not None and inside and not strip_words(parts[-1][-1])[0])
-    alone = Counter(part[:-1] for part, only in zip(parts, wordy, strict=True) if only)
-    return name_apart(
-        [
-            part[:-1] if only and part[:-1] and alone[part[:-1]] == 1 else part
-            for part, only in zip(parts, wordy, strict=True)
-        ]
+def _read_path(path: Path, names: tuple[str, ...], kinds: Sequence[str], kind: Kind) -> Item:
+    """Return the item of a path whose folders and name say `kinds`. Words of FINAL and DRAFT count
+    from the first name on that says label map."""
+    read = [read_name(name) for name in names]
+    first = kinds.index("label") if "label" in kinds else 0
+    words = {word for *_, words in read[first:] for word in words}
+    parts = ["_".join(rest) for _, rest, _ in read]
+    bare = ["_".join(w for w in rest if w.lower() not in FINAL | DRAFT) for _, rest, _ in read]
+    return Item(
+        path,
+        kind or ("label" if "label" in kinds else "scan" if "scan" in kinds else ""),
+        tuple(filter(None, parts)),
+        tuple(filter(None, parts[:first] + bare[first:])),
+        tuple(filter(None, map(spell, names))),
+        rank=bool(words & FINAL) - bool(words & DRAFT),
+        by_folder=bool(kind) or "label" in kinds[:-1],
     )
 
 
 # ---------------------------------------------------------------------------------------
-# Pairs of two lists of files
+# Pairs
 # ---------------------------------------------------------------------------------------
 
-
-def match_ends(wanted: Sequence[Named], offered: Sequence[Named]) -> list[list[int]]:
-    """For each of `wanted` the indices of `offered` that remain the same, else those whose parts
-    are the last parts of the other (`Batch 1/volume-3` and `segmentation-3`)."""
-    whole, ends, tails = defaultdict(list), defaultdict(list), defaultdict(list)
-    for index, other in enumerate(offered):
-        whole[other.key].append(index)
-        ends[other.parts].append(index)
-        for first in range(1, len(other.parts)):
-            tails[other.parts[first:]].append(index)
-    found = []
-    for one in wanted:
-        same = whole.get(one.key, [])
-        shorter = [i for n in range(1, len(one.parts)) for i in ends.get(one.parts[n:], [])]
-        found.append(list(same) or [*shorter, *(tails.get(one.parts, []) if one.parts else [])])
-    return found
-
-
-def pair_by_name(scans: Sequence[Path], truths: Sequence[Path]) -> list[Path | None]:
-    """The label map of each scan by what remains of their whole paths; None where there is none.
-
-    `_0000`, `_label` and the like are left out on either side. Raises InputError where a name fits
-    several, and where none fits at all.
-    """
-    if not scans or not truths:
-        return [None] * len(scans)
-    wanted, offered = (
-        [
-            replace(named, parts=named.parts or (name_case(named.path),))
-            for named in name_files(paths, Path(os.path.commonpath([p.parent for p in paths])))
-        ]
-        for paths in ([p.absolute() for p in scans], [p.absolute() for p in truths])
-    )
-    pairs: list[Path | None] = []
-    owner: dict[Path, Path] = {}
-    for scan, found in zip(wanted, match_ends(wanted, offered), strict=True):
-        fits = [truths[index] for index in found]
-        if len(fits) > 1:
-            raise InputError(
-                f"{scan.path}: {' and '.join(map(show_path, fits))} are both called like it; keep "
-                "one of them, or give the folders of one data set"
-            )
-        if fits and fits[0] in owner:
-            raise InputError(
-                f"{fits[0]}: {owner[fits[0]]} and {scan.path} are both called like it; rename one"
-            )
-        owner |= {truth: scan.path for truth in fits}
-        pairs.append(fits[0] if fits else None)
-    if not owner:
-        raise InputError(
-            f"none of {len(truths)} label maps such as {show_path(truths[0])} is called like one "
-            f"of {len(scans)} scans such as {show_path(scans[0])}; rename them alike, or give one "
-            "label map per scan in the same order"
-        )
-    return pairs
-
-
-def add_once(table: dict[Any, Any], key: Any, value: Any) -> None:
-    """`table[key] = value`, which must not overwrite another value."""
-    if key in table and table[key] != value:
-        raise InputError(f"{table[key]} and {value}: two of one name; keep or rename one of them")
-    table[key] = value
-
-
-@dataclass
-class Fault:
-    """What cannot be paired without a guess."""
-
-    scans: list[Named]
-    labels: list[Named]
-    text: str
+STEPS = (  # a scan and a label map that share a key, of these kinds, are a pair
+    ("uid", "uid"),  # the SEG names the series
+    ("whole", "no series"),  # the same remains of both paths
+    ("whole", "without structure"),  # the label map names a structure more
+    ("whole", "whole"),  # a whole label map as a series, where no masks are
+    ("tails", "whole"),  # the scan's path has more folders
+    ("whole", "tails"),  # the label map's path has more folders
+)  # then the only two of a folder, see `pair_alone`
 
 
 @dataclass
 class Pairing:
-    """Scans and label maps, and which of them were paired so far."""
+    """Scans and label maps, and which belong together."""
 
-    scans: list[Named]  # files and series
-    labels: list[Named]  # files, series, SEGs, stacks of PNGs
-    series: Collection[Path]  # which of the paths are DICOM series
-    found: dict[Path, Path | Masks] = field(default_factory=dict)  # scan → its label map or masks
-    faults: list[Fault] = field(default_factory=list)
-    taken: set[Path] = field(default_factory=set)
-    longer: defaultdict[Hashable, list[tuple[str, Named]]] = field(
-        default_factory=lambda: defaultdict(list)
-    )  # see `_candidates`
-    channels: int = 0  # files of nnU-Net's further channels, left out
+    scans: list[Item]  # files and series
+    labels: list[Item]  # files, series, SEGs, stacks of pictures
+    found: dict[Item, Path | Masks] = field(default_factory=dict)  # scan → its label map
+    faults: list[tuple[Sequence[Item], Sequence[Item], str]] = field(default_factory=list)
+    taken: set[Item] = field(default_factory=set)
+    drafts: list[Path] = field(default_factory=list)  # left out beside final label maps
+    notes: list[str] = field(default_factory=list)
 
-    def run(self) -> None:
-        """Pair what can be paired."""
-        self._drop_channels()
-        self._pair_beside_series()
-        self._pair_equal_names()
-        self._pair_masks()
-        self._pair_by_ends()
-        self._pair_only_ones()
-
-    def free(self, named: Iterable[Named]) -> list[Named]:
-        """Those that no step took so far."""
-        return [one for one in named if one.path not in self.taken]
-
-    def match(self, scan: Path, label: Path | Masks) -> None:
-        """A scan and its label map belong together."""
-        add_once(self.found, scan, label)
-        self.taken |= {scan, *list_paths(label)}
-
-    def tell(self, scans: Sequence[Named], labels: Sequence[Named]) -> None:
-        """Several of one kind fit: a fault of the case."""
-        several = labels if len(labels) > 1 else scans
-        what = "label maps for one scan" if len(labels) > 1 else "scans for one label map"
-        paths = " and ".join(show_path(one.path) for one in several[:6])
-        text = f"{len(several)} {what}: {paths}; keep one, or tell them apart by their names"
-        self.faults.append(Fault(list(scans), list(labels), text))
-        self.taken |= {one.path for one in (*scans, *labels)}
-
-    # -- steps
-
-    def _drop_channels(self) -> None:
-        """Of nnU-Net's channels the first is the CT: `x_0001` beside `x_0000` is left out."""
-
-        def split(named: Named) -> tuple[Path, str, str]:
-            stem = name_case(named.path)
-            return named.path.parent, stem[:-5], stem[-5:]
-
-        first = {split(one)[:2] for one in self.scans if split(one)[2] == "_0000"}
-        kept = [
-            one
-            for one in self.scans
-            if split(one)[:2] not in first
-            or split(one)[2] == "_0000"
-            or not split(one)[2].startswith("_000")
+    def run(self) -> Pairing:
+        """Pair by STEPS; if a series has no label map then, also with volumes that no word names
+        and with volumes among its slices."""
+        keys = {CHANNEL.sub("", key) for scan in self.scans for key in scan.keys["whole"]}
+        self.labels = [  # `final` is part of a name where a scan has it too
+            replace(one, parts=one.bare) if one.rank and not keys & {*one.keys["whole"]} else one
+            for one in self.labels
         ]
-        self.channels = len(self.scans) - len(kept)
+        self.choose_channels()
+        self.join_all()
+        free = self.free(self.scans)
+        series = {scan.folders[0] for scan in free if scan.form == "series"}
+        more = [one for one in free if not one.kind or one.path.parent in series]
+        more = [one for one in more if series and one.form == "file"]
+        self.scans = [scan for scan in self.scans if scan not in more]
+        self.labels += more
+        self.join_all()
+        self.labels = [one for one in self.labels if one not in more or one in self.taken]
+        if self.drafts:
+            count = f"{len(self.drafts)} label maps beside final ones"
+            self.notes.append(f"not used: {count}, such as {show(self.drafts[0])}")
+        return self
+
+    def choose_channels(self) -> None:
+        """Name nnU-Net's first channels after their case and leave the further ones out.
+
+        `x_0000` is x and `x_0001` … are further channels only if x has a label map and they have
+        none of their own name. Nothing is stripped from label maps.
+        """
+        known = {key for one in self.labels for some in one.keys.values() for key in some} - {""}
+        kept = []
+        for scan in self.scans:
+            stem = CHANNEL.sub("", name := name_case(scan.path))
+            if scan.form == "file" and stem != name and known.isdisjoint(scan.keys["any"]):
+                rest = "_".join(read_name(stem)[1])
+                parts = (*scan.parts[:-1], rest) if rest else scan.parts[:-1]
+                first = replace(scan, parts=parts, spelt=(*scan.spelt[:-1], spell(stem)))
+                if not known.isdisjoint(first.keys["any"]):
+                    scan = first
+                    if not name.endswith("_0000"):
+                        continue
+            kept.append(scan)
+        if further := len(self.scans) - len(kept):
+            self.notes.append(f"{further} further channels (_0001 …) are not used")
         self.scans = kept
 
-    def _pair_beside_series(self) -> None:
-        """A volume in or beside the folder of the only series there is its label map, whatever it
-        is called; where there are several, the one that is called so."""
-        inside = Counter(p if p.is_dir() else p.parent for p in self.series)
-        beside = Counter(folder.parent for folder in inside)
-        names = Counter(folder.name for folder in inside)
-        lone = {name: count == 1 for name, count in names.items()}
-        files = [one for one in (*self.scans, *self.labels) if one.path not in self.series]
-        files = [one for one in self.free(files) if one.path.is_file()] if self.series else []
-        by_folder = _group(files, lambda one: one.path.parent)
-        by_name = _group(files, lambda one: name_case(one.path).removesuffix("_label"))
-        for scan in self.free([one for one in self.scans if one.path in self.series]):
-            folder = scan.path if scan.path.is_dir() else scan.path.parent
-            if inside[folder] > 1:
-                continue
-            only = beside[folder.parent] == 1 and folder.parent not in inside
-            near = by_folder[folder.parent]
-            for group in (
-                by_folder[folder],
-                [one for one in by_name[folder.name] if one.path.parent == folder.parent],
-                [one for one in near if agree(scan, one)] if only else [],
-                [one for one in by_name[folder.name] if one.kind != "label" and lone[folder.name]],
-            ):
-                group = self.free(group)
-                worded = [n for n in group if kind_of(split_words(name_case(n.path))) == "label"]
-                group = worded or group
-                if len(group) == 1:
-                    self.match(scan.path, group[0].path)
-                elif group and not are_masks([(n.parts[-1] if n.parts else "", n) for n in group]):
-                    self.tell([scan], group)
-                if group:
-                    break
+    def free(self, items: Iterable[Item]) -> list[Item]:
+        """Return those that no step took so far."""
+        return [item for item in items if item not in self.taken]
 
-    def _pair_equal_names(self) -> None:
-        """What remains of the whole path is the same."""
-        scans, labels = (
-            _group(self.free(named), lambda one: one.key) for named in (self.scans, self.labels)
-        )
-        for key in scans.keys() & labels.keys():
-            worded = [one for one in scans[key] if one.kind == "scan"]
-            some = worded or scans[key]  # what has no word beside a `ct` is another picture
-            several = some[0].path in self.series and len(self._candidates(some[0])) > 1
-            if several and len(some) == 1:
-                continue  # masks of structures beside a series' whole label map: 3D-IRCADb
-            if len(some) == len(labels[key]) == 1:
-                self.match(some[0].path, labels[key][0].path)
-            else:
-                self.tell(some, labels[key])
+    def join_all(self) -> None:
+        """Apply all steps to what is free."""
+        for of_scans, of_labels in STEPS:
+            self.join(of_scans, of_labels)
+        self.pair_alone()
 
-    def _candidates(self, scan: Named) -> list[tuple[str, Named]]:
-        """(structure, label map) of those called like the scan and one thing more: `p1/ct` and
-        `p1/liver_mask`, `p1_ct` and `p1_tumor_seg`."""
-        if not self.longer:
-            for label in (one for one in self.labels if one.parts):
-                *folders, last = label.parts
-                self.longer[tuple(folders)].append((last, label))
-                words = last.split("_")
-                known = [*itertools.takewhile(lambda word: word.lower() in WORD, words[::-1])][::-1]
-                if known and len(known) < len(words):
-                    rest = "_".join(words[: -len(known)])
-                    self.longer[(*folders, rest)].append(("_".join(known), label))
-        return self.longer.get(scan.parts, [])
-
-    def _pair_masks(self) -> None:
-        """A file, series or stack for each structure: TotalSegmentator, 3D-IRCADb."""
+    def join(self, of_scans: str, of_labels: str) -> None:
+        """Pair scans and label maps that share a key; of several scans, those of the label map's
+        own form. Report a label map that fits several."""
+        offered = defaultdict(list)
         for scan in self.free(self.scans):
-            fits = [fit for fit in self._candidates(scan) if fit[1].path not in self.taken]
-            if len(fits) > 1 and are_masks(fits):
-                self.match(scan.path, tuple((name, label.path) for name, label in fits))
-            elif len(fits) > 1:
-                self.tell([scan], [label for _, label in fits])
-            elif fits:
-                ((name, label),) = fits
-                self.match(scan.path, ((name, label.path),) if label.path.is_dir() else label.path)
+            for key in scan.keys[of_scans]:
+                offered[key].append(scan)
+        of_scan: defaultdict[Item, dict[Item, str]] = defaultdict(dict)
+        unclear = defaultdict(list)
+        for label in self.free(self.labels):
+            fits = {
+                scan: structure
+                for key, structure in label.keys[of_labels].items()
+                for scan in offered.get(key, ())
+                if label.kind == "label" or scan.form == "series"
+            }
+            near = [scan for scan in fits if scan.form == label.form] or list(fits)
+            if len(near) > 1:
+                unclear[tuple(near)].append(label)
+            elif near:
+                of_scan[near[0]][label] = fits[near[0]]
+        for scans, labels in unclear.items():
+            self.tell(scans, labels)
+        for scan, found in of_scan.items():
+            if scan not in self.taken:
+                self.settle(scan, found)
 
-    def _pair_by_ends(self) -> None:
-        """The last parts are the same: `Training Batch 1/volume-3`, `segmentation-3`."""
-        scans, labels = self.free(self.scans), self.free(self.labels)
-        matches = match_ends(labels, scans)
-        owners: dict[int, list[Named]] = defaultdict(list)
-        for label, found in zip(labels, matches, strict=True):
-            for index in found:
-                owners[index].append(label)
-        for label, found in zip(labels, matches, strict=True):
-            if len(found) > 1:
-                self.tell([scans[index] for index in found], [label])
-            elif found and len(owners[found[0]]) == 1:
-                self.match(scans[found[0]].path, label.path)
-            elif found and label is owners[found[0]][0]:
-                self.tell([scans[found[0]]], owners[found[0]])
+    def settle(self, scan: Item, fits: dict[Item, str]) -> None:
+        """Match a scan with a label map or with masks of several structures. A final label map is
+        taken before another one, and that before a draft."""
+        best = {s: max(one.rank for one in fits if fits[one] == s) for s in set(fits.values())}
+        kept = {one: structure for one, structure in fits.items() if one.rank == best[structure]}
+        self.drafts += [one.path for one in fits if one not in kept]
+        self.taken |= {scan, *fits}
+        names = set(kept.values())
+        masks = len(names) == len(kept) and all(is_mask(*one) for one in kept.items())
+        if len(kept) > 1 and not masks:
+            self.tell([scan], list(kept))
+            return
+        ((first, structure), *others) = kept.items()
+        named = others or (structure and first.form in ("series", "stack"))
+        together = tuple((structure, one.path) for one, structure in kept.items())
+        self.found[scan] = together if named else first.path
 
-    def _pair_only_ones(self) -> None:
-        """The only scan and the only label map of one folder, unless their names disagree."""
-        scans, labels = (
-            _group(named, lambda one: one.path.parent) for named in (self.scans, self.labels)
-        )
-        for folder in scans.keys() & labels.keys():
-            both = [*scans[folder], *labels[folder]]
-            if len(both) == len(self.free(both)) == 2 and agree(*both):
-                self.match(both[0].path, both[1].path)
+    def tell(self, scans: Sequence[Item], labels: Sequence[Item]) -> None:
+        """Make a fault of scans and label maps of which several fit."""
+        several = labels if len(labels) > 1 else scans
+        what = "label maps for one scan" if len(labels) > 1 else "scans for one label map"
+        paths = " and ".join(show(one.path) for one in several[:6])
+        text = f"{len(several)} {what}: {paths}; keep one, or tell them apart by their names"
+        self.faults.append((scans, labels, text))
+        self.taken |= {*scans, *labels}
 
-
-def agree(scan: Named, label: Named) -> bool:
-    """Whether the own names of two neighbours allow that they are one patient's: one of them says
-    nothing, or the label map's only names a structure (`portal`, `liver_seg`)."""
-    own, other = (strip_words(name_case(one.path))[0] for one in (scan, label))
-    structure = all(word.lower() in WORD for word in other.split("_"))
-    return not own or not other or own == other or structure
-
-
-def are_masks(fits: Sequence[tuple[str, Named]]) -> bool:
-    """Whether label maps are masks of several structures: a folder of them, or known names."""
-    names = {name for name, _ in fits}
-    if len(names) < len(fits):
-        return False
-    known = [set(common_name(name).split()) <= SYNONYMS.keys() for name in names]
-    return all(known) or all(label.label_folder for _, label in fits)
-
-
-def list_paths(label: Path | Masks | None) -> list[Path]:
-    """The paths of a label map, or of the masks that make one."""
-    if label is None:
-        return []
-    return [path for _, path in label] if isinstance(label, tuple) else [label]
-
-
-def _group(
-    named: Iterable[Named], key: Callable[[Named], Hashable]
-) -> defaultdict[Hashable, list[Named]]:
-    groups: defaultdict[Hashable, list[Named]] = defaultdict(list)
-    for one in named:
-        groups[key(one)].append(one)
-    return groups
+    def pair_alone(self) -> None:
+        """Pair the only scan and the only label map of a folder, unless their names disagree."""
+        near: defaultdict[Path, tuple[list[Item], list[Item]]] = defaultdict(lambda: ([], []))
+        for side, items in enumerate((self.scans, self.labels)):
+            for item in items:
+                for folder in item.folders:
+                    near[folder][side].append(item)
+        for both in near.values():
+            alone = [one for items in both if len(items) == 1 for one in self.free(items)]
+            if len(alone) == 2 and agree(*alone):
+                self.settle(alone[0], {alone[1]: ""})
 
 
-EXPECTED = (
-    "a scan and a label map that are told apart by words such as images / labels, volume / "
-    "segmentation, ct / mask in the names of folders or files and are otherwise called alike; "
-    "DICOM series with DICOM SEG, NIfTI label maps, MASKS_DICOM or Ground; or name two folders: "
-    "--images FOLDER --labels FOLDER"
-)
+def is_mask(label: Item, structure: str) -> bool:
+    """Return whether a label map may be the mask of one of several structures."""
+    return label.by_folder or set(common_name(structure).split()) <= SYNONYMS.keys()
+
+
+def agree(scan: Item, label: Item) -> bool:
+    """Return whether the own names of two neighbours may be one patient's: one says nothing, both
+    the same, or the label map's only names a structure. A SEG of no series says nothing."""
+    own, other = ("_".join(read_name(name_case(one.path))[1]) for one in (scan, label))
+    structure = all(word.lower() in WORD for word in other.split("_") if word)
+    unnamed = label.form == "seg" and not label.keys["uid"]
+    fits = label.kind == "label" or scan.form == "series"
+    return fits and (not own or own == other or structure or unnamed)
+
+
+# ---------------------------------------------------------------------------------------
+# What lies below a folder
+# ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """A scan, its label map, and what its data set says about both; None where one is missing."""
+
+    name: str
+    patient: str = ""
+    image: Path | None = None
+    label: Path | Masks | None = None  # or (name, mask) of each structure
+    faults: tuple[str, ...] = ()  # why it cannot be used: what is ambiguous, with both paths
+    described: Description | None = None  # what the label map's values mean, if its data say so
+    trust_grid: bool = False  # prepare.py laid the label map voxel on voxel
+    modality: str = ""
+    warnings: tuple[str, ...] = ()  # what prepare.py reported, accepted findings too
+    accepted: tuple[str, ...] = ()  # kinds of findings that prepare.py was told to accept
+    drawn: tuple[int, int] = (0, 1)  # an annotated slice (RAS) of the label map; every n-th is
+    alone: bool = True  # no other case beside it
+    patient_id: str | None = None  # of DICOM; never written anywhere
 
 
 @dataclass
 class DataSet:
     """What was recognised below a folder."""
 
-    layout: str
+    source: Path
     cases: list[Case]
-    declared: Labels  # label name → raw values that its label maps may hold
-    ignore: tuple[int, ...] = ()  # raw values of voxels that nobody judged
+    declared: Labels = field(default_factory=dict)  # name → raw values its label maps may hold
+    ignore: tuple[int, ...] = ()  # raw values of unannotated voxels
     unused: list[Path] = field(default_factory=list)
     announced: int | None = None  # cases that dataset.json says there are
     notes: list[str] = field(default_factory=list)
-    source: Path = Path()
 
 
 def find_pairs(
@@ -508,362 +414,298 @@ def find_pairs(
     exclude: Path | None = None,
     values: Labels | None = None,
 ) -> DataSet:
-    """The cases of a data set, in natural order of their names, and what its labels are called.
+    """Return the cases of a data set, in natural order of their names, and its labels.
 
-    Args:
-        images, labels: folders of the scans and of the label maps, where names do not tell.
-        exclude: folder below `source` that is not looked into.
-        values: label names and values as the user gives them; they replace the data's own.
-
-    Raises InputError with what was expected where there is no pair.
+    `images` and `labels` are folders to use where names do not tell; `exclude` is not searched;
+    `values` replace the data's own. Raises InputError with what was expected if there is no pair.
     """
     if (images is None) != (labels is None):
         raise InputError("--images and --labels: give both folders, or neither")
     source = source.absolute()
-    search = Search(source, exclude.absolute() if exclude else None)
-    if images is None or labels is None:
-        search.look(source)
-    else:
-        search.look(images.absolute(), "scan")
-        search.look(labels.absolute(), "label")
-    cases = search.pair()
-    if not any(case.faults or (case.image and case.label) for case in cases):
+    places: list[tuple[Path, Kind]] = [(source, "")]
+    if images is not None and labels is not None:
+        places = [(images.absolute(), "scan"), (labels.absolute(), "label")]
+    pairing, seen = Pairing([], []), []
+    for root, kind in places:
+        items = find_items(root, pairing.notes, kind, exclude.absolute() if exclude else None)
+        seen += items
+        for item in items:  # but imagesTs, labelsTs: the test cases of a challenge
+            if not any(map(TEST_FOLDER.search, item.path.relative_to(root).parts[:-1])):
+                (pairing.labels if item.kind == "label" else pairing.scans).append(item)
+    data = DataSet(source, make_cases(pairing.run()), notes=pairing.notes)
+    if not any(case.faults or (case.image and case.label) for case in data.cases):
         raise InputError(
-            f"{show_path(source)}: no scans with label maps found among {len(search.files)} files; "
-            f"expected {EXPECTED}"
+            f"{show(source)}: no scans with label maps among {len(seen)} volumes and series; "
+            "expected names that differ by words such as images / labels alone, or DICOM series "
+            "with SEG, NIfTI label maps or masks; or give --images FOLDER --labels FOLDER"
         )
-    data = DataSet(search.layout, cases, {}, source=source, notes=search.notes)
-    used = {p for case in cases for p in (case.image, *list_paths(case.label)) if p is not None}
-    data.unused = [named.path for named in search.seen if named.path not in used]
-    search.declare(data, used, values)
+    used = {path for case in data.cases for path in (case.image, *list_paths(case.label))}
+    data.unused = [one.path for one in seen if one.path not in used and one.form != "stack"]
+    declare(data, [one for one in seen if one.form == "seg" and one.path in used], values)
     return data
 
 
-def find_own(files: Sequence[Path]) -> dict[Path, list[str]]:
-    """Folders of cases that this program wrote, and what it wrote of each result."""
-    marks = [file for file in files if file.name in ("case.json", f"{file.parent.name}.json")]
-    records = {mark.parent: read_record(mark) or {} for mark in marks}
-    return {folder: list(record.get("files", ())) for folder, record in records.items() if record}
+def find_items(
+    root: Path, notes: list[str], kind: Kind = "", exclude: Path | None = None, drafts: bool = False
+) -> list[Item]:
+    """Return the volumes, series, SEGs and stacks of PNGs below a folder; add notes on them.
+
+    Left out are cases that this program wrote; with `drafts`, or of kind "label", all but their
+    label maps. A series that a SEG names is a scan.
+    """
+    if not root.is_dir():
+        raise InputError(f"{show(root)}: no such folder; give the one with the scans")
+    files = leave_own(list_below(root, exclude), notes, drafts or kind == "label")
+    volumes = keep_volumes(files)
+    known = set(volumes)
+    pictures = {file.parent for file in files if file.suffix.lower() == ".png"}
+    dicom = find_dicom([f for f in files if f not in known and f.suffix.lower() != ".png"])
+    notes += [f"cannot be used: {item.fault}" for item in dicom if item.fault]
+    series = {item.path: item for item in dicom if item.is_seg or not item.fault}
+    drawn = {item.uid for item in dicom if item.is_seg}
+    items = []
+    for item in read_paths([*volumes, *series, *sorted(pictures - series.keys())], root, kind):
+        found, one = series.get(item.path), item.with_dicom(series.get(item.path))
+        if found and found.uid in drawn and not found.is_seg:
+            one = replace(one, kind="scan")
+        if found is None and item.path in pictures:
+            one = replace(one, form="stack")
+        if one.form != "stack" or one.kind == "label":  # else pictures of anything
+            items.append(one)
+    return items
 
 
-@dataclass
-class Search:
-    """What `find_pairs` has found so far below `source`."""
-
-    source: Path
-    exclude: Path | None
-    files: list[Path] = field(default_factory=list)
-    scans: list[Named] = field(default_factory=list)
-    labels: list[Named] = field(default_factory=list)
-    seen: list[Named] = field(default_factory=list)  # volumes, series and SEGs, used or not
-    series: dict[Path, DicomItem] = field(default_factory=dict)  # by the path to read it by
-    segs: list[DicomItem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    layout: str = ""
-
-    # -- what there is
-
-    def look(self, root: Path, kind: Kind = "") -> None:
-        """Add the volumes, series, SEGs and stacks of pictures below `root`."""
-        if not root.is_dir():
-            raise InputError(f"{show_path(root)}: no such folder; give the one with the scans")
-        files = list_below(root, self.exclude)
-        if kind == "label":
-            files = self.choose_drafts(files)
-        elif not kind:
-            files = self.leave_own(files)
-        volumes = keep_volumes(files)
-        known = set(volumes)
-        items = find_dicom([f for f in files if f not in known and f.suffix.lower() != ".png"])
-        self.files += files
-        series = {item.path: item for item in items if not item.is_seg and not item.fault}
-        self.series |= series
-        self.segs += [item for item in items if item.is_seg]
-        self.notes += [f"cannot be used: {item.fault}" for item in items if item.fault]
-        stacks = {file.parent for file in files if file.suffix.lower() == ".png"}
-        for one in name_files([*volumes, *series, *sorted(stacks - series.keys())], root, kind):
-            if one.path in stacks and one.kind != "label":
-                continue  # pictures of anything
-            self.seen += [one] * (one.path not in stacks)
-            if any("Ts" in split_words(part) for part in one.path.relative_to(root).parts[:-1]):
-                continue  # imagesTs, labelsTs: the test cases of a challenge
-            (self.labels if one.kind == "label" else self.scans).append(one)
-
-    def leave_own(self, files: Sequence[Path]) -> list[Path]:
-        """Files but those of cases that this program prepared or segmented: they are no data set,
-        and label maps that a network made would pass for drawn ones. Says so."""
-        if own := find_own(files):
-            self.notes.append(
-                f"left out: {len(own)} cases that this program wrote, such as {show_path(min(own))}"
-            )
-        return [file for file in files if file.parent not in own]
-
-    def choose_drafts(self, files: Sequence[Path]) -> list[Path]:
-        """Of a folder named for its label maps, without what was written beside a network's."""
-        written = {folder / name for folder, names in find_own(files).items() for name in names}
-        drafts = {file for file in written if file.name == f"{file.parent.name}_label.nii.gz"}
-        if drafts:
-            self.notes.append(
-                f"{len(drafts)} label maps are drafts of a network, such as "
-                f"{show_path(min(drafts))}: were they corrected?"
-            )
-        return [file for file in files if file not in written - drafts]
-
-    def _name_layout(self, pairing: Pairing) -> str:
-        folders = {part for named in self.seen for part in named.path.parts[:-1]}
-        stems = [name_case(path).partition("-") for path in pairing.found]
-        if self.series:
-            return "dicom"
-        if {"imagesTr", "labelsTr"} <= folders:
-            return "decathlon"
-        if stems and all(first == "volume" and dash for first, dash, _ in stems):
-            return "lits"
-        masks = any(isinstance(label, tuple) for label in pairing.found.values())
-        return "a mask per structure" if masks else "images and labels by name"
-
-    # -- pairs
-
-    def pair(self) -> list[Case]:
-        """The cases, in natural order of their names; those without partner have None."""
-        pairing = Pairing(self.scans, self.labels, self.series.keys())
-        self._pair_segs(pairing)
-        pairing.run()
-        self.layout = self._name_layout(pairing)
-        if pairing.channels:
-            self.notes.append(f"{pairing.channels} further channels (_0001 …) are not used")
-        return self._make_cases(pairing)
-
-    def _pair_segs(self, pairing: Pairing) -> None:
-        """A SEG belongs to the series that it names, else to the only one of its folder, or of the
-        folder above."""
-        scans = {named.path: named for named in (*self.scans, *self.labels)}
-        by_uid, by_folder, wanted = defaultdict(list), defaultdict(list), defaultdict(list)
-        for path, item in self.series.items():
-            by_uid[item.uid].append(path)
-            folder = path if path.is_dir() else path.parent
-            for above in (folder, folder.parent, folder.parent.parent):
-                by_folder[above].append(path)
-        for seg in self.segs:
-            root = self.source if seg.path.is_relative_to(self.source) else seg.path.parent
-            (named,) = name_files([seg.path], root, "label")
-            self.seen.append(named)
-            near = by_uid.get(seg.uid, []) if seg.uid else []
-            if not seg.uid:
-                near = by_folder[seg.path.parent] or by_folder[seg.path.parent.parent]
-            if len(near) == 1:
-                wanted[near[0]].append(named)
-            elif near:
-                pairing.tell([scans[path] for path in near], [named])
-            else:
-                pairing.labels.append(named)
-        for path, several in wanted.items():
-            if len(several) == 1 and path not in pairing.taken:
-                pairing.match(path, several[0].path)
-            else:
-                pairing.tell([scans[path]], several)
-
-    def _make_cases(self, pairing: Pairing) -> list[Case]:
-        """Cases of pairs, of faults and of what stayed alone, each with a name of its own."""
-        entries: list[tuple[Named, Path | None, Path | Masks | None, str]] = [
-            (named, named.path, pairing.found[named.path], "")
-            for named in (*pairing.scans, *pairing.labels)
-            if named.path in pairing.found
-        ]
-        worded = any(named.kind == "scan" for named, *_ in entries)
-        for scan in pairing.free(pairing.scans):
-            if scan.path in self.series:
-                count = self.series[scan.path].images
-                self.notes.append(
-                    f"not used: {show_path(scan.path)}, a series of {count} images without a label "
-                    "map"
-                )
-            elif not self.series and (scan.kind == "scan" or not worded) and not is_test(scan):
-                entries.append((scan, scan.path, None, ""))
-        for fault in pairing.faults:
-            first = (fault.scans or fault.labels)[0]
-            image = fault.scans[0].path if fault.scans else None
-            entries.append((first, image, fault.labels[0].path, fault.text))
-        alone = [n for n in pairing.free(pairing.labels) if n.path.is_file()]
-        entries += [(n, None, n.path, "") for n in alone if n.path not in self.series]
-        parts = [self._spell(named) for named, *_ in entries]
-        names = name_apart(parts)
-        if longer := [n for n, p in zip(names, parts, strict=True) if n != make_safe(p[-1])]:
-            self.notes.append(
-                f"{len(longer)} cases are told apart by their folders, such as {longer[0]}; where "
-                "a folder is a patient with several scans, name the patients: --patient-pattern"
-            )
-        patients: dict[str, str] = {}
-        cases = []
-        for name, (named, image, label, wrong) in sorted(
-            zip(names, entries, strict=True), key=lambda pair: natural(pair[0])
-        ):
-            item = self.series.get(named.path)
-            patient = patients.setdefault(item.patient, name) if item and item.patient else name
-            faults = [wrong] * bool(wrong) + _find_bad_names([image, *list_paths(label)])
-            cases.append(Case(name, patient, image, label, tuple(faults)))
-        return cases
-
-    def _spell(self, named: Named) -> tuple[str, ...]:
-        """Parts of a case's name: what remains of its path; where nothing does, its folder."""
-        if named.path in self.series and named.path.is_file():  # shares its folder with others
-            digest = hashlib.sha256(self.series[named.path].uid.encode()).hexdigest()[:10]
-            return (*named.spelt[:-1], f"series_{digest}")
-        if self.layout == "lits":
-            return (*named.spelt[:-1], "volume-" + name_case(named.path).partition("-")[2])
-        folder = named.path if named.path.is_dir() else named.path.parent
-        return named.spelt or (folder.name or "case",)
-
-    # -- names of the labels
-
-    def declare(self, data: DataSet, used: set[Path], values: Labels | None) -> None:
-        """Set what the labels are called: by the user, by dataset.json, by SEGs and masks."""
-        if values:
-            data.ignore = tuple(v for n in values if n.lower() == "ignore" for v in values[n])
-            if 0 in data.ignore:
-                raise InputError("--values ignore=0: 0 is the background; give what nobody judged")
-            data.declared = {n: v for n, v in values.items() if n.lower() != "ignore"}
-            if 0 not in list_values(values):
-                data.declared = {BACKGROUND: (0,)} | data.declared
-            return
-        described: Description = find_description(self.files, used, self.source)
-        data.declared, data.ignore = described.labels, described.ignore
-        data.announced = described.announced
-        self._declare_segments(data, used)
-        if described.path is None:
-            self._declare_masks(data)
-
-    def _declare_segments(self, data: DataSet, used: set[Path]) -> None:
-        """Declare the segments of the SEGs that nothing names so far."""
-        numbers: dict[str, int] = {}
-        for seg in self.segs:
-            for name, number in seg.segments.items() if seg.path in used else ():
-                if find_label(name, numbers) is None:
-                    numbers[name] = number
-        chosen = choose_segment_values(numbers, data.declared)
-        if chosen:
-            told = ", ".join(f"{name} = {value}" for name, value in chosen.items())
-            data.notes.append(f"label values of the DICOM SEGs, by segment names: {told}")
-        more = {n: (v,) for n, v in chosen.items() if find_label(n, data.declared) is None}
-        data.declared = data.declared | more
-
-    def _declare_masks(self, data: DataSet) -> None:
-        """Liver and tumours of masks have the usual values; where there are none, every one has."""
-        masks = [case.label for case in data.cases if isinstance(case.label, tuple)]
-        names = sorted({name for label in masks for name, _ in label}, key=natural)
-        others = [name for name in names if find_label(name, data.declared) is None]
-        if names and len(others) == len(names):
-            data.declared = {BACKGROUND: (0,), **{n: (i,) for i, n in enumerate(names, 1)}}
-        elif others:
-            told = ", ".join(others[:6]) + " …" * (len(others) > 6)
-            data.notes.append(
-                f"masks of {len(others)} other structures are not used ({told}); name those you "
-                "want: --values liver=1 spleen=2"
-            )
+def leave_own(files: Sequence[Path], notes: list[str], drafts: bool) -> list[Path]:
+    """Return files without those of cases that this program prepared or segmented: label maps that
+    a network made would pass for annotations. `drafts` keeps these label maps. Add a note."""
+    own = set()
+    for file in files:
+        if file.name in ("case.json", f"{file.parent.name}.json"):
+            with suppress(InputError, TypeError):
+                own |= {file.parent} if {"mark", "fingerprint"} & {*read_json(file)} else set()
+    names = {folder / f"{folder.name}_label.nii.gz" for folder in own if drafts}
+    if names:
+        notes.append(f"{len(names)} label maps are drafts of a network, such as {min(names)}")
+    elif own:
+        notes.append(f"left out: {len(own)} cases that this program wrote, such as {min(own)}")
+    return [file for file in files if file.parent not in own or file in names]
 
 
-def is_test(named: Named) -> bool:
-    """Whether a scan belongs to the test cases of a challenge, whose label maps nobody has."""
-    words = {word.lower() for part in named.parts for word in part.split("_")}
-    return bool(words & {"test", "testing"})
+def make_cases(pairing: Pairing) -> list[Case]:
+    """Return cases of pairs, of faults and of what stayed alone, each with a name of its own."""
+    entries: list[tuple[Item, Path | None, Path | Masks | None, tuple[str, ...]]] = [
+        (scan, scan.path, label, ()) for scan, label in pairing.found.items()
+    ]
+    worded = any(scan.kind == "scan" for scan in pairing.found)
+    series = any(scan.form == "series" for scan in pairing.scans)
+    for scan in pairing.free(pairing.scans):
+        words = {word.lower() for part in scan.parts for word in part.split("_")}
+        if scan.dicom:
+            what = f"a series of {scan.dicom.images} images without a label map"
+            pairing.notes.append(f"not used: {show(scan.path)}, {what}")
+        elif not series and (scan.kind == "scan" or not worded) and not words & TEST:
+            entries.append((scan, scan.path, None, ()))
+    entries += [(s[0], s[0].path, labels[0].path, (text,)) for s, labels, text in pairing.faults]
+    keys = {key for scan in pairing.found for key in scan.keys["whole"]}
+    for one in pairing.free(pairing.labels):
+        organs = [s for key, s in one.keys["without structure"].items() if key in keys]
+        if one.form in ("file", "seg") and not any(is_mask(one, organ) for organ in organs):
+            entries.append((one, None, one.path, ()))
+    parts = [spell_item(item) for item, *_ in entries]
+    names = name_apart(parts)
+    if longer := [n for n, p in zip(names, parts, strict=True) if n != make_safe(p[-1])]:
+        pairing.notes.append(
+            f"{len(longer)} cases are told apart by their folders, such as {longer[0]}; where a "
+            "folder is a patient with several scans, name the patients: --patient-pattern"
+        )
+    cases = []
+    for name, (item, image, label, wrong) in zip(names, entries, strict=True):
+        paths = [path for path in (image, *list_paths(label)) if path is not None]
+        bad = [f"{show(p)}: its name is not UTF-8; rename it" for p in paths if show(p) != str(p)]
+        patient = item.dicom.patient if item.dicom else None
+        cases.append(Case(name, name, image, label, (*wrong, *bad), patient_id=patient))
+    return sorted(cases, key=lambda case: natural(case.name))
 
 
-def _find_bad_names(paths: Sequence[Path | None]) -> list[str]:
-    bad = [path for path in paths if path is not None and show_path(path) != str(path)]
-    return [f"{show_path(path)}: its name is not UTF-8; rename it" for path in bad]
+def spell_item(item: Item) -> tuple[str, ...]:
+    """Return what names a case: what remains of its path; where nothing does, its folder."""
+    if item.dicom and item.form == "series" and item.path.is_file():  # beside others in a folder
+        digest = hashlib.sha256(item.dicom.uid.encode()).hexdigest()[:10]
+        return (*item.spelt[:-1], f"series_{digest}")
+    return item.spelt or (item.folders[0].name or "case",)
 
 
-# ---------------------------------------------------------------------------------------
-# The listing
-# ---------------------------------------------------------------------------------------
+def name_apart(parts: Sequence[Sequence[str]]) -> list[str]:
+    """Return a safe name for each path: its last part, with as many folders as tell it from the
+    others; a checksum where only letters' case or forbidden signs do."""
+    taken = [1] * len(parts)
+    while True:
+        names = [make_safe("_".join(p[-n:])) for p, n in zip(parts, taken, strict=True)]
+        count = Counter(name.casefold() for name in names)
+        alike = [index for index, name in enumerate(names) if count[name.casefold()] > 1]
+        longer = [index for index in alike if taken[index] < len(parts[index])]
+        if not longer:
+            break
+        for index in longer:
+            taken[index] += 1
+    for index in alike:
+        mark = hashlib.sha256(f"{parts[index]}{index}".encode("utf-8", "replace"))
+        names[index] = f"{names[index]}_{mark.hexdigest()[:6]}"
+    return names
+
+
+def declare(data: DataSet, segs: Sequence[Item], values: Labels | None) -> None:
+    """Set what the labels are called: by the user, by dataset.json, by SEGs and masks."""
+    if values:
+        data.declared, data.ignore = part_ignored(values, "--values")
+        if 0 not in list_values(data.declared):
+            data.declared = {BACKGROUND: (0,)} | data.declared
+        return
+    known = {seg.path for seg in segs}
+    files = [one.label for one in data.cases if one.label and one.label not in known]
+    described, usual = describe(files, data.source)
+    data.declared, data.ignore = described.labels, described.ignore
+    data.announced = described.announced
+    if usual:
+        data.notes.append(
+            f"no dataset.json describes {show(usual[0])}: {describe_labels(USUAL_LABELS)} are "
+            "assumed; if it has others: --values liver=1 tumour=2"
+        )
+    numbers: dict[str, int] = {}
+    for name, number in (pair for s in segs if s.dicom for pair in s.dicom.segments.items()):
+        if find_label(name, numbers) is None:
+            numbers[name] = number
+    if chosen := choose_segment_values(numbers, data.declared):
+        told = ", ".join(f"{name} = {value}" for name, value in chosen.items())
+        data.notes.append(f"label values of the DICOM SEGs, by segment names: {told}")
+    more = {n: (v,) for n, v in chosen.items() if find_label(n, data.declared) is None}
+    if chosen and not files:  # only names that the SEGs have
+        meant = {BACKGROUND, *map(common_name, chosen)}
+        data.declared = {n: v for n, v in data.declared.items() if common_name(n) in meant}
+    data.declared = data.declared | more
+    names = {name for label in files if isinstance(label, tuple) for name, _ in label}
+    others = sorted((n for n in names if find_label(n, data.declared) is None), key=natural)
+    if described.path is None and names and len(others) == len(names):  # neither liver nor tumours
+        data.declared = {BACKGROUND: (0,), **{n: (i,) for i, n in enumerate(others, 1)}}
+    elif described.path is None and others:
+        data.notes.append(
+            f"masks of {len(others)} other structures are not used ({', '.join(others[:6])} …); "
+            "name those you want: --values liver=1 spleen=2"
+        )
+
+
+def describe_truths(path: Path | Masks) -> Description | None:
+    """Return what describes a label map, beside it or in its header; None where nothing does."""
+    described, usual = describe([path])
+    return described if described.path and not usual else None
 
 
 def describe_data_set(data: DataSet) -> list[str]:
-    """The first lines that a user sees: layout, three pairs, labels, what is unclear or unused."""
-
-    def short(path: Path) -> str:
-        inside = path.is_relative_to(data.source)
-        return show_path(path.relative_to(data.source) if inside else path)
-
-    pairs = [c for c in data.cases if c.image and c.label and not c.faults]
-    lines = [f"{show_path(data.source)}: layout {data.layout}, {len(pairs)} scans with label maps"]
+    """Return the first lines that a user sees: three pairs, labels, what is unclear or unused."""
+    pairs = [case for case in data.cases if case.image and case.label and not case.faults]
+    lines = [f"{show(data.source)}: {len(pairs)} scans with label maps"]
     for case in pairs[:3]:
-        paths = list_paths(case.label)
+        paths = [Path(os.path.relpath(p, data.source)) for p in list_paths(case.label)]
         more = f" and {len(paths) - 1} masks more" if len(paths) > 1 else ""
-        lines.append(f"  {case.name}: {short(case.image or paths[0])} + {short(paths[0])}{more}")
+        image = Path(os.path.relpath(case.image or "", data.source))
+        lines.append(f"  {case.name}: {show(image)} + {show(paths[0])}{more}")
     lines += [f"  and {len(pairs) - 3} more"] * (len(pairs) > 3)
     lines.append(f"labels: {describe_labels(data.declared)}")
     if data.ignore:
-        lines.append(f"not judged: voxels of {', '.join(map(str, data.ignore))}")
+        lines.append(f"unannotated: voxels of {', '.join(map(str, data.ignore))}")
     lines += [f"unclear: {case.name}: {fault}" for case in data.cases for fault in case.faults]
-    if data.announced not in (None, len(pairs)):
-        lines.append(
-            f"warning: dataset.json announces {data.announced} cases; download what is missing"
-        )
+    if (count := data.announced) not in (None, len(pairs)):
+        lines.append(f"warning: dataset.json announces {count} cases; download what is missing")
     if data.unused:
-        example = show_path(data.unused[0])
-        lines.append(f"not used: {len(data.unused)} other volumes, such as {example}")
+        lines.append(f"not used: {len(data.unused)} other volumes, such as {show(data.unused[0])}")
     return lines + data.notes
 
 
-@dataclass
-class Case:
-    """One scan and its label map; None where one is missing."""
-
-    name: str
-    patient: str
-    image: Path | None
-    label: Path | Masks | None  # or (name, mask) of each structure
-    faults: tuple[str, ...] = ()  # why it cannot be used: what is ambiguous, with both paths
-
-
 # ---------------------------------------------------------------------------------------
-# Finding
+# Scans and truths that paths stand for
 # ---------------------------------------------------------------------------------------
 
 
-def find_scans(path: Path) -> list[Path]:
-    """The scans that a path stands for: a file, or a folder's volumes and the DICOM series in and
-    below it, each series once. Raises InputError where there is none."""
-    if not path.is_dir():
-        return [path]
-    try:
-        files = list_plain_files(path)
-        items = find_dicom(list_below(path))
-    except OSError as error:
-        raise InputError(f"{show_path(path)}: cannot be read ({error.strerror})") from error
-    series = [item.path for item in items if not item.is_seg and not item.fault]
-    here = any(item == path or (item.parent == path and item.is_file()) for item in series)
-    volumes = [] if here else keep_volumes(files)  # a label map may lie beside a series' slices
-    if volumes + series:
-        return volumes + sorted(series)
-    if faults := [item.fault for item in items if item.fault]:
-        raise InputError(f"{show_path(path)}: holds no scan that can be read; {faults[0]}")
-    what = "holds only DICOM SEGs, no scan" if items else "holds no scan"
-    raise InputError(
-        f"{show_path(path)}: {what}; expected {', '.join(VOLUME_SUFFIXES)} files or DICOM series"
-    )
+def find_scans(*paths: Path) -> list[Path]:
+    """Return the scans that paths stand for: files; of a folder, the volumes and DICOM series at
+    any depth. Several slices of a series are that series once. Prints what is left out: label maps
+    by their names, and volumes among slices. Raises InputError for a folder without scan.
+    """
+    slices = [path for path in paths if path.is_file() and is_dicom(path)]
+    series: dict[Path, Path] = {}
+    for folder, count in Counter(path.parent for path in slices).items():
+        for item in find_dicom(list_plain_files(folder)) if count > 1 else ():
+            given = [file for file in item.files if file in slices]
+            if len(given) > 1 and not item.is_seg and not item.fault:
+                series |= dict.fromkeys(given, item.path)
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += _find_below(path)
+        elif series.get(path) not in found:
+            found.append(series.get(path, path))
+    return found
 
 
-# ---------------------------------------------------------------------------------------
-# Truths: which belongs to which, and what their values mean
-# ---------------------------------------------------------------------------------------
+def _find_below(folder: Path) -> list[Path]:
+    """Return the volumes, then the series, in and below a folder."""
+    notes: list[str] = []
+    items = find_items(folder, notes)
+    slices = {item.folders[0] for item in items if item.form == "series"}
+    volumes = [item for item in items if item.form in ("file", "series")]
+    scans = [item for item in volumes if item.kind != "label"] or volumes
+    kept = [item for item in scans if item.form == "series" or item.path.parent not in slices]
+    if not kept:
+        what = "holds only DICOM SEGs, no scan" if items else "holds no scan"
+        raise InputError(
+            f"{show(folder)}: {what}; expected {', '.join(VOLUME_SUFFIXES)} files or DICOM series"
+            + "".join(f"; {note}" for note in notes)
+        )
+    if left := [item.path for item in volumes if item not in kept]:
+        notes.append(f"left out: {len(left)} label maps or files among slices, such as {left[0]}")
+    for note in notes:
+        print(f"{show(folder)}: {note}")
+    return [item.path for item in sorted(kept, key=lambda item: item.form == "series")]
+
+
+def name_scans(paths: Sequence[Path], root: Path | None = None) -> list[str]:
+    """Return unique safe case names: the last name, with folders below `root` where it comes twice.
+
+    A name that is only a word of the tables, such as ct or scan, is that of its folder below
+    `root`, as prepare.py has it, unless it has such a neighbour there.
+    """
+    there = os.path.abspath  # a link has its own name, and may lead nowhere
+    top, parts = Path(there(root or os.sep)), []
+    for path in map(Path, map(there, paths)):
+        below = path.relative_to(top) if path.is_relative_to(top) else path
+        parts.append((*below.parts[:-1], name_case(path)))
+    words = {part for part in parts if root and part[:-1] and not read_name(part[-1])[1]}
+    alone = Counter(part[:-1] for part in words)
+    return name_apart([p[:-1] if p in words and alone[p[:-1]] == 1 else p for p in parts])
 
 
 def find_labels(path: Path) -> list[Path]:
-    """The label maps that a path stands for: those of apply_model.py's results, or any volumes."""
-    return sorted(path.glob("*/*_label.nii.gz")) or find_scans(path)
+    """Return the label maps that a path stands for: a file; of a folder, what is called label map
+    (results of apply_model.py too) and SEGs, or if nothing is, all volumes and series."""
+    if not path.is_dir():
+        return [path]
+    notes: list[str] = []
+    items = find_items(path, notes, drafts=True)
+    for note in notes:
+        print(f"{show(path)}: {note}")
+    called = [item.path for item in items if item.kind == "label"]
+    return called or [item.path for item in items] or find_scans(path)
 
 
-def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | None]:
-    """A label map for each scan: of a folder the one of equal name, else one by one."""
-    if len(truth) == 1 and truth[0].is_dir():
-        known = find_labels(truth[0])
-        if len(scans) > 1 or known != [truth[0]]:
-            pairs = pair_by_name(scans, known)
-            missing = [path.name for path, pair in zip(scans, pairs, strict=True) if pair is None]
-            if missing:
-                print(f"{truth[0]}: no label map for {', '.join(missing)}; not evaluated")
-            return pairs
+def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | Masks | None]:
+    """Return a label map for each scan: of a folder, by `pair_by_name`; else one by one."""
+    folder = len(truth) == 1 and truth[0].is_dir()
+    known = find_labels(truth[0]) if folder else []
+    if folder and (len(scans) > 1 or known != list(truth)):
+        pairs = pair_by_name(scans, known)
+        if missing := [path.name for path, pair in zip(scans, pairs, strict=True) if pair is None]:
+            print(f"{truth[0]}: no label map for {', '.join(missing)}; not evaluated")
+        return pairs
     if gone := [path for path in truth if not path.exists()]:
         raise InputError(f"--truth {gone[0]}: no such file or folder; check the path")
     if truth and len(truth) != len(scans):
@@ -873,36 +715,36 @@ def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | Non
     return list(truth) or [None] * len(scans)
 
 
-def describe_truths(path: Path | Masks) -> Description | None:
-    """What the `dataset.json` beside a label map or its folder says; None where there is none."""
-    path = path if isinstance(path, Path) else path[0][1]
-    folders = [path, *path.parents[:2]] if path.is_dir() else path.parents[:2]
-    found = (folder / "dataset.json" for folder in folders)
-    file = next((file for file in found if file.is_file()), None)
-    return None if file is None else read_description(file)
+def pair_by_name(scans: Sequence[Path], truths: Sequence[Path]) -> list[Path | Masks | None]:
+    """Return the label map of each scan by STEPS; None where there is none.
 
-
-def find_description(files: Iterable[Path], cases: Iterable[Path], root: Path) -> Description:
-    """The description that is nearest to the files of the cases, up to `root`; else any one.
-
-    Raises InputError naming two that differ.
+    Raises InputError where a name fits several, and where none fits at all.
     """
-    known = {path.parent: path for path in files if path.name == "dataset.json"}
-    used: dict[Path, None] = {}
-    for folder in {path.parent for path in cases} if known else ():
-        near = next((known[up] for up in (folder, *folder.parents) if up in known), None)
-        if near is not None:
-            used[near] = None
-    read = [read_description(path) for path in sorted(used or known.values())]
-    for other in read[1:]:
-        if (other.labels, other.ignore) != (read[0].labels, read[0].ignore):
-            raise InputError(
-                f"{read[0].path} says {describe_labels(read[0].labels)}, {other.path} says "
-                f"{describe_labels(other.labels)}; prepare one data set at a time, or give "
-                "--values for both"
-            )
-    if not read:
-        return Description()
-    counts = [one.announced for one in read if one.announced is not None]
-    read[0].announced = sum(counts) if counts else None
-    return read[0]
+    if not scans or not truths:
+        return [None] * len(scans)
+    pairing = Pairing(_read_given(scans, "scan"), _read_given(truths, "label")).run()
+    if pairing.faults:
+        raise InputError(pairing.faults[0][-1])
+    if not pairing.found:
+        raise InputError(
+            f"none of {len(truths)} label maps such as {show(truths[0])} is called like one of "
+            f"{len(scans)} scans such as {show(scans[0])}; rename them alike, or give one label "
+            "map per scan in the same order"
+        )
+    for note in pairing.notes:
+        print(note)
+    found = {scan.path: label for scan, label in pairing.found.items()}
+    return [found.get(path) for path in scans]
+
+
+def _read_given(paths: Sequence[Path], kind: Kind) -> list[Item]:
+    """Return items of given paths; of DICOM with the header of one file."""
+    there = [path.absolute() for path in paths]
+    root = Path(os.path.commonpath([path.parent for path in there]))
+    inside = {path: list_plain_files(path) if path.is_dir() else [] for path in paths}
+    first = {path: next(filter(is_dicom, files), path) for path, files in inside.items()}
+    dicom = {item.files[0]: item for item in find_dicom(first.values())}
+    return [
+        replace(item, path=path).with_dicom(dicom.get(first[path]))
+        for path, item in zip(paths, read_paths(there, root, kind), strict=True)
+    ]

@@ -29,7 +29,7 @@ from data.datasets import describe_truths, find_labels, name_scans, pair_truths
 from data.files import InputError, atomic_write, read_record, write_csv, write_json
 from data.labels import BACKGROUND, IGNORED, USUAL_LABELS, Description, find_values, is_tumour
 from data.pictures import class_colour, save_figure
-from data.scans import read_label_map, read_volume
+from data.scans import Masks, read_label_map, read_volume
 from data.settings import Classes, read_settings, run_script, show_progress
 from data.volumes import Volume, enclose, find_bounding_box
 
@@ -405,7 +405,7 @@ class Config:
 def main(config: Config) -> None:
     pairs, rows = find_pairs(config), []
 
-    def do(pair: tuple[str, Path, Path]) -> None:
+    def do(pair: tuple[str, Path, Path | Masks]) -> None:
         name, prediction, truth = pair
         row = evaluate_files(prediction, truth, config)
         rows.append({"case": name, **row, "prediction": str(prediction), "truth": str(truth)})
@@ -418,12 +418,13 @@ def main(config: Config) -> None:
     refuse_failures(failed, len(pairs), "cases")
 
 
-def find_pairs(config: Config) -> list[tuple[str, Path, Path]]:
+def find_pairs(config: Config) -> list[tuple[str, Path, Path | Masks]]:
     """Return (case, prediction, truth) of two files, or of two folders by names."""
     predictions = find_labels(config.predictions)
     truths = pair_truths(predictions, [config.truths])
-    if config.truths.is_dir() and (unused := set(find_labels(config.truths)) - set(truths)):
-        print(f"{len(unused)} truths without prediction, such as {min(unused)}; not evaluated")
+    if config.truths.is_dir() and (unused := {*find_labels(config.truths)} - {*truths}):
+        told = f"{len(unused)} truths without prediction, such as {next(iter(unused))}"
+        print(f"{told}; not evaluated")
     names = name_scans(predictions, config.predictions)
     if all(path.name == f"{path.parent.name}_label.nii.gz" for path in predictions):
         names = [path.parent.name for path in predictions]  # results of apply_model.py
@@ -431,7 +432,7 @@ def find_pairs(config: Config) -> list[tuple[str, Path, Path]]:
     return [(name, path, truth) for name, path, truth in pairs if truth is not None]
 
 
-def evaluate_files(prediction: Path, truth: Path, config: Config) -> dict[str, Any]:
+def evaluate_files(prediction: Path, truth: Path | Masks, config: Config) -> dict[str, Any]:
     """Return `evaluate` of two label maps, on the grid of the truth.
 
     Classes that share values are evaluated one by one; `accuracy` and `mean_iou` are then those of
@@ -444,7 +445,7 @@ def evaluate_files(prediction: Path, truth: Path, config: Config) -> dict[str, A
     if missing := set(asked) - set(theirs):
         raise InputError(f"--predicted: lacks {', '.join(sorted(missing))}; name them too")
     try:
-        grid = read_volume(truth)
+        grid = read_volume(truth if isinstance(truth, Path) else prediction)
     except InputError:  # a DICOM SEG lies on the grid of the prediction
         grid = read_volume(prediction)
     names = [name for name in asked if asked[name] != (0,)]

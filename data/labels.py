@@ -1,35 +1,37 @@
-"""What the values of a label map mean: names, synonyms, classes, tumours. Names decide, not values.
+"""Names and values of labels: synonyms, classes, tumours, and the files that declare them.
 
-`Labels` maps a name to the raw values that stand for it: of a data set, one entry per label that it
-declares; of a network, one per class, in the order of its channels.
+Names are matched, not values. `Labels` maps a name to the raw values that stand for it: one entry
+per label that a data set declares, or one per class of a network in the order of its channels.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # names of labels need no arrays, and `--help` no numpy
-    import numpy as np
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data.files import InputError, read_json
+from data.files import InputError, read_json, show_path
+
+if TYPE_CHECKING:  # names of labels need no arrays, and `--help` no numpy
+    import numpy as np
 
 Labels = dict[str, tuple[int, ...]]
+Masks = tuple[tuple[str, Path], ...]  # name of a structure, its file, series or stack of PNGs
 
 IMAGE, LABEL, PRED = "image", "label", "pred"  # dictionary keys, as in MONAI
 BACKGROUND = "background"
-IGNORED = 255  # class index of voxels that nobody judged: no loss and no metric counts them
+IGNORED = 255  # class index of unannotated voxels: no loss and no metric counts them
 LARGEST_VALUE = 65535  # of a label map
 # What is assumed of label maps that nothing describes: the values of LiTS and Decathlon Task03.
 USUAL_LABELS: Labels = {BACKGROUND: (0,), "liver": (1,), "tumour": (2,)}
-# What is learnt by default: a tumour is liver too. The data give the values of these names.
+# The default classes: a tumour is liver too. The data give the values of these names.
 LIVER_WITH_TUMOURS: dict[str, tuple[str, ...]] = {"liver": ("liver", "tumour")}
-
-FOREGROUND = ("liver", "tumour")  # what must not be lost where nothing else is asked for
+FOREGROUND = ("liver", "tumour")  # labels that must not be lost, by default
+# Errors of the check that `--accept` takes as warnings.
+ACCEPTABLE = Literal["outside", "outline", "empty", "hu", "identity", "turned", "left_right"]
 
 # Words that mean the same; a name is compared word by word.
 SYNONYMS = {
@@ -41,26 +43,25 @@ SYNONYMS = {
     BACKGROUND: ("background", "clear", "exterior", "unlabeled", "unlabelled"),
 }  # fmt: skip
 WORD = {word: name for name, words in SYNONYMS.items() for word in words}
+SAYS_NOTHING = {"whole", "total", "entire", "complete", "roi", "mask", "segmentation", "contour"}
+RUN_TOGETHER = re.compile(rf"\b(liver|hepatic)(?=(?:{'|'.join(WORD)})\b)")  # livertumor
 
 
 def name_words(name: str) -> list[str]:
-    """`"Liver_Tumor 01"` → `["liver", "tumour"]`: in small letters, without numbers, synonyms one.
+    """Return the words of a name in small letters, each synonym as one word, without numbers.
 
-    Words that run together are parted where one of the table begins the name: `livertumor02`.
+    `Liver_Tumor 01` and `livertumor02` give ["liver", "tumour"], `Whole liver` gives ["liver"].
     """
-    words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
-    parted: list[str] = []
-    for word in words:
-        heads = (w for w in ("liver", "hepatic") if word.startswith(w) and word != w)
-        head: str = next(heads, "")
-        parted += [head, word.removeprefix(head)] if word.removeprefix(head) in WORD else [word]
-    return list(dict.fromkeys(WORD.get(word, word) for word in parted if word))
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])|[\W\d_]+", " ", name).lower()
+    words = RUN_TOGETHER.sub(r"\1 ", parted).split()
+    words = [word for word in words if word not in SAYS_NOTHING] or words
+    return list(dict.fromkeys(WORD.get(word, word) for word in words))
 
 
 def common_name(name: str) -> str:
-    """The name under which synonyms meet: `Hepatic Lesion` and `livertumor02` are both `tumour`.
+    """Return the name that synonyms share: `Hepatic Lesion`, `livertumor02` → `tumour`.
 
-    Numbers count where they tell things apart that have no synonyms: `vertebra 1`, `vertebra 2`.
+    Numbers count where no word has a synonym: `vertebra 1` is not `vertebra 2`.
     """
     words = name_words(name)
     if set(words) == {"liver", "tumour"}:
@@ -71,13 +72,13 @@ def common_name(name: str) -> str:
 
 
 def is_tumour(name: str) -> bool:
-    """Whether a class is a tumour by its name: many pieces, inside the organ named before it."""
+    """Return whether a name means tumours: many components, inside the organ named before them."""
     return "tumour" in name_words(name) or "metasta" in name.lower()
 
 
 def find_label(name: str, labels: Iterable[str]) -> str | None:
-    """The label of `labels` that `name` means: spelt the same, else in other letters, else by
-    synonyms; None where none or several do."""
+    """Return the one of `labels` that `name` means: spelt the same, else in other letters, else a
+    synonym. Return None where none or several do."""
     names = list(labels)
     for spell in (str, str.lower, common_name):
         found = [other for other in names if spell(other) == spell(name)]
@@ -86,10 +87,44 @@ def find_label(name: str, labels: Iterable[str]) -> str | None:
     return None
 
 
-def find_values(words: Sequence[str], declared: Labels, setting: str) -> tuple[int, ...]:
-    """Raw values of some names (or values, as numbers) of a data set's labels.
+def group_tumours(names: Sequence[str]) -> dict[int, list[int]]:
+    """Return the class index of each organ → those of its tumours, which follow it in `names`."""
+    organs: dict[int, list[int]] = {}
+    for index, name in enumerate(names, start=1):
+        if is_tumour(name) and organs:
+            organs[max(organs)].append(index)
+        elif not is_tumour(name):
+            organs[index] = []
+    return organs
 
-    Raises InputError, which lists what there is, for a name or value that `declared` lacks.
+
+def as_labels(content: Mapping[str, int | Sequence[int]]) -> Labels:
+    """Return `Labels` of JSON: a value or a list of values for each name."""
+    return {
+        str(name): tuple(map(int, [v] if isinstance(v, int) else v)) for name, v in content.items()
+    }
+
+
+def as_plain(labels: Labels) -> dict[str, int | list[int]]:
+    """Return `Labels` for JSON: one value as a number, several as a list."""
+    return {name: v[0] if len(v) == 1 else list(v) for name, v in labels.items()}
+
+
+def describe_labels(labels: Labels) -> str:
+    """Return `background = 0; liver = 1, 2` for messages."""
+    pairs = (f"{name} = {', '.join(map(str, values))}" for name, values in labels.items())
+    return "; ".join(pairs)
+
+
+def list_values(labels: Labels) -> list[int]:
+    """Return all declared raw values in order."""
+    return sorted({value for values in labels.values() for value in values})
+
+
+def find_values(words: Sequence[str], declared: Labels, setting: str) -> tuple[int, ...]:
+    """Return the raw values of some names (or values, as numbers) of a data set's labels.
+
+    Raises InputError, which lists the labels, for a name or value that `declared` lacks.
     """
     values: list[int] = []
     known = {value for some in declared.values() for value in some}
@@ -104,17 +139,53 @@ def find_values(words: Sequence[str], declared: Labels, setting: str) -> tuple[i
     return tuple(dict.fromkeys(values))
 
 
-def resolve_classes(asked: Mapping[str, Sequence[str]], declared: Labels) -> Labels:
-    """Class name → raw values, background first, of class name → names (or values) of labels.
+def parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return name → parts of words such as `liver=liver,tumour`; NAME alone is NAME=NAME."""
+    pairs = (word.partition("=") for word in words)
+    return {name: tuple((values or name).split(",")) for name, _, values in pairs}
 
-    LIVER_WITH_TUMOURS, the default, takes tumours as far as the data declare them; a name that was
-    asked for by hand and is not there is an error.
+
+def parse_values(
+    words: Sequence[str], setting: str, declared: Labels | None = None, overlap: bool = False
+) -> Labels:
+    """Return name → raw values of words such as `liver=1,2`, without the background.
+
+    Names that `declared` has may stand for values; with `overlap` a value may have several names.
+    Raises InputError for another form and for values that contradict `declared`.
+    """
+    known, found = declared or {}, {}
+    for name, parts in parse_words(words).items():
+        word = f"{setting} {name}={','.join(parts)}"
+        given = {part: (int(part),) for part in parts if part.isdecimal()}
+        if not name or name.isdigit() or (declared is None and len(given) < len(parts)):
+            raise InputError(f"{word}: must be NAME=VALUE or NAME=VALUE,VALUE")
+        found[name] = find_values(parts, known | given, setting)
+        if (label := find_label(name, known)) and not {*found[name]} & {*known[label]}:
+            raise InputError(
+                f"{word}: contradicts the data, which declare {describe_labels(known)}"
+            )
+    found = {n: v for n, v in found.items() if v != (0,) or common_name(n) != BACKGROUND}
+    values = [value for some in found.values() for value in some]
+    twice = not overlap and len(values) > len(set(values))
+    if twice or 0 in values or max(values, default=0) > LARGEST_VALUE:
+        raise InputError(
+            f"{setting} {' '.join(words)}: 0 is the background, and each value from 1 to "
+            f"{LARGEST_VALUE} has one name; correct it"
+        )
+    return found
+
+
+def resolve_classes(asked: Mapping[str, Sequence[str]], declared: Labels) -> Labels:
+    """Return class name → raw values, background first, of class name → names (or values).
+
+    LIVER_WITH_TUMOURS, the default, takes tumours only if the data declare them. Raises InputError
+    for another name that the data lack, and for a label in two classes.
     """
     if dict(asked) == LIVER_WITH_TUMOURS and find_label("tumour", declared) is None:
         asked = {"liver": ("liver",)}
     classes = {name: find_values(words, declared, "--labels") for name, words in asked.items()}
-    several = [v for v in list_values(classes) if sum(v in c for c in classes.values()) > 1]
-    if several or 0 in list_values(classes):
+    values = [value for some in classes.values() for value in some]
+    if 0 in values or len(values) > len(set(values)):
         raise InputError(
             f"--labels: {describe_labels(classes)}: each label belongs to one class, and the value "
             "0 to the background; correct it"
@@ -122,46 +193,21 @@ def resolve_classes(asked: Mapping[str, Sequence[str]], declared: Labels) -> Lab
     return {BACKGROUND: (0,)} | classes
 
 
-def as_labels(content: Mapping[str, int | Sequence[int]]) -> Labels:
-    """Labels as they stand in JSON (a value or a list of values for each name)."""
-    return {
-        str(name): tuple(map(int, [v] if isinstance(v, int) else v)) for name, v in content.items()
-    }
+def is_label_map(array: np.ndarray) -> bool:
+    """Return whether voxels are label values: whole numbers from 0 to 255, at most 32 of them."""
+    import numpy as np
 
-
-def as_plain(labels: Labels) -> dict[str, int | list[int]]:
-    """`Labels` for JSON: one value as a number, several as a list."""
-    return {name: v[0] if len(v) == 1 else list(v) for name, v in labels.items()}
-
-
-def describe_labels(labels: Labels) -> str:
-    """`background = 0, liver = 1, 2` for messages."""
-    pairs = (f"{name} = {', '.join(map(str, values))}" for name, values in labels.items())
-    return "; ".join(pairs)
-
-
-def list_values(labels: Labels) -> list[int]:
-    """All raw values that are declared, in order."""
-    return sorted({value for values in labels.values() for value in values})
-
-
-def group_tumours(names: Sequence[str]) -> dict[int, list[int]]:
-    """Class index of each organ → those of the tumours in it, which follow it in `names`."""
-    organs: dict[int, list[int]] = {}
-    for index, name in enumerate(names, start=1):
-        if is_tumour(name) and organs:
-            organs[max(organs)].append(index)
-        elif not is_tumour(name):
-            organs[index] = []
-    return organs
+    in_range = array.size and array.min() >= 0 and array.max() <= 255
+    values: Any = np.unique(array.astype(np.uint8))[:32] if in_range else []
+    return bool(np.isin(array, values).all()) and bool(array.size)
 
 
 def index_classes(
     array: np.ndarray, classes: Mapping[str, Sequence[int]], ignore: Sequence[int] = ()
 ) -> np.ndarray:
-    """Raw label values (X, Y, Z) → class indices uint8 in the order of `classes`; others are 0.
+    """Return class indices (X, Y, Z) uint8 of raw label values, in the order of `classes`.
 
-    Values of `ignore` become IGNORED: not known, neither class nor background.
+    Values of `ignore` become IGNORED (unannotated), all others 0.
     """
     import numpy as np
 
@@ -171,19 +217,14 @@ def index_classes(
         for value in values if index else ():
             if value < len(table):
                 table[value] = index
-    if array.dtype != np.uint8:
-        return np.take(table, array)
-    order: Literal["F", "C"] = "F" if array.flags.f_contiguous else "C"
-    # 8 times as fast as np.take
-    content = bytearray(array.tobytes(order)).translate(table[:256].tobytes())
-    return np.frombuffer(content, np.uint8).reshape(array.shape, order=order)
+    return table[array]
 
 
 def translate_classes(classes: Labels, own: Labels, declared: Labels) -> Labels:
-    """Classes that have the values of one data set (`own`) in the values of another one.
+    """Return classes, given in the values of one data set (`own`), in the values of another one.
 
-    Names decide, not values: liver = 1 and 2 there is liver = 6 and tumour = 7 here. Raises
-    InputError where the first class after the background is not declared here.
+    Names are matched: liver = 1 and 2 there is liver = 6 and tumour = 7 here. Raises InputError
+    where the first class after the background is not declared here.
     """
     if declared == own:
         return classes
@@ -203,85 +244,164 @@ def translate_classes(classes: Labels, own: Labels, declared: Labels) -> Labels:
     return translated
 
 
-EXPECTED_LABELS = (
-    '"labels" as Decathlon {"1": "liver", "2": "tumour"} or nnU-Net {"liver": 1, "tumour": 2} has '
-    "them"
-)
+DESCRIBING = ("dataset.json", "datastore_v2.json")  # files; the latter is MONAI Label's
 
 
 @dataclass
 class Description:
-    """What a `dataset.json` says of its label maps."""
+    """What a file says of the values of label maps."""
 
     labels: Labels = field(default_factory=lambda: dict(USUAL_LABELS))
-    ignore: tuple[int, ...] = ()  # values of voxels that nobody judged
+    ignore: tuple[int, ...] = ()  # values of unannotated voxels
     announced: int | None = None  # cases there should be
-    path: Path | None = None
+    path: Path | None = None  # None: the usual values are assumed
 
 
-def read_description(path: Path) -> Description:
-    """Labels of a `dataset.json` of Decathlon or nnU-Net (1 or 2, also with regions).
+def describe(
+    labels: Iterable[Path | Masks], source: Path | None = None
+) -> tuple[Description, list[Path]]:
+    """Return what describes label maps, and the label maps that nothing describes.
 
-    Raises InputError with the expected form where it has another.
+    The segments in a .seg.nrrd do, and the nearest of DESCRIBING above a label map, up to `source`,
+    else in two folders. It never reaches a neighbouring set: that has USUAL_LABELS. Raises
+    InputError where a name has two values or a value two names.
     """
-    content = read_json(path)
+    nearest = cache(_look)
+    told: dict[str, Description] = {}
+    usual: list[Path] = []
+    for label in labels:
+        path, plain = list_paths(label)[0], isinstance(label, Path)
+        inside = source and path.is_relative_to(source)
+        depth = len(path.parents) - len(source.parents) if source and inside else 2
+        near = next(filter(None, map(nearest, path.parents[:depth])), None)
+        own = read_description(path) if plain and path.suffix.lower() == ".nrrd" else None
+        told |= {show_path(one.path): one for one in (near, own) if one and one.path}
+        usual += [path] if plain and not near and not own else []
+    if usual or not told:
+        place = show_path(usual[0]) if usual else ""
+        told[f"{place}, which no dataset.json describes,"] = Description()
+    facts: dict[str | int, object] = {}
+    total = Description({}, path=next(iter(told.values())).path)
+    for one in told.values():
+        named = {common_name(n): v for n, v in (one.labels | {"ignore": one.ignore}).items() if v}
+        mine = named | {value: name for name, values in named.items() for value in values}
+        if any(facts.setdefault(key, fact) != fact for key, fact in mine.items()):
+            said = {describe_labels(other.labels): where for where, other in told.items()}
+            differ = ", ".join(f"{where} says {text}" for text, where in said.items())
+            raise InputError(f"{differ}; prepare one data set at a time, or give --values for both")
+        total.labels |= {n: v for n, v in one.labels.items() if find_label(n, total.labels) is None}
+        total.ignore += tuple(value for value in one.ignore if value not in total.ignore)
+        if one.announced is not None:
+            total.announced = (total.announced or 0) + one.announced
+    return total, usual
+
+
+def _look(folder: Path) -> Description | None:
+    """Return what a file of DESCRIBING in a folder says, if there is one."""
+    files = [file for name in DESCRIBING if (file := folder / name).is_file()]
+    return next(filter(None, map(read_description, files)), None)
+
+
+def read_description(path: Path) -> Description | None:
+    """Return what a file says of label values; None if a .nrrd or a datastore says nothing.
+
+    Reads a `dataset.json` of Decathlon or nnU-Net (1 or 2, with regions too), the `label_info` in
+    MONAI Label's `datastore_v2.json` and the segments in the header of a `.nrrd` (3D Slicer's
+    .seg.nrrd). Raises InputError with the expected form where it has another.
+    """
+    content: Any = {"labels": {}}
+    if path.suffix.lower() != ".nrrd":
+        content = read_json(path)
     try:
+        if path.name != "dataset.json":
+            entries: dict[str, list[int]] = {}
+            for name, value in _list_segments(path, content):
+                entries.setdefault(str(name), []).append(value)
+            if not entries:
+                return None
+            content = {"labels": entries}
         found = _read_labels(content["labels"])
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path}: must have {EXPECTED_LABELS}, got {type(error).__name__}: {error}; correct "
-            "it, or remove it to use background 0, liver 1, tumour 2"
+            f'{path}: must have "labels" as Decathlon {{"1": "liver"}} or nnU-Net {{"liver": 1}}, '
+            f"got {type(error).__name__}: {error}; correct it, or remove it to use background 0, "
+            "liver 1, tumour 2"
         ) from error
-    ignore = tuple(v for name in list(found) if name.lower() == "ignore" for v in found.pop(name))
-    labels = _name_regions(found)
-    both = set(ignore) & {value for some in labels.values() for value in some}
-    if both or 0 in ignore:
-        raise InputError(f"{path}: {sorted(both) or 0} is to be ignored and is a label too; choose")
+    found, ignore = part_ignored(found, str(path))
+    labels = _name_regions(found, path)
     if (zero := next((n for n, v in labels.items() if 0 in v), None)) is None:
         labels = {BACKGROUND: (0,)} | labels
     elif len(labels[zero]) > 1:
         raise InputError(f"{path}: {zero} must be 0 alone, got {labels[zero]}; correct it")
     announced = content.get("numTraining")
-    whole = isinstance(announced, int) and not isinstance(announced, bool)
-    return Description(labels, ignore, announced if whole else None, path)
+    return Description(labels, ignore, announced if type(announced) is int else None, path)
+
+
+def _list_segments(path: Path, content: Any) -> Iterator[tuple[str, int]]:
+    """Yield (name, value) of a .nrrd's segments, or of each `label_info` within JSON."""
+    if path.suffix.lower() == ".nrrd":
+        with path.open("rb") as stream:
+            head = re.split(rb"\r?\n\r?\n", stream.read(1 << 20))[0].decode("utf-8", "replace")
+        values = dict(re.findall(r"^Segment(\d+)_LabelValue:=(\d+)", head, re.MULTILINE))
+        for number, name in re.findall(r"^Segment(\d+)_Name:=(.*?)\r?$", head, re.MULTILINE):
+            yield name, int(values.get(number, 1))
+        return
+    parts = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, part in parts:
+        if key == "label_info":
+            yield from ((entry["name"], entry["idx"]) for entry in part)
+        elif isinstance(part, dict | list):
+            yield from _list_segments(path, part)
 
 
 def _read_labels(entries: dict[str, Any]) -> Labels:
-    """Name → values of either form; several values of one name are one label."""
-
-    def number(value: Any) -> int:
-        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-            raise ValueError(f"{value!r} is no label value")
-        if not 0 <= int(value) <= LARGEST_VALUE:
-            raise ValueError(f"label values must be 0 to {LARGEST_VALUE}, got {value}")
-        return int(value)
-
+    """Return name → values of either form; several values of one name are one label."""
     found: dict[str, tuple[int, ...]] = {}
     by_value = all(str(key).strip().isdigit() for key in entries)
     for key, content in entries.items():
         if by_value and not isinstance(content, str):
             raise ValueError(f"the name of {key} must be a text, got {content!r}")
-        listed = content if isinstance(content, list) else [content]
-        values = [key] if by_value else listed
         name = str(content if by_value else key)
-        found[name] = tuple(sorted({*found.get(name, ()), *map(number, values)}))
-        if not found[name]:
+        for value in [key] if by_value else content if isinstance(content, list) else [content]:
+            whole = re.fullmatch(r"(\d{1,5})(\.0)?", str(value).strip())
+            if not whole or int(whole[1]) > LARGEST_VALUE:
+                raise ValueError(f"label values must be 0 to {LARGEST_VALUE}, got {value!r}")
+            found[name] = tuple(sorted({*found.get(name, ()), int(whole[1])}))
+        if name not in found:
             raise ValueError(f"{name} has no value")
     if not set(sum(found.values(), ())) - {0}:
         raise ValueError("no label beside the background")
     return found
 
 
-def _name_regions(found: Labels) -> Labels:
-    """Regions overlap (liver [1, 2], tumour [2]): the smallest that has a value names it."""
+def part_ignored(labels: Labels, where: str) -> tuple[Labels, tuple[int, ...]]:
+    """Return labels without the name "ignore", and its values: voxels that are unannotated."""
+    kept = {name: values for name, values in labels.items() if name.lower() != "ignore"}
+    ignore = tuple(v for name, values in labels.items() if name not in kept for v in values)
+    if set(ignore) & {0, *list_values(kept)}:
+        raise InputError(
+            f"{where} ignore={','.join(map(str, ignore))}: 0 is the background, and the value of a "
+            "label is annotated; give unannotated voxels a value of their own"
+        )
+    return kept, ignore
+
+
+def _name_regions(found: Labels, path: Path) -> Labels:
+    """Return labels that share no value: of regions that overlap (liver [1, 2], tumour [2]) the
+    smallest that has a value names it."""
     owner: dict[int, str] = {}
     for name, values in sorted(found.items(), key=lambda item: len(item[1])):
         for value in values:
             if value in owner and len(found[owner[value]]) == len(values):
                 raise InputError(
-                    f"dataset.json: {owner[value]} and {name} both have the value {value}; each "
-                    "value needs one name"
+                    f"{path}: {owner[value]} and {name} both have the value {value}; each value "
+                    "needs one name"
                 )
             owner.setdefault(value, name)
     labels = {n: tuple(v for v in values if owner[v] == n) for n, values in found.items()}
     return {name: values for name, values in labels.items() if values}
+
+
+def list_paths(label: Path | Masks | None) -> list[Path]:
+    """Return the paths of a label map, or of the masks that make one."""
+    return [path for _, path in label] if isinstance(label, tuple) else [label] if label else []

@@ -1,7 +1,6 @@
-"""Which patient goes into which split: drawn, in folds, or as given; never one in two of them.
+"""Assign patients to splits and folds, drawn or as given; read split files and prepared data.
 
-`config` has the settings of `prepare.Config` that are named here. Below: what training asks of the
-splits of prepared data.
+`config` has the settings of `prepare.Config` that are named here. A patient is never in two splits.
 """
 
 from __future__ import annotations
@@ -9,33 +8,118 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
-from data.datasets import Case, name_files
-from data.files import InputError, read_csv, read_json, show_path
-from data.labels import (
-    IMAGE,
-    LABEL,
-    Labels,
-    as_labels,
-)
+from data.datasets import Case, read_paths
+from data.files import InputError, make_safe, read_csv, read_json, show_path
+from data.labels import IMAGE, LABEL, Description, Labels, as_labels
+from data.scans import restore_label
 from data.settings import check_types, is_first_process
+
+SPLITS = ("training", "validation", "test")
+SPLIT_WORDS = {
+    "training": "training", "train": "training", "validation": "validation", "val": "validation",
+    "valid": "validation", "test": "test", "testing": "test",
+}  # fmt: skip
+# PatientIDs that say nobody.
+NOBODY = {"", "anonymous", "anonymized", "anonymised", "anon", "unknown", "none", "patient"}
+# --patient-pattern → how many different ends follow the patient: dates, or counters and words.
+PATTERNS = {
+    r"^(.+?)[_-](?:19|20)\d\d[_-]?\d\d[_-]?\d\d$": 10**6,
+    r"^(.+?)[_-][a-zA-Z]*\d{1,2}$": 5,
+    r"^(.*\d)[_-]?[a-zA-Z]+$": 5,
+    r"^(.*\d\d)\d\d$": 5,
+}
+# Entries of dataset.json that training reads, and their types; of each sub-volume likewise.
+PREPARED_SCHEMA = 1
+PREPARED = {"labels": dict, "settings": dict, "subvolume_depth": int, "subvolumes": list}
+SUBVOLUME = {
+    "case": str, "split": str, IMAGE: str, LABEL: str, "first_slice": int, "shape": list,
+    "spacing_mm": list, "voxels_per_label": dict,
+}  # fmt: skip
+
+
+def name_patients(cases: Sequence[Case], config: Any) -> None:
+    """Set the patient of each case: from --patients, --patient-pattern or PatientIDs.
+
+    A PatientID of NOBODY, or one ID of all scans, is none: each case is a patient then. Prints
+    this, and whether case names look like several scans of a patient.
+    """
+    if config.patients:
+        table = read_patients(config.patients)
+        if missing := [case.name for case in cases if case.name not in table]:
+            raise InputError(f"{config.patients}: has no row for {', '.join(missing)}; add them")
+    ids = [None if case.patient_id is None else case.patient_id.strip() for case in cases]
+    same = len(cases) > 1 and len(set(ids)) == 1
+    nobody = [one for one in ids if one is not None and (same or one.lower() in NOBODY)]
+    first: dict[str, str] = {}
+    for case, one in zip(cases, ids, strict=True):
+        if config.patients:
+            case.patient = table[case.name]
+        elif config.patient_pattern:
+            match = re.search(config.patient_pattern, case.name)
+            if not match or not match.groups() or match[1] is None:
+                raise InputError(
+                    f"--patient-pattern {config.patient_pattern}: finds no group in {case.name}; "
+                    r"give a pattern like (patient_\d+) that fits every case"
+                )
+            case.patient = match[1]
+        elif one and one not in nobody:
+            case.patient = first.setdefault(one, case.name)
+    if config.patients or config.patient_pattern:
+        return
+    if len(nobody) > 1:
+        shown = f'"{nobody[0]}"' if nobody[0].lower() in NOBODY else "the same"
+        print(
+            f"{len(nobody)} series have {shown} as PatientID, which tells no patients apart: each "
+            "is a patient of its own; else give --patients or --patient-pattern"
+        )
+    if not first and (pattern := guess_pattern([case.name for case in cases])):
+        print(
+            f"case names such as {cases[0].name} look like several scans of one patient; if they "
+            f"are, keep them in one split: --patient-pattern '{pattern}'"
+        )
+
+
+def guess_pattern(names: Sequence[str]) -> str | None:
+    """Return the --patient-pattern by which most patients have two to five scans, and none more."""
+    for pattern, most in PATTERNS.items():
+        found = [match for name in names if (match := re.search(pattern, name))]
+        scans = Counter(match[1] for match in found)
+        ends = {match.string[match.end(1) :] for match in found}
+        several = sum(count > 1 for count in scans.values())
+        few = len(ends) <= most and max(scans.values(), default=0) <= 5
+        if len(found) == len(names) and few and 2 * several > len(scans) > 1:
+            return pattern
+    return None
+
+
+def read_patients(path: Path) -> dict[str, str]:
+    """Return case → patient of a CSV with the columns case,patient, also as Excel writes it."""
+    table: dict[str, str] = {}
+    for row in read_csv(path, ("case", "patient")):
+        case, patient = ((row[key] or "").strip() for key in ("case", "patient"))
+        if not case or not patient:
+            raise InputError(f"{show_path(path)}: a row lacks case or patient: {row}; fill it in")
+        if table.setdefault(case, patient) != patient:
+            raise InputError(f"{show_path(path)}: gives {case} two patients; keep one row")
+    return table
 
 
 def split_patients(records: Sequence[dict[str, Any]], config: Any) -> dict[str, str]:
-    """Patient → "training", "validation" or "test"; drawn from seed and names alone.
+    """Return patient → "training", "validation" or "test"; drawn from seed and names alone.
 
     Rounding: largest remainder, in a tie the earlier split; a split with a fraction above 0 gets at
     least one patient. So 130 patients at 70/15/15 give 91 / 20 / 19.
     """
     if config.split:
-        return given_split(records, config.split)
-    names = {record["patient"] for record in records}
-    patients = sorted(names, key=lambda name: seeded(config.seed, name))
+        return _take_split(records, config.split)
+    patients = _order_patients(records, config)
     if config.folds:
         if not 2 <= config.folds <= len(patients):
             raise InputError(
@@ -64,14 +148,33 @@ def split_patients(records: Sequence[dict[str, Any]], config: Any) -> dict[str, 
 
 
 def divide_patients(records: Sequence[dict[str, Any]], config: Any) -> dict[str, int]:
-    """Patient → fold, from 0, all about equally large; empty without --folds."""
-    names = {record["patient"] for record in records} if config.folds else set()
-    patients = sorted(names, key=lambda name: seeded(config.seed, name))
+    """Return patient → fold, from 0, all about equally large; empty without --folds."""
+    patients = _order_patients(records, config) if config.folds else []
     return {name: place % config.folds for place, name in enumerate(patients)}
 
 
-def given_split(records: Sequence[dict[str, Any]], path: Path) -> dict[str, str]:
-    """Patient → split from JSON: see `read_split`."""
+def _order_patients(records: Sequence[dict[str, Any]], config: Any) -> list[str]:
+    names = {record["patient"] for record in records}
+    return sorted(names, key=lambda name: seeded(config.seed, name))
+
+
+def seeded(seed: int, name: str) -> float:
+    """Return a number in [0, 1) of seed and name alone: the same on every machine."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def refuse_no_validation(split: dict[str, str], config: Any) -> None:
+    """Raise InputError if no patient validates and the user wants some."""
+    if config.validation > 0 and "validation" not in split.values():
+        raise InputError(
+            f"{config.split or 'the split'}: puts no patient into validation, which chooses the "
+            "checkpoint; name some, or give --training 1 --validation 0 --test 0"
+        )
+
+
+def _take_split(records: Sequence[dict[str, Any]], path: Path) -> dict[str, str]:
+    """Return patient → split from JSON: see `read_split`."""
     where = read_split(path, [r[key] for r in records for key in ("case", "patient")])
     split: dict[str, str] = {}
     for record in records:
@@ -86,50 +189,100 @@ def given_split(records: Sequence[dict[str, Any]], path: Path) -> dict[str, str]
     return split
 
 
-def refuse_no_validation(split: dict[str, str], config: Any) -> None:
-    """Training needs patients that choose its checkpoint, unless the user wants none."""
-    if config.validation > 0 and "validation" not in split.values():
+def read_split(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return case or patient of `names` → "training", "validation" or "test".
+
+    Reads lists of names under these words, nnU-Net's `splits_final.json` (fold 0) and MONAI's lists
+    ({"training": [{"image": …}]}; `fold` 0 is the validation). Other names are left out. Raises
+    InputError for other content and for a name in two splits.
+    """
+    content = read_json(path)
+    if isinstance(content, list) and content and isinstance(content[0], dict):
+        print(f"{path}: nnU-Net's folds; fold 0 of {len(content)} is taken")
+        content = content[0]
+    expected = f"{path}: must be JSON with lists of cases under {', '.join(SPLITS)}"
+    if not isinstance(content, dict):
+        raise InputError(f"{expected}, got {type(content).__name__}")
+    lists = {key: value for key, value in content.items() if isinstance(value, list)}
+    described = any(isinstance(e, dict) for value in lists.values() for e in value)
+    odd = [key for key in lists if key not in SPLIT_WORDS]
+    if not set(lists) & set(SPLIT_WORDS) or (odd and not described):
+        raise InputError(f"{expected}, got {', '.join(map(str, content)) or 'nothing'}")
+    known: dict[str, set[str]] = {}
+    for name in names:
+        known.setdefault("_".join(_split_path(name)), set()).add(name)
+    split: dict[str, str] = {}
+    for key in lists.keys() & SPLIT_WORDS.keys():
+        for entry in lists[key]:
+            where = SPLIT_WORDS[key]
+            if isinstance(entry, dict):
+                where = "validation" if entry.get("fold") == 0 and where == "training" else where
+                entry = entry.get("image", entry.get("label"))
+                entry = entry[0] if isinstance(entry, list) and entry else entry
+            if not isinstance(entry, str):
+                raise InputError(f"{expected}, got {str(entry)[:60]!r} under {key}")
+            for name in {entry} & {*names} or _match_path(entry, known):
+                if split.setdefault(name, where) != where:
+                    raise InputError(f"{path}: names {name} in two splits; keep it in one")
+    return split
+
+
+def _split_path(text: str) -> tuple[str, ...]:
+    """Return what remains of a path's parts without words of scans and label maps, and `_0000`."""
+    names = re.sub(r"_0000(?=\.|$)", "", text.replace("\\", "/")).split("/")
+    (item,) = read_paths([Path(os.sep, *names)], Path(os.sep))
+    return item.parts
+
+
+def _match_path(text: str, known: dict[str, set[str]]) -> set[str]:
+    """Return the name that a file's path stands for: by as many of its last parts as are known."""
+    parts = _split_path(text)
+    found = (known.get("_".join(parts[first:]), set()) for first in range(len(parts)))
+    names = next(filter(None, found), set())
+    if len(names) > 1:
+        raise InputError(f"{text}: may be {' or '.join(sorted(names))}; write the case's name")
+    return names
+
+
+# ---------------------------------------------------------------------------------------
+# Prepared data, as training asks for them
+# ---------------------------------------------------------------------------------------
+
+
+def read_prepared(folder: Path) -> dict[str, Any]:
+    """Return the verified `dataset.json` of a folder that prepare.py has completed.
+
+    Raises InputError where it is missing, of another version, or not as prepare.py writes it.
+    """
+    path, remedy = folder / "dataset.json", "prepare the data again"
+    if not path.is_file():
         raise InputError(
-            f"{config.split or 'the split'}: puts no patient into validation, which chooses the "
-            "checkpoint; name some, or give --training 1 --validation 0 --test 0"
+            f"{path}: not found; it is written last by prepare.py, so {folder} is not (completely) "
+            "prepared; run `python prepare.py SOURCE` with this folder as --destination"
         )
-
-
-def name_patients(cases: list[Case], config: Any) -> None:
-    """Set the patient of each case from --patients or --patient-pattern."""
-    if config.patients:
-        table = read_patients(config.patients)
-        if missing := [case.name for case in cases if case.name not in table]:
-            raise InputError(f"{config.patients}: has no row for {', '.join(missing)}; add them")
-        for case in cases:
-            case.patient = table[case.name]
-    elif config.patient_pattern:
-        for case in cases:
-            match = re.search(config.patient_pattern, case.name)
-            if not match or not match.groups() or match[1] is None:
-                raise InputError(
-                    f"--patient-pattern {config.patient_pattern}: finds no group in {case.name}; "
-                    r"give a pattern like (patient_\d+) that fits every case"
-                )
-            case.patient = match[1]
-
-
-def seeded(seed: int, name: str) -> float:
-    """Number in [0, 1) that depends on seed and name alone: the same on every machine."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
-
-
-# ---------------------------------------------------------------------------------------
-# What training asks of prepared data
-# ---------------------------------------------------------------------------------------
+    prepared = read_json(path, "what prepare.py wrote")
+    check_types(prepared, {"schema": int}, str(path), remedy)
+    if (found := prepared["schema"]) != PREPARED_SCHEMA:
+        later = "update this program" if found > PREPARED_SCHEMA else remedy
+        raise InputError(f"{path}: schema must be {PREPARED_SCHEMA}, got {found}; {later}")
+    check_types(prepared, PREPARED, str(path), remedy)
+    try:
+        as_labels(prepared["labels"])
+    except (TypeError, ValueError) as error:
+        got = prepared["labels"]
+        raise InputError(f"{path}: labels must be whole numbers, got {got}; {remedy}") from error
+    for record in prepared["subvolumes"]:
+        check_types(record, SUBVOLUME, f"{path}: a sub-volume", remedy)
+        for key in (IMAGE, LABEL):
+            file = PureWindowsPath(record[key])  # takes / and \\
+            if file.root or file.drive or ".." in file.parts:
+                raise InputError(f"{path}: {record[key]} lies outside of {folder}; {remedy}")
+    return prepared
 
 
 def choose_fold(prepared: dict[str, Any], fold: int | str, folder: Path) -> dict[str, Any]:
-    """Prepared data in which one fold validates and all others are trained on; "all": none does.
-
-    Data without folds keep their split, but for "all".
-    """
+    """Return prepared data in which one fold validates and all others are trained on; with "all"
+    none validates. Data without folds keep their split, but for "all"."""
     settings, everything = prepared["settings"], fold == "all"
     if not (count := settings.get("folds") or 0) and fold == 0:
         return prepared
@@ -148,7 +301,7 @@ def choose_fold(prepared: dict[str, Any], fold: int | str, folder: Path) -> dict
 
 
 def check_splits(prepared: dict[str, Any], labels: Labels, folder: Path) -> bool:
-    """Refuse data that cannot be trained on, before anything is cached; True with validation."""
+    """Return whether there is validation; raise InputError for data that cannot be trained on."""
     found, settings = {record["split"] for record in prepared["subvolumes"]}, prepared["settings"]
     wanted = settings.get("split") is None and settings.get("validation", 1) > 0
     for split, asked in {"training": True, "validation": wanted}.items():
@@ -164,14 +317,14 @@ def check_splits(prepared: dict[str, Any], labels: Labels, folder: Path) -> bool
     for split in [split for split in seen if split in found]:
         lacking = [n for n, voxels in zip(names, seen[split].tolist(), strict=True) if not voxels]
         if lacking and is_first_process():
-            print(f"warning: no {split} patient has {', '.join(lacking)}: no Dice tells of it")
+            print(f"warning: no {split} patient has {', '.join(lacking)}: its Dice is undefined")
     if not seen["validation"].any() and is_first_process():
         print("without validation there is no best.pt; last.pt is the network to apply")
     return bool(seen["validation"].any())
 
 
 def count_voxels(prepared: dict[str, Any], labels: Labels, split: str) -> np.ndarray:
-    """Voxels of each class in the sub-volumes of a split."""
+    """Return the voxels of each class in the sub-volumes of a split."""
     counts = np.zeros(len(labels))
     for record in prepared["subvolumes"]:
         if record["split"] == split:
@@ -181,137 +334,36 @@ def count_voxels(prepared: dict[str, Any], labels: Labels, split: str) -> np.nda
     return counts
 
 
-SPLITS = ("training", "validation", "test")
-SPLIT_WORDS = {
-    "training": "training", "train": "training", "validation": "validation", "val": "validation",
-    "valid": "validation", "test": "test", "testing": "test",
-}  # fmt: skip
+def read_cases(folder: Path, split: str, fold: int | str) -> list[Case]:
+    """Return the cases of one split of prepared data, with what prepare.py was told about them.
 
-
-# ---------------------------------------------------------------------------------------
-# Splits and patients
-# ---------------------------------------------------------------------------------------
-
-
-def read_split(path: Path, names: Sequence[str]) -> dict[str, str]:
-    """Case or patient of `names` → "training", "validation" or "test".
-
-    From lists of names under these words, nnU-Net's `splits_final.json` (its fold 0) or lists of
-    MONAI ({"training": [{"image": …}]}; `fold` 0 is the validation). Names that are not asked for
-    are left out. Raises InputError for other content and for a name in two splits.
+    Of data with folds, `fold` is the one that is validated.
     """
-    content = read_json(path)
-    if isinstance(content, list) and content and isinstance(content[0], dict):
-        print(f"{path}: nnU-Net's folds; fold 0 of {len(content)} is taken")
-        content = content[0]
-    expected = f"{path}: must be JSON with lists of cases under {', '.join(SPLITS)}"
-    if not isinstance(content, dict):
-        raise InputError(f"{expected}, got {type(content).__name__}")
-    lists = {key: value for key, value in content.items() if isinstance(value, list)}
-    described = any(isinstance(e, dict) for value in lists.values() for e in value)
-    odd = [key for key in lists if key not in SPLIT_WORDS]
-    if not set(lists) & set(SPLIT_WORDS) or (odd and not described):
-        raise InputError(f"{expected}, got {', '.join(map(str, content)) or 'nothing'}")
-    known = _spell_names(names)
-    split: dict[str, str] = {}
-    for key in lists.keys() & SPLIT_WORDS.keys():
-        for entry in lists[key]:
-            where = SPLIT_WORDS[key]
-            if isinstance(entry, dict):
-                where = "validation" if entry.get("fold") == 0 and where == "training" else where
-                entry = entry.get("image", entry.get("label"))
-                entry = entry[0] if isinstance(entry, list) and entry else entry
-            if not isinstance(entry, str):
-                raise InputError(f"{expected}, got {str(entry)[:60]!r} under {key}")
-            for name in known.get(entry) or _match_path(entry, known):
-                if split.setdefault(name, where) != where:
-                    raise InputError(
-                        f"{path}: names {name} in two splits; a case belongs to one split"
-                    )
-    return split
-
-
-def _spell_names(names: Iterable[str]) -> dict[str, set[str]]:
-    """Spelling → names: as they are, and what remains without words of scans and label maps."""
-    exact = {name: {name} for name in names}
-    known: dict[str, set[str]] = {}
-    for name in exact:
-        known.setdefault("_".join(_remains(name)), set()).add(name)
-    return known | exact
-
-
-def _remains(text: str) -> tuple[str, ...]:
-    path = Path(os.sep, *text.replace("\\", "/").split("/"))
-    (named,) = name_files([path], Path(os.sep))
-    return named.parts
-
-
-def _match_path(text: str, known: dict[str, set[str]]) -> set[str]:
-    """The name that the path of a file stands for: by as many of its last parts as are known."""
-    parts = _remains(text)
-    for first in range(len(parts)):
-        found = known.get("_".join(parts[first:]), set())
-        if len(found) > 1:
-            raise InputError(f"{text}: may be {' or '.join(sorted(found))}; write the case's name")
-        if found:
-            return found
-    return set()
-
-
-def read_patients(path: Path) -> dict[str, str]:
-    """Case → patient of a CSV with the columns case,patient, also as Excel writes it."""
-    table: dict[str, str] = {}
-    for row in read_csv(path, ("case", "patient")):
-        case, patient = ((row[key] or "").strip() for key in ("case", "patient"))
-        if not case or not patient:
-            raise InputError(f"{show_path(path)}: a row lacks case or patient: {row}; fill it in")
-        if table.setdefault(case, patient) != patient:
-            raise InputError(f"{show_path(path)}: gives {case} two patients; keep one row")
-    return table
-
-
-# ---------------------------------------------------------------------------------------
-# What prepare.py wrote
-# ---------------------------------------------------------------------------------------
-
-# Of dataset.json: what training reads, and its types; of each sub-volume likewise.
-PREPARED_SCHEMA = 1
-PREPARED = {"labels": dict, "settings": dict, "subvolume_depth": int, "subvolumes": list}
-SUBVOLUME = {
-    "case": str, "split": str, IMAGE: str, LABEL: str, "first_slice": int, "shape": list,
-    "spacing_mm": list, "voxels_per_label": dict,
-}  # fmt: skip
-
-
-def read_prepared(folder: Path) -> dict[str, Any]:
-    """`dataset.json` of a folder that prepare.py has completed, verified; else one InputError."""
-    path = folder / "dataset.json"
-    if not path.is_file():
-        raise InputError(
-            f"{path}: not found; it is written last by prepare.py, so {folder} is not (completely) "
-            "prepared; run `python prepare.py SOURCE` with this folder as --destination"
-        )
-    prepared = read_json(path, "what prepare.py wrote")
-    remedy = "prepare the data again"
-    check_types(prepared, {"schema": int}, str(path), remedy)
-    if (found := prepared["schema"]) != PREPARED_SCHEMA:
-        newer = found > PREPARED_SCHEMA
-        raise InputError(
-            f"{path}: schema must be {PREPARED_SCHEMA}, got {found}; "
-            + ("it comes from a later version, update this program" if newer else remedy)
-        )
-    check_types(prepared, PREPARED, str(path), remedy)
+    prepared, path = read_prepared(folder), folder / "dataset.json"
+    if (settings := prepared["settings"]).get("folds"):
+        prepared = choose_fold(prepared, fold, folder)
     try:
-        as_labels(prepared["labels"])
-    except (TypeError, ValueError) as error:
+        described = Description(as_labels(prepared["labels"]), tuple(prepared.get("ignore", ())))
+        chosen = [record for record in prepared["cases"] if record["split"] == split]
+        cases = [
+            Case(
+                record["case"], record["patient"], Path(record[IMAGE]),
+                restore_label(record[LABEL]), described=described,
+                trust_grid=bool(record.get("trust_image_grid")),
+                modality=settings.get("modality") or "",
+                warnings=tuple(record.get("warnings", ())),
+                accepted=tuple(record.get("accepted", settings.get("accept") or ())),
+                drawn=(int(record.get("drawn_slice", 0)), int(settings.get("label_every") or 1)),
+                alone=len(chosen) == 1,
+            )
+            for record in chosen
+        ]  # fmt: skip
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path}: labels must be whole numbers, got {prepared['labels']}; {remedy}"
+            f"{path}: must be as prepare.py writes it, got {error!r}; prepare the data again"
         ) from error
-    for record in prepared["subvolumes"]:
-        check_types(record, SUBVOLUME, f"{path}: a sub-volume", remedy)
-        for key in (IMAGE, LABEL):
-            parts = PurePosixPath(record[key].replace("\\", "/")).parts
-            rooted = record[key].startswith("/") or PureWindowsPath(record[key]).drive
-            if rooted or ".." in parts:
-                raise InputError(f"{path}: {record[key]} lies outside of {folder}; {remedy}")
-    return prepared
+    if not cases:
+        raise InputError(f"{path}: no case in the {split} split; choose another split")
+    if odd := [case.name for case in cases if make_safe(case.name) != case.name]:
+        raise InputError(f"{path}: {odd[0]!r} is no case name; prepare the data again")
+    return cases

@@ -34,7 +34,7 @@ def work(data: Path, folder: Path) -> None:
         rank, processes = rank_and_size()
         assert processes == 2
         # in this group: a second one would meet what the first left in torchrun's store
-        train.process_group = lambda _: contextlib.nullcontext()
+        utilities.process_group = lambda _: contextlib.nullcontext()
         train.main(train.Config(data=data, run_folder=folder / "run", **SMALL))
         usual, utilities.delayed_interrupt = utilities.delayed_interrupt, interrupt_second
         try:

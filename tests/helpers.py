@@ -255,11 +255,7 @@ SMALL = {
     "base_channels": 4, "input_size": (16, 16), "spacing": (16.0, 16.0), "max_epochs": 3,
     "device": "cpu", "precision": "fp32", "ema_decay": 0.9,
 }  # fmt: skip
-TINY = {"max_epochs": 2, "base_channels": 4, "device": "cpu", "precision": "fp32"}
-TINY_IN = {
-    "subvolumes": {"input_size": (16, 16), "spacing": (16.0, 16.0)},
-    "patches": {"input_size": (32, 32, 16), "spacing": (8.0, 8.0, 5.0), "patches_per_case": 1},
-}
+PATCHES = {"input_size": (32, 32, 16), "spacing": (8.0, 8.0, 5.0), "patches_per_case": 1}
 
 
 def small_config(prepared, run, **changes) -> train.Config:
@@ -270,14 +266,14 @@ def small_config(prepared, run, **changes) -> train.Config:
 def tiny(name: str, prepared, whole_cases, run, **changes) -> train.Config:
     """A recipe made small, on sub-volumes or whole cases as it needs them."""
     recipe = train.RECIPES[name][1]
+    patches = recipe.sampling == "patches"
+    small = SMALL | {"max_epochs": 2, "ema_decay": 0.0} | (PATCHES if patches else {})
     if recipe.network == "resnet34_unet":  # five halvings must leave a pixel
-        changes = {"input_size": (32, 32), "spacing": (8.0, 8.0), **changes}
+        small |= {"input_size": (32, 32), "spacing": (8.0, 8.0)}
     if recipe.pretrained:
-        begin = {"pretrained": ROOT / recipe.pretrained, "base_channels": recipe.base_channels}
-        changes = {**begin, **changes}
-    data = whole_cases if recipe.sampling == "patches" else prepared
-    small = {**TINY, **TINY_IN[recipe.sampling], "data": data, "run_folder": run, **changes}
-    return dataclasses.replace(recipe, **small)
+        small |= {"pretrained": ROOT / recipe.pretrained, "base_channels": recipe.base_channels}
+    places = {"data": whole_cases if patches else prepared, "run_folder": run}
+    return dataclasses.replace(recipe, **small | places | changes)
 
 
 def chain_of(config: train.Config) -> Chain:

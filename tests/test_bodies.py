@@ -45,7 +45,7 @@ def test_a_phantom_around_a_mask_keeps_its_voxels_and_its_grid(tmp_path):
 def test_the_starter_segments_a_body_that_it_never_saw():
     assert STARTER.stat().st_size <= 5_000_000
     scan, truth = bodies.make_body(5000, bodies.Config())
-    label = apply_model.segment(apply_model.load_model(STARTER, "cpu"), scan)
+    label = apply_model.segment(apply_model.load_model(STARTER, "cpu"), scan).label
     assert dice_metric(label.read() > 0, truth.data > 0)[0] > 0.85
 
 

@@ -1,4 +1,4 @@
-"""The door: a scan or a label map comes in right, or one `InputError` says why not."""
+"""Scans and label maps are read right, or one `InputError` says why not."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import random_affine
-from helpers import build_field_case
+from PIL import Image
 
+import data.scans
 from data.dicom import write_series
 from data.files import InputError
 from data.labels import IGNORED, USUAL_LABELS
-from data.scans import hash_inputs, lay_on_grid, list_files, read_label_map, read_scan, read_volume
+from data.scans import lay_on_grid, list_files, read_label_map, read_scan, stamp_inputs
 from data.seg import write_seg
 from data.volumes import Volume
 
@@ -62,20 +63,14 @@ def write_dicom(path: Path, array: np.ndarray) -> Path:
 
 
 WRITERS: dict[str, Callable[[Path, np.ndarray], Path]] = {
-    "a.nii": write_nifti, "a.nii.gz": write_nifti, "A.NII": write_nifti, "A.NII.GZ": write_nifti,
-    "a.hdr": write_pair, "a.mha": write_itk, "a.mhd": write_itk, "a.nrrd": write_itk,
-    "a.nhdr": write_itk,
+    "a.nii": write_nifti, "A.NII.GZ": write_nifti, "a.hdr": write_pair, "a.mhd": write_itk,
+    "a.nrrd": write_itk,
 }  # fmt: skip
 
 
 def write(name: str, folder: Path, array: np.ndarray) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return WRITERS[name](folder / name, array)
-
-
-# ---------------------------------------------------------------------------------------
-# Every reader
-# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -92,32 +87,24 @@ def test_every_reader_gives_the_label_map_in_any_type(name, dtype, tmp_path):
     assert np.array_equal(indices.read(), LABEL > 0) and indices.read().dtype == np.uint8
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", WRITERS)
-def test_voxels_without_a_number_are_refused_by_every_reader(name, value, tmp_path):
+def test_voxels_without_a_number_are_refused_by_every_reader(name, tmp_path):
     array = HU.astype(np.float32)
-    array[1, 2, 3] = value
+    array[1, 2, 3] = np.nan
     path = write(name, tmp_path, array)
-    with pytest.raises(InputError, match="NaN or infinite") as error:
-        read_scan(path).read()
-    assert error.value.kind == "nan"
-    label = LABEL.astype(np.float32)
-    label[0, 0, 0] = value
-    with pytest.raises(InputError, match="NaN or infinite") as error:
-        read_label_map(write(name, tmp_path, label), SCAN, USUAL_LABELS).read()
-    assert error.value.kind == "nan"
+    for read in (read_scan, lambda path: read_label_map(path, SCAN, USUAL_LABELS)):
+        with pytest.raises(InputError, match="NaN or infinite") as error:
+            read(path).read()
+        assert error.value.kind == "nan"
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_near_whole_label_values_are_rounded_and_told(name, tmp_path):
-    path = write(name, tmp_path, (LABEL * 0.9999).astype(np.float32))
-    scan = read_scan(write(name, tmp_path / "scan", HU))
-    label = read_label_map(path, scan, USUAL_LABELS)
+def test_near_whole_label_values_are_rounded_and_reported(tmp_path):
+    path = write_nifti(tmp_path / "a.nii", (LABEL * 0.9999).astype(np.float32))
+    label = read_label_map(path, SCAN, USUAL_LABELS)
     assert np.array_equal(label.read(), LABEL)
-    assert "rounded" in label.notes[0]
+    assert label.dtype.kind == "u" and "rounded" in label.notes[0]
 
 
-@pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize(
     ("change", "values"),
     [
@@ -125,14 +112,13 @@ def test_near_whole_label_values_are_rounded_and_told(name, tmp_path):
         (lambda label: (label > 0) * 255, r"\[255\]"),
         (lambda label: label * 3, r"\[3, 6\]"),
         (lambda label: -label.astype(float), r"\[-2, -1\]"),
-        (lambda label: label * 1e12, r"\[9999"),
+        (lambda label: label * 1e12, r"\[1e\+12"),
     ],
 )
-def test_values_that_nobody_declared_are_refused_and_named(name, change, values, tmp_path):
-    path = write(name, tmp_path, change(LABEL).astype(np.float32))
-    scan = read_scan(write(name, tmp_path / "scan", HU))
+def test_values_that_nobody_declared_are_refused_and_named(change, values, tmp_path):
+    path = write_nifti(tmp_path / "a.nii", change(LABEL).astype(np.float32))
     with pytest.raises(InputError, match=values) as error:
-        read_label_map(path, scan, USUAL_LABELS).read()
+        read_label_map(path, SCAN, USUAL_LABELS)
     assert error.value.kind == "values"
     assert str(path) in str(error.value)
 
@@ -152,13 +138,7 @@ def test_rescaled_label_maps_are_whole_numbers(tmp_path):
     image.header.set_slope_inter(0.5, 0)
     image.to_filename(tmp_path / "a.nii.gz")
     label = read_label_map(tmp_path / "a.nii.gz", SCAN, USUAL_LABELS)
-    assert np.array_equal(label.read(), LABEL) and label.read().dtype.kind == "i"
-
-
-def test_integer_label_maps_are_read_slab_by_slab(tmp_path):
-    path = write_nifti(tmp_path / "a.nii.gz", LABEL)
-    label = read_label_map(path, read_scan(write_nifti(tmp_path / "s.nii", HU)), USUAL_LABELS)
-    assert nib.is_proxy(label.data)
+    assert np.array_equal(label.read(), LABEL) and label.read().dtype.kind == "u"
 
 
 def test_ignored_values_are_neither_class_nor_background(tmp_path):
@@ -173,16 +153,6 @@ def test_ignored_values_are_neither_class_nor_background(tmp_path):
     indices = read_label_map(path, SCAN, USUAL_LABELS, classes=classes, ignore=(9,)).read()
     assert np.array_equal(indices, np.where(array == 9, IGNORED, array > 0))
 
-
-def test_values_declared_as_plain_numbers_are_taken(tmp_path):
-    path = write_nifti(tmp_path / "a.nii.gz", LABEL)
-    label = read_label_map(path, SCAN, {"background": 0, "liver": 1, "tumour": 2})
-    assert np.array_equal(label.read(), LABEL)
-
-
-# ---------------------------------------------------------------------------------------
-# One grid
-# ---------------------------------------------------------------------------------------
 
 AXES = [
     np.array([*zip(order, signs, strict=True)])
@@ -210,8 +180,7 @@ def test_a_label_map_in_other_axes_lies_on_its_scan(axes, tmp_path):
     assert label.notes == ()
 
 
-@pytest.mark.parametrize("axes", [AXES[0], AXES[7], AXES[20]])
-@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize(("axes", "axis"), [(AXES[0], 0), (AXES[7], 1), (AXES[20], 2)])
 @pytest.mark.parametrize(
     ("voxels", "kind"),
     [(0.005, "same"), (0.45, "told"), (0.55, "grid"), (-0.45, "told"), (-0.55, "grid")],
@@ -223,7 +192,7 @@ def test_half_a_voxel_is_the_limit(voxels, kind, axis, axes):
     affine[:3, 3] += voxels * scan.affine[:3, axis]
     label = Volume(array, affine, "label")
     if kind == "grid":
-        with pytest.raises(InputError, match=r"lie up to 0.55 voxels apart") as error:
+        with pytest.raises(InputError, match=r"lie up to 0.55 voxels apart.*--trust") as error:
             lay_on_grid(label, scan)
         assert error.value.kind == "grid"
         return
@@ -252,9 +221,9 @@ def test_an_unknown_orientation_is_not_compared_as_if_it_were_known(unknown, tmp
     if unknown == "both":
         label = read_label_map(path, scan, USUAL_LABELS)
         assert np.array_equal(label.read(), LABEL)
-        assert "neither scan nor label map says how its axes lie" in label.notes[0]
+        assert "neither scan nor label map has an orientation" in label.notes[0]
         return
-    with pytest.raises(InputError, match="does not say how its axes lie") as error:
+    with pytest.raises(InputError, match="has no orientation") as error:
         read_label_map(path, scan, USUAL_LABELS)
     assert error.value.kind == "grid"
     assert str(tmp_path / f"{unknown}.nii") in str(error.value)
@@ -263,102 +232,47 @@ def test_an_unknown_orientation_is_not_compared_as_if_it_were_known(unknown, tmp
     assert np.array_equal(trusted.affine, scan.affine)
 
 
-def test_trusted_label_maps_of_wide_integers_are_taken(tmp_path):
-    image = nib.Nifti1Image(LABEL.astype(np.int64), np.eye(4), dtype=np.int64)
-    image.to_filename(tmp_path / "a.nii.gz")
-    label = read_label_map(tmp_path / "a.nii.gz", SCAN, USUAL_LABELS, trust_grid=True)
-    assert np.array_equal(label.read(), LABEL)
-
-
-# ---------------------------------------------------------------------------------------
-# What does not come in
-# ---------------------------------------------------------------------------------------
-
-
 def test_what_is_not_there_or_no_volume_is_one_error(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link.nii.gz").symlink_to(tmp_path / "gone.nii.gz")
-    for name in ("text.nii.gz", "text.nii", "text.mha", "text.nrrd", "text.mhd", "text.hdr"):
+    for name in ("text.nii.gz", "text.mha", "text.nrrd", "text.hdr", "x.mgz"):
         (tmp_path / name).write_text("hello")
-    (tmp_path / "gone.nii.bz2").write_bytes(b"BZh")
-    (tmp_path / "x.mgz").write_bytes(b"\0")
-    (tmp_path / "zero.nii").touch()
     messages = {
         "empty": "holds no DICOM series",
         "link.nii.gz": "a link to a file that is not there",
         "missing.nii": "no such file",
-        "gone.nii.bz2": "the ending must be one of",
         "x.mgz": "the ending must be one of",
-        "text.nii.gz": "is not gzip, against its name",
     }
-    for name in [
-        *messages,
-        "text.nii",
-        "text.mha",
-        "text.nrrd",
-        "text.mhd",
-        "text.hdr",
-        "zero.nii",
-    ]:
+    for name in [*messages, "text.nii.gz", "text.mha", "text.nrrd", "text.hdr"]:
         for read in (
             read_scan,
             lambda path: read_label_map(path, SCAN, USUAL_LABELS),
             lambda path: read_label_map((("liver", path),), SCAN, USUAL_LABELS),
         ):
             with pytest.raises(InputError, match=messages.get(name, ": ")) as error:
-                read(tmp_path / name)
+                read(tmp_path / name).read()
             assert str(tmp_path / name) in str(error.value)
 
 
-def test_gzip_against_its_name_is_told(tmp_path):
-    path = write_nifti(tmp_path / "a.nii.gz", HU).rename(tmp_path / "a.nii")
-    with pytest.raises(InputError, match=r"is gzip, against its name; rename it a\.nii\.gz"):
-        read_scan(path)
-
-
-@pytest.mark.parametrize(
-    "error", [MemoryError("8 TB"), RuntimeError("x"), KeyError("y"), OSError(5)]
-)
+@pytest.mark.parametrize("error", [MemoryError("8 TB"), KeyError("y"), PermissionError(13, "no")])
 def test_whatever_a_reader_raises_is_an_input_error(error, tmp_path, monkeypatch):
-    import data.scans
-
     def fail(path):
         raise error
 
     monkeypatch.setattr(data.scans, "read_file", fail)
     path = write_nifti(tmp_path / "a.nii", HU)
     for read in (read_scan, lambda p: read_label_map(p, SCAN, USUAL_LABELS)):
-        with pytest.raises(InputError, match="cannot be read"):
+        with pytest.raises(InputError, match=r"a\.nii: cannot be read"):
             read(path)
-
-
-def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
-    path = write_nifti(tmp_path / "a.nii", HU)
-
-    def refuse(self, *args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(InputError, match="may not be read"):
-        read_volume(path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes as of POSIX")
 @pytest.mark.parametrize("name", ["scan.nii.gz", "scan", "scan.mha"])
 def test_a_pipe_is_no_file_and_nobody_waits_for_it(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    for use in (read_scan, lambda path: hash_inputs([path])):
+    for use in (read_scan, lambda path: stamp_inputs([path])):
         with pytest.raises(InputError, match=rf"{name}: no such file"):
             use(tmp_path / name)
-
-
-@pytest.mark.parametrize("cut", [10, 200, 348, 400])
-@pytest.mark.parametrize("name", [n for n in WRITERS if n not in ("a.hdr", "a.mhd", "a.nhdr")])
-def test_a_file_that_is_cut_off_is_one_error(name, cut, tmp_path):
-    path = write(name, tmp_path, HU)
-    path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(InputError):
-        read_scan(path).read()
 
 
 def test_a_scan_in_place_of_a_seg_and_a_seg_in_place_of_a_scan(tmp_path):
@@ -376,121 +290,62 @@ def test_a_scan_in_place_of_a_seg_and_a_seg_in_place_of_a_scan(tmp_path):
         read_label_map(next(series.glob("0*.dcm")), scan, USUAL_LABELS).read()
 
 
-# ---------------------------------------------------------------------------------------
-# Bytes
-# ---------------------------------------------------------------------------------------
+def test_of_overlapping_masks_tumours_win_then_smaller_structures(tmp_path):
+    """36 voxels of liver hold 8 of a vessel; 12 of tumour cover half of the vessel."""
+    liver, vessel, tumour = np.zeros((3, *SHAPE), np.uint8)
+    liver[2:6, 1:4, 1:4], vessel[2:4, 2:4, 2:4], tumour[3:6, 2:4, 2:4] = 255, 1, 1
+    drawn = {"tumour": tumour, "vessel": vessel, "liver": liver, "spleen": liver}
+    masks = tuple((n, write_nifti(tmp_path / f"{n}.nii", array)) for n, array in drawn.items())
+    found = read_label_map(masks, SCAN, {"liver": 1, "tumour": 2, "vessel": 3})
+    assert np.bincount(found.read().ravel()).tolist() == [240 - 36, 36 - 12 - 4, 12, 4]
+    assert found.classes == {"tumour": 2, "vessel": 3, "liver": 1} and found.name == str(tmp_path)
+    with pytest.raises(InputError, match=r"mask of one structure.*\[0, 1, 2\]"):
+        read_label_map((("liver", write_nifti(tmp_path / "a.nii", LABEL)),), SCAN, USUAL_LABELS)
+    with pytest.raises(InputError, match="none of the masks spleen is one of the labels"):
+        read_label_map(masks[3:], SCAN, USUAL_LABELS)
+
+
+def test_pictures_lie_on_the_files_of_a_series_and_on_no_other_scan(tmp_path):
+    series = read_scan(write_dicom(tmp_path / "ct", HU))
+    folder, order = tmp_path / "Ground", [2, 0, 1, 4, 3]
+    folder.mkdir()
+    for z in range(5):
+        Image.fromarray(LABEL[:, :, order[z]].T * np.uint8(63)).save(folder / f"{z}.png")
+    with pytest.raises(InputError, match="for 0 files of scan; give the label map as NIfTI"):
+        read_label_map(folder, SCAN, USUAL_LABELS)
+    with pytest.raises(InputError, match=r"got the greys \[63, 126\]"):  # of the tumour
+        read_label_map((("gut", folder),), series, {"gut": 1})
+    found = read_label_map(folder, series, USUAL_LABELS).read()
+    assert np.array_equal(found, (LABEL == 1)[:, :, order])
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_byte_that_is_read_is_hashed(name, tmp_path):
+def test_every_file_that_is_read_is_stamped_and_no_other(name, tmp_path):
     path = write(name, tmp_path, HU)
     files = {file for file in tmp_path.iterdir() if file.is_file()}
     assert set(list_files(path)) == files
-    before = hash_inputs([path, None])
-    for file in files:
-        content = file.read_bytes()
-        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert hash_inputs([path]) != before
-        file.write_bytes(content)
+    before = stamp_inputs([path, None])
     (tmp_path / "other.nii").write_bytes(b"x")
-    assert hash_inputs([path]) == before
+    assert stamp_inputs([path]) == before
+    for file in files:
+        os.utime(file, ns=(1, 1))
+        assert stamp_inputs([path]) != before
+        before = stamp_inputs([path])
 
 
-def test_voxels_are_hashed_through_either_half_of_a_pair(tmp_path):
+def test_of_masks_and_of_a_series_exactly_its_files_are_stamped(tmp_path):
+    series = write_dicom(tmp_path / "ct", HU)
+    (series / "notes.txt").write_text("x")
+    assert [Path(name).name for name, *_ in stamp_inputs([series])] == [
+        f"{z + 1:04d}.dcm" for z in range(5)
+    ]
+    masks = tuple((name, write_nifti(tmp_path / f"{name}.nii", LABEL)) for name in ("a", "b"))
+    assert [Path(name).name for name, *_ in stamp_inputs([masks])] == ["a.nii", "b.nii"]
+    with pytest.raises(InputError, match=r"none\.nii: no such file"):
+        stamp_inputs([tmp_path / "none.nii"])
+
+
+def test_voxels_are_found_through_either_half_of_a_pair(tmp_path):
     write_pair(tmp_path / "my.hdr.v2.hdr", HU)
     both = {tmp_path / "my.hdr.v2.hdr", tmp_path / "my.hdr.v2.img"}
     assert all(set(list_files(file)) == both for file in both)
-
-
-@pytest.mark.parametrize(
-    ("line", "names"),
-    [
-        ("ElementDataFile = a.raw", ["a.raw"]),
-        ("ElementDataFile=a b.raw  ", ["a b.raw"]),
-        ("ElementDataFile = LIST\na.raw\nb.raw", ["a.raw", "b.raw"]),
-        ("ElementDataFile = s%02d.raw 1 3 1", ["s01.raw", "s02.raw", "s03.raw"]),
-        ("ElementDataFile = LOCAL", []),
-    ],
-)
-def test_data_files_are_found_as_headers_name_them(line, names, tmp_path):
-    for name in ("a.raw", "b.raw", "a b.raw", "s01.raw", "s02.raw", "s03.raw", "s04.raw"):
-        (tmp_path / name).write_text(name)
-    header = tmp_path / "x.mhd"
-    header.write_text(f"NDims = 3\n{line}\n")
-    assert list_files(header) == [header, *(tmp_path / name for name in names)]
-
-
-def test_of_a_series_exactly_its_files_are_hashed(tmp_path):
-    series = write_dicom(tmp_path / "ct", HU)
-    before = hash_inputs([series])
-    (series / "notes.txt").write_text("x")
-    assert hash_inputs([series]) == before
-    first = sorted(series.glob("*.dcm"))[0]
-    content = first.read_bytes()
-    first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert hash_inputs([series]) != before
-
-
-def test_masks_are_hashed_one_and_all(tmp_path):
-    masks = tuple((name, write_nifti(tmp_path / f"{name}.nii", LABEL)) for name in ("a", "b"))
-    before = hash_inputs([masks])
-    write_nifti(tmp_path / "b.nii", LABEL * 0)
-    assert hash_inputs([masks]) != before
-
-
-# ---------------------------------------------------------------------------------------
-# Situations that people met, where they are at hand
-# ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("case", "liver"),
-    [("json_bom", 1), ("nnunet_regions", 1), ("values_of_dataset_json", 6), ("units_metres", 1)],
-)
-def test_reported_data_sets_are_understood(case, liver, tmp_path):
-    from data.datasets import find_pairs
-
-    data = find_pairs(build_field_case(case, tmp_path))
-    assert len(data.cases) == 3 and not any(c.faults for c in data.cases)
-    assert data.declared["liver"] == (liver,)
-    for one in data.cases:
-        scan = read_scan(one.image)
-        assert np.allclose(scan.spacing_mm, (5, 5, 6))
-        assert (read_label_map(one.label, scan, data.declared).read() == liver).any()
-
-
-def test_reported_pairs_of_other_axes_or_origin(tmp_path):
-    from data.datasets import find_pairs
-
-    (case, *_) = find_pairs(build_field_case("label_other_axes", tmp_path / "axes")).cases
-    assert read_label_map(case.label, read_scan(case.image), USUAL_LABELS).notes == ()
-    (case, *_) = find_pairs(build_field_case("label_other_origin", tmp_path / "origin")).cases
-    scan = read_scan(case.image)
-    with pytest.raises(InputError, match="--trust-image-grid"):
-        read_label_map(case.label, scan, USUAL_LABELS)
-    read_label_map(case.label, scan, USUAL_LABELS, trust_grid=True).read()
-
-
-def test_reported_truths(tmp_path):
-    folder = build_field_case("truth_values", tmp_path)
-    scan = read_scan(folder / "scan.nii.gz")
-    for name, value in (("255", "255"), ("6", "6")):
-        with pytest.raises(InputError, match=rf"holds \[{value}\]"):
-            read_label_map(folder / f"truth_{name}.nii.gz", scan, USUAL_LABELS).read()
-    near, exact = (
-        read_label_map(folder / f"truth_{name}.nii.gz", scan, USUAL_LABELS).read()
-        for name in ("float", "ok")
-    )
-    assert np.array_equal(near, exact)
-
-
-def test_reported_splits_and_changed_voxels(tmp_path):
-    from data.splits import read_split
-
-    folder = build_field_case("split_nnunet", tmp_path / "split")
-    split = read_split(folder / "splits_final.json", [f"liver_{i}" for i in range(3)])
-    assert split == {"liver_0": "training", "liver_1": "training", "liver_2": "validation"}
-    folder = build_field_case("mhd_raw_changed", tmp_path / "mhd")
-    before = hash_inputs([folder / "scan.mhd"])
-    (folder / "other.raw").replace(folder / "scan.raw")
-    assert hash_inputs([folder / "scan.mhd"]) != before

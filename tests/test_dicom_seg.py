@@ -19,7 +19,7 @@ from pydicom.sr.codedict import codes
 from sweeps import sweep_seg
 
 import data.seg
-from data.dicom import find_dicom, read_series, write_series
+from data.dicom import read_series, write_series
 from data.files import InputError
 from data.labels import USUAL_LABELS
 from data.seg import read_seg, write_seg
@@ -44,74 +44,51 @@ def make_seg(folder: Path, label=None, classes=CLASSES) -> tuple[Volume, Volume]
     return image, label
 
 
-# ---------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------
-
-
 def test_a_dicom_seg_says_what_it_is_and_where(tmp_path):
-    _, label = make_seg(tmp_path)
+    make_seg(tmp_path)
     assert not list(tmp_path.glob(".*"))
     seg = pydicom.dcmread(tmp_path / "ct_label.dcm")
-    slices = {h.SOPInstanceUID: h for h in map(pydicom.dcmread, (tmp_path / "ct").iterdir())}
-    first = next(iter(slices.values()))
+    first = pydicom.dcmread(next((tmp_path / "ct").iterdir()))
     assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == first.SeriesInstanceUID
     assert seg.SeriesInstanceUID != first.SeriesInstanceUID
     for key in ("StudyInstanceUID", "FrameOfReferenceUID", "PatientID"):
         assert seg[key].value == first[key].value
-    liver, tumour = seg.SegmentSequence
-    found = [s.SegmentedPropertyTypeCodeSequence[0] for s in (liver, tumour)]
-    assert [(s.SegmentNumber, s.SegmentLabel) for s in (liver, tumour)] == [
-        (1, "liver"), (2, "tumour")
-    ]  # fmt: skip
-    assert [code.CodeValue for code in found] == ["10200004", "108369006"]
-    frames = seg.pixel_array
-    array = label.read()
-    counted = 0
-    for frame, content in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True):
-        source = content.DerivationImageSequence[0].SourceImageSequence[0]
-        there = slices[source.ReferencedSOPInstanceUID].ImagePositionPatient
-        assert content.PlanePositionSequence[0].ImagePositionPatient == there
-        number = content.SegmentIdentificationSequence[0].ReferencedSegmentNumber
-        z = round((there[2] - 30) / 5)
-        assert np.array_equal(frame.T > 0, array[:, :, z] == number)
-        assert frame.any()  # empty frames are left out
-        counted += np.count_nonzero(frame)
-    assert counted == np.count_nonzero(array)
+    found = [(s.SegmentNumber, s.SegmentLabel) for s in seg.SegmentSequence]
+    assert found == [(1, "liver"), (2, "tumour")]
+    codes = [s.SegmentedPropertyTypeCodeSequence[0].CodeValue for s in seg.SegmentSequence]
+    assert codes == ["10200004", "108369006"]
+    assert all(frame.any() for frame in seg.pixel_array)  # empty frames are left out
 
 
 def test_nothing_found_is_a_sound_seg_too(tmp_path):
-    image, label = make_seg(tmp_path, np.zeros_like(part_arrays(0, DEPTH)[1]))
-    again = read_seg(tmp_path / "ct_label.dcm", image, CLASSES)
-    assert again.shape == label.shape and not again.read().any()
+    image, _ = make_seg(tmp_path, np.zeros_like(part_arrays(0, DEPTH)[1]))
+    assert not read_seg(tmp_path / "ct_label.dcm", image, CLASSES).read().any()
 
 
-def test_a_seg_that_cannot_be_is_told(tmp_path, monkeypatch):
-    """Anonymised to nothing; unsound headers; torn in writing: a reason, and no file."""
+def test_a_seg_that_cannot_be_is_reported(tmp_path, monkeypatch):
+    """Anonymised to nothing; unsound headers; changed in writing: a reason, and no file."""
     for changes, told in (
         ({"FrameOfReferenceUID": ""}, "the series has no FrameOfReferenceUID to refer to"),
         ({"StudyDate": "long ago"}, "the headers of the series are not sound"),
     ):
         image, label, _ = make_series(tmp_path / told.split()[-1], **changes)
-        labels = image.from_ras(label)
-        (reason,) = write_seg(labels, image, CLASSES, tmp_path / "seg.dcm")
+        (reason,) = write_seg(image.from_ras(label), image, CLASSES, tmp_path / "seg.dcm")
         assert told in reason
     image, label, _ = make_series(tmp_path / "ct")
     labels = image.from_ras(label)
+    (reason,) = write_seg(labels, image.like(image.read()), CLASSES, tmp_path / "seg.dcm")
+    assert reason == "no DICOM SEG: the scan is no DICOM series"
     monkeypatch.setattr(data.seg, "read_seg", lambda *given: image.like(labels.read() * 0))
     with pytest.raises(InputError, match="changed in writing"):
         write_seg(labels, image, CLASSES, tmp_path / "seg.dcm")
     assert not list(tmp_path.glob("*.dcm")) and not list(tmp_path.glob(".*"))
-    (reason,) = write_seg(labels, image.like(image.read()), CLASSES, tmp_path / "seg.dcm")
-    assert reason == "no DICOM SEG: the scan is no DICOM series"
 
 
-@pytest.mark.parametrize("affine", [np.diag([5.0, -5, 5, 1]), random_affine(2)])
-def test_a_nifti_scan_has_its_seg_by_the_series_of_it(affine, tmp_path):
-    """Label → SEG → label on a flipped and on an oblique grid; nothing of a patient in it."""
+def test_a_nifti_scan_has_its_seg_by_the_series_of_it(tmp_path):
+    """Label → SEG → label on an oblique grid; nothing of a patient in it."""
     scan, label = part_arrays(0, DEPTH)
     for name, array in (("scan", scan), ("label", label)):
-        save(array, affine, tmp_path / f"Doe^Jane_{name}.nii.gz")
+        save(array, random_affine(2), tmp_path / f"Doe^Jane_{name}.nii.gz")
     volume, truth = (read_file(tmp_path / f"Doe^Jane_{name}.nii.gz") for name in ("scan", "label"))
     write_series(volume, tmp_path / "ct")
     series = read_series(tmp_path / "ct")
@@ -121,11 +98,6 @@ def test_a_nifti_scan_has_its_seg_by_the_series_of_it(affine, tmp_path):
     of_nifti = read_seg(tmp_path / "s.dcm", volume, CLASSES)  # NIfTI's own axes
     assert np.array_equal(of_nifti.read(), truth.read()) and of_nifti.header is volume.header
     assert not any(s.encode() in (tmp_path / "s.dcm").read_bytes() for s in SECRETS.values())
-
-
-# ---------------------------------------------------------------------------------------
-# Reading: kinds of SEG
-# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
@@ -144,10 +116,8 @@ def test_every_kind_of_seg_is_read(kind, partial, tmp_path):
 
 def test_fractions_of_a_half_and_more_count(tmp_path):
     image, label, slices = make_series(tmp_path / "ct")
-    seg = build_phantom_seg(
-        slices, label, ("liver",), "FRACTIONAL", fractional_type="PROBABILITY",
-        masks=[np.where(label > 0, 0.7, 0.3)],
-    )  # fmt: skip
+    fractions, how = np.where(label > 0, 0.7, 0.3), {"fractional_type": "PROBABILITY"}
+    seg = build_phantom_seg(slices, label, ("liver",), "FRACTIONAL", masks=[fractions], **how)
     seg.save_as(tmp_path / "seg.dcm")
     found = read_seg(tmp_path / "seg.dcm", image, USUAL_LABELS)
     assert np.array_equal(found.ras.data > 0, label > 0)
@@ -167,10 +137,6 @@ def test_where_segments_overlap_the_tumour_wins_and_it_is_told(order, tmp_path):
 NAMED = {
     "swapped": (("Tumor", "Liver"), (), {1: 2, 2: 1}, {"Tumor": 2, "Liver": 1}),
     "synonyms": (("Leber", "Hepatic lesion"), (), {}, {"Leber": 1, "Hepatic lesion": 2}),
-    "codes": (
-        ("Segment_1", "Segment_2"), (codes.SCT.Liver, codes.SCT.Neoplasm), {},
-        {"liver": 1, "tumour": 2},
-    ),
     "codes, swapped": (
         ("A", "B"), (codes.SCT.Mass, codes.SCT.Liver), {1: 2, 2: 1}, {"tumour": 2, "liver": 1},
     ),
@@ -200,39 +166,32 @@ def test_a_folder_with_a_seg_is_that_seg(tmp_path):
         read_seg(tmp_path / "ct", image, CLASSES)
 
 
-# ---------------------------------------------------------------------------------------
-# Refused
-# ---------------------------------------------------------------------------------------
-
-
 def test_a_seg_of_another_scan_is_refused(tmp_path):
+    """Another spacing, 3 mm aside, half the columns, six slices; another frame of reference."""
     image, label, slices = make_series(tmp_path / "ct")
     seg = write_phantom_seg(tmp_path / "seg.dcm", slices, label)
-    ras = image.ras
-    moved = [
+    ras, aside = image.ras, np.eye(4)
+    aside[0, 3] = 3
+    for other in (
         Volume(ras.data, ras.affine * [[0.8], [0.8], [0.8], [1]]),
-        Volume(ras.data, ras.affine + shift(3.0)),
+        Volume(ras.data, aside @ ras.affine),
         ras.crop((slice(0, 24), slice(None), slice(None))),
         ras.crop((slice(None), slice(None), slice(0, 6))),
-    ]
-    for other in moved:
-        with pytest.raises(InputError, match="not a DICOM SEG on the grid of its scan") as error:
+    ):
+        with pytest.raises(InputError, match="not on the grid of") as error:
             read_seg(seg, other, CLASSES)
         assert error.value.kind == "grid" and str(seg) in str(error.value)
     again, *_ = make_series(tmp_path / "other")
-    with pytest.raises(InputError, match="its FrameOfReferenceUID is not that of"):
+    with pytest.raises(InputError, match=r"another frame of reference.*--trust-image-grid"):
         read_seg(seg, again, CLASSES)
+    trusted = read_seg(seg, again, CLASSES, trust_grid=True)  # its UIDs were anonymised
+    assert np.array_equal(trusted.ras.data, label)
+    assert "another frame of reference" in trusted.notes[0]
     with pytest.raises(InputError, match="must be a DICOM SEG, got image"):
         read_seg(image.files[0], image, CLASSES)
 
 
-def shift(x_mm: float) -> np.ndarray:
-    moved = np.zeros((4, 4))
-    moved[0, 3] = x_mm
-    return moved
-
-
-@pytest.mark.parametrize("cut", [0.02, 0.1, 0.3, 0.6, 0.95])
+@pytest.mark.parametrize("cut", [0.02, 0.3, 0.95])
 def test_a_cut_seg_is_named(cut, tmp_path):
     image, label, slices = make_series(tmp_path / "ct")
     seg = write_phantom_seg(tmp_path / "seg.dcm", slices, label)
@@ -242,19 +201,16 @@ def test_a_cut_seg_is_named(cut, tmp_path):
         read_seg(seg, image, USUAL_LABELS)
 
 
-@pytest.mark.parametrize("lacking", ["ReferencedSeriesSequence", "SegmentLabel", "both"])
-def test_a_seg_without_reference_or_labels_is_read(lacking, tmp_path):
+def test_a_seg_without_reference_and_labels_is_read(tmp_path):
     image, label, slices = make_series(tmp_path / "ct")
     seg = pydicom.dcmread(write_phantom_seg(tmp_path / "seg.dcm", slices, label))
-    if lacking != "SegmentLabel":
-        del seg.ReferencedSeriesSequence
-    for segment in seg.SegmentSequence if lacking != "ReferencedSeriesSequence" else ():
+    del seg.ReferencedSeriesSequence, seg.DimensionIndexSequence
+    for segment in seg.SegmentSequence:
         del segment.SegmentLabel
     seg.save_as(tmp_path / "seg.dcm")
     found = read_seg(tmp_path / "seg.dcm", image, {"background": (0,)})
     assert np.array_equal(found.ras.data, label)
-    (item,) = find_dicom([tmp_path / "seg.dcm"])
-    assert item.is_seg and not item.fault and bool(item.uid) == (lacking == "SegmentLabel")
+    assert found.classes == {"Segment 1": 1, "Segment 2": 2}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -263,19 +219,18 @@ def test_a_tag_of_nonsense_gives_the_right_label_map_or_one_input_error(tmp_path
     assert counts["right"] > 5 and counts["refused"] > 5, counts
 
 
-def test_real_series_with_a_stray_picture(tmp_path):
-    """44 axial slices and a coronal picture; the manual SEG of that patient goes round."""
+def test_the_seg_of_a_real_series_goes_round(tmp_path):
+    """44 axial slices and a coronal picture; a series whose UIDs were emptied has no SEG."""
     folder = SHARED_DATA / "dicom"
     if not folder.is_dir():
         pytest.skip("the real DICOM series are not here (shared/data beside the project)")
     image = read_series(folder / "axial_plus_coronal_45")
     truth = read_seg(folder / "liver_seg", image, USUAL_LABELS)
-    assert truth.read().any()
-    liver = image.like((truth.read() > 0).astype(np.uint8))
+    assert np.count_nonzero(truth.read()) == 286_430
     classes = {"background": (0,), "liver": (1, 2)}
-    assert write_seg(liver, image, classes, tmp_path / "seg.dcm") == []
-    assert np.array_equal(read_seg(tmp_path / "seg.dcm", image, classes).read(), liver.read())
-    bare = read_series(folder / "jpeg2000_20")  # its UIDs were emptied
-    empty = bare.like(np.zeros(bare.shape, np.uint8))
-    (reason,) = write_seg(empty, bare, classes, tmp_path / "bare.dcm")
+    assert write_seg(truth, image, classes, tmp_path / "seg.dcm") == []
+    again = read_seg(tmp_path / "seg.dcm", image, classes)
+    assert np.array_equal(again.read(), truth.read() > 0)
+    bare = read_series(folder / "jpeg2000_20")
+    (reason,) = write_seg(bare.like(bare.read() * 0), bare, classes, tmp_path / "bare.dcm")
     assert "no StudyInstanceUID" in reason and not (tmp_path / "bare.dcm").exists()

@@ -14,35 +14,17 @@ from data.splits import read_prepared
 from utilities import load_checkpoint
 
 
-@pytest.fixture(scope="module")
-def torchrun(few, tmp_path_factory):
-    """What two processes did and said, and how it ended: see ddp.py."""
-    folder = tmp_path_factory.mktemp("torchrun")
-    code = run_child(launch, folder / "log", few, folder)
-    return folder, (folder / "log").read_text(), code
-
-
-def test_torchrun_trains_and_one_process_writes(torchrun):
-    folder, said, _ = torchrun
+def test_two_processes_train_stop_and_resume_as_one_and_one_writes(few, tmp_path):
+    """See ddp.py. The interrupted run ends as the unbroken one; a dying process ends the other."""
+    code, said = run_child(launch, tmp_path / "log", few, tmp_path), (tmp_path / "log").read_text()
     assert said.count("done: look at the pictures") == 2, said  # of two runs
-    history = load_checkpoint(folder / "run" / "last.pt")["history"]
-    assert [row["epoch"] for row in history] == [1, 2]
-    assert np.isfinite(history[-1]["val_dice"])
-
-
-def test_an_interrupt_of_one_process_stops_all_and_the_run_is_resumed_exactly(torchrun):
-    folder, said, _ = torchrun
     assert "process 0: stopped" in said and "process 1: stopped" in said, said
-    one, other = (load_checkpoint(folder / n / "last.pt") for n in ("run", "broken"))
+    assert code != 0 and "process 1 dies on purpose" in said
+    one, other = (load_checkpoint(tmp_path / name / "last.pt") for name in ("run", "broken"))
+    assert [row["epoch"] for row in one["history"]] == [1, 2]
+    assert np.isfinite(one["history"][-1]["val_dice"])
     for name, weights in one["network_state"].items():
         assert torch.equal(weights, other["network_state"][name]), name
-
-
-def test_a_dying_process_ends_the_run(torchrun):
-    """The other one waits for it, and does not go on waiting."""
-    _, said, code = torchrun
-    assert code != 0
-    assert "process 1 dies on purpose" in said
 
 
 def test_shares_of_processes_cover_everything():

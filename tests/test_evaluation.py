@@ -16,7 +16,7 @@ from monai.metrics import (
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 from scipy import ndimage
 
-from apply_model import clean, find_doubts, trim_by_hu
+from apply_model import Options, clean, find_doubts, trim_by_hu
 from data import evaluate as evaluation
 from data.check import judge_hu
 from data.datasets import pair_truths
@@ -159,11 +159,11 @@ def test_post_processing_keeps_the_organ_and_its_tumours():
     classes[45, 2, 2] = 2  # a tumour in nothing
     assert np.array_equal(clean(classes, NAMES), expected)
     off = {"largest_component": False, "fill_holes": False, "tumour_inside": False}
-    assert np.array_equal(clean(classes, NAMES, **off), classes), "the input stays as it is"
-    assert (clean(classes, NAMES, **off | {"fill_holes": True}) != classes).sum() == 1
-    only_inside = clean(classes, NAMES, **off | {"tumour_inside": True})
+    assert np.array_equal(clean(classes, NAMES, Options(**off)), classes), "the input stays"
+    assert (clean(classes, NAMES, Options(**off | {"fill_holes": True})) != classes).sum() == 1
+    only_inside = clean(classes, NAMES, Options(**off | {"tumour_inside": True}))
     assert (only_inside[45, 2, 2], only_inside[52, 20, 20]) == (0, 2)
-    only_largest = clean(classes, NAMES, **off | {"largest_component": True})
+    only_largest = clean(classes, NAMES, Options(**off | {"largest_component": True}))
     assert only_largest[45, 2, 2] == 2 and not (only_largest[stray] == 1).any()
     assert not clean(np.zeros(shape, np.uint8), NAMES).any()
 

@@ -12,7 +12,8 @@ from conftest import ct_image, random_affine
 from monai import transforms
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
-from apply_model import Model, open_scan, segment
+import apply_model
+from apply_model import Model, Options
 from data.evaluate import dice_metric
 from data.labels import IMAGE, LABEL
 from data.scans import read_volume
@@ -38,11 +39,19 @@ class Threshold(torch.nn.Module):
         return torch.cat([0.5 - x, x - 0.5], dim=1)
 
 
-def segment_known(image, settings=SETTINGS) -> Volume:
-    """Segment by the network whose answer is known."""
+def known_model(settings=SETTINGS) -> Model:
+    """The network whose answer is known."""
     inference = {"window": WINDOWS[settings.sampling], "overlap": 0.5}
-    model = Model(Threshold(), settings, inference, torch.device("cpu"), torch.float32)
-    return segment(model, image)
+    return Model(Threshold(), settings, inference, torch.device("cpu"), torch.float32)
+
+
+def segment_known(image, settings=SETTINGS) -> Volume:
+    """The label map of an image by the network whose answer is known."""
+    return apply_model.segment(known_model(settings), open_scan(image)).label
+
+
+def open_scan(image) -> Volume:
+    return Volume(np.asanyarray(image.dataobj), image.affine, "image", image.header)
 
 
 def blob(shape, seed=0) -> np.ndarray:
@@ -113,9 +122,10 @@ def test_beside_the_crop_nothing_is_found():
     """Also where the organ reaches the edge of what the network saw."""
     array = np.full((90, 80, 16), -1000)
     array[30:60, 20:60] = 150  # all of the body is liver
-    found = segment_known(Volume(array, np.diag([2.0, 2.0, 3.0, 1.0])), CROPPED).read()
-    assert np.count_nonzero(found) == pytest.approx(30 * 40 * 16, rel=0.1)
-    assert found[:20].max() == found[70:].max() == 0
+    scan = Volume(array, np.diag([2.0, 2.0, 3.0, 1.0]))
+    found = apply_model.segment(known_model(CROPPED), scan, Options(probability=True))
+    assert np.count_nonzero(found.label.read()) == pytest.approx(30 * 40 * 16, rel=0.1)
+    assert found.probability.read()[:20].max() == found.probability.read()[70:].max() == 0
 
 
 @BOTH

@@ -7,24 +7,17 @@ this process, because starting Python twenty times would take longer than the wo
 import csv
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import make_phantoms
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 from documents import PAGES, commands, first_block, follow
-from helpers import as_volume, write_phantom_seg, write_phantom_series
-from monai.losses import DiceLoss
+from helpers import write_phantom_seg, write_phantom_series
 
 import train
-from data.evaluate import evaluate
-from data.files import InputError
-from data.pictures import choose_hu_window
 from data.scans import read_volume
-from data.settings import read_settings, run_script
 from data.volumes import Volume
 from utilities import load_checkpoint
 
@@ -48,11 +41,6 @@ def labels_of(checkpoint: str) -> dict:
 def link(folder: Path, target: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.symlink_to(target)
-
-
-# ---------------------------------------------------------------------------------------
-# Recipes, and weights to begin with
-# ---------------------------------------------------------------------------------------
 
 
 def test_recipes(raw_phantoms, few, tmp_path, monkeypatch):
@@ -96,20 +84,6 @@ def first(few, tmp_path_factory) -> Path:
     return folder
 
 
-def test_training_begins_with_the_weights_that_are_given(few, first, tmp_path):
-    """So small a learning rate leaves the weights where they began."""
-    start = first / "last.pt"
-    still = {"learning_rate": 1e-12, "seed": 5}
-    again = small_run(few, tmp_path / "again", pretrained=start, **still)
-    assert again["config"]["pretrained"] == str(start)
-    other = small_run(few, tmp_path / "other", **still)
-    states = (load_checkpoint(start), again, other)
-    given, begun, drawn = (state["network_state"] for state in states)
-    weights = [name for name in given if name.endswith("weight")]
-    assert all(torch.allclose(given[name], begun[name], atol=1e-6) for name in weights)
-    assert not torch.allclose(given[weights[0]], drawn[weights[0]], atol=1e-3)
-
-
 def test_a_run_that_began_with_other_weights_resumes_without_them(few, first, tmp_path):
     start = shutil.copy(first / "last.pt", tmp_path / "start.pt")
     half = small_run(few, tmp_path / "run", pretrained=start, schedule="constant")
@@ -119,19 +93,6 @@ def test_a_run_that_began_with_other_weights_resumes_without_them(few, first, tm
     assert (half["epoch"], resumed["epoch"]) == (1, 2)
     assert resumed["config"]["pretrained"] == half["config"]["pretrained"] == str(start)
 
-
-@pytest.mark.parametrize(
-    "change", [{"base_channels": 8}, {"network": "unet", "input_size": (32, 32)}]
-)
-def test_weights_of_another_network_are_refused(few, first, tmp_path, change):
-    with pytest.raises(InputError, match=r"last\.pt: --pretrained must be the same network"):
-        small_run(few, tmp_path / "other", pretrained=first / "last.pt", **change)
-    assert not (tmp_path / "other").exists()
-
-
-# ---------------------------------------------------------------------------------------
-# Another organ, or MR
-# ---------------------------------------------------------------------------------------
 
 SPLEEN = {
     "data/make_phantoms.py": "--cases 6 --size 48 --slices 24 32",
@@ -178,36 +139,6 @@ def test_another_organ_or_mr(tmp_path, monkeypatch, capsys):
     assert "patient's left" not in spleen["warnings"] + told
     assert "spleen_volume_ml" in mr
     assert Path("spleen.png").stat().st_size > 1000
-
-
-def test_a_recipe_of_ones_own(tmp_path, monkeypatch, few):
-    """The page's lines, added to RECIPES; on the liver phantoms, which are there, called spleen."""
-    added = eval("{" + first_block("docs/organs_and_mr.md", "python") + "}", vars(train))
-    monkeypatch.setitem(train.RECIPES, *next(iter(added.items())))
-    (name,) = added
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(few, "data/spleen/prepared", symlinks=True)
-    file = Path("data/spleen/prepared/dataset.json")
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps(content | {"labels": {"background": 0, "spleen": [1, 2]}}))
-    small = f"{name} {SUBVOLUMES} {NETWORK} --max-epochs 1"
-    monkeypatch.setattr(sys, "argv", ["train.py", *small.split()])
-    run_script(train.main, read_settings(train.Config, train.__doc__, train.RECIPES))
-    assert set(labels_of("checkpoints/spleen/best.pt")) == {"background", "spleen"}
-
-
-def test_pictures_show_mr_in_its_own_range():
-    rng = np.random.default_rng(0)
-    hu = rng.uniform(-1000, 400, (32, 32, 16))
-    assert choose_hu_window(hu) == (-200, 250)
-    low, high = choose_hu_window(as_mr(hu, rng))
-    assert 0 <= low < 50
-    assert 300 < high < 1600
-
-
-# ---------------------------------------------------------------------------------------
-# Label your own scans
-# ---------------------------------------------------------------------------------------
 
 
 def correct(case: str, truth: Volume, path: Path) -> None:
@@ -277,40 +208,3 @@ def correct_dicom(source: Path, slices: dict[str, list]) -> None:
             assert np.allclose(predicted.affine, scan.affine, atol=1e-4)
             array = label[::-1, ::-1].astype(np.uint8)
             predicted.like(array).write(Path("data/dicom") / f"{case}_label.nii.gz")
-
-
-# ---------------------------------------------------------------------------------------
-# Coming from another project
-# ---------------------------------------------------------------------------------------
-
-
-def test_what_the_figures_of_other_projects_are_worth(real_ct):
-    """The README's numbers, computed again: whole label maps, and their slices with liver."""
-    text = PAGES["docs/other_projects.md"]
-    whole, slices, tumours = [], [], []
-    for path in sorted((real_ct / "labelsTr").glob("*.nii.gz")):
-        raw = read_volume(path).read()
-        liver = (raw > 0).astype(np.uint8)
-        for chosen, figures in ((liver, whole), (liver[:, :, liver.any(axis=(0, 1))], slices)):
-            row = evaluate(as_volume(np.zeros_like(chosen)), as_volume(chosen), ["liver"])
-            figures.append((row["accuracy"], row["mean_iou"]))
-        tumours.append(np.mean(raw == 2))
-    assert f"n = {len(whole)} real CTs" in text
-    (accuracy, iou), (accuracy_slices, iou_slices) = np.mean(whole, axis=0), np.mean(slices, axis=0)
-    assert f"{accuracy_slices:.3f} and {iou_slices:.3f} on slices with liver" in text
-    assert f"{accuracy:.3f} and {iou:.3f} on whole scans" in text
-    assert f"has accuracy {1 - np.mean(tumours):.3f}" in text
-    assert f"{351_064_936 / (58_638 * 512**2):.1%}".replace("%", " %") + " are liver" in text
-    assert f"tumour {100 * min(tumours):.3f} to {100 * max(tumours):.1f} % of a scan" in text
-
-
-def test_one_minus_dice_loss_flatters():
-    """MONAI's DiceLoss with background, of an empty prediction and of half of the liver."""
-    label = torch.zeros(1, 1, 100_000, 1, 1)
-    label[:, :, :2300] = 1
-    half = label.clone()
-    half[:, :, :1150] = 0
-    loss = DiceLoss(to_onehot_y=True)
-    scores = [1 - float(loss(torch.cat([1 - p, p], 1), label)) for p in (0 * label, half)]
-    text = PAGES["docs/other_projects.md"]
-    assert f"{scores[0]:.3f} for an empty prediction; {scores[1]:.3f} for half of the liver" in text

@@ -1,16 +1,19 @@
 """Unannotated voxels: no loss, no gradient and no metric counts them."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from helpers import cached, small_config
 
 import train
 from data.labels import IGNORED, IMAGE, LABEL
 from data.scans import list_cuts
+from data.splits import read_prepared
 from preprocess import Chain, preprocess_slices, resample_depth
-from utilities import Run, train_step, validate
+from utilities import Run, load_checkpoint, train_step, validate
 
 CHAIN = Chain(
     sampling="subvolumes", spacing=(1.0, 1.0), hu_window=None, input_size=(40, 8),
@@ -98,3 +101,15 @@ def test_raw_values_become_classes_or_ignored():
     raw = np.repeat(np.array([0, 1, 2, 9, 7], np.uint8), 8)[:, None, None].repeat(8, axis=1)
     classes = preprocess_slices(raw, (1.0, 1.0, 5.0), CHAIN, "cpu", LABEL)
     assert classes[0, 4::8, 0].tolist() == [0, 1, 1, IGNORED, 0]
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_a_training_ignores_the_values_that_the_data_declare(few, tmp_path):
+    content = read_prepared(few) | {"ignore": [2]}
+    (tmp_path / "subvolumes").symlink_to(few / "subvolumes")
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    config = small_config(tmp_path, tmp_path / "run", max_epochs=1, labels={"liver": ("liver",)})
+    assert any((item[LABEL] == IGNORED).any() for item in cached(config))
+    train.main(config)
+    row = load_checkpoint(tmp_path / "run" / "last.pt")["history"][0]
+    assert 0 < row["train_loss"] < 1 and np.isfinite(row["val_loss"])

@@ -12,13 +12,14 @@ from data.labels import (
     USUAL_LABELS,
     as_labels,
     as_plain,
-    common_name,
     describe_labels,
     find_label,
     find_values,
     group_tumours,
     index_classes,
     is_tumour,
+    parse_values,
+    parse_words,
     resolve_classes,
 )
 
@@ -35,6 +36,8 @@ BTCV = {
         ("Liver Tumor", "tumour"), ("livertumor02", "tumour"), ("liver_lesions", "tumour"),
         ("HepaticLesion", "tumour"), ("cancer", "tumour"), ("Metastasis", "tumour"),
         ("HCC", "tumour"), ("clear", "background"), ("unlabelled", "background"),
+        ("livertumors", "tumour"), ("LiverMass", "tumour"), ("liver vessel", None),
+        ("Whole liver", "liver"), ("Liver (total)", "liver"), ("liver ROI", "liver"),
         ("spleen", None), ("left kidney", None), ("livery", None), ("", None),
     ],
 )  # fmt: skip
@@ -112,33 +115,42 @@ def test_labels_stand_in_json_as_values_or_lists():
     assert describe_labels(labels) == "background = 0; liver = 1, 2"
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.int64, ">i2"])
-def test_values_become_class_indices(dtype):
-    raw = np.array([0, 1, 2, 6, 100]).astype(dtype).reshape(5, 1, 1)
-    classes = {"background": (0,), "liver": (6, 1), "tumour": (2,)}
-    indices = index_classes(raw, classes)
-    assert indices.dtype == np.uint8
-    assert indices.ravel().tolist() == [0, 1, 2, 1, 0]
-    assert index_classes(raw, classes, (100, 70000)).ravel().tolist() == [0, 1, 2, 1, IGNORED]
-
-
-def test_words_that_run_together_are_parted():
-    assert common_name("livertumors") == "tumour"
-    assert common_name("liver vessel") != "liver"
-    assert common_name("LiverMass") == "tumour"
-
-
 @pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32])
-def test_classes_are_the_same_of_every_type_and_order(dtype, order):
-    rng = np.random.default_rng(0)
-    raw = np.asarray(rng.integers(0, 6, (5, 4, 3)), dtype, order=order)
-    classes = {"background": (0,), "liver": (1, 3), "tumour": (2,)}
-    found = index_classes(raw, classes, ignore=(5,))
-    table = np.array([0, 1, 2, 1, 0, 255], np.uint8)
-    assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, table[raw])
-    found[0, 0, 0] = 7  # the caller's own
-    np.testing.assert_array_equal(
-        index_classes(raw[::-1, ::2], classes, (5,)), table[raw[::-1, ::2]]
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64, ">i2"])
+def test_values_become_class_indices(dtype, order):
+    raw = np.asarray(np.arange(120).reshape(5, 6, 4), dtype, order=order)
+    indices = index_classes(
+        raw, {"background": (0,), "liver": (6, 1), "tumour": (2,)}, (100, 70000)
     )
+    expected = np.zeros((5, 6, 4))
+    expected[0, 0, 1], expected[0, 0, 2], expected[0, 1, 2], expected[4, 1, 0] = 1, 2, 1, IGNORED
+    assert indices.dtype == np.uint8
+    np.testing.assert_array_equal(indices, expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("liver",), "must be NAME=VALUE"),
+        (("=1",), "must be NAME=VALUE"),
+        (("liver=x",), "must be NAME=VALUE"),
+        (("a=1", "b=1"), "has one name"),
+        (("a=70000",), "has one name"),
+        (("liver=1", "ignore=0"), "0 is the background"),
+    ],
+)
+def test_values_that_the_user_gives_have_one_name_each(words, message):
+    with pytest.raises(InputError, match=f"--values .*{message}"):
+        parse_values(words, "--values")
+
+
+def test_values_that_the_user_gives_are_read():
+    words = ("background=0", "liver=6", "tumour=7,8")
+    assert parse_values(words, "--values") == {"liver": (6,), "tumour": (7, 8)}
+    asked = parse_values(("whole=liver,tumour", "hcc=2"), "--labels", USUAL_LABELS, overlap=True)
+    assert asked == {"whole": (1, 2), "hcc": (2,)}
+    assert parse_words(["liver=liver,tumour", "spleen"]) == {
+        "liver": ("liver", "tumour"), "spleen": ("spleen",),
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"contradicts the data, which declare .*liver = 6"):
+        parse_values(("liver=1",), "--labels", BTCV, overlap=True)

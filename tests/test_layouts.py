@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
-import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
@@ -17,19 +18,21 @@ from PIL import Image
 import apply_model
 import prepare
 from data.datasets import (
+    Case,
     DataSet,
-    add_once,
     describe_data_set,
+    describe_truths,
     find_pairs,
     find_scans,
     name_scans,
     pair_by_name,
+    pair_truths,
 )
 from data.dicom import write_series
 from data.files import InputError
-from data.scans import hash_inputs, read_label_map, read_scan
+from data.scans import read_label_map, read_scan, stamp_inputs
 from data.seg import write_seg
-from data.splits import read_patients, read_split
+from data.splits import guess_pattern, name_patients, read_patients, read_split
 from data.volumes import Volume
 
 SHAPE = (12, 10, 6)
@@ -102,8 +105,6 @@ PAIRS = {
     "lits in one folder": ("volume-{}.nii", "segmentation-{}.nii", "volume-{}"),
     "train folders": ("TrainVolumes/p{}.nii.gz", "TrainSegmentation/p{}.nii.gz", "p{}"),
     "numbers only": ("TrainVolumes/{}.nii.gz", "TrainSegmentation/{}.nii.gz", "{}"),
-    "images, labels": ("images/p{}.nii.gz", "labels/p{}.nii.gz", "p{}"),
-    "amos": ("images/amos_{}_0000.nii.gz", "labels/amos_{}.nii.gz", "amos_{}"),
     "btcv": ("img/img000{}.nii.gz", "label/label000{}.nii.gz", "img000{}"),
     "patient folders": ("patient_{}/ct.nii.gz", "patient_{}/ct_segmentation.nii.gz", "patient_{}"),
     "named after the organ": ("p{}/CT.nii.gz", "p{}/liver_mask.nii.gz", "p{}"),
@@ -111,9 +112,11 @@ PAIRS = {
     "no word at the scan": ("case-{}.nii.gz", "case-{}_label.nii.gz", "case-{}"),
     "glued": ("case{}.nii.gz", "case{}mask.nii.gz", "case{}"),
     "only one of each": ("p{}/portal.nii.gz", "p{}/liver_seg.nii.gz", "p{}_portal"),
+    "a word alone": ("p{}/portal.nii.gz", "p{}/label.nii.gz", "p{}_portal"),
     "phase folders": ("p{}/portal/ct.nii.gz", "p{}/portal/label.nii.gz", "p{}_portal"),
     "capitals": ("Images/P{}.NII.GZ", "Labels/P{}.nii.gz", "P{}"),
     "a set called seg": ("seg_set/p{}/ct.nii.gz", "seg_set/p{}/label.nii.gz", "p{}"),
+    "a set called seg, no word at the scan": ("seg/c-{}.nii.gz", "seg/c-{}_label.nii.gz", "c-{}"),
     "ct in both": ("images/ct_{}.nii.gz", "labels/ct_{}.nii.gz", "ct_{}"),
     "spaces": ("My scans/pat {}.nii.gz", "My masks/pat-{}.nii.gz", "pat {}"),
     "train, images": ("train/images/p{}.nii.gz", "train/labels/p{}.nii.gz", "p{}"),
@@ -154,36 +157,98 @@ def test_files_are_paired_by_what_remains_of_their_paths(layout, tmp_path):
     assert not data.unused
 
 
-def test_equal_names_in_different_folders_stay_apart(tmp_path):
-    for patient, folder in enumerate("AB"):
-        save(scan_of(patient), tmp_path / folder / "patient_1" / "ct.nii.gz")
-        save(label_of(patient), tmp_path / folder / "patient_1" / "label.nii.gz")
-    data = check(tmp_path, {"A_patient_1": 0, "B_patient_1": 1})
-    assert "told apart by their folders" in " ".join(data.notes)
+# files → pairs of them, "scan: label map" or the masks of structures
+TREES = {
+    "equal names in different folders": (
+        "A/p/ct A/p/label B/p/ct B/p/label", {"A/p/ct": "A/p/label", "B/p/ct": "B/p/label"},
+    ),
+    "a label map that only another set has": (
+        "a/img/x b/img/x b/label/x", {"a/img/x": None, "b/img/x": "b/label/x"},
+    ),
+    "no partner": (
+        "imagesTr/a imagesTr/b labelsTr/b labelsTr/c",
+        {"imagesTr/a": None, "imagesTr/b": "labelsTr/b", "": "labelsTr/c"},
+    ),
+    "neighbours of other names": (
+        "B/p1_scan B/p3_label A/p2_scan A/p2_label",
+        {"B/p1_scan": None, "": "B/p3_label", "A/p2_scan": "A/p2_label"},
+    ),
+    "scans called after the organ": (
+        "p/liver p/liver_seg q/liver_1 q/liver_1_label q/liver q/liver_label q/ct_3 q/ct_3_label",
+        {"p/liver": "p/liver_seg", "q/liver_1": "q/liver_1_label", "q/liver": "q/liver_label",
+         "q/ct_3": "q/ct_3_label"},
+    ),
+    "test cases and other channels": (
+        "imagesTr/c_0000 imagesTr/c_0001 labelsTr/c imagesTs/c_0000 test/test-volume-0",
+        {"imagesTr/c_0000": "labelsTr/c"},
+    ),
+    "numbers from 0000": (
+        "imagesTr/c_0000 imagesTr/c_0001 labelsTr/c_0000 labelsTr/c_0001",
+        {"imagesTr/c_0000": "labelsTr/c_0000", "imagesTr/c_0001": "labelsTr/c_0001"},
+    ),
+    "channels in one set, numbers from 0000 in another": (
+        "a/img/x_0000 a/img/x_0001 a/gt/x b/img/c_0000 b/img/c_0001 b/gt/c_0000 b/gt/c_0001",
+        {"a/img/x_0000": "a/gt/x", "b/img/c_0000": "b/gt/c_0000", "b/img/c_0001": "b/gt/c_0001"},
+    ),
+    "a channel with a label map of its own": (
+        "img/x_0000 img/x_0001 img/x_0002 label/x label/x_0001",
+        {"img/x_0000": "label/x", "img/x_0001": "label/x_0001"},
+    ),
+    "numbers that end like channels": (
+        "img/g_0000_0000 img/g_0001_0000 label/g_0000 label/g_0001",
+        {"img/g_0000_0000": "label/g_0000", "img/g_0001_0000": "label/g_0001"},
+    ),
+    "a label map is missing of scans with numbers": (
+        "img/c_0000 img/c_0001 label/c_0000", {"img/c_0000": "label/c_0000", "img/c_0001": None},
+    ),
+    "MONAI Label": (
+        "x labels/final/x labels/original/x y labels/original/y",
+        {"x": "labels/final/x", "y": "labels/original/y"},
+    ),
+    "corrected": ("x x_label x_corrected_label", {"x": "x_corrected_label"}),
+    "draft": ("p/ct p/liver_mask p/liver_draft_mask", {"p/ct": "p/liver_mask"}),
+    "final in the names of scans too": (
+        "p_ct p_label p_final_ct p_final_label", {"p_ct": "p_label", "p_final_ct": "p_final_label"},
+    ),
+    "a whole label map beside masks": ("p/ct p/label p/segs/liver p/segs/hcc", {"p/ct": "p/label"}),
+    "tumours with numbers": (
+        "p/image p/liver p/livertumor1 p/livertumor2",
+        {"p/image": {"liver": "p/liver", "livertumor1": "p/livertumor1",
+                     "livertumor2": "p/livertumor2"}},
+    ),
+    "tumours with numbers in flat names": (
+        "p_ct p_liver_seg p_tumor_1_seg p_tumor_2_seg",
+        {"p_ct": {"liver": "p_liver_seg", "tumor_1": "p_tumor_1_seg", "tumor_2": "p_tumor_2_seg"}},
+    ),
+    "a label word in some names of a folder of label maps": (
+        "images/a images/b labels/a_label labels/b",
+        {"images/a": "labels/a_label", "images/b": "labels/b"},
+    ),
+}  # fmt: skip
 
 
-def test_scans_called_after_the_organ_stay_scans(tmp_path):
-    """`liver` is a label map only beside a file that is called a scan."""
-    for patient in (1, 2):
-        save(scan_of(patient), tmp_path / f"p{patient}/liver.nii.gz")
-        save(label_of(patient), tmp_path / f"p{patient}/liver_seg.nii.gz")
-        save(scan_of(patient), tmp_path / f"q/liver_{patient}.nii.gz")
-        save(label_of(patient), tmp_path / f"q/liver_{patient}_label.nii.gz")
-    save(scan_of(3), tmp_path / "q/ct_3.nii.gz")
-    save(label_of(3), tmp_path / "q/ct_3_label.nii.gz")
-    expected = {"ct_3": 3, "liver_1": 1, "liver_2": 2, "p1_liver": 1, "p2_liver": 2}
-    check(tmp_path, expected)
+@pytest.mark.parametrize("tree", TREES)
+def test_trees_of_files(tree, tmp_path):
+    files, expected = TREES[tree]
+    for name in files.split():
+        save(label_of(1), tmp_path / f"{name}.nii.gz")
+    (tmp_path / "._hidden.nii.gz").write_bytes(b"macOS")
+    data = find_pairs(tmp_path)
+    used = set(data.unused)
 
+    def shorten(path: Path | None) -> str:
+        used.update([path] if path else [])
+        return path.relative_to(tmp_path).as_posix().removesuffix(".nii.gz") if path else ""
 
-def test_two_sets_below_one_folder_stay_apart(tmp_path):
-    for patient, folder in enumerate(("one", "two")):
-        save(scan_of(patient), tmp_path / folder / "imagesTr" / "liver_0.nii.gz")
-        save(label_of(patient), tmp_path / folder / "labelsTr" / "liver_0.nii.gz")
-    check(tmp_path, {"one_liver_0": 0, "two_liver_0": 1})
-    (tmp_path / "one/labelsTr/liver_0.nii.gz").unlink()  # never another's label map
-    cases = {case.name: case for case in find_pairs(tmp_path).cases}
-    assert cases["one_liver_0"].label is None
-    assert cases["two_liver_0"].label == tmp_path / "two/labelsTr/liver_0.nii.gz"
+    found = {}
+    for case in data.cases:
+        masks = isinstance(case.label, tuple)
+        label = {n: shorten(p) for n, p in case.label} if masks else shorten(case.label) or None
+        found[shorten(case.image)] = label
+        assert case.faults == ()
+    assert found == expected
+    assert {shorten(path) for path in used} == {*files.split()}  # nothing vanishes unreported
+    assert len({case.name for case in data.cases}) == len(data.cases)
 
 
 AMBIGUOUS = {
@@ -191,6 +256,7 @@ AMBIGUOUS = {
     "two observers": (["p/ct"], ["p/label_anna", "p/label_bert"], "2 label maps for one scan"),
     "two scans": (["p/ct", "p/scan"], ["p/label"], "2 scans for one label map"),
     "two folders": (["images/x", "img/x"], ["labels/x"], "2 scans for one label map"),
+    "two drafts": (["p/ct"], ["p/label_auto", "p/label_draft"], "2 label maps for one scan"),
     "two batches": (["a/volume-1", "b/volume-1"], ["segmentation-1"], "2 scans for one label map"),
     "folded alike": (["a_b/ct", "a/b_ct"], ["a/b_label"], "2 scans for one label map"),
 }
@@ -215,88 +281,33 @@ def test_what_is_ambiguous_is_told_with_both_paths(kind, tmp_path):
     assert (sound.name, sound.image) == ("sound", tmp_path / "sound_ct.nii.gz")
 
 
-def test_one_scan_in_two_formats_is_told(tmp_path):
-    for suffix in (".nii", ".nii.gz"):
-        save(scan_of(0), tmp_path / f"images/x{suffix}")
-    save(label_of(0), tmp_path / "labels/x.nii.gz")
-    (case,) = find_pairs(tmp_path).cases
-    assert "2 scans for one label map" in case.faults[0]
-
-
-def test_what_has_no_partner_is_a_case_without_one(tmp_path):
-    for patient in (0, 1):
-        save(scan_of(patient), tmp_path / f"imagesTr/c{patient}.nii.gz")
-        save(label_of(patient), tmp_path / f"labelsTr/c{patient + 1}.nii.gz")
-    found = [(c.name, bool(c.image), bool(c.label)) for c in find_pairs(tmp_path).cases]
-    assert found == [("c0", True, False), ("c1", True, True), ("c2", False, True)]
-
-
-def test_hidden_files_test_cases_and_other_channels_are_not_used(tmp_path):
-    for patient in (0, 1):
-        for channel in ("0000", "0001"):
-            save(scan_of(patient), tmp_path / f"imagesTr/c{patient}_{channel}.nii.gz")
-        save(label_of(patient), tmp_path / f"labelsTr/c{patient}.nii.gz")
-        save(scan_of(patient), tmp_path / f"imagesTs/c{patient}_0000.nii.gz")
-    (tmp_path / "imagesTr/._c0_0000.nii.gz").write_bytes(b"\0\5\26\7 macOS")
-    save(scan_of(0), tmp_path / "prepared/imagesTr/other.nii.gz")
-    data = check(tmp_path, {"c0": 0, "c1": 1}, exclude=tmp_path / "prepared")
-    assert len(data.unused) == 4  # imagesTs and further channels
-    assert "2 further channels" in " ".join(data.notes)
-
-
-def test_lits_with_its_test_scans(tmp_path):
-    for patient in (0, 1):
-        save(scan_of(patient), tmp_path / f"Batch {patient}/volume-{patient}.nii")
-        save(label_of(patient), tmp_path / f"Batch {patient}/segmentation-{patient}.nii")
-        save(scan_of(patient), tmp_path / f"test/test-volume-{patient}.nii")
-    data = check(tmp_path, {"volume-0": 0, "volume-1": 1})
-    assert (data.layout, len(data.unused)) == ("lits", 2)
-
-
 def test_what_this_program_wrote_is_no_data_set(raw_phantoms, checkpoint, tmp_path, blank_pictures):
-    """Results and prepared data below the source are left out and told."""
+    """Unless results are named as the label maps: then each one's label map counts, as a draft."""
     raw = shutil.copytree(raw_phantoms, tmp_path / "raw")
-    names = [case.name for case in find_pairs(raw).cases]
+    cases = [(case.name, case.label) for case in find_pairs(raw).cases]
     prepare.main(prepare.Config(source=raw, destination=raw / "prepared", workers=1))
-    scan = min((raw / "imagesTr").iterdir())
-    results = raw / "results"
+    scan, results = min((raw / "imagesTr").iterdir()), raw / "results"
     apply_model.main(apply_model.Config(
-        paths=(scan,), checkpoint=checkpoint, destination=results, device="cpu",
+        paths=(scan,), checkpoint=checkpoint, destination=results, device="cpu", probability=True,
     ))  # fmt: skip
     data = find_pairs(raw)
-    assert [case.name for case in data.cases] == names
-    assert any(f"left out: {len(names) + 1} cases" in line for line in describe_data_set(data))
-
-
-def test_results_named_as_labels_are_drafts(raw_phantoms, checkpoint, tmp_path, blank_pictures):
-    """The label map of each result counts, as it is or corrected; nothing else beside it."""
-    results, scans = tmp_path / "results", sorted((raw_phantoms / "imagesTr").iterdir())[:2]
-    apply_model.main(apply_model.Config(
-        paths=tuple(scans), checkpoint=checkpoint, destination=results, device="cpu",
-        probability=True,
-    ))  # fmt: skip
-    names = [path.name.removesuffix(".nii.gz") for path in scans]
-    drawn = raw_phantoms / "labelsTr" / scans[0].name
-    shutil.copyfile(drawn, results / names[0] / f"{names[0]}_label.nii.gz")
-    data = find_pairs(raw_phantoms, images=raw_phantoms / "imagesTr", labels=results)
-    paired = {case.name: case.label for case in data.cases if case.label}
-    assert paired == {name: results / name / f"{name}_label.nii.gz" for name in names}
-    assert any("2 label maps are drafts" in line for line in describe_data_set(data))
+    assert [(case.name, case.label) for case in data.cases] == cases
+    assert any(f"left out: {len(cases) + 1} cases" in line for line in describe_data_set(data))
+    data = find_pairs(raw, images=raw / "imagesTr", labels=results)
+    name = scan.name.removesuffix(".nii.gz")
+    drafts = [case.label for case in data.cases if case.label]
+    assert drafts == [results / name / f"{name}_label.nii.gz"]
+    assert any("1 label maps are drafts" in line for line in describe_data_set(data))
 
 
 def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
     save(scan_of(0), tmp_path / "a/ct.nii.gz")
-    save(label_of(0), tmp_path / "a/label.nii.gz")
-    (tmp_path / "b").mkdir()
-    real = os.scandir
 
     def refuse(path):
-        if str(path).endswith("b"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
+        raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(InputError, match="b: cannot be listed"):
+    with pytest.raises(InputError, match="cannot be listed"):
         find_pairs(tmp_path)
 
 
@@ -314,15 +325,6 @@ def test_two_folders_can_be_named(tmp_path):
         find_pairs(tmp_path, images=tmp_path / "a", labels=tmp_path / "c")
 
 
-def test_a_header_and_its_voxels_are_one_scan(tmp_path):
-    for patient in (0, 1):
-        folder = tmp_path / f"p{patient}"
-        folder.mkdir()
-        for name, array in (("ct", scan_of(patient)), ("ct_seg", label_of(patient))):
-            nib.save(nib.Nifti1Pair(array, AFFINE), folder / f"{name}.hdr")
-    check(tmp_path, {"p0": 0, "p1": 1})
-
-
 def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
     save(scan_of(0), tmp_path / "p/ct.nii.gz")
     save(label_of(0), tmp_path / "p/label.nii.gz")
@@ -330,23 +332,16 @@ def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
     check(tmp_path, {"p": 0})
 
 
-def test_names_are_safe_whatever_files_are_called(tmp_path):
-    for index, name in enumerate(("=1+1", "-x", "+y", "@z", "a..b", "w" * 180)):
-        save(scan_of(index), tmp_path / f"{name}/ct.nii.gz")
-        save(label_of(index), tmp_path / f"{name}/label.nii.gz")
-    names = [case.name for case in find_pairs(tmp_path).cases]
-    assert {"1+1", "x", "y", "z", "a.b"} < set(names)
-    assert max(map(len, names)) <= 100
-    assert len({name.casefold() for name in names}) == 6
-
-
-def test_names_that_differ_by_capitals_or_signs_alone_stay_apart(tmp_path):
-    for index, name in enumerate(("P1", "p1", "p1:", "p1*")):
-        save(scan_of(index), tmp_path / f"images/{name}.nii.gz")
-        save(label_of(index), tmp_path / f"labels/{name}.nii.gz")
-    data = find_pairs(tmp_path)
-    assert len({case.name.casefold() for case in data.cases}) == 4
-    assert all(case.image.name == case.label.name for case in data.cases)
+def test_names_are_safe_and_distinct_whatever_files_are_called(tmp_path):
+    names = ("=1+1", "-x", "+y", "@z", "a..b", "w" * 180, "P1", "p1", "p1:", "p1*")
+    for name in names:
+        save(scan_of(1), tmp_path / f"images/{name}.nii.gz")
+        save(label_of(1), tmp_path / f"labels/{name}.nii.gz")
+    cases = find_pairs(tmp_path).cases
+    assert {"1+1", "x", "y", "z", "a.b"} < {case.name for case in cases}
+    assert max(len(case.name) for case in cases) <= 100
+    assert len({case.name.casefold() for case in cases}) == len(names)
+    assert all(case.image.name == case.label.name for case in cases)
 
 
 def test_a_name_that_is_not_utf8_is_a_fault_of_its_case(tmp_path):
@@ -358,33 +353,6 @@ def test_a_name_that_is_not_utf8_is_a_fault_of_its_case(tmp_path):
     assert "is not UTF-8; rename it" in bad.faults[0]
     assert sound.faults == ()
     "\n".join([*describe_data_set(find_pairs(tmp_path)), bad.name]).encode()
-
-
-def test_pairing_costs_the_same_for_every_case(tmp_path, monkeypatch):
-    for patient in range(300):
-        for folder in ("images", "labels"):
-            path = tmp_path / f"p{patient}" / folder / "x.nii"
-            path.parent.mkdir(parents=True)
-            path.touch()
-    scanned: list[str] = []
-    real = os.scandir
-
-    def count(path="."):
-        scanned.append(str(path))
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", count)
-    data = find_pairs(tmp_path)
-    assert len(data.cases) == 300
-    assert len(scanned) == len(set(scanned))  # each folder is listed once
-
-
-def test_add_once_raises_instead_of_overwriting():
-    table: dict[str, int] = {}
-    add_once(table, "a", 1)
-    add_once(table, "a", 1)
-    with pytest.raises(InputError, match="1 and 2"):
-        add_once(table, "a", 2)
 
 
 # ---------------------------------------------------------------------------------------
@@ -475,12 +443,26 @@ def lay_flat_masks(root: Path, patient: int) -> None:
         save(mask.astype(np.uint8), root / f"p{patient}_{name}_seg.nii.gz")
 
 
+def lay_labelled_series(root: Path, patient: int) -> None:
+    save_series(scan_of(patient), root / f"PATIENT_DICOM/p{patient}")
+    save_series(label_of(patient), root / f"LABELLED_DICOM/p{patient}")
+
+
+def lay_nifti_beside_dicom(root: Path, patient: int) -> None:
+    """The scan converted, with its label map, beside its series: the converted one is taken."""
+    save_series(scan_of(patient + 9), root / f"p{patient}/DICOM")
+    save(scan_of(patient), root / f"p{patient}/ct.nii.gz")
+    save(label_of(patient), root / f"p{patient}/label.nii.gz")
+
+
 SERIES: dict[str, Callable[[Path, int], None]] = {
     "SEG": lay_seg,
     "SEG without reference": lay_seg_without_reference,
     "NIfTI beside": lay_nifti_label_beside,
     "NIfTI inside": lay_nifti_label_inside,
     "NIfTI elsewhere": lay_nifti_label_elsewhere,
+    "NIfTI with its label map": lay_nifti_beside_dicom,
+    "labelled series": lay_labelled_series,
     "3D-IRCADb": lay_ircad,
     "TotalSegmentator": lay_total,
     "a file per mask": lay_mask_files,
@@ -505,7 +487,7 @@ def test_series_and_masks_give_the_right_voxels(layout, tmp_path):
         scan, label = on_scan_axes(data, patient, case)
         assert np.array_equal(scan, Volume(scan_of(patient), AFFINE).ras.data)
         assert np.array_equal(label, Volume(label_of(patient), AFFINE).ras.data)
-        assert hash_inputs([case.image, case.label])
+        assert stamp_inputs([case.image, case.label])
 
 
 def lay_chaos(root: Path, patient: int, greys=(0, 255)) -> np.ndarray:
@@ -515,16 +497,12 @@ def lay_chaos(root: Path, patient: int, greys=(0, 255)) -> np.ndarray:
     files = save_series(scan_of(patient), folder / "DICOM_anon")
     read = read_scan(folder / "DICOM_anon")
     stored = read.from_ras(Volume(liver, AFFINE).ras.data).data
-    order = np.argsort([read.files.index(file) for file in sorted(files)])
-    by_name = np.empty_like(stored)
-    for index, file in enumerate(sorted(files)):
-        by_name[:, :, index] = stored[:, :, read.files.index(file)]
-    assert len(order) == SHAPE[2]
+    by_name = stored[:, :, [read.files.index(file) for file in sorted(files)]]
     save_pngs(np.asarray(greys, np.uint8)[by_name], folder / "Ground")
     return stored
 
 
-@pytest.mark.parametrize("greys", [(0, 255), (0, 1), (126, 63), (252, 63)])
+@pytest.mark.parametrize("greys", [(0, 255), (126, 63)])
 def test_a_stack_of_pictures_is_a_label_map(greys, tmp_path):
     livers = [lay_chaos(tmp_path, patient, greys) for patient in (1, 2)]
     data = find_pairs(tmp_path)
@@ -545,13 +523,10 @@ def test_pictures_that_do_not_fit_the_slices_are_told(tmp_path):
     with pytest.raises(InputError, match=r"greys \[10, 20, 30, 255\]"):
         read_label_map(case.label, scan, {"liver": (1,)})
     Image.fromarray(greys[:4]).save(folder / "liver_GT_002.png")
-    with pytest.raises(InputError, match=r"\(12, 4\) pixels.*\(12, 10\)"):
-        read_label_map(case.label, scan, {"liver": (1,)})
-    (folder / "liver_GT_002.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="not a readable PNG"):
+    with pytest.raises(InputError, match=r"must have \(12, 10\) pixels .* got \(12, 4\)"):
         read_label_map(case.label, scan, {"liver": (1,)})
     (folder / "liver_GT_002.png").unlink()
-    with pytest.raises(InputError, match=r"holds 5 PNGs, but .* has 6 slices") as error:
+    with pytest.raises(InputError, match=r"got 5 for 6 files") as error:
         read_label_map(case.label, scan, {"liver": (1,)})
     assert error.value.kind == "shape"
 
@@ -560,15 +535,9 @@ def test_masks_of_another_scan_are_refused(tmp_path):
     lay_ircad(tmp_path, 1)
     (case,) = find_pairs(tmp_path).cases
     scan = read_scan(case.image)
-    liver = list((tmp_path / "p1/MASKS_DICOM/liver").iterdir())
-    set_frame(liver, "1.2.3")
+    set_frame(list((tmp_path / "p1/MASKS_DICOM/liver").iterdir()), "1.2.3")
     with pytest.raises(InputError, match="another frame of reference"):
-        read_label_map(case.label, read_scan(case.image), {"liver": (1,)})
-    moved = scan.affine.copy()
-    moved[0, 3] += 9  # mm
-    with pytest.raises(InputError, match="voxels apart") as error:
-        read_label_map(case.label, Volume(scan.read(), moved), {"liver": (1,)})
-    assert error.value.kind == "grid"
+        read_label_map(case.label, scan, {"liver": (1,)})
 
 
 def test_other_structures_are_used_when_they_are_named(tmp_path):
@@ -581,8 +550,6 @@ def test_other_structures_are_used_when_they_are_named(tmp_path):
     _, label = on_scan_axes(data, 1, case)
     expected = np.where(label_of(1) > 0, 6, 1)
     assert np.array_equal(label, Volume(expected.astype(np.uint8), AFFINE).ras.data)
-    with pytest.raises(InputError, match=r"none of the masks liver, .*is one of the labels"):
-        read_label_map(case.label, read_scan(case.image), {"pancreas": (1,)})
 
 
 def test_a_mask_with_several_values_is_refused(tmp_path):
@@ -594,25 +561,24 @@ def test_a_mask_with_several_values_is_refused(tmp_path):
 
 
 def test_two_series_in_one_folder_have_names_by_their_uids(tmp_path):
-    slices = save_series(scan_of(1), tmp_path / "study/a")
-    others = save_series(scan_of(2), tmp_path / "study/b")
-    folder = tmp_path / "mixed"
-    folder.mkdir()
-    for index, file in enumerate((*slices, *others)):
-        file.rename(folder / f"{index:02d}.dcm")
-    for index in (0, len(slices)):
-        scan = read_scan(folder / f"{index:02d}.dcm")
-        patient = 1 if index == 0 else 2
-        stored = scan.from_ras(Volume(label_of(patient), AFFINE).ras.data)
-        classes = {"background": (0,), "liver": (1,), "tumour": (2,)}
-        assert write_seg(stored, scan, classes, tmp_path / f"segs/{index}.dcm") == []
+    (tmp_path / "mixed").mkdir()
+    for patient in (1, 2):
+        slices = save_series(scan_of(patient), tmp_path / f"{patient}")
+        as_seg(slices, label_of(patient), tmp_path / f"segs/{patient}.dcm")
+        for file in slices:
+            file.rename(tmp_path / "mixed" / f"{patient}{file.name}")
     data = find_pairs(tmp_path)
-    assert all(case.name.split("_")[0] == "series" for case in data.cases)
-    assert [len(case.name) for case in data.cases] == [17, 17]
+    assert [(case.name[:7], len(case.name)) for case in data.cases] == [("series_", 17)] * 2
     for case in data.cases:
         scan, label = on_scan_axes(data, 0, case)
         patient = 1 if np.array_equal(scan, Volume(scan_of(1), AFFINE).ras.data) else 2
         assert np.array_equal(label, Volume(label_of(patient), AFFINE).ras.data)
+
+
+def test_a_series_that_a_seg_names_is_a_scan_whatever_its_folder_is_called(tmp_path):
+    as_seg(save_series(scan_of(1), tmp_path / "masks/p1"), label_of(1), tmp_path / "masks/x.dcm")
+    (case,) = find_pairs(tmp_path).cases
+    assert (case.image, case.label) == (tmp_path / "masks/p1", tmp_path / "masks/x.dcm")
 
 
 def test_two_segs_of_one_series_are_told(tmp_path):
@@ -623,16 +589,6 @@ def test_two_segs_of_one_series_are_told(tmp_path):
     (case,) = find_pairs(tmp_path).cases
     assert "2 label maps for one scan" in case.faults[0]
     assert "other.dcm" in case.faults[0] and "seg.dcm" in case.faults[0]
-
-
-def test_segment_names_decide_not_their_numbers(tmp_path):
-    slices = save_series(scan_of(1), tmp_path / "p1/scan")
-    swapped = np.choose(label_of(1), [0, 2, 1]).astype(np.uint8)
-    as_seg(slices, swapped, tmp_path / "p1/seg.dcm", names=("Tumor", "Liver"))
-    data = find_pairs(tmp_path)
-    assert data.declared == {"background": (0,), "liver": (1,), "tumour": (2,)}
-    _, label = on_scan_axes(data, 1, data.cases[0])
-    assert np.array_equal(label, Volume(label_of(1), AFFINE).ras.data)
 
 
 def test_a_series_without_label_map_is_told_and_not_a_case(tmp_path):
@@ -653,13 +609,8 @@ def test_dicom_that_cannot_be_read_leaves_its_neighbours(tmp_path):
     assert "cut.dcm" in " ".join(data.notes)
 
 
-@pytest.mark.parametrize("series", [False, True])
-def test_neighbours_of_other_names_are_not_paired(series, tmp_path):
-    """Each lost its partner: what is left in the folder belongs to two patients."""
-    if series:
-        save_series(scan_of(1), tmp_path / "B/p1")
-    else:
-        save(scan_of(1), tmp_path / "B/p1_scan.nii.gz")
+def test_a_series_and_a_neighbour_of_another_name_are_not_paired(tmp_path):
+    save_series(scan_of(1), tmp_path / "B/p1")
     save(label_of(3), tmp_path / "B/p3_label.nii.gz")
     save(scan_of(2), tmp_path / "A/p2_scan.nii.gz")
     save(label_of(2), tmp_path / "A/p2_label.nii.gz")
@@ -764,7 +715,7 @@ def test_a_value_to_ignore_is_no_class(pair):
     assert (data.declared, data.ignore) == ({"background": (0,), "liver": (1,)}, (2,))
     content["labels"]["tumour"] = 2
     (pair / "dataset.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"both have the value 2|is to be ignored and is a label"):
+    with pytest.raises(InputError, match="ignore=2"):
         find_pairs(pair)
 
 
@@ -774,14 +725,10 @@ BAD_DESCRIPTIONS = {
     "names of names": {"labels": {"liver": "one"}},
     "negative": {"labels": {"liver": -1}},
     "fraction": {"labels": {"liver": 1.5}},
-    "true": {"labels": {"liver": True}},
     "huge": {"labels": {"liver": 10**9}},
-    "nested": {"labels": {"liver": {"value": 1}}},
     "no name": {"labels": {"1": None}},
     "background only": {"labels": {"background": 0}},
-    "empty list": {"labels": {"liver": []}},
     "a list": [1, 2],
-    "a number": 3,
 }
 
 
@@ -792,7 +739,7 @@ def test_a_description_of_another_form_is_refused_with_the_form(kind, pair):
         find_pairs(pair)
 
 
-@pytest.mark.parametrize("text", ["", "{", "\0\1", "[" * 100000])
+@pytest.mark.parametrize("text", ["", "{", "[" * 100000])
 def test_a_description_that_is_no_json_is_refused(text, pair):
     (pair / "dataset.json").write_text(text)
     with pytest.raises(InputError, match=r"dataset\.json: must be a JSON object"):
@@ -809,6 +756,73 @@ def test_the_nearest_description_counts_and_two_that_differ_are_told(pair):
     with pytest.raises(InputError, match=r"dataset.json says .*other/dataset.json says .*--values"):
         find_pairs(pair)
     assert find_pairs(pair, values={"liver": (1,)}).declared["liver"] == (1,)
+
+
+def test_a_description_reaches_no_neighbouring_set(tmp_path):
+    for name in ("lits/volume-1", "btcv/img/1"):
+        save(scan_of(1), tmp_path / f"{name}.nii")
+    for name in ("lits/segmentation-1", "btcv/label/1"):
+        save(label_of(1), tmp_path / f"{name}.nii")
+    assert any("no dataset.json describes" in note for note in find_pairs(tmp_path).notes)
+    (tmp_path / "btcv/dataset.json").write_text(json.dumps({"labels": BTCV}))
+    with pytest.raises(InputError, match=r"btcv/dataset.json says .*spleen.*lits/segmentation-1.*"):
+        find_pairs(tmp_path)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": BTCV}))  # above the source
+    assert find_pairs(tmp_path / "lits").declared["liver"] == (1,)
+    (tmp_path / "dataset.json").unlink()
+    same = {"labels": {"liver": 1, "cancer": 2}}  # the usual values by another name
+    (tmp_path / "btcv/dataset.json").write_text(json.dumps(same))
+    assert find_pairs(tmp_path).declared == {"background": (0,), "liver": (1,), "cancer": (2,)}
+
+
+def write_segnrrd(path: Path, *segments: tuple[str, int]) -> None:
+    """The header of a .seg.nrrd of 3D Slicer; who pairs files reads no voxels."""
+    lines = ["NRRD0004", "type: unsigned char", "dimension: 3"]
+    for number, (name, value) in enumerate(segments):
+        lines += [f"Segment{number}_LabelValue:={value}", f"Segment{number}_Name:={name}"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes("\n".join(lines).encode() + b"\n\nvoxels")
+
+
+def test_segments_of_slicer_have_the_names_of_their_own_file(tmp_path):
+    for patient, segments in (("a", [("tumour", 1), ("liver", 2)]), ("b", [("Liver", 2)])):
+        save(scan_of(1), tmp_path / patient / "ct.nii.gz")
+        write_segnrrd(tmp_path / patient / "Segmentation.seg.nrrd", *segments)
+    assert find_pairs(tmp_path).declared == {"background": (0,), "tumour": (1,), "liver": (2,)}
+    described = describe_truths(tmp_path / "b/Segmentation.seg.nrrd")
+    assert described.labels == {"background": (0,), "Liver": (2,)}
+    write_segnrrd(tmp_path / "b/Segmentation.seg.nrrd", ("liver", 1))
+    with pytest.raises(InputError, match="one data set at a time"):
+        find_pairs(tmp_path)
+
+
+def test_label_info_of_monai_label_names_the_values(tmp_path):
+    save(scan_of(1), tmp_path / "x.nii.gz")
+    save(label_of(1), tmp_path / "labels/final/x.nii.gz")
+    info = {"params": {"label_info": [{"name": "tumour", "idx": 1}, {"name": "liver", "idx": 2}]}}
+    store = tmp_path / "datastore_v2.json"
+    store.write_text(json.dumps({"objects": {"x": {"labels": {"final": {"info": info}}}}}))
+    assert find_pairs(tmp_path).declared == {"background": (0,), "tumour": (1,), "liver": (2,)}
+    store.write_text("{}")
+    assert find_pairs(tmp_path).declared["liver"] == (1,)
+
+
+@pytest.mark.parametrize(
+    ("names", "declared"),
+    [
+        (("Segment_1", "Segment_2"), {"Segment_1", "Segment_2"}),
+        (("Whole liver", "tumour"), {"liver", "tumour"}),
+        (("liver", "Cyst"), {"liver", "Cyst"}),
+    ],
+)
+def test_of_segs_alone_only_their_own_names_stand(names, declared, tmp_path):
+    slices = save_series(scan_of(1), tmp_path / "p1/scan")
+    as_seg(slices, label_of(1), tmp_path / "p1/seg.dcm", names=names)
+    data = find_pairs(tmp_path)
+    assert {*data.declared} == {"background", *declared}
+    scan = read_scan(data.cases[0].image)
+    label = read_label_map(data.cases[0].label, scan, data.declared)
+    assert np.count_nonzero(label.read()) == np.count_nonzero(label_of(1))
 
 
 # ---------------------------------------------------------------------------------------
@@ -878,6 +892,51 @@ def test_patients_are_read_as_spreadsheets_write_them(separator, tmp_path):
         read_patients(path)
 
 
+GIVEN = {"patients": None, "patient_pattern": ""}
+
+
+@pytest.mark.parametrize(
+    ("ids", "patients", "printed"),
+    [
+        ([None, None], ["a", "b"], ""),
+        (["1", "2", "1"], ["a", "b", "a"], ""),
+        (["Anonymous", "Anonymous", "7"], ["a", "b", "c"], '2 series have "Anonymous"'),
+        (["secret", "secret"], ["a", "b"], "2 series have the same as PatientID"),
+        (["", ""], ["a", "b"], "--patients or --patient-pattern"),
+    ],
+)
+def test_a_patient_id_of_nobody_joins_no_scans(ids, patients, printed, capsys):
+    cases = [Case(name, name, patient_id=one) for name, one in zip("abc", ids, strict=False)]
+    name_patients(cases, SimpleNamespace(**GIVEN))
+    assert [case.patient for case in cases] == patients
+    out = capsys.readouterr().out
+    assert printed in out and bool(out) == bool(printed) and "secret" not in out
+    name_patients(cases, SimpleNamespace(**GIVEN | {"patient_pattern": "(.)"}))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("names", "patients"),
+    [
+        ("P01_t1 P01_t2 P02_t1 P02_t2", "P01 P02"),
+        ("g_0000 g_0001 g_0100 g_0101 g_0102", "g_00 g_01"),
+        ("P1_2020-01-31 P1_2021-02-01 P2_20200301 P2_20210401", "P1 P2"),
+        ("P1a P1b P2a P2b", "P1 P2"),
+        ("p1_portal p1_venous p2_portal p2_venous", "p1 p2"),
+        ("volume-0 volume-1 volume-2 volume-10", None),
+        ("liver_1 liver_2 liver_3", None),
+        ("p1_portal p2_portal p3_portal", None),
+        ("case_0000 case_0001 case_0002 case_0003 case_0004", None),
+        ("img0001 img0002 img0010 img0021 img0022 img0031", None),
+        ("a b", None),
+    ],
+)
+def test_names_of_several_scans_are_noticed(names, patients):
+    pattern = guess_pattern(names.split())
+    found = {re.search(pattern, name)[1] for name in names.split()} if pattern else None
+    assert found == (set(patients.split()) if patients else None)
+
+
 # ---------------------------------------------------------------------------------------
 # Scans and truths by name
 # ---------------------------------------------------------------------------------------
@@ -912,9 +971,9 @@ def test_label_maps_are_found_by_name(kind, tmp_path):
 def test_names_that_fit_none_or_several_are_refused(tmp_path):
     with pytest.raises(InputError, match="none of 1 label maps"):
         pair_by_name(paths(tmp_path, "s/x.nii"), paths(tmp_path, "t/z.nii"))
-    with pytest.raises(InputError, match="both called like it"):
+    with pytest.raises(InputError, match="2 label maps for one scan"):
         pair_by_name(paths(tmp_path, "s/x.nii"), paths(tmp_path, "t/A/x.nii", "t/B/x.nii"))
-    with pytest.raises(InputError, match="both called like it"):
+    with pytest.raises(InputError, match="2 scans for one label map"):
         pair_by_name(paths(tmp_path, "s/A/x.nii", "s/B/x.nii"), paths(tmp_path, "t/x.nii"))
     assert pair_by_name([], []) == []
 
@@ -958,3 +1017,45 @@ def test_a_folder_without_scan_and_a_seg_are_told(tmp_path):
     for path in (seg, seg.parent):
         with pytest.raises(InputError, match=r"SEG|Segmentation Storage"):
             read_scan(path)
+
+
+def test_what_is_no_scan_in_a_folder_is_left_out_and_printed(tmp_path, capsys):
+    """LiTS in one folder, a file per patient at any depth, and a label map among slices."""
+    for patient in (1, 2):
+        save(scan_of(patient), tmp_path / f"lits/volume-{patient}.nii")
+        save(label_of(patient), tmp_path / f"lits/segmentation-{patient}.nii")
+        save(scan_of(patient), tmp_path / f"deep/s{patient}/ct.nii.gz")
+    save_series(scan_of(3), tmp_path / "series")
+    save(label_of(3), tmp_path / "series/liver.nii.gz")
+    assert find_scans(tmp_path / "lits") == paths(tmp_path / "lits", "volume-1.nii", "volume-2.nii")
+    assert "left out: 2 label maps" in capsys.readouterr().out
+    deep = paths(tmp_path / "deep", "s1/ct.nii.gz", "s2/ct.nii.gz")
+    assert find_scans(tmp_path / "deep") == deep
+    assert capsys.readouterr().out == ""
+    assert find_scans(tmp_path / "series") == [tmp_path / "series"]
+    assert "liver.nii.gz" in capsys.readouterr().out
+    truths = pair_truths(find_scans(tmp_path / "lits"), [tmp_path / "lits"])
+    assert truths == paths(tmp_path / "lits", "segmentation-1.nii", "segmentation-2.nii")
+
+
+def test_slices_given_one_by_one_are_their_series_once(tmp_path):
+    slices = save_series(scan_of(1), tmp_path / "a")
+    volume = save(scan_of(2), tmp_path / "x.nii.gz")
+    assert find_scans(*slices, volume) == [tmp_path / "a", volume]
+    assert find_scans(slices[3]) == [slices[3]]  # one slice names its series
+    others = [f.rename(tmp_path / f"a/x{f.name}") for f in save_series(scan_of(2), tmp_path / "b")]
+    assert find_scans(slices[3], others[3]) == [slices[3], others[3]]  # so does one of each
+    assert len(find_scans(*slices, *others)) == 2
+
+
+def test_truths_may_be_segs_or_masks(tmp_path):
+    for patient in (1, 2):
+        slices = save_series(scan_of(patient), tmp_path / f"ct/p{patient}")
+        as_seg(slices, label_of(patient), tmp_path / f"segs/{3 - patient}.dcm")  # no names tell
+        for name in ("liver", "tumour"):
+            save(label_of(patient), tmp_path / f"masks/p{patient}/{name}.nii.gz")
+    scans = find_scans(tmp_path / "ct")
+    assert pair_truths(scans, [tmp_path / "segs"]) == paths(tmp_path / "segs", "2.dcm", "1.dcm")
+    assert pair_truths(scans, [tmp_path / "masks"]) == [
+        tuple((n, tmp_path / f"masks/p{p}/{n}.nii.gz") for n in ("liver", "tumour")) for p in (1, 2)
+    ]

@@ -9,13 +9,14 @@ import pytest
 import torch
 from children import run_child, train_or_resume
 from conftest import run_here
-from helpers import assert_same_run, augment_of, cached, comparable, small_config
+from helpers import assert_same_run, augment_of, cached, chain_of, comparable, small_config
 
 import preprocess
 import train
 from data.evaluate import dice_metric
 from data.files import InputError
-from utilities import UNet3D, load_checkpoint, predict_classes
+from data.splits import read_prepared
+from utilities import UNet3D, load_checkpoint, pick_precision, predict_classes
 
 QUICK = {"batch_size": 1, "learning_rate": 5e-3}
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -187,7 +188,7 @@ def test_wrong_settings_are_refused_before_training(prepared, tmp_path, capsys):
 def test_tiny_inputs_train_in_float32_on_a_cpu():
     """There, bfloat16 gradients of torch are partly left unwritten; what is asked for is kept."""
     cpu, asked = torch.device("cpu"), train.Config(precision="bf16")
-    usual = train.pick_precision("auto", cpu)
+    usual = pick_precision("auto", cpu)
     assert train.choose_precision(train.Config(), cpu, (32, 32, 16)) == torch.float32
     assert train.choose_precision(train.Config(), cpu, (128, 128, 8)) == torch.float32
     assert train.choose_precision(train.Config(), cpu, (64, 64, 16)) == usual
@@ -201,3 +202,14 @@ def test_tensorboard_shows_the_history(few, tmp_path):
     events = EventAccumulator(str(tmp_path / "events")).Reload().Scalars("val_dice")
     history = load_checkpoint(tmp_path / "last.pt")["history"]
     assert [e.value for e in events] == pytest.approx([row["val_dice"] for row in history])
+
+
+def test_options_reach_the_optimizer(few, tmp_path):
+    for options in ({"optimizer": "adamw", "weight_decay": 0.2, "amsgrad": True}, {}):
+        config = small_config(few, tmp_path, **options)
+        run = train.build_run(
+            config, read_prepared(few), chain_of(config), torch.device("cpu"), None
+        )
+        defaults = run.optimizer.defaults
+        assert defaults["weight_decay"] == options.get("weight_decay", 0)
+        assert defaults["amsgrad"] is options.get("amsgrad", False)

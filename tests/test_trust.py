@@ -102,7 +102,7 @@ def test_results_list_the_least_sure_case_first(
         seen.append(known)
         return known
 
-    monkeypatch.setattr(apply_model, "weigh_scores", doubtful)
+    monkeypatch.setattr(trust, "weigh_scores", doubtful)
     config = apply_model.Config(
         paths=tuple(scans), checkpoint=checkpoint, destination=tmp_path, device="cpu"
     )

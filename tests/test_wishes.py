@@ -37,7 +37,7 @@ def test_a_network_of_cropped_slices_crops_what_it_is_applied_to(raw_phantoms, t
     edges = np.array([[part.start, part.stop - 1] for part in box])
     ends = np.diag(to_network)[:2, None] * edges + to_network[:2, 3, None]
     assert np.abs(ends - [[0, n - 1] for n in tensor.shape[1:3]]).max() < 1  # network voxels
-    assert apply_model.segment(model, scan).shape == scan.shape
+    assert apply_model.segment(model, scan).label.shape == scan.shape
 
 
 def edit_spacing(source, folder):
@@ -158,7 +158,7 @@ def test_a_run_begins_with_the_encoder_and_its_checkpoint_knows_its_shape(
     assert torch.equal(taken, resnet34.state_dict()[name])
     assert run.carried["network_args"]["projections"] is True
     monkeypatch.setattr(train, "begin_with_encoder", lambda *_: pytest.fail("read once more"))
-    monkeypatch.setattr(train.Run, "restore", lambda *_: None)
+    monkeypatch.setattr(utilities.Run, "restore", lambda *_: None)
     train.build_run(*given, {"resumed": True})
 
 
