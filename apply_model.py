@@ -18,6 +18,7 @@ from typing import Literal
 
 import tyro
 
+import utilities
 from data.files import InputError, find_checkpoint
 from data.settings import NETWORK_LIBRARIES, Device, Int16, Part, Whole, read_settings, run_script
 
@@ -94,13 +95,7 @@ from data.seg import write_seg
 from data.splits import read_cases
 from data.volumes import AIR_HU, Volume, find_bounding_box, write_masked
 from preprocess import Chain, classes_on_grid, preprocess_volume, probability_on_grid
-from utilities import (
-    choose_layout,
-    is_memory_short,
-    load_network,
-    pick_device,
-    pick_precision,
-)
+from utilities import load_network, pick_device, pick_precision
 
 WRITTEN = ("label.nii.gz", "masked.nii.gz", "probability.nii.gz", "label.dcm", "preview.png")
 OUTSIDE = -20.0  # logit where no window was: surely background
@@ -189,7 +184,7 @@ def segment(
     try:
         tensor, to_network = preprocess_volume(scan, model.chain, model.device)
     except RuntimeError as error:
-        if not is_memory_short(error):
+        if not utilities.is_memory_short(error):
             raise
         tensor, to_network = preprocess_volume(scan, model.chain, "cpu")
     begin, near = time.perf_counter(), (model, scan, tensor, to_network, options)
@@ -264,7 +259,7 @@ def predict(
             )[0]  # fmt: skip
             break
         except RuntimeError as error:
-            if (device, count) == ways[-1] or not is_memory_short(error):
+            if (device, count) == ways[-1] or not utilities.is_memory_short(error):
                 raise
         torch.cuda.empty_cache()
         tqdm.write(f"out of memory on {device} with {count} windows per call; trying with less")
@@ -278,7 +273,7 @@ def ask(model: Model, device: torch.device, mirror: bool, batch: torch.Tensor) -
     """
     networks, same = (model.network, *model.others), device == model.device
     precision = model.precision if same else pick_precision("auto", device)
-    batch = batch.to(memory_format=choose_layout(device))
+    batch = batch.to(memory_format=utilities.choose_layout(device))
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         logits = sum(network.to(device)(batch).float() for network in networks)
         if mirror:
