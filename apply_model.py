@@ -18,7 +18,6 @@ from typing import Literal
 
 import tyro
 
-import utilities
 from data.files import InputError, find_checkpoint
 from data.settings import NETWORK_LIBRARIES, Device, Int16, Part, Whole, read_settings, run_script
 
@@ -86,6 +85,7 @@ import torch
 from monai.inferers import sliding_window_inference
 from tqdm import tqdm
 
+import utilities
 from data import check, datasets, scans, trust
 from data.evaluate import do_each, evaluate, measure, refuse_failures, report_all, tell_row
 from data.files import lock_folder, read_record, write_json
