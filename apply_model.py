@@ -85,6 +85,7 @@ import torch
 from monai.inferers import sliding_window_inference
 from tqdm import tqdm
 
+import utilities
 from data import check, datasets, scans, trust
 from data.evaluate import do_each, evaluate, measure, refuse_failures, report_all, tell_row
 from data.files import lock_folder, read_record, write_json
@@ -152,7 +153,7 @@ def load_model(
     for a checkpoint that is foreign or damaged, or when several differ in preprocessing or windows.
     """
     paths = [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint
-    where = pick_device(device)
+    where = pick_device(device, precision)
     networks, loaded = zip(*(load_network(Path(path), where) for path in paths), strict=True)
     first = loaded[0]
     for path, saved in zip(paths, loaded, strict=True):
@@ -181,7 +182,12 @@ def segment(
     """
     options = options or Options()
     scan = scan if isinstance(scan, Volume) else scans.read_scan(Path(scan))
-    tensor, to_network = preprocess_volume(scan, model.chain, model.device)
+    try:
+        tensor, to_network = preprocess_volume(scan, model.chain, model.device)
+    except RuntimeError as error:
+        if not utilities.is_memory_short(error):
+            raise
+        tensor, to_network = preprocess_volume(scan, model.chain, "cpu")
     begin, near = time.perf_counter(), (model, scan, tensor, to_network, options)
     scores = predict_near(*near) if model.finder else predict(model, tensor, options)
     seconds = time.perf_counter() - begin
@@ -251,8 +257,8 @@ def predict(
                 sw_device=device, device=cpu, progress=os.isatty(2),
             )[0]  # fmt: skip
             break
-        except torch.OutOfMemoryError:
-            if (device, count) == ways[-1]:
+        except RuntimeError as error:
+            if (device, count) == ways[-1] or not utilities.is_memory_short(error):
                 raise
         torch.cuda.empty_cache()
         tqdm.write(f"out of memory on {device} with {count} windows per call; trying with less")
@@ -266,7 +272,7 @@ def ask(model: Model, device: torch.device, mirror: bool, batch: torch.Tensor) -
     """
     networks, same = (model.network, *model.others), device == model.device
     precision = model.precision if same else pick_precision("auto", device)
-    batch = batch.to(memory_format=torch.channels_last_3d)
+    batch = batch.to(memory_format=utilities.choose_layout(device))
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         logits = sum(network.to(device)(batch).float() for network in networks)
         if mirror:

@@ -201,6 +201,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from monai import losses
+from monai.networks.utils import one_hot
 
 import utilities
 from data.files import InputError, find_checkpoint, lock_folder, write_json
@@ -213,24 +214,40 @@ from preprocess import (
     Chain,
     SubvolumeLoader,
     Subvolumes,
-    augmentation,
     cache_split,
     show_inputs,
 )
 
 
 class AnnotatedLoss(torch.nn.Module):
-    """A loss over annotated voxels alone, which must not depend on their place or their sample."""
+    """A loss over annotated voxels alone, which must not depend on their place or their sample.
+
+    To choose them, a GPU would have to tell the host how many they are. So the others stay, as
+    certain background: they add nothing to a Dice without background, and a mean over voxels is
+    taken over the annotated ones.
+    """
 
     def __init__(self, loss: torch.nn.Module):
         super().__init__()
-        self.loss = loss
+        self.loss: Any = loss
+        if isinstance(loss, losses.DiceCELoss):
+            loss.cross_entropy.ignore_index = IGNORED
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        if not (known := label[:, 0] != IGNORED).any():
-            return 0 * logits.sum()
-        classes, true = logits.movedim(1, -1)[known].T, label[:, 0][known]
-        return self.loss(classes[None, :, :, None, None], true[None, None, :, None, None])
+        known, loss, classes = label != IGNORED, self.loss, logits.shape[1]
+        sure = logits.new_full((1, classes, 1, 1, 1), -1e4)
+        sure[:, 0] = 0
+        shown, true = torch.where(known, logits, sure), label * known
+        if isinstance(loss, losses.DiceCELoss):
+            entropy = loss.ce(logits, label)
+            value = loss.lambda_dice * loss.dice(shown, true) + loss.lambda_ce * entropy
+        elif isinstance(loss, losses.DiceFocalLoss):
+            given, share = (shown, one_hot(true, classes)), known.float().mean().clamp(min=1e-9)
+            focal = loss.focal(*given) / share
+            value = loss.lambda_dice * loss.dice(*given) + loss.lambda_focal * focal
+        else:
+            value = loss(shown, true)
+        return torch.where(known.any(), value, 0 * logits.sum())
 
 
 # Dice of the foreground. batch=True pools the voxels of a batch: a sub-volume with a sliver of
@@ -405,7 +422,7 @@ def main(config: Config) -> None:
             done = f"{folder}: finished after {saved['epoch']} epochs"
             print(f"{done}; train on with more --max-epochs, or start another with --pretrained")
             return
-    device = utilities.pick_device(config.device)
+    device = utilities.pick_device(config.device, config.precision)
     prepared = choose_fold(read_prepared(config.data), config.fold, config.data)
     config = choose_hu_window(config, prepared["settings"].get("modality", "CT"))
     config = choose_spacing(config, prepared) if config.spacing == "median" else config
@@ -421,7 +438,17 @@ def main(config: Config) -> None:
     with utilities.process_group(device), contextlib.ExitStack() as stack:
         if is_first_process():
             stack.enter_context(lock_folder(config.run_folder))
-        fit(config, prepared, chain, device, saved)
+        try:
+            fit(config, prepared, chain, device, saved)
+        except RuntimeError as error:
+            if not utilities.is_memory_short(error):
+                raise
+            raise InputError(
+                f"out of memory on {device} with --batch-size {config.batch_size}, --input-size "
+                f"{' '.join(map(str, config.input_size))} and --base-channels "
+                f"{config.base_channels}; lower one of them, or take the recipe that fits a small "
+                "GPU: train.py laptop"
+            ) from error
 
 
 def fit(config: Config, prepared: dict, chain: Chain, device: torch.device, saved: Any) -> None:
@@ -430,11 +457,12 @@ def fit(config: Config, prepared: dict, chain: Chain, device: torch.device, save
     if config.deterministic:  # 3D max pooling has no such algorithm on a GPU: warned, not refused
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = not config.deterministic  # all batches have one shape
-    train_loader, val_loader = load_data(config, prepared, chain, device)
     run = build_run(config, prepared, chain, device, saved)
     loss_function = LOSSES[config.loss](class_weights(prepared, chain.labels)).to(device)
     loss_function = AnnotatedLoss(loss_function) if chain.ignore else loss_function
+    window = run.carried["inference"]["window"]
+    step_bytes = utilities.measure_step(run, loss_function, (config.batch_size, 1, *window))
+    train_loader, val_loader = load_data(config, prepared, chain, device, step_bytes)
     if is_first_process():
         count = sum(parameter.numel() for parameter in run.model.parameters())
         where = f"{run.precision} on {utilities.rank_and_size()[1]} × {device}"
@@ -454,21 +482,28 @@ def fit(config: Config, prepared: dict, chain: Chain, device: torch.device, save
         print(f"done: look at the pictures in {config.run_folder}, then: python {apply}")
 
 
-def load_data(config: Config, prepared: dict, chain: Chain, device: torch.device) -> tuple:
-    """Return loaders of training data, augmented, and of validation data (None without any)."""
+def load_data(
+    config: Config, prepared: dict, chain: Chain, device: torch.device, step_bytes: int = 0
+) -> tuple:
+    """Return loaders of training data, augmented, and of validation data (None without any).
+
+    On a GPU `step_bytes` are left for a training step.
+    """
     validated = check_splits(prepared, chain.labels, config.data)
-    training = cache_split(prepared, config.data, "training", chain, device)
-    augment = augmentation(pick(Augment, config, classes=len(chain.labels)), device)
+    given = (chain, device, step_bytes)
+    training = cache_split(prepared, config.data, "training", *given)
+    augment = pick(Augment, config, classes=len(chain.labels))
     patches = config.sampling == "patches"
     repeats = config.patches_per_case if patches else 1
-    augmented = Subvolumes(training, augment, config.seed, repeats)
-    how: dict[str, Any] = {"seed": config.seed, "pin": device.type == "cuda"}
-    train_loader = SubvolumeLoader(augmented, config.batch_size, shuffle=True, **how)
+    augmented = Subvolumes(training, augment, config.seed, repeats, device)
+    train_loader = SubvolumeLoader(augmented, config.batch_size, shuffle=True, seed=config.seed)
     if not validated:
         return train_loader, None
-    known = Subvolumes(cache_split(prepared, config.data, "validation", chain, device))
-    size = 1 if patches else config.batch_size  # whole cases differ in size
-    return train_loader, SubvolumeLoader(known, size, shuffle=False, **how)
+    cached = cache_split(prepared, config.data, "validation", *given)
+    # whole cases differ in size, and stay where they lie
+    known = Subvolumes(cached, device=None if patches else device)
+    size = 1 if patches else config.batch_size
+    return train_loader, SubvolumeLoader(known, size, shuffle=False, seed=config.seed)
 
 
 def build_run(

@@ -11,6 +11,9 @@ import functools
 import itertools
 import math
 import os
+import shutil
+import subprocess
+import sys
 import time
 import zipfile
 from collections import defaultdict
@@ -175,9 +178,18 @@ def build_resnet34(inputs: int, outputs: int, dropout: float, projections: bool)
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """Return the network on a device, its weights channels last: fastest in half precision."""
-    layout = torch.channels_last if isinstance(network, SliceBySlice) else torch.channels_last_3d
+    """Return the network on a device, its weights in the layout of its input; cuDNN, which sees few
+    shapes, is let to look for its fastest algorithms."""
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    flat = isinstance(network, SliceBySlice) and device.type != "mps"
+    layout = torch.channels_last if flat else choose_layout(device)
     return network.to(device, memory_format=layout)  # type: ignore[call-overload]  # torch's types lack it
+
+
+def choose_layout(device: torch.device) -> torch.memory_format:
+    """Return the layout of images (B, C, X, Y, Z): channels last is the fastest in half precision;
+    Apple's GPUs are wrong in it."""
+    return torch.preserve_format if device.type == "mps" else torch.channels_last_3d
 
 
 # -- Checkpoints: plain Python types and tensors, so that loading cannot run code -----------------
@@ -243,7 +255,7 @@ class SavedSettings:
 
 def load_network(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
     """Return a checkpoint's network, ready to predict, and the checkpoint; else InputError."""
-    saved = load_checkpoint(path, device)
+    saved = load_checkpoint(path)
     try:
         network = build_network(**saved["network_args"])
         network.load_state_dict(saved["network_state"])
@@ -264,19 +276,97 @@ def refuse_non_finite(weights: dict[str, Any], path: Path) -> None:
 # -- Machine: device, precision, processes --------------------------------------------------------
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device of a setting; raise InputError where torch sees none of that kind.
+def pick_device(name: str, precision: str = "auto") -> torch.device:
+    """Return the device of a setting, once it has trained a small network as the CPU does.
 
-    `auto` is an NVIDIA GPU (under torchrun: each process its own) where there is one, else the
-    CPU. It is never Apple's: torch's 3D layers there are wrong or end the process on some systems.
+    `auto` is an NVIDIA GPU where there is one, else the CPU, which also takes over from a GPU that
+    fails. It is never Apple's: torch's 3D layers there are wrong or end the process on some
+    systems. Under torchrun each process has its own GPU. Raises InputError where torch sees no such
+    GPU, or where one that was asked for fails.
     """
-    count = torch.cuda.device_count()
-    name = name if name != "auto" else "cuda" if count else "cpu"
-    kind, _, index = name.partition(":")
-    there = {"cuda": int(index or 0) < count, "mps": torch.backends.mps.is_available()}
+    count, launched = torch.cuda.device_count(), "LOCAL_RANK" in os.environ
+    kind, _, number = name.partition(":")
+    kind = kind if kind != "auto" else "cuda" if count else "cpu"
+    index = int(number or os.environ.get("LOCAL_RANK", "0"))
+    there = {"cuda": index < count, "mps": torch.backends.mps.is_available()}
     if not there.get(kind, True):
-        raise InputError(f"--device {name}: torch sees no such GPU; use --device cpu")
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        many = f" of process {index} of torchrun" if launched and not number else ""
+        remedy = "start fewer processes" if many and count else "use --device cpu"
+        what = f"torch sees no such GPU ({count} of NVIDIA)"
+        raise InputError(f"--device {kind}:{index}{many}: {what}; {remedy}")
+    if name == "auto" and not count and shutil.which("nvidia-smi"):
+        print(f"torch {torch.__version__} sees no GPU: its build or the driver is not for it")
+    device = torch.device(f"cuda:{index}" if kind == "cuda" else kind)
+    if kind != "cpu" and (reason := find_fault(device, precision)):
+        if name != "auto" or launched:
+            raise InputError(f"--device {device}: {reason}; use --device cpu")
+        return torch.device("cpu")
+    return device
+
+
+@functools.cache
+def find_fault(device: torch.device, precision: str) -> str:
+    """Return why a GPU does not train a small network in a precision, or ""; print it once."""
+    if device.type == "mps":  # it may end the process that asks
+        call = f"utilities.try_device(utilities.torch.device('mps'), {precision!r})"
+        command = [sys.executable, "-c", f"import utilities; print({call})"]
+        how: dict[str, Any] = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+        done = subprocess.run(command, check=False, **how)
+        ended = f"a small step ended its process ({done.returncode})" if done.returncode else ""
+        reason = ended or done.stdout.strip()
+    else:
+        reason = try_device(device, precision)
+    if reason:
+        print(f"{device} is not used: {reason}")
+    return reason
+
+
+def try_device(device: torch.device, precision: str) -> str:
+    """Return how a small training step on a device fails, or differs from the CPU's; else ""."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network, image = UNet3D(base_channels=4), torch.randn(2, 1, 16, 16, 16)
+        found = []
+        for where, kind in ((torch.device("cpu"), "fp32"), (device, precision)):
+            dtype, model = pick_precision(kind, where), on_device(copy.deepcopy(network), where)
+            with torch.autocast(where.type, dtype, dtype != torch.float32):
+                logits = model(image.to(where, memory_format=choose_layout(where))).float()
+            logits.square().sum().backward()
+            weights = model.state_dict(keep_vars=True)
+            first = cast(torch.Tensor, weights["encoders.0.0.weight"].grad)
+            found.append([tensor.detach().float().cpu() for tensor in (logits, first)])
+        apart = max(
+            float((mine - its).norm() / mine.norm()) for mine, its in zip(*found, strict=True)
+        )
+    except Exception as error:  # a device may fail in any way
+        return (str(error) or type(error).__name__).splitlines()[0]
+    # bfloat16 on a CPU differs by 0.14; NaN is not below 0.3 either
+    return "" if apart < 0.3 else f"a small 3D step differs from the CPU's by {apart:.0%}"
+
+
+def is_memory_short(error: BaseException) -> bool:
+    """Return whether an error says that a device has too little memory, in the words of CUDA, cuDNN
+    and MPS."""
+    words = ("out of memory", "ALLOC_FAILED", "not enough memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def measure_step(run: Run, loss_function: nn.Module, shape: Sequence[int]) -> int:
+    """Return the bytes that a training step on images of a shape (B, C, X, Y, Z) takes from a GPU's
+    free memory; 0 on other devices. A copy of the network does a step."""
+    if run.device.type != "cuda":
+        return 0
+    before = torch.cuda.memory_reserved(run.device)
+    torch.cuda.reset_peak_memory_stats(run.device)
+    model = copy.deepcopy(run.model).train()
+    image = torch.zeros(*shape, device=run.device)
+    loss_function(run.ask(model, image), image.to(torch.uint8)).backward()
+    taken = torch.cuda.max_memory_reserved(run.device) - before
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    del model, image
+    torch.cuda.empty_cache()
+    return taken + 2 * weights  # Adam's two moments
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -408,10 +498,22 @@ def train_step(run: Run, batch: dict, loss_function: nn.Module, clip: float) -> 
     run.scaler.step(run.optimizer)
     run.scaler.update()
     if run.average:
-        run.average.update_parameters(run.model)
+        move_average(run.average, run.model)
     found = predict_classes(logits.detach()).masked_fill(label[:, 0] == IGNORED, 0)
     counts = list_overlaps(found, label[:, 0], logits.shape[1])
     return loss.detach(), torch.stack([torch.stack(numbers) for numbers in counts], dim=1)
+
+
+def move_average(average: AveragedModel, model: nn.Module) -> None:
+    """Do `average.update_parameters(model)`, but send no count of steps to the GPU, for which the
+    host would wait in each step."""
+    if not average.n_averaged:
+        average.update_parameters(model)
+        return
+    mine, its = (itertools.chain(m.parameters(), m.buffers()) for m in (average.module, model))
+    pairs = [(a, b.detach()) for a, b in zip(mine, its, strict=True) if a.is_floating_point()]
+    cast(Any, average.multi_avg_fn)(*map(list, zip(*pairs, strict=True)), None)
+    average.n_averaged += 1
 
 
 def predict_classes(logits: torch.Tensor) -> torch.Tensor:
@@ -500,7 +602,7 @@ class Run:
 
     def ask(self, network: nn.Module, image: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C, X, Y, Z) float32 of images (B, 1, X, Y, Z), moved to the device."""
-        layout = torch.preserve_format if self.device.type == "mps" else torch.channels_last_3d
+        layout = choose_layout(self.device)
         image = image.to(self.device, non_blocking=True, memory_format=layout)
         with torch.autocast(self.device.type, self.precision, self.precision != torch.float32):
             return network(image).float()
