@@ -9,6 +9,7 @@ through the foreground with the annotated outlines. `prepare.py` runs the same c
 
 from __future__ import annotations
 
+import hashlib
 import os
 import traceback
 import zlib
@@ -178,9 +179,10 @@ def inspect_case(record: dict[str, Any], terms: Terms) -> Any:
     annotated = np.sum([counts[v] for v in counts if v and v not in terms.ignore], axis=0) > 0
     findings += judge_gaps(annotated, terms.label_every)
     record["drawn_slice"] = int(annotated.argmax())
-    step = max(1, round(max(hu.shape[:2]) / COARSE))
+    thinned = coarsen(hu.shape)
+    step = thinned[0].step
     # an array in one piece is masked 10 times faster than a view
-    coarse, small = (np.ascontiguousarray(array[::step, ::step]) for array in (hu, outline))
+    coarse, small = (np.ascontiguousarray(array[thinned]) for array in (hu, outline))
     inside = mask_values(small, terms.foreground)
     x, y, z = (find_busiest_slice(inside, axis) for axis in range(3))
     if terms.modality == "CT":
@@ -234,6 +236,22 @@ def sum_slices(coarse: np.ndarray) -> list[int]:
     whole = np.clip(coarse, -3000, 3000).round().astype(np.int16)
     full = whole.min(axis=(0, 1)) < whole.max(axis=(0, 1))
     return [zlib.crc32(whole[:, :, z].tobytes()) for z in np.flatnonzero(full)]
+
+
+def identify_scan(scan: Volume) -> str:
+    """Return the checksum of a scan's voxels (RAS, in memory), whatever file holds them."""
+    return join_sums(sum_slices(np.ascontiguousarray(scan.ras.data[coarsen(scan.ras_shape)])))
+
+
+def join_sums(sums: Sequence[int]) -> str:
+    """Return one checksum of those of `sum_slices`; none of a scan whose slices are all blank."""
+    return hashlib.sha256(repr([*map(int, sums)]).encode()).hexdigest()[:16] if len(sums) else ""
+
+
+def coarsen(shape: Sequence[int]) -> tuple[slice, slice]:
+    """Return which pixels of slices (X, Y, …) the check looks at: about COARSE along an axis."""
+    step = max(1, round(max(shape[:2]) / COARSE))
+    return slice(None, None, step), slice(None, None, step)
 
 
 def draw_overlay(
