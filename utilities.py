@@ -647,7 +647,7 @@ class Run:
             for key, part in self.resumed.items():
                 part.load_state_dict(resume[key])
             self.history, self.losses = list(saved["history"]), list(map(float, resume["losses"]))
-            self.counts = np.array(resume["counts"])
+            self.counts = np.array(resume["counts"], np.int64)
             torch.set_rng_state(resume["random"].cpu())
             for state in (resume["model"], *self.optimizer.state.values()):
                 refuse_odd_weights({n: v for n, v in state.items() if torch.is_tensor(v)}, path)
@@ -698,9 +698,7 @@ def judge_learning(history: list[dict[str, float]]) -> str:
         "does train.py --show show the organ grey, and the outline on it?"
     )  # fmt: skip
     if not rows:
-        return (
-            f"verdict: loss falls, {moved}" if fell > 0.02 else f"nothing learnt: {moved}; {cause}"
-        )
+        return f"learnt: {moved}" if fell > 0.02 else f"nothing learnt: {moved}; {cause}"
     dice, chance = [row["val_dice"] for row in rows], nan_mean(row["val_chance"] for row in rows)
     best, since = find_best(history)
     told = f"validation Dice {max(dice):.4f} in epoch {best} (chance {chance:.4f}), {moved}"
