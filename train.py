@@ -357,8 +357,8 @@ def resume_settings(config: Config, folder: Path, saved: dict[str, Any]) -> Conf
         same = ("data", "run_folder", "resume", *given)
         edited = {n: v for n, v in written.items() if n not in same and v != before.get(n)}
     anew = {name: getattr(config, name) for name in given & ANEW}
-    anew = {n: v for n, v in edited.items() if n in ANEW} | anew | {"device": config.device}
-    result = Config(**old | {"resume": folder} | anew)
+    anew = {n: v for n, v in edited.items() if n in ANEW} | anew
+    result = Config(**old | {"resume": folder, "device": config.device} | anew)
     mine, kept = config.plain(), result.plain()
     changed = {n for n in given - {"resume"} if mine[n] != kept[n]} | (edited.keys() - ANEW)
     if changed:
@@ -386,7 +386,9 @@ def report_differences(saved: dict[str, Any], used: dict[str, Any]) -> None:
     now = {name: str(value) for name, value in Config().plain().items()}
     old = begun.get("defaults", now)
     lines += [f"not used: train.py now has {n} {now[n]}" for n in now if now[n] != old.get(n)]
-    pairs = {"processes": (begun.get("processes"), int(os.environ.get("WORLD_SIZE", 1)))}
+    pairs: dict[str, Any] = {
+        "processes": (begun.get("processes"), int(os.environ.get("WORLD_SIZE", 1)))
+    }
     versions = utilities.read_versions()
     pairs |= {key: (saved["versions"].get(key), mine) for key, mine in versions.items()}
     for name, (was, mine) in pairs.items():

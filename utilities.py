@@ -549,7 +549,7 @@ class Run:
     def share_buffers(self) -> None:
         """Give every process the first one's batch-norm statistics, which are those saved."""
         if dist.is_initialized():
-            for buffer in {*self.model.buffers(), *self.learnt.buffers()}:
+            for buffer in (*self.model.buffers(), *self.learnt.buffers()):
                 dist.broadcast(buffer, 0)
 
     def update_kept(self) -> None:

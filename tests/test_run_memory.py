@@ -124,7 +124,7 @@ def test_other_data_are_refused_at_resume_and_the_same_elsewhere_taken(
 
     for name, edit, told in (
         ("thin", thin, "is missing"),
-        ("other", lambda content: swap_splits(content, "training", "validation"), "is training"),
+        ("other", lambda content: swap_splits(content, "training", "validation"), "is validation"),
     ):
         data = copy_prepared(few, tmp_path / name, edit)
         config = train.Config(resume=finished, data=data, max_epochs=2)
