@@ -51,6 +51,7 @@ class Config(Options):
     background: Int16 | None = None  # fill value of masked volumes; None: air (CT), 0 (MR)
     dicom_seg: bool = False  # also write a DICOM SEG of scans that are DICOM series
     force: bool = False  # go on with scans that do not look like CT in HU
+    accept: tuple[Literal["seen"], ...] = ()  # seen: evaluate patients that made the checkpoint too
     overwrite: bool = False  # do finished cases again
     device: Device = "auto"  # auto, cpu, cuda, cuda:1
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: what is fast here
@@ -87,12 +88,20 @@ from tqdm import tqdm
 
 import utilities
 from data import check, datasets, scans, trust
-from data.evaluate import do_each, evaluate, measure, refuse_failures, report_all, tell_row
+from data.evaluate import (
+    WORST_SHOWN,
+    do_each,
+    evaluate,
+    measure,
+    refuse_failures,
+    report_all,
+    tell_row,
+)
 from data.files import lock_folder, read_record, write_json
 from data.labels import group_tumours, translate_classes
 from data.pictures import draw_planes, save_figure
 from data.seg import write_seg
-from data.splits import read_cases
+from data.splits import find_seen, read_cases
 from data.volumes import AIR_HU, Volume, find_bounding_box, write_masked
 from preprocess import Chain, classes_on_grid, preprocess_volume, probability_on_grid
 from utilities import load_network, pick_device, pick_precision
@@ -121,6 +130,7 @@ class Model:
     expected: dict[str, Any] | None = None  # volumes of the training patients, see `data.trust`
     fold: int | str = 0  # part of the prepared data that the training left out
     others: Sequence[torch.nn.Module] = ()  # networks that are averaged with the first
+    patients: Sequence[dict[str, str]] = ()  # that made them, from `list_patients`
     finder: Model | None = None  # segments first, to find the box that is segmented then
 
     @property
@@ -170,6 +180,7 @@ def load_model(
     return Model(
         networks[0], chain, inference, where, pick_precision(precision, where), first["declared"],
         first["modality"], first.get("expected"), first["config"].get("fold", 0), networks[1:],
+        [record for saved in loaded for record in saved.get("patients") or ()],
     )  # fmt: skip
 
 
@@ -405,12 +416,37 @@ def read_case(
     return scan, truth, list(dict.fromkeys([*notes, *label.notes]))
 
 
-def apply_to_case(model: Model, case: datasets.Case, config: Config) -> dict[str, Any]:
+def judge_seen(model: Model, scan: Volume, path: Path, accepted: bool) -> str:
+    """Return "seen in training", or validation, of a scan that made the checkpoint, or nothing;
+    raise InputError unless that is accepted, because its Dice says nothing about new patients."""
+    splits = {record["content"]: record["split"] for record in model.patients}
+    where = splits.get(check.identify_scan(scan), "test") if model.patients else "test"
+    if where != "test" and not accepted:
+        what = f"its voxels are those of a patient in the {where} of the checkpoint"
+        raise InputError(f"{path}: {what}; leave --truth out, or go on with --accept seen")
+    return "" if where == "test" else f"seen in {where}"
+
+
+def refuse_seen(seen: Mapping[str, str], config: Config) -> None:
+    """Raise InputError where cases of a split made the checkpoint, unless that is accepted."""
+    if seen and config.split != "training" and not config.accept:
+        shown = ", ".join(f"{name} ({how})" for name, how in [*seen.items()][:WORST_SHOWN])
+        raise InputError(
+            f"{config.data}: {len(seen)} cases of the {config.split} split made this checkpoint: "
+            f"{shown}; train on this split, or go on with --accept seen"
+        )
+
+
+def apply_to_case(model: Model, case: datasets.Case, config: Config, seen: str) -> dict[str, Any]:
     """Segment one scan, write its results, and return its row of measurements."""
     begin = time.perf_counter()
     scan, truth, notes = read_case(model, case, config)
+    if truth is not None and not config.split:
+        assert case.image
+        seen = judge_seen(model, scan, case.image, bool(config.accept))
     found = segment(model, scan, config)
     row: dict[str, Any] = {"case": case.name, **measure(found.classes, scan, model.names)}
+    row["seen"] = seen
     if truth is not None:
         row |= evaluate(found.classes, truth, model.names)
     known = (found.scores.numpy(), found.to_network, scan.ras_shape, model.names)
@@ -438,11 +474,14 @@ def apply_to_case(model: Model, case: datasets.Case, config: Config) -> dict[str
     }
 
 
-def do_case(model: Model, weights: str, config: Config, case: datasets.Case) -> None:
+def do_case(
+    model: Model, weights: str, config: Config, seen: Mapping[str, str], case: datasets.Case
+) -> None:
     """Segment a case and write its record last, unless a record says that this was done."""
     folder = config.destination / case.name
     settings = [getattr(config, one.name) for one in fields(Options)]
     settings += [config.background, config.dicom_seg, config.overlap, config.precision]
+    settings += [config.accept, seen.get(case.name)]
     settings += [case.described, case.trust_grid, case.accepted, case.drawn]
     inputs = scans.stamp_inputs([case.image, case.label])
     mark = hashlib.sha256(repr([inputs, weights, settings]).encode()).hexdigest()
@@ -453,7 +492,7 @@ def do_case(model: Model, weights: str, config: Config, case: datasets.Case) -> 
         return
     for leftover in folder.glob(".*.partial.*"):  # of a run that was killed
         leftover.unlink()
-    row = apply_to_case(model, case, config)
+    row = apply_to_case(model, case, config, seen.get(case.name, ""))
     row |= {
         "image": str(case.image and case.image.resolve()),
         "truth": case.label and scans.describe_label(case.label),
@@ -485,7 +524,17 @@ def list_cases(paths: Sequence[Path], truth: Sequence[Path]) -> list[datasets.Ca
     ]  # fmt: skip
 
 
+def read_rank() -> tuple[int, int]:
+    """Return the number of this process and of all, of RANK and WORLD_SIZE; else InputError."""
+    texts = [os.environ.get(key, usual) for key, usual in (("RANK", "0"), ("WORLD_SIZE", "1"))]
+    if not all(text.isdecimal() for text in texts) or int(texts[0]) >= int(texts[1]):
+        what = f"RANK={texts[0]} and WORLD_SIZE={texts[1]}"
+        raise InputError(f"{what}: RANK must be 0 to WORLD_SIZE − 1; unset both, or use torchrun")
+    return int(texts[0]), int(texts[1])
+
+
 def main(config: Config) -> None:
+    rank, processes = read_rank()
     checkpoints = (config.checkpoint, *config.folds)
     model = load_model(checkpoints, config.device, config.precision, config.overlap)
     if config.locate:
@@ -494,13 +543,15 @@ def main(config: Config) -> None:
     weights = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
     if config.split:
         cases = read_cases(config.data, config.split, model.fold)
+        seen = find_seen(config.data, model.fold, config.split, model.patients)
+        refuse_seen(seen, config)
     else:
+        seen = {}
         cases = list_cases(config.paths, config.truth)
     # Under torchrun every process takes its share; nobody waits, the last one's table is complete.
-    rank, processes = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     mine = cases[rank::processes]
     with nullcontext() if "RANK" in os.environ else lock_folder(config.destination):
-        do = functools.partial(do_case, model, weights, config)
+        do = functools.partial(do_case, model, weights, config, seen)
         failed = do_each(mine, lambda case: case.name, do)
         if len(failed) < len(mine):
             report_all(config.destination, model.names, weights)

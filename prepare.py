@@ -86,6 +86,7 @@ from data.check import (
     compare_cases,
     count_per_slice,
     describe_fault,
+    join_sums,
     list_errors,
     read_data_set,
     read_pair,
@@ -304,6 +305,7 @@ def write_dataset(records: list[Record], notes: list[str], config: Config, terms
         entry = {key: value for key, value in record.items() if key not in aside}
         entry["warnings"] = [text for _, text in record["findings"]]
         entry["accepted"] = sorted({kind for kind, _ in record["findings"]} & set(config.accept))
+        entry["content"] = join_sums(record.get("slice_sums", ()))
         (cases if "split" in entry else left_out).append(entry)
         where = {key: entry[key] for key in ("split", "fold") if key in entry}
         subvolumes += [piece | where for piece in record.get("subvolumes", ())]

@@ -9,6 +9,7 @@ through the foreground with the annotated outlines. `prepare.py` runs the same c
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import traceback
@@ -290,6 +291,17 @@ def sum_slices(coarse: np.ndarray) -> list[int]:
     whole = np.clip(coarse, -3000, 3000).round().astype(np.int16)
     full = whole.min(axis=(0, 1)) < whole.max(axis=(0, 1))
     return [zlib.crc32(whole[:, :, z].tobytes()) for z in np.flatnonzero(full)]
+
+
+def identify_scan(scan: Volume) -> str:
+    """Return the checksum of a scan's voxels (RAS, in memory), whatever file holds them."""
+    step = choose_step(scan.ras_shape)
+    return join_sums(sum_slices(np.ascontiguousarray(scan.ras.data[::step, ::step])))
+
+
+def join_sums(sums: Sequence[int]) -> str:
+    """Return one checksum of those of `sum_slices`; none of a scan whose slices are all blank."""
+    return hashlib.sha256(repr([*map(int, sums)]).encode()).hexdigest()[:16] if len(sums) else ""
 
 
 def draw_overlay(

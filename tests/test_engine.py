@@ -18,6 +18,7 @@ def test_two_processes_train_stop_and_resume_as_one_and_one_writes(few, tmp_path
     """See ddp.py. The interrupted run ends as the unbroken one; a dying process ends the other."""
     code, said = run_child(launch, tmp_path / "log", few, tmp_path), (tmp_path / "log").read_text()
     assert said.count("done: look at the pictures") == 2, said  # of two runs
+    assert "different networks" not in said
     assert "process 0: stopped" in said and "process 1: stopped" in said, said
     assert code != 0 and "process 1 dies on purpose" in said
     one, other = (load_checkpoint(tmp_path / name / "last.pt") for name in ("run", "broken"))
