@@ -86,8 +86,9 @@ import torch
 from monai.inferers import sliding_window_inference
 from tqdm import tqdm
 
+import preprocess
 import utilities
-from data import check, datasets, scans, trust
+from data import check, datasets, scans, splits, trust
 from data.evaluate import (
     WORST_SHOWN,
     do_each,
@@ -101,10 +102,9 @@ from data.files import lock_folder, read_record, write_json
 from data.labels import group_tumours, translate_classes
 from data.pictures import draw_planes, save_figure
 from data.seg import write_seg
-from data.splits import find_seen, read_cases
 from data.volumes import AIR_HU, Volume, find_bounding_box, write_masked
 from preprocess import Chain, classes_on_grid, preprocess_volume, probability_on_grid
-from utilities import load_network, pick_device, pick_precision
+from utilities import load_network, pick_precision
 
 WRITTEN = ("label.nii.gz", "masked.nii.gz", "probability.nii.gz", "label.dcm", "preview.png")
 OUTSIDE = -20.0  # logit where no window was: surely background
@@ -163,7 +163,7 @@ def load_model(
     for a checkpoint that is foreign or damaged, or when several differ in preprocessing or windows.
     """
     paths = [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint
-    where = pick_device(device, precision)
+    where = preprocess.pick_device(device, precision)
     networks, loaded = zip(*(load_network(Path(path), where) for path in paths), strict=True)
     first = loaded[0]
     for path, saved in zip(paths, loaded, strict=True):
@@ -419,8 +419,8 @@ def read_case(
 def judge_seen(model: Model, scan: Volume, path: Path, accepted: bool) -> str:
     """Return "seen in training", or validation, of a scan that made the checkpoint, or nothing;
     raise InputError unless that is accepted, because its Dice says nothing about new patients."""
-    splits = {record["content"]: record["split"] for record in model.patients}
-    where = splits.get(check.identify_scan(scan), "test") if model.patients else "test"
+    parts = {record["content"]: record["split"] for record in model.patients}
+    where = parts.get(check.identify_scan(scan), "test") if model.patients else "test"
     if where != "test" and not accepted:
         what = f"its voxels are those of a patient in the {where} of the checkpoint"
         raise InputError(f"{path}: {what}; leave --truth out, or go on with --accept seen")
@@ -542,8 +542,8 @@ def main(config: Config) -> None:
     files = map(find_checkpoint, filter(None, (*checkpoints, config.locate)))
     weights = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
     if config.split:
-        cases = read_cases(config.data, config.split, model.fold)
-        seen = find_seen(config.data, model.fold, config.split, model.patients)
+        cases = splits.read_cases(config.data, config.split, model.fold)
+        seen = splits.find_seen(config.data, model.fold, config.split, model.patients)
         refuse_seen(seen, config)
     else:
         seen = {}

@@ -24,14 +24,17 @@ if __name__ == "__main__":  # train.py has the options and their values
     runpy.run_path(str(Path(__file__).with_name("train.py")), run_name="__main__")
     sys.exit()
 
+import copy
 import functools
 import math
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -45,7 +48,7 @@ from data.labels import IGNORED, IMAGE, LABEL, Labels, index_classes
 from data.pictures import draw_inputs, save_figure, spread
 from data.settings import human_bytes, show_progress
 from data.volumes import SLAB, Box, Volume, find_body, find_bounding_box, list_slabs, read_file
-from utilities import rank_and_size
+from utilities import UNet3D, choose_layout, on_device, pick_precision, rank_and_size
 
 KEYS = (IMAGE, LABEL)
 PATCH_MARGIN = 1.3  # patches are cut so much wider in plane: rotated, they then have no corners
@@ -513,6 +516,75 @@ def share_of_process(items: list[Any], rank: int, processes: int, even: bool) ->
     """Return this process's part; `even` repeats a few, so that all have as many (training)."""
     count = -(-len(items) // processes) * processes if even else len(items)
     return [items[place % len(items)] for place in range(rank, count, processes)]
+
+
+def pick_device(name: str, precision: str = "auto") -> torch.device:
+    """Return the device of a setting, once it has trained a small network as the CPU does.
+
+    `auto` is an NVIDIA GPU where there is one, else the CPU, which also takes over from a GPU that
+    fails. It is never Apple's: torch's 3D layers there are wrong or end the process on some
+    systems. Under torchrun each process has its own GPU. Raises InputError where torch sees no such
+    GPU, or where one that was asked for fails.
+    """
+    count, launched = torch.cuda.device_count(), "LOCAL_RANK" in os.environ
+    kind, _, number = name.partition(":")
+    kind = kind if kind != "auto" else "cuda" if count else "cpu"
+    index = int(number or os.environ.get("LOCAL_RANK", "0"))
+    there = {"cuda": index < count, "mps": torch.backends.mps.is_available()}
+    if not there.get(kind, True):
+        many = f" of process {index} of torchrun" if launched and not number else ""
+        remedy = "start fewer processes" if many and count else "use --device cpu"
+        what = f"torch sees no such GPU ({count} of NVIDIA)"
+        raise InputError(f"--device {kind}:{index}{many}: {what}; {remedy}")
+    if name == "auto" and not count and shutil.which("nvidia-smi"):
+        print(f"torch {torch.__version__} sees no GPU: its build or the driver is not for it")
+    device = torch.device(f"cuda:{index}" if kind == "cuda" else kind)
+    if kind != "cpu" and (reason := find_fault(device, precision)):
+        if name != "auto" or launched:
+            raise InputError(f"--device {device}: {reason}; use --device cpu")
+        return torch.device("cpu")
+    return device
+
+
+@functools.cache
+def find_fault(device: torch.device, precision: str) -> str:
+    """Return why a GPU does not train a small network in a precision, or ""; print it once."""
+    if device.type == "mps":  # it may end the process that asks
+        call = f"preprocess.try_device(preprocess.torch.device('mps'), {precision!r})"
+        command = [sys.executable, "-c", f"import preprocess; print({call})"]
+        how: dict[str, Any] = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+        done = subprocess.run(command, check=False, **how)
+        ended = f"a small step ended its process ({done.returncode})" if done.returncode else ""
+        reason = ended or done.stdout.strip()
+    else:
+        reason = try_device(device, precision)
+    if reason:
+        print(f"{device} is not used: {reason}")
+    return reason
+
+
+def try_device(device: torch.device, precision: str) -> str:
+    """Return how a small training step on a device fails, or differs from the CPU's; else ""."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network, image = UNet3D(base_channels=4), torch.randn(2, 1, 16, 16, 16)
+        found = []
+        for where, kind in ((torch.device("cpu"), "fp32"), (device, precision)):
+            dtype, model = pick_precision(kind, where), on_device(copy.deepcopy(network), where)
+            with torch.autocast(where.type, dtype, dtype != torch.float32):
+                logits = model(image.to(where, memory_format=choose_layout(where))).float()
+            logits.square().sum().backward()
+            weights = model.state_dict(keep_vars=True)
+            first = cast(torch.Tensor, weights["encoders.0.0.weight"].grad)
+            found.append([tensor.detach().float().cpu() for tensor in (logits, first)])
+        apart = max(
+            float((mine - its).norm() / mine.norm()) for mine, its in zip(*found, strict=True)
+        )
+    except Exception as error:  # a device may fail in any way
+        return (str(error) or type(error).__name__).splitlines()[0]
+    # bfloat16 on a CPU differs by 0.14; NaN is not below 0.3 either
+    return "" if apart < 0.3 else f"a small 3D step differs from the CPU's by {apart:.0%}"
 
 
 def cache_place(needed: int, device: torch.device, reserved: int = 0) -> tuple[torch.device, float]:

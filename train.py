@@ -205,21 +205,12 @@ import torch
 from monai import losses
 from monai.networks.utils import one_hot
 
+import preprocess
 import utilities
+from data import pictures, splits
 from data.files import InputError, find_checkpoint, lock_folder, read_json, write_json
 from data.labels import IGNORED, as_labels, resolve_classes
-from data.pictures import spread
 from data.settings import check_settings, format_seconds, is_first_process, pick
-from data.splits import (
-    check_splits,
-    choose_fold,
-    count_voxels,
-    describe_content,
-    list_patients,
-    read_prepared,
-    refuse_damaged,
-    refuse_other_data,
-)
 from data.trust import learn_volumes
 from data.volumes import read_file
 from preprocess import (
@@ -481,13 +472,13 @@ def main(config: Config) -> None:
         folder = config.resume if config.resume.is_dir() else config.resume.parent
         config = resume_settings(config, folder, saved)
         check_settings(config)
-        stopped = config.patience and utilities.find_best(saved["history"])[1] >= config.patience
+        stopped = config.patience and pictures.find_best(saved["history"])[1] >= config.patience
         if stopped or saved["epoch"] >= config.max_epochs:
             done = f"{folder}: finished after {saved['epoch']} epochs"
             print(f"{done}; train on with more --max-epochs, or start another with --pretrained")
             return
-    device = utilities.pick_device(config.device, config.precision)
-    prepared = choose_fold(read_prepared(config.data), config.fold, config.data)
+    device = preprocess.pick_device(config.device, config.precision)
+    prepared = splits.choose_fold(splits.read_prepared(config.data), config.fold, config.data)
     config = choose_hu_window(config, prepared["settings"].get("modality", "CT"))
     config = choose_spacing(config, prepared) if config.spacing == "median" else config
     check(config, prepared)
@@ -523,8 +514,8 @@ def fit(config: Config, prepared: dict, chain: Chain, device: torch.device, save
         torch.use_deterministic_algorithms(True, warn_only=True)
     rank, size = utilities.rank_and_size()
     if saved is not None and saved.get("content"):
-        refuse_other_data(saved["content"], prepared, config.data)
-    refuse_damaged(prepared, config.data, rank, size)
+        splits.refuse_other_data(saved["content"], prepared, config.data)
+    splits.refuse_damaged(prepared, config.data, rank, size)
     if is_first_process() and chain.hu_window:
         report_hu(prepared, config.data, chain)
     run = build_run(config, prepared, chain, device, saved)
@@ -550,7 +541,7 @@ def fit(config: Config, prepared: dict, chain: Chain, device: torch.device, save
         held_out = [s for s in ("test", "validation") if s in there]
         scans = f"--split {held_out[0]} --data {config.data}" if held_out else "SCAN"
         apply = f"apply_model.py {scans} --checkpoint {find_checkpoint(config.run_folder)}"
-        print(f"{utilities.judge_learning(run.history)}\ndone: look at the pictures in "
+        print(f"{pictures.judge_learning(run.history)}\ndone: look at the pictures in "
               f"{config.run_folder}, then: python {apply}")  # fmt: skip
 
 
@@ -567,7 +558,7 @@ def report_hu(prepared: dict[str, Any], folder: Path, chain: Chain) -> None:
             and any(record["voxels_per_label"].get(value) for value in wanted)
         ]
         found = []
-        for record in [held[index] for index in spread(len(held), EXAMPLES)]:
+        for record in [held[index] for index in pictures.spread(len(held), EXAMPLES)]:
             scan, label = (read_file(folder / record[key]).ras.data for key in KEYS)
             found.append(scan[np.isin(label, values)])
         if found:
@@ -602,7 +593,7 @@ def load_data(
 
     On a GPU `step_bytes` are left for a training step.
     """
-    validated = check_splits(prepared, chain.labels, config.data)
+    validated = splits.check_splits(prepared, chain.labels, config.data)
     given = (chain, device, step_bytes)
     training = cache_split(prepared, config.data, "training", *given)
     augment = pick(Augment, config, classes=len(chain.labels))
@@ -631,7 +622,7 @@ def build_run(
     more = {"dropout": config.dropout, "projections": bool(config.encoder_weights)}
     network_args |= {name: value for name, value in more.items() if value}
     model = utilities.on_device(utilities.build_network(**network_args), device)
-    anew, patients = list[str](), list_patients(prepared)
+    anew, patients = list[str](), splits.list_patients(prepared)
     if config.pretrained and saved is None:
         first = utilities.load_checkpoint(config.pretrained)
         anew = begin_with(model, network_args, first, config.pretrained)
@@ -657,7 +648,7 @@ def build_run(
         "expected": learn_volumes(prepared, chain.labels),
         "config": config.plain(),
         "patients": patients,
-        "content": describe_content(prepared),
+        "content": splits.describe_content(prepared),
         "begun": {
             "anew": anew, "processes": utilities.rank_and_size()[1],
             "defaults": {name: str(value) for name, value in Config().plain().items()},
@@ -678,7 +669,7 @@ def class_weights(prepared: dict[str, Any], labels: dict) -> torch.Tensor:
 
     Weights inverse to the count led to a litre of false tumour per patient on six real CTs.
     """
-    inverse = count_voxels(prepared, labels, "training").clip(1) ** -0.5
+    inverse = splits.count_voxels(prepared, labels, "training").clip(1) ** -0.5
     return torch.tensor(inverse / inverse.mean(), dtype=torch.float32)
 
 

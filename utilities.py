@@ -11,9 +11,6 @@ import functools
 import itertools
 import math
 import os
-import shutil
-import subprocess
-import sys
 import time
 import zipfile
 from collections import defaultdict
@@ -36,7 +33,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from data.evaluate import dice_metric, list_overlaps, nan_mean, overlap_counts
 from data.files import InputError, atomic_write, find_checkpoint, write_csv
 from data.labels import IGNORED, IMAGE, LABEL, PRED
-from data.pictures import add_legend, class_colour, find_busiest_slice, save_figure, show_patient
+from data.pictures import (
+    add_legend,
+    curves_figure,
+    find_best,
+    find_busiest_slice,
+    save_figure,
+    show_patient,
+)
 from data.settings import (
     Count,
     Device,
@@ -316,75 +320,6 @@ def refuse_odd_weights(weights: dict[str, Any], path: Path) -> None:
 
 
 # -- Machine: device, precision, processes --------------------------------------------------------
-
-
-def pick_device(name: str, precision: str = "auto") -> torch.device:
-    """Return the device of a setting, once it has trained a small network as the CPU does.
-
-    `auto` is an NVIDIA GPU where there is one, else the CPU, which also takes over from a GPU that
-    fails. It is never Apple's: torch's 3D layers there are wrong or end the process on some
-    systems. Under torchrun each process has its own GPU. Raises InputError where torch sees no such
-    GPU, or where one that was asked for fails.
-    """
-    count, launched = torch.cuda.device_count(), "LOCAL_RANK" in os.environ
-    kind, _, number = name.partition(":")
-    kind = kind if kind != "auto" else "cuda" if count else "cpu"
-    index = int(number or os.environ.get("LOCAL_RANK", "0"))
-    there = {"cuda": index < count, "mps": torch.backends.mps.is_available()}
-    if not there.get(kind, True):
-        many = f" of process {index} of torchrun" if launched and not number else ""
-        remedy = "start fewer processes" if many and count else "use --device cpu"
-        what = f"torch sees no such GPU ({count} of NVIDIA)"
-        raise InputError(f"--device {kind}:{index}{many}: {what}; {remedy}")
-    if name == "auto" and not count and shutil.which("nvidia-smi"):
-        print(f"torch {torch.__version__} sees no GPU: its build or the driver is not for it")
-    device = torch.device(f"cuda:{index}" if kind == "cuda" else kind)
-    if kind != "cpu" and (reason := find_fault(device, precision)):
-        if name != "auto" or launched:
-            raise InputError(f"--device {device}: {reason}; use --device cpu")
-        return torch.device("cpu")
-    return device
-
-
-@functools.cache
-def find_fault(device: torch.device, precision: str) -> str:
-    """Return why a GPU does not train a small network in a precision, or ""; print it once."""
-    if device.type == "mps":  # it may end the process that asks
-        call = f"utilities.try_device(utilities.torch.device('mps'), {precision!r})"
-        command = [sys.executable, "-c", f"import utilities; print({call})"]
-        how: dict[str, Any] = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
-        done = subprocess.run(command, check=False, **how)
-        ended = f"a small step ended its process ({done.returncode})" if done.returncode else ""
-        reason = ended or done.stdout.strip()
-    else:
-        reason = try_device(device, precision)
-    if reason:
-        print(f"{device} is not used: {reason}")
-    return reason
-
-
-def try_device(device: torch.device, precision: str) -> str:
-    """Return how a small training step on a device fails, or differs from the CPU's; else ""."""
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            network, image = UNet3D(base_channels=4), torch.randn(2, 1, 16, 16, 16)
-        found = []
-        for where, kind in ((torch.device("cpu"), "fp32"), (device, precision)):
-            dtype, model = pick_precision(kind, where), on_device(copy.deepcopy(network), where)
-            with torch.autocast(where.type, dtype, dtype != torch.float32):
-                logits = model(image.to(where, memory_format=choose_layout(where))).float()
-            logits.square().sum().backward()
-            weights = model.state_dict(keep_vars=True)
-            first = cast(torch.Tensor, weights["encoders.0.0.weight"].grad)
-            found.append([tensor.detach().float().cpu() for tensor in (logits, first)])
-        apart = max(
-            float((mine - its).norm() / mine.norm()) for mine, its in zip(*found, strict=True)
-        )
-    except Exception as error:  # a device may fail in any way
-        return (str(error) or type(error).__name__).splitlines()[0]
-    # bfloat16 on a CPU differs by 0.14; NaN is not below 0.3 either
-    return "" if apart < 0.3 else f"a small 3D step differs from the CPU's by {apart:.0%}"
 
 
 def is_memory_short(error: BaseException) -> bool:
@@ -767,77 +702,6 @@ class Run:
 
 
 # -- Curves and preview of a training -------------------------------------------------------------
-
-
-def find_best(history: list[dict[str, float]]) -> tuple[int, int]:
-    """Return the first epoch of the highest validation Dice (or 0), and the validations since.
-
-    Of equal Dice, such as 0 at the beginning, that of the lower loss is the best.
-    """
-    validated = [row for row in history if math.isfinite(row.get("val_dice", math.nan))]
-    order = {int(row["epoch"]): (row["val_dice"], -row["val_loss"]) for row in validated}
-    best = max(order, key=lambda epoch: order[epoch], default=0)
-    return best, sum(epoch > best for epoch in order)
-
-
-def judge_learning(history: list[dict[str, float]]) -> str:
-    """Return the verdict on a training in one line, with the likeliest cause where it failed.
-
-    Nothing is learnt where the Dice is hardly above `val_chance`, that of a network which calls
-    everything foreground, or where the loss did not fall and the Dice is that of rough guesses.
-    Without validation the training's loss alone tells.
-    """
-    if not history:
-        return "nothing learnt: no epoch was finished"
-    losses = [row["train_loss"] for row in history]
-    fell = (losses[0] - min(losses)) / max(abs(losses[0]), 1e-9)
-    moved = f"training loss {losses[0]:.4f} → {losses[-1]:.4f}"
-    rows = [row for row in history if math.isfinite(row.get("val_dice", math.nan))]
-    rate = max(row["learning_rate"] for row in history)
-    cause = (
-        f"raise --learning-rate, {rate:g} is small" if rate < 1e-5 else
-        f"lower --learning-rate, {rate:g} is large" if rate > 0.02 else
-        "does train.py --show show the organ grey, and the outline on it?"
-    )  # fmt: skip
-    if not rows:
-        return f"learnt: {moved}" if fell > 0.02 else f"nothing learnt: {moved}; {cause}"
-    dice, chance = [row["val_dice"] for row in rows], nan_mean(row["val_chance"] for row in rows)
-    best, since = find_best(history)
-    told = f"validation Dice {max(dice):.4f} in epoch {best} (chance {chance:.4f}), {moved}"
-    rough = min(2.5 * chance, (1 + chance) / 2)
-    if max(dice) < 1.2 * chance + 0.01 or (fell < 0.02 and max(dice) < rough):
-        if fell > 0.1 and losses[-1] < losses[0]:
-            return f"nothing learnt yet: {told}; the loss falls: more --max-epochs, or {cause}"
-        return f"nothing learnt: {told}; {cause}"
-    earlier = max(dice[: -max(len(dice) // 4, 1)], default=0.0)
-    if max(dice) - earlier > 0.01 and since <= len(dice) // 4:
-        return f"still rising: {told}; more --max-epochs may help"
-    return f"learnt: {told}"
-
-
-def curves_figure(history: list[dict[str, float]], class_names: Sequence[str]) -> Any:
-    """Return the figure of loss and Dice over the epochs, with the best epoch marked."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    losses, dices = figure.subplots(1, 2)
-    losses.set(xlabel="epoch", title="Loss")
-    dices.set(xlabel="epoch", ylim=(0, 1), title="Dice of validation patients")
-    lines = [
-        (losses, "train_loss", "training", "#0072B2"),
-        (losses, "val_loss", "validation", "#E69F00"),
-        (dices, "train_dice", "training (augmented)", "0.5"),
-    ]
-    for value, name in enumerate(class_names, start=1):
-        lines.append((dices, f"val_dice_{name}", name, class_colour(value)))
-    for axes, key, label, colour in lines:
-        points = [(row["epoch"], row[key]) for row in history if key in row]
-        axes.plot(*np.reshape(points, (-1, 2)).T, "-o", color=colour, label=label, markersize=4)
-    figure.suptitle(judge_learning(history), fontsize=9, wrap=True)
-    if best := find_best(history)[0]:
-        dices.axvline(best, color="0.6", linestyle=":", label=f"best.pt (epoch {best})")
-    for axes in (losses, dices):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    return figure
 
 
 @torch.no_grad()

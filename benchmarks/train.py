@@ -29,6 +29,7 @@ from monai import transforms
 from monai.data import CacheDataset
 from torch.utils.flop_counter import FlopCounterMode
 
+import preprocess
 import train
 from data.files import write_json
 from data.labels import IMAGE, LABEL, as_labels, resolve_classes
@@ -42,7 +43,7 @@ from preprocess import (
     preprocess_files,
     subvolume_items,
 )
-from utilities import Run, build_network, pick_device, pick_precision, train_one_epoch
+from utilities import Run, build_network, pick_precision, train_one_epoch
 
 
 @dataclass
@@ -233,7 +234,7 @@ def measure_sweep(config: Config, device: torch.device, precision: torch.dtype) 
 
 def main(config: Config) -> None:
     warnings.simplefilter("ignore")
-    device = pick_device(config.device)
+    device = preprocess.pick_device(config.device)
     precision = pick_precision("auto", device)
     settings = train.Config(data=config.data, input_size=config.input_size)
     prepared = read_prepared(config.data)

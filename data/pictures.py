@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -264,3 +265,77 @@ def draw_inputs(before: Any, after: Any, names: Sequence[str]) -> Any:
         row[2].legend(fontsize=8)
     add_legend(figure, names, truth=False)
     return figure
+
+
+def curves_figure(history: list[dict[str, float]], class_names: Sequence[str]) -> Any:
+    """Return the figure of loss and Dice over the epochs, with the best epoch marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    losses, dices = figure.subplots(1, 2)
+    losses.set(xlabel="epoch", title="Loss")
+    dices.set(xlabel="epoch", ylim=(0, 1), title="Dice of validation patients")
+    lines = [
+        (losses, "train_loss", "training", "#0072B2"),
+        (losses, "val_loss", "validation", "#E69F00"),
+        (dices, "train_dice", "training (augmented)", "0.5"),
+    ]
+    for value, name in enumerate(class_names, start=1):
+        lines.append((dices, f"val_dice_{name}", name, class_colour(value)))
+    for axes, key, label, colour in lines:
+        points = [(row["epoch"], row[key]) for row in history if key in row]
+        axes.plot(*np.reshape(points, (-1, 2)).T, "-o", color=colour, label=label, markersize=4)
+    figure.suptitle(judge_learning(history), fontsize=9, wrap=True)
+    if best := find_best(history)[0]:
+        dices.axvline(best, color="0.6", linestyle=":", label=f"best.pt (epoch {best})")
+    for axes in (losses, dices):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def find_best(history: list[dict[str, float]]) -> tuple[int, int]:
+    """Return the first epoch of the highest validation Dice (or 0), and the validations since.
+
+    Of equal Dice, such as 0 at the beginning, that of the lower loss is the best.
+    """
+    validated = [row for row in history if math.isfinite(row.get("val_dice", math.nan))]
+    order = {int(row["epoch"]): (row["val_dice"], -row["val_loss"]) for row in validated}
+    best = max(order, key=lambda epoch: order[epoch], default=0)
+    return best, sum(epoch > best for epoch in order)
+
+
+def judge_learning(history: list[dict[str, float]]) -> str:
+    """Return the verdict on a training in one line, with the likeliest cause where it failed.
+
+    Nothing is learnt where the Dice is hardly above `val_chance`, that of a network which calls
+    everything foreground, or where the loss did not fall and the Dice is that of rough guesses.
+    Without validation the training's loss alone tells.
+    """
+    if not history:
+        return "nothing learnt: no epoch was finished"
+    losses = [row["train_loss"] for row in history]
+    fell = (losses[0] - min(losses)) / max(abs(losses[0]), 1e-9)
+    moved = f"training loss {losses[0]:.4f} → {losses[-1]:.4f}"
+    rows = [row for row in history if math.isfinite(row.get("val_dice", math.nan))]
+    rate = max(row["learning_rate"] for row in history)
+    cause = (
+        f"raise --learning-rate, {rate:g} is small" if rate < 1e-5 else
+        f"lower --learning-rate, {rate:g} is large" if rate > 0.02 else
+        "does train.py --show show the organ grey, and the outline on it?"
+    )  # fmt: skip
+    if not rows:
+        return f"learnt: {moved}" if fell > 0.02 else f"nothing learnt: {moved}; {cause}"
+    dice = [row["val_dice"] for row in rows]
+    chance = float(np.nanmean([row["val_chance"] for row in rows]))
+    best, since = find_best(history)
+    told = f"validation Dice {max(dice):.4f} in epoch {best} (chance {chance:.4f}), {moved}"
+    rough = min(2.5 * chance, (1 + chance) / 2)
+    if max(dice) < 1.2 * chance + 0.01 or (fell < 0.02 and max(dice) < rough):
+        if fell > 0.1 and losses[-1] < losses[0]:
+            return f"nothing learnt yet: {told}; the loss falls: more --max-epochs, or {cause}"
+        return f"nothing learnt: {told}; {cause}"
+    earlier = max(dice[: -max(len(dice) // 4, 1)], default=0.0)
+    if max(dice) - earlier > 0.01 and since <= len(dice) // 4:
+        return f"still rising: {told}; more --max-epochs may help"
+    return f"learnt: {told}"

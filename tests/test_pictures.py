@@ -15,6 +15,7 @@ from data.pictures import (
     add_legend,
     choose_hu_window,
     class_colour,
+    curves_figure,
     draw_planes,
     find_busiest_slice,
     save_figure,
@@ -22,7 +23,6 @@ from data.pictures import (
 )
 from data.trust import Evidence
 from data.volumes import Volume
-from utilities import curves_figure
 
 
 def count_pixels(path, colour: str) -> int:

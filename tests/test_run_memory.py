@@ -14,8 +14,9 @@ import apply_model
 import train
 import utilities
 from data.files import InputError
+from data.pictures import find_best, judge_learning
 from data.splits import count_voxels, find_seen, list_patients, read_prepared
-from utilities import judge_learning, load_checkpoint
+from utilities import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
@@ -238,8 +239,8 @@ def test_without_validation_the_loss_tells():
 
 
 def test_of_equal_dice_the_lower_loss_is_best():
-    assert utilities.find_best(histories([0.9, 0.5, 0.7], [0.0, 0.0, 0.0])) == (2, 1)
-    assert utilities.find_best(histories([0.9, 0.5, 0.7], [0.0, 0.1, 0.2])) == (3, 0)
+    assert find_best(histories([0.9, 0.5, 0.7], [0.0, 0.0, 0.0])) == (2, 1)
+    assert find_best(histories([0.9, 0.5, 0.7], [0.0, 0.1, 0.2])) == (3, 0)
 
 
 def test_the_hu_of_each_class_are_compared_with_the_window(few, tmp_path, capsys):

@@ -18,6 +18,7 @@ from helpers import small_config
 
 import apply_model
 import prepare
+import preprocess
 import train
 import utilities
 import visualize_3d
@@ -25,7 +26,7 @@ from data import check, evaluate
 from data.files import InputError, atomic_write, lock_folder, read_record, stamp_files, write_csv
 from data.settings import check_settings, format_seconds
 from data.settings import run_script as start_script
-from utilities import pick_device
+from preprocess import pick_device
 
 CONFIGS = [m.Config for m in (train, prepare, apply_model, visualize_3d, check, evaluate)]
 
@@ -72,14 +73,14 @@ def machine(monkeypatch):
     def pretend(gpus=0, fault="", rank=None, mps=False):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-        monkeypatch.setattr(utilities, "try_device", lambda *_: fault)
+        monkeypatch.setattr(preprocess, "try_device", lambda *_: fault)
         monkeypatch.delenv("LOCAL_RANK", raising=False)
         if rank is not None:
             monkeypatch.setenv("LOCAL_RANK", str(rank))
-        utilities.find_fault.cache_clear()
+        preprocess.find_fault.cache_clear()
 
     yield pretend
-    utilities.find_fault.cache_clear()
+    preprocess.find_fault.cache_clear()
 
 
 def test_what_is_no_gpu_is_told(machine):
@@ -136,7 +137,7 @@ def test_apples_gpus_are_tried_in_a_process_of_their_own(code, reason, machine, 
 
 def test_a_build_of_torch_without_cuda_fails_the_probe():
     if not torch.backends.cuda.is_built():
-        assert "CUDA" in utilities.try_device(torch.device("cuda:0"), "fp16")
+        assert "CUDA" in preprocess.try_device(torch.device("cuda:0"), "fp16")
 
 
 # ---------------------------------------------------------------------------------------
