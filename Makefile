@@ -2,12 +2,13 @@
 # make test   install and run all tests
 # make reliability   attack everything: bad files, kills, full disks, two at once (hours); --quick: minutes
 # make peers   nnU-Net and MONAI's tutorial in the same CPU minutes as ours (hours)
+# make gpu   on a machine with a GPU: check and measure it, at most ten minutes (docs/scale.md)
 # make starter   the starter weights from seeds, and their Dice on real CTs (docs/starter.md)
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := data/demo
 
-.PHONY: demo starter peers test lint pictures reliability system-packages
+.PHONY: demo gpu starter peers test lint pictures reliability system-packages
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -42,6 +43,9 @@ starter: .venv/installed
 
 peers: .venv/installed .venv-peers/installed
 	$(BIN)/python benchmarks/peers.py
+
+gpu: .venv/installed
+	$(BIN)/python benchmarks/gpu.py
 
 # One torch thread per test process: two processes fill two cores without fighting.
 test: .venv/installed

@@ -51,6 +51,7 @@ class Config(Options):
     background: Int16 | None = None  # fill value of masked volumes; None: air (CT), 0 (MR)
     dicom_seg: bool = False  # also write a DICOM SEG of scans that are DICOM series
     force: bool = False  # go on with scans that do not look like CT in HU
+    accept: tuple[Literal["seen"], ...] = ()  # seen: evaluate patients that made the checkpoint too
     overwrite: bool = False  # do finished cases again
     device: Device = "auto"  # auto, cpu, cuda, cuda:1
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: what is fast here
@@ -72,6 +73,7 @@ import hashlib
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -84,15 +86,22 @@ import torch
 from monai.inferers import sliding_window_inference
 from tqdm import tqdm
 
-from data import scans, trust
-from data.check import judge_hu
-from data.datasets import Case, list_cases
-from data.evaluate import do_each, evaluate, measure, refuse_failures, report_all, tell_row
+import utilities
+from data import check, datasets, scans, trust
+from data.evaluate import (
+    WORST_SHOWN,
+    do_each,
+    evaluate,
+    measure,
+    refuse_failures,
+    report_all,
+    tell_row,
+)
 from data.files import lock_folder, read_record, write_json
 from data.labels import group_tumours, translate_classes
 from data.pictures import draw_planes, save_figure
 from data.seg import write_seg
-from data.splits import read_cases
+from data.splits import find_seen, read_cases
 from data.volumes import AIR_HU, Volume, find_bounding_box, write_masked
 from preprocess import Chain, classes_on_grid, preprocess_volume, probability_on_grid
 from utilities import load_network, pick_device, pick_precision
@@ -101,8 +110,6 @@ WRITTEN = ("label.nii.gz", "masked.nii.gz", "probability.nii.gz", "label.dcm", "
 OUTSIDE = -20.0  # logit where no window was: surely background
 AT_ONCE = 1_200_000  # voxels per call on a CPU; larger calls are no faster there
 LOCATE_MM = 25.0  # around the organ that --locate finds
-PLAUSIBLE_ML = {"liver": (500, 4000)}  # volumes of adults
-RIGHT_SIDED = ("liver",)  # organs on the patient's right
 # How much darker than its inside an organ's edge may be, in HU, of organs of one brightness: fat,
 # bile and bowel are darker still. A voxel half of which is fat is 100 darker than a liver of 100.
 DARKER_HU = {"liver": 80.0}
@@ -123,6 +130,7 @@ class Model:
     expected: dict[str, Any] | None = None  # volumes of the training patients, see `data.trust`
     fold: int | str = 0  # part of the prepared data that the training left out
     others: Sequence[torch.nn.Module] = ()  # networks that are averaged with the first
+    patients: Sequence[dict[str, str]] = ()  # that made them, from `list_patients`
     finder: Model | None = None  # segments first, to find the box that is segmented then
 
     @property
@@ -137,7 +145,8 @@ class Segmentation:
 
     label: Volume  # raw label values on exactly the scan's grid; `label.classes` names them
     classes: Volume  # class indices 0, 1, 2, …; axes R, A, S
-    evidence: list[trust.Evidence]  # how sure the network is of each organ
+    scores: torch.Tensor  # (C − 1, …) logits above the background's, on the network's grid
+    to_network: np.ndarray  # 4×4, RAS voxel of the scan → voxel of that grid, without rotation
     probability: Volume | None  # of foreground, uint8 in steps of 1/255, if asked for
     network_seconds: float
 
@@ -154,7 +163,7 @@ def load_model(
     for a checkpoint that is foreign or damaged, or when several differ in preprocessing or windows.
     """
     paths = [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint
-    where = pick_device(device)
+    where = pick_device(device, precision)
     networks, loaded = zip(*(load_network(Path(path), where) for path in paths), strict=True)
     first = loaded[0]
     for path, saved in zip(paths, loaded, strict=True):
@@ -171,6 +180,7 @@ def load_model(
     return Model(
         networks[0], chain, inference, where, pick_precision(precision, where), first["declared"],
         first["modality"], first.get("expected"), first["config"].get("fold", 0), networks[1:],
+        [record for saved in loaded for record in saved.get("patients") or ()],
     )  # fmt: skip
 
 
@@ -179,34 +189,33 @@ def segment(
 ) -> Segmentation:
     """Segment a scan in HU, and lay the result on exactly its grid.
 
-    `scan`: a volume or its path, in any orientation and spacing. An array (X, Y, Z) comes as
-    `Volume(array, affine)`, affine 4×4 from voxel to patient mm in RAS+.
+    `scan`: its path or a Volume(array (X, Y, Z), affine 4×4 to RAS mm), of any orientation.
     """
     options = options or Options()
     scan = scan if isinstance(scan, Volume) else scans.read_scan(Path(scan))
-    tensor, to_network = preprocess_volume(scan, model.chain, model.device)
-    begin = time.perf_counter()
-    if model.finder:
-        scores = predict_near(model, scan, tensor, to_network, options)
-    else:
-        scores = predict(model, tensor, options)
+    try:
+        tensor, to_network = preprocess_volume(scan, model.chain, model.device)
+    except RuntimeError as error:
+        if not utilities.is_memory_short(error):
+            raise
+        tensor, to_network = preprocess_volume(scan, model.chain, "cpu")
+    begin, near = time.perf_counter(), (model, scan, tensor, to_network, options)
+    scores = predict_near(*near) if model.finder else predict(model, tensor, options)
     seconds = time.perf_counter() - begin
     if options.trim_by_hu and model.chain.hu_window and model.modality == "CT":
         low, high = model.chain.hu_window  # are 0 and 1 of the network's input
         trim_by_hu(scores.numpy(), tensor[0].cpu().numpy(), model.names, high - low)
     del tensor  # as large as the scores; what follows needs the room
-    evidence = trust.weigh_scores(scores.numpy(), to_network, scan.ras_shape, model.names)
     classes, likely = classes_on_grid(scores, to_network, scan.ras_shape), None
     if options.probability:
         likely = scan.from_ras(probability_on_grid(scores, to_network, scan.ras_shape))
-    del scores
     classes = clean(classes, model.names, options)
     values = {name: raw[0] for name, raw in model.chain.labels.items()}
     table = np.array(list(values.values()), np.min_scalar_type(max(values.values())))
     in_order = table.tolist() == list(range(len(table)))
     label = scan.from_ras(classes if in_order else table[classes])
     label, indices = replace(label, classes=values), Volume(classes, scan.ras_affine)
-    return Segmentation(label, indices, evidence, likely, seconds)
+    return Segmentation(label, indices, scores, to_network, likely, seconds)
 
 
 def predict_near(
@@ -240,10 +249,9 @@ def predict(
 ) -> torch.Tensor:
     """Return how far each class's logit lies above the background's, (C − 1, X, Y, Z), on the CPU.
 
-    Windows of the training's size, blended by a Gaussian, slide over a preprocessed volume
-    (1, X, Y, Z), or a `box` of it: sub-volumes along the slices alone, patches along all axes where
-    there is anything but air. Where the device's memory is short, this scan is done one window at
-    a time, else on the CPU; the next scan tries the device again.
+    Windows, blended by a Gaussian, slide over a preprocessed volume (1, X, Y, Z) or a `box` of it:
+    sub-volumes along the slices, patches along all axes where there is anything but air. Where the
+    memory is short, this scan is done window by window, else on the CPU.
     """
     if not box and model.chain.sampling == "patches":
         box = find_bounding_box((volume[0] > 0).cpu().numpy())
@@ -260,8 +268,8 @@ def predict(
                 sw_device=device, device=cpu, progress=os.isatty(2),
             )[0]  # fmt: skip
             break
-        except torch.OutOfMemoryError:
-            if (device, count) == ways[-1]:
+        except RuntimeError as error:
+            if (device, count) == ways[-1] or not utilities.is_memory_short(error):
                 raise
         torch.cuda.empty_cache()
         tqdm.write(f"out of memory on {device} with {count} windows per call; trying with less")
@@ -271,12 +279,11 @@ def predict(
 def ask(model: Model, device: torch.device, mirror: bool, batch: torch.Tensor) -> torch.Tensor:
     """Return how far each class's logit lies above the background's, (B, C − 1, X, Y, Z).
 
-    `mirror` averages with the front-back mirror image; never left-right, because the side tells
-    the liver from the spleen.
+    `mirror` averages with the front-back image; left-right would mix up liver and spleen.
     """
     networks, same = (model.network, *model.others), device == model.device
     precision = model.precision if same else pick_precision("auto", device)
-    batch = batch.to(memory_format=torch.channels_last_3d)
+    batch = batch.to(memory_format=utilities.choose_layout(device))
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         logits = sum(network.to(device)(batch).float() for network in networks)
         if mirror:
@@ -295,16 +302,14 @@ def trim_by_hu(
 ) -> None:
     """Remove from an organ the edge that is far darker than its inside; in place.
 
-    The inside is the half that the network is surer of. It stays, as does what the rest encloses
-    in its slice: tumours, cysts. `scores` (C − 1, X, Y, Z) are the logits of the classes `names`
-    above the background's, `image` (X, Y, Z) is the CT on their grid.
+    The inside is the surer half. It stays, as does what the rest encloses in its slice: tumours,
+    cysts. `scores`: (C − 1, X, Y, Z) logits above the background's; `image`: (X, Y, Z), the CT.
     """
     for every, name in zip(scores, names, strict=True):
         if name not in DARKER_HU or not (every > 0).any():
             continue
         box = find_bounding_box(every > 0)
-        score = every[box]
-        found = score > 0
+        score, found = every[box], every[box] > 0
         known, hu = score[found], image[box][found]
         inside = known >= np.median(known)
         below = np.median(hu[inside]) - hu
@@ -350,27 +355,24 @@ def find_holes(mask: np.ndarray) -> np.ndarray:
 
 def find_doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str]:
     """Return what is implausible about a segmentation: class indices and HU on one grid."""
-    found, outer = [], find_bounding_box(classes.ras.data)
+    found, outer = list[str](), find_bounding_box(classes.ras.data)
+    step = check.choose_step(classes.ras_shape)
+    coarse, hu = classes.ras.data[::step, ::step], scan.ras.data[::step, ::step]
+    x_mm, y_mm, z_mm = scan.ras.spacing_mm
     for organ, tumours in group_tumours(names).items():
         name, body = names[organ - 1], np.isin(classes.ras.data[outer].T, [organ, *tumours]).T
         if not body.any():
             found.append(f"no {name} found")
             continue
-        low, high = PLAUSIBLE_ML.get(name, (0, math.inf))
-        if not low <= (ml := np.count_nonzero(body) * scan.voxel_ml) <= high:
-            found.append(f"{name} of {ml:.0f} ml, expected {low} to {high}")
+        masks = coarse == organ, np.isin(coarse, tumours)
+        doubts = check.doubt_organ(name, *masks, hu, (x_mm * step, y_mm * step, z_mm))
+        found += [text for _, text in doubts]
         pairs = zip(outer, find_bounding_box(body), strict=True)
         box = [slice(a.start + b.start, a.start + b.stop) for a, b in pairs]
         sides = (("left", "right"), ("back", "front"), ("lower", "upper"))
         for part, size, (first, last) in zip(box, classes.ras_shape, sides, strict=True):
             touched = [first] * (part.start == 0) + [last] * (part.stop == size)
             found += [f"{name} reaches the {end} end of the scan: cut off?" for end in touched]
-        patient = scan.ras.data[:, ::4, box[2]][:, :, ::4] > -300
-        if name in RIGHT_SIDED and patient.any():
-            counts = [mask.sum(axis=(1, 2)) for mask in (body, patient)]
-            middles = [np.average(np.arange(len(some)), weights=some) for some in counts]
-            if outer[0].start + middles[0] < middles[1]:
-                found.append(f"{name} on the patient's left: are the scan's sides right?")
     return found
 
 
@@ -379,13 +381,14 @@ def find_doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str
 # ---------------------------------------------------------------------------------------
 
 
-def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume | None, list[str]]:
+def read_case(
+    model: Model, case: datasets.Case, config: Config
+) -> tuple[Volume, Volume | None, list[str]]:
     """Return a scan in memory, its truth as RAS class indices, and what is unusual about them."""
     assert case.image
     scan = scans.read_scan(case.image)
-    array = scan.read()
-    scan, notes = replace(scan, data=array, convert=None), list(scan.notes)
-    for kind, fault in judge_hu(array[::2, ::2], array.dtype):
+    notes = list(scan.notes)
+    for kind, fault in check.judge_hu(scan.data[::2, ::2], scan.dtype) + check.judge_geometry(scan):
         if "MR" in (model.modality, case.modality):
             continue
         if kind == "hu" and not config.force and "hu" not in case.accepted:
@@ -413,15 +416,41 @@ def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume 
     return scan, truth, list(dict.fromkeys([*notes, *label.notes]))
 
 
-def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
+def judge_seen(model: Model, scan: Volume, path: Path, accepted: bool) -> str:
+    """Return "seen in training", or validation, of a scan that made the checkpoint, or nothing;
+    raise InputError unless that is accepted, because its Dice says nothing about new patients."""
+    splits = {record["content"]: record["split"] for record in model.patients}
+    where = splits.get(check.identify_scan(scan), "test") if model.patients else "test"
+    if where != "test" and not accepted:
+        what = f"its voxels are those of a patient in the {where} of the checkpoint"
+        raise InputError(f"{path}: {what}; leave --truth out, or go on with --accept seen")
+    return "" if where == "test" else f"seen in {where}"
+
+
+def refuse_seen(seen: Mapping[str, str], config: Config) -> None:
+    """Raise InputError where cases of a split made the checkpoint, unless that is accepted."""
+    if seen and config.split != "training" and not config.accept:
+        shown = ", ".join(f"{name} ({how})" for name, how in [*seen.items()][:WORST_SHOWN])
+        raise InputError(
+            f"{config.data}: {len(seen)} cases of the {config.split} split made this checkpoint: "
+            f"{shown}; train on this split, or go on with --accept seen"
+        )
+
+
+def apply_to_case(model: Model, case: datasets.Case, config: Config, seen: str) -> dict[str, Any]:
     """Segment one scan, write its results, and return its row of measurements."""
     begin = time.perf_counter()
     scan, truth, notes = read_case(model, case, config)
+    if truth is not None and not config.split:
+        assert case.image
+        seen = judge_seen(model, scan, case.image, bool(config.accept))
     found = segment(model, scan, config)
     row: dict[str, Any] = {"case": case.name, **measure(found.classes, scan, model.names)}
+    row["seen"] = seen
     if truth is not None:
         row |= evaluate(found.classes, truth, model.names)
-    doubt = trust.judge_trust(found.evidence, row, model.expected)
+    known = (found.scores.numpy(), found.to_network, scan.ras_shape, model.names)
+    doubt = trust.judge_trust(trust.weigh_scores(*known), row, model.expected)
     row |= doubt.row
     notes += find_doubts(found.classes, scan, model.names)
     summary, folder = tell_row(row, model.names), config.destination / case.name
@@ -445,11 +474,14 @@ def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
     }
 
 
-def do_case(model: Model, weights: str, config: Config, case: Case) -> None:
+def do_case(
+    model: Model, weights: str, config: Config, seen: Mapping[str, str], case: datasets.Case
+) -> None:
     """Segment a case and write its record last, unless a record says that this was done."""
     folder = config.destination / case.name
     settings = [getattr(config, one.name) for one in fields(Options)]
     settings += [config.background, config.dicom_seg, config.overlap, config.precision]
+    settings += [config.accept, seen.get(case.name)]
     settings += [case.described, case.trust_grid, case.accepted, case.drawn]
     inputs = scans.stamp_inputs([case.image, case.label])
     mark = hashlib.sha256(repr([inputs, weights, settings]).encode()).hexdigest()
@@ -460,7 +492,7 @@ def do_case(model: Model, weights: str, config: Config, case: Case) -> None:
         return
     for leftover in folder.glob(".*.partial.*"):  # of a run that was killed
         leftover.unlink()
-    row = apply_to_case(model, case, config)
+    row = apply_to_case(model, case, config, seen.get(case.name, ""))
     row |= {
         "image": str(case.image and case.image.resolve()),
         "truth": case.label and scans.describe_label(case.label),
@@ -472,7 +504,37 @@ def do_case(model: Model, weights: str, config: Config, case: Case) -> None:
     write_json(row, record)
 
 
+def list_cases(paths: Sequence[Path], truth: Sequence[Path]) -> list[datasets.Case]:
+    """Return the scans that some paths stand for, each under a name of its own, with their truths.
+
+    Raises InputError for no path, for a scan that is given twice, or truths that do not fit.
+    """
+    if not paths:
+        raise InputError("nothing to segment: give CT volumes, or --split test")
+    found = datasets.find_scans(*paths)
+    if twice := [scan for scan, n in Counter(map(os.path.realpath, found)).items() if n > 1]:
+        raise InputError(f"{twice[0]}: is given twice; give each scan once")
+    names = datasets.name_scans(found, paths[0] if len(paths) == 1 else None)
+    return [
+        datasets.Case(
+            name, name, scan, label, alone=len(found) == 1,
+            described=datasets.describe_truths(label) if label else None,
+        )
+        for name, scan, label in zip(names, found, datasets.pair_truths(found, truth), strict=True)
+    ]  # fmt: skip
+
+
+def read_rank() -> tuple[int, int]:
+    """Return the number of this process and of all, of RANK and WORLD_SIZE; else InputError."""
+    texts = [os.environ.get(key, usual) for key, usual in (("RANK", "0"), ("WORLD_SIZE", "1"))]
+    if not all(text.isdecimal() for text in texts) or int(texts[0]) >= int(texts[1]):
+        what = f"RANK={texts[0]} and WORLD_SIZE={texts[1]}"
+        raise InputError(f"{what}: RANK must be 0 to WORLD_SIZE − 1; unset both, or use torchrun")
+    return int(texts[0]), int(texts[1])
+
+
 def main(config: Config) -> None:
+    rank, processes = read_rank()
     checkpoints = (config.checkpoint, *config.folds)
     model = load_model(checkpoints, config.device, config.precision, config.overlap)
     if config.locate:
@@ -481,13 +543,15 @@ def main(config: Config) -> None:
     weights = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
     if config.split:
         cases = read_cases(config.data, config.split, model.fold)
+        seen = find_seen(config.data, model.fold, config.split, model.patients)
+        refuse_seen(seen, config)
     else:
+        seen = {}
         cases = list_cases(config.paths, config.truth)
     # Under torchrun every process takes its share; nobody waits, the last one's table is complete.
-    rank, processes = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     mine = cases[rank::processes]
     with nullcontext() if "RANK" in os.environ else lock_folder(config.destination):
-        do = functools.partial(do_case, model, weights, config)
+        do = functools.partial(do_case, model, weights, config, seen)
         failed = do_each(mine, lambda case: case.name, do)
         if len(failed) < len(mine):
             report_all(config.destination, model.names, weights)

@@ -37,8 +37,8 @@ import numpy as np
 import torch
 from monai import transforms
 from monai.data import MetaTensor
-from monai.utils import convert_to_tensor
-from torch.utils.data import Dataset, default_collate
+from torch.nn import functional
+from torch.utils.data import Dataset
 
 from data.files import InputError
 from data.labels import IGNORED, IMAGE, LABEL, Labels, index_classes
@@ -102,7 +102,8 @@ def preprocess_files(item: dict, chain: Chain, device: torch.device | str) -> di
         made[key] = slices.permute(1, 2, 0)[None].contiguous().to(kind)
     if chain.sampling == "patches":  # 20,000 voxels of a class are as good as all of them
         find_indices = transforms.ClassesToIndices(len(chain.labels), max_samples_per_class=20_000)
-        made[INDICES] = find_indices(made[LABEL])
+        voxels = find_indices(made[LABEL])  # they choose patches, on the host
+        made[INDICES] = [torch.as_tensor(places).cpu().numpy() for places in voxels]
     return made
 
 
@@ -259,69 +260,77 @@ def probability_on_grid(
 # -- Random augmentation, of training alone --------------------------------------------------------
 
 
-def augmentation(augment: Augment, device: torch.device | str) -> transforms.Compose:
-    """Return random steps: a patch, one in-plane resampling (rotate, shift, scale), intensities.
-
-    `device` is where the batches go; the resampling runs there, if it can.
-    """
-    often, in_plane, scaling = augment.augment_probability, augment.input_size[:2], augment.scaling
-    affine = transforms.RandAffined(
-        KEYS,
-        spatial_size=in_plane,
-        prob=often,
-        rotate_range=(np.deg2rad(augment.rotation_degrees),),
-        translate_range=[augment.translation * size for size in in_plane],
-        scale_range=(scaling, scaling),
-        mode=("bilinear", "nearest"),
-        padding_mode="zeros",  # 0 is air in the image and background in the label
-        device=resampling_device(torch.device(device)),
-    )
-    return transforms.Compose(
-        [
-            *(crop_patches(augment) if augment.sampling == "patches" else []),
-            put_slices_first,
-            affine,
-            transforms.RandFlipd(KEYS, prob=augment.flip_probability, spatial_axis=0),
-            transforms.RandGaussianNoised(IMAGE, prob=often, std=augment.noise_sd),
-            transforms.RandScaleIntensityd(IMAGE, factors=augment.intensity_scaling, prob=often),
-            transforms.RandShiftIntensityd(IMAGE, offsets=augment.intensity_shift, prob=often),
-            put_slices_last,
-        ]
-    )
-
-
-def crop_patches(augment: Augment) -> list[Any]:
-    """Return steps from a cached volume to one random patch of it, wider in plane by PATCH_MARGIN.
+def draw_patch(item: dict[str, Any], augment: Augment, rng: np.random.Generator) -> dict[str, Any]:
+    """Return an item with one random patch of its volume, wider in plane by PATCH_MARGIN.
 
     A fraction `foreground_sampling` is centred on a voxel of a foreground class, all classes alike,
-    however few voxels they have; the others lie anywhere.
+    however few voxels they have; the others on a voxel of background. Beyond the volume lies 0: air
+    and background.
     """
     x, y, z = augment.input_size
     size = (math.ceil(PATCH_MARGIN * x), math.ceil(PATCH_MARGIN * y), z)
     centred, foreground = augment.foreground_sampling, augment.classes - 1
-    crop = transforms.RandCropByLabelClassesd(
-        KEYS,
-        label_key=LABEL,
-        spatial_size=size,
-        ratios=[1 - centred, *[centred / max(foreground, 1)] * foreground],
-        num_classes=augment.classes,
-        indices_key=INDICES,
-        allow_smaller=True,
-        warn=False,  # a case may lack a class
-    )
-    return [crop, transforms.SpatialPadd(KEYS, spatial_size=size)]  # 0 is air and background
+    weights = np.array([1 - centred, *[centred / max(foreground, 1)] * foreground])
+    # a case may lack a class; 1e-9: it may have no other
+    weights = (weights + 1e-9) * [len(voxels) > 0 for voxels in item[INDICES]]
+    chosen = rng.choice(len(weights), p=weights / weights.sum())
+    shape = item[IMAGE].shape[1:]
+    box = find_window(np.unravel_index(rng.choice(item[INDICES][chosen]), shape), size, shape)
+    missing = [max(width - full, 0) for width, full in zip(size, shape, strict=True)]
+    sides = [side for n in reversed(missing) for side in (n // 2, n - n // 2)]
+    cut = {key: functional.pad(item[key][(slice(None), *box)], sides) for key in KEYS}
+    return item | cut
 
 
-def put_slices_first(item: dict[str, Any]) -> dict[str, Any]:
-    """Return an item whose volumes (1, X, Y, Z) are slices (Z, X, Y) float32, for 2D transforms."""
-    volumes = {key: convert_to_tensor(item[key][0], torch.float32) for key in KEYS}
-    return item | {key: volumes[key].permute(2, 0, 1).contiguous() for key in KEYS}
+def find_window(centre: Sequence[Any], size: Sequence[int], shape: Sequence[int]) -> Box:
+    """Return the box of `size` voxels around a voxel, moved into a volume of a shape."""
+    axes = list(zip(centre, size, shape, strict=True))
+    starts = [max(0, min(int(c) - width // 2, full - width)) for c, width, full in axes]
+    return tuple(slice(first, first + width) for first, width in zip(starts, size, strict=True))
 
 
-def put_slices_last(item: dict[str, Any]) -> dict[str, Any]:
-    """Return an item whose slices (Z, X, Y) are volumes (1, X, Y, Z)."""
-    slices = {key: convert_to_tensor(item[key]) for key in KEYS}  # plain, without meta data
-    return item | {key: slices[key].permute(1, 2, 0)[None].contiguous() for key in KEYS}
+def draw_affine(augment: Augment, shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+    """Return a random 2×3 map from the output's plane to that of slices of a shape (X, Y), as
+    `torch.nn.functional.affine_grid` wants it: axes y, x, from -1 to 1 between the edges."""
+    size = np.array(augment.input_size[:2])
+    often = float(rng.random() < augment.augment_probability)
+    angle, *change = often * rng.uniform(-1, 1, 5)
+    angle *= np.deg2rad(augment.rotation_degrees)
+    scale = 1 + augment.scaling * np.array(change[:2])
+    scale[0] *= -1 if rng.random() < augment.flip_probability else 1
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    shift = turn @ (augment.translation * size * change[2:])
+    pixels = np.column_stack([turn * scale * size / 2, shift])
+    return (pixels / np.reshape(shape, (2, 1)) * 2)[::-1, [1, 0, 2]]
+
+
+def augment_batch(
+    image: torch.Tensor, label: torch.Tensor, augment: Augment, rngs: Sequence[np.random.Generator]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images float32 and labels (B, 1, X', Y', Z) of (B, 1, X, Y, Z), changed at random.
+
+    Each sample has a random generator of its own. One resampling in plane rotates, shifts, scales
+    and mirrors; noise is drawn on the device, so that the host neither waits nor copies it.
+    """
+    affines = [draw_affine(augment, image.shape[2:4], rng) for rng in rngs]
+    theta = move(torch.tensor(np.array(affines), dtype=torch.float32), image.device)
+    grid = functional.affine_grid(theta, [len(rngs), 1, *augment.input_size[:2]], False)
+    made = []
+    for volume, mode in ((image, "bilinear"), (label, "nearest")):
+        slices = volume[:, 0].permute(0, 3, 1, 2)  # as channels, all resampled alike
+        slices = slices.to(torch.float32, memory_format=torch.contiguous_format)
+        # outside is 0: air in the image and background in the label
+        made.append(functional.grid_sample(slices, grid, mode, "zeros", align_corners=False))
+    for slices, rng in zip(made[0], rngs, strict=True):
+        noise, gain, shift = rng.random(3) < augment.augment_probability
+        if noise:
+            generator = torch.Generator(slices.device).manual_seed(int(rng.integers(2**62)))
+            sd = augment.noise_sd * rng.random()
+            slices += torch.empty_like(slices).normal_(0, sd, generator=generator)
+        slices *= 1 + gain * augment.intensity_scaling * rng.uniform(-1, 1)
+        slices += shift * augment.intensity_shift * rng.uniform(-1, 1)
+    picture, drawing = (slices.permute(0, 2, 3, 1)[:, None].contiguous() for slices in made)
+    return picture, drawing.to(label.dtype)
 
 
 # -- Cached data sets ------------------------------------------------------------------------------
@@ -333,26 +342,40 @@ class Subvolumes(Dataset):
     The random numbers of a sample depend on (seed, epoch, sample) alone: not on the order, the
     number of processes, or where a run was interrupted. Items: image (1, X, Y, Z) float32 in 0..1,
     label (1, X, Y, Z) class indices, and the names of case and sub-volume. In an epoch each cached
-    item is used `repeats` times.
+    item is used `repeats` times. Samples are augmented on `device`; None: where the items lie.
     """
 
-    def __init__(self, cached: list, augment: Any = None, seed: int = 0, repeats: int = 1):
+    def __init__(
+        self, cached: list, augment: Augment | None = None, seed: int = 0, repeats: int = 1,
+        device: torch.device | str | None = None,
+    ):  # fmt: skip
         self.cached, self.augment, self.seed, self.repeats = cached, augment, seed, repeats
+        self.device = resampling_device(torch.device(device)) if device else None
         self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.cached) * self.repeats
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        turn, place = divmod(index, len(self.cached))
-        item = self.cached[place]
-        item = item() if callable(item) else item  # what did not fit into memory is made anew
-        if self.augment is None:
-            return item | {IMAGE: item[IMAGE].float()}
-        entropy = [self.seed, self.epoch, item["index"], turn]
-        self.augment.set_random_state(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-        made = self.augment(item)
-        return made[0] if isinstance(made, list) else made  # MONAI's crops return a list
+        return {key: values[0] for key, values in self.make_batch([index]).items()}
+
+    def make_batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Return some samples as one: image and label (B, 1, X, Y, Z), all else as lists."""
+        turns, places = zip(*(divmod(index, len(self.cached)) for index in indices), strict=True)
+        items = [self.cached[place] for place in places]
+        items = [item() if callable(item) else item for item in items]  # what did not fit
+        seeds = [[self.seed, self.epoch, i["index"], t] for i, t in zip(items, turns, strict=True)]
+        rngs = [np.random.default_rng(seed) for seed in seeds]
+        if self.augment and self.augment.sampling == "patches":
+            pairs = zip(items, rngs, strict=True)
+            items = [draw_patch(item, self.augment, rng) for item, rng in pairs]
+        others = [key for key in items[0] if key not in (*KEYS, INDICES)]
+        batch: dict[str, Any] = {key: [item[key] for item in items] for key in others}
+        image, label = (move(torch.stack([i[key] for i in items]), self.device) for key in KEYS)
+        image = image.float()
+        if self.augment:
+            image, label = augment_batch(image, label, self.augment, rngs)
+        return batch | {IMAGE: image, LABEL: label}
 
     def examples(self, count: int, window: Sequence[int]) -> list[dict[str, Any]]:
         """Return some samples for a preview, the same every time.
@@ -363,26 +386,32 @@ class Subvolumes(Dataset):
         for item in (self[index] for index in spread(len(self), count)):
             label = item[LABEL][0].masked_fill(item[LABEL][0] == IGNORED, 0)
             centre = torch.nonzero(label == max(int(label.max()), 1)).float().mean(dim=0)
-            at = centre.nan_to_num().int().tolist()
-            sizes = zip(at, window, label.shape, strict=True)
-            starts = [max(0, min(a - width // 2, size - width)) for a, width, size in sizes]
-            box = [slice(start, start + width) for start, width in zip(starts, window, strict=True)]
+            box = find_window(centre.nan_to_num().tolist(), window, label.shape)
             cut = {key: item[key][(slice(None), *box)] for key in KEYS}
-            found.append(item | cut | {"first_slice": item["first_slice"] + starts[2]})
+            found.append(item | cut | {"first_slice": item["first_slice"] + box[2].start})
         return found
+
+
+def move(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    """Return a tensor on a device (None: where it lies). To a GPU it goes by the host's pinned
+    memory, and nobody waits for it."""
+    if device is None or tensor.device.type == device.type:
+        return tensor
+    on_gpu = device.type == "cuda"
+    return (tensor.pin_memory() if on_gpu else tensor).to(device, non_blocking=on_gpu)
 
 
 class SubvolumeLoader:
     """Batches of a data set; a thread prepares the next one while the network works.
 
-    A thread and not processes, because those cannot share a cache on the GPU. Not MONAI's
-    ThreadDataLoader, because it ends an epoch early, without a word, when a sample fails.
-    `pin` puts batches in the host's memory where the GPU fetches them fastest.
+    A thread and not processes, because those cannot share a cache on the GPU. There it has a stream
+    of its own: in the network's, its work would wait for the step. Not MONAI's ThreadDataLoader,
+    because it ends an epoch early, without a word, when a sample fails.
     """
 
-    def __init__(self, dataset: Any, batch_size: int, shuffle: bool, seed: int, pin: bool = False):
+    def __init__(self, dataset: Subvolumes, batch_size: int, shuffle: bool, seed: int):
         self.dataset, self.batch_size, self.shuffle = dataset, batch_size, shuffle
-        self.seed, self.pin, self.epoch, self.first_batch = seed, pin, 0, 0
+        self.seed, self.epoch, self.first_batch = seed, 0, 0
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose the order and the augmentation of an epoch, and the batch to begin with."""
@@ -393,33 +422,49 @@ class SubvolumeLoader:
         return max(math.ceil(len(self.dataset) / self.batch_size) - self.first_batch, 0)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        order = np.arange(len(self.dataset))
+        order, device = np.arange(len(self.dataset)), self.dataset.device
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
-        coming: list[Future[dict[str, Any]]] = []
+        on_gpu = device is not None and device.type == "cuda"
+        stream = torch.cuda.Stream(device) if on_gpu else None
+        coming: list[Future[tuple[dict[str, Any], Any]]] = []
         with ThreadPoolExecutor(max_workers=1) as thread:
             for first in range(self.first_batch * self.batch_size, len(order), self.batch_size):
                 indices = order[first : first + self.batch_size].tolist()
-                coming.append(thread.submit(self.make_batch, indices))
+                used = torch.cuda.current_stream(device).record_event() if on_gpu else None
+                coming.append(thread.submit(self.make_batch, indices, stream, used))
                 if len(coming) > 1:
-                    yield coming.pop(0).result()
+                    yield self.take(coming.pop(0))
             for batch in coming:
-                yield batch.result()
+                yield self.take(batch)
 
-    def make_batch(self, indices: list[int]) -> dict[str, Any]:
-        """Return some samples as one, their tensors stacked."""
-        samples = [self.dataset[index] for index in indices]
-        kept = [{key: sample[key] for key in ("case", *KEYS)} for sample in samples]
-        batch = default_collate(kept)
-        pinned = [key for key in KEYS if self.pin and not batch[key].is_cuda]
-        return batch | {key: batch[key].pin_memory() for key in pinned}
+    def make_batch(self, indices: list[int], stream: Any, used: Any) -> tuple[dict[str, Any], Any]:
+        """Return a batch and the event of its completion, made in a stream.
+
+        It begins after the event `used`: memory of the batch before last may then be used again.
+        """
+        if stream is None:
+            return self.dataset.make_batch(indices), None
+        with torch.cuda.stream(stream):
+            stream.wait_event(used)
+            return self.dataset.make_batch(indices), stream.record_event()
+
+    def take(self, coming: Future[tuple[dict[str, Any], Any]]) -> dict[str, Any]:
+        """Return a batch; the GPU, not the host, waits for its completion."""
+        batch, made = coming.result()
+        if made is not None:
+            torch.cuda.current_stream(self.dataset.device).wait_event(made)
+        return batch
 
 
-def cache_split(prepared: dict, folder: Path, split: str, chain: Chain, device: Any) -> list:
+def cache_split(
+    prepared: dict, folder: Path, split: str, chain: Chain, device: Any, step_bytes: int = 0
+) -> list:
     """Run the deterministic chain over the sub-volumes of a split, once; return the results.
 
     `prepared` is the content of `folder`/dataset.json. The chain runs on the device, and the
-    results stay there if they fit. Each process of torchrun caches its own share.
+    results stay there if they fit beside a training step of `step_bytes` and the logits of the
+    largest volume. Each process of torchrun caches its own share.
     """
     items = subvolume_items(prepared, folder, split)
     items = share_of_process(items, *rank_and_size(), even=split == "training")
@@ -429,7 +474,8 @@ def cache_split(prepared: dict, folder: Path, split: str, chain: Chain, device: 
         sizes = [math.prod(item["shape"]) * math.prod(item["spacing_mm"]) for item in items]
         voxels = [math.ceil(size / math.prod(chain.spacing)) for size in sizes]
     needed = 3 * sum(voxels)  # bytes: image float16, label uint8
-    place, rate = cache_place(needed, torch.device(device))
+    reserved = step_bytes + 4 * (len(chain.labels) + 1) * max(voxels, default=0)
+    place, rate = cache_place(needed, torch.device(device), reserved)
     each = human_bytes(needed / max(len(items), 1))
     print(f"cache: {len(items)} {split} volumes × {each} = {human_bytes(needed)} on {place}")
     prepare = functools.partial(preprocess_files, chain=chain, device=place)
@@ -469,20 +515,20 @@ def share_of_process(items: list[Any], rank: int, processes: int, even: bool) ->
     return [items[place % len(items)] for place in range(rank, count, processes)]
 
 
-def cache_place(needed: int, device: torch.device) -> tuple[torch.device, float]:
+def cache_place(needed: int, device: torch.device, reserved: int = 0) -> tuple[torch.device, float]:
     """Return where a cache of `needed` bytes fits, and the fraction of it that is kept.
 
-    On the device if it takes no more than 60 % of the free memory (the network needs the rest),
-    else in the host's memory, else as much of it as fits there.
+    On the device if it leaves `reserved` bytes and a tenth of the free memory, else in the host's
+    memory, else as much of it as fits there. The processes of a machine share the host's memory.
     """
     device = resampling_device(device)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-        if needed <= 0.6 * free:
+        if needed <= 0.9 * free - reserved:
             return device, 1.0
-        what = f"cache: {human_bytes(needed)} do not fit beside the network on {device}"
-        print(f"{what} ({human_bytes(free)} free); it stays in the host's memory")
-    free = read_free_memory()
+        what = f"cache: {human_bytes(needed)} do not fit on {device} beside the network's"
+        print(f"{what} {human_bytes(reserved)} ({human_bytes(free)} free): in the host's memory")
+    free = read_free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     rate = min(0.6 * free / max(needed, 1), 1.0)
     if rate < 1:
         print(
@@ -515,6 +561,6 @@ def show_inputs(
         plain = Subvolumes(cached)
         print(f"{split}: {len(cached)} sub-volumes of {tuple(plain[0][IMAGE].shape)}")
         if split == "training":
-            augmented, names = Subvolumes(cached, augmentation(augment, device)), list(chain.labels)
+            augmented, names = Subvolumes(cached, augment), list(chain.labels)
             save_figure(draw_inputs(plain, augmented, names[1:]), picture)
     return picture

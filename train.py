@@ -76,7 +76,8 @@ class Config:
     # divided by its maximum. In CT the brightness of a liver would then depend on nearby bone.
     hu_window: HuWindow | None = (-200.0, 250.0)
     patches_per_case: Count = 8  # random patches from each case in an epoch
-    foreground_sampling: Share = 0.67  # part of the patches centred on foreground, classes alike
+    # fraction of the patches centred on foreground, classes alike; others on annotated background
+    foreground_sampling: Share = 0.67
 
     # -- augmentation
 
@@ -199,38 +200,68 @@ import os
 import statistics
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from monai import losses
+from monai.networks.utils import one_hot
 
 import utilities
-from data.files import InputError, find_checkpoint, lock_folder, write_json
+from data.files import InputError, find_checkpoint, lock_folder, read_json, write_json
 from data.labels import IGNORED, as_labels, resolve_classes
-from data.settings import check_settings, is_first_process, pick
-from data.splits import check_splits, choose_fold, count_voxels, read_prepared
+from data.pictures import spread
+from data.settings import check_settings, format_seconds, is_first_process, pick
+from data.splits import (
+    check_splits,
+    choose_fold,
+    count_voxels,
+    describe_content,
+    list_patients,
+    read_prepared,
+    refuse_damaged,
+    refuse_other_data,
+)
 from data.trust import learn_volumes
+from data.volumes import read_file
 from preprocess import (
+    KEYS,
     Augment,
     Chain,
     SubvolumeLoader,
     Subvolumes,
-    augmentation,
     cache_split,
     show_inputs,
 )
 
 
 class AnnotatedLoss(torch.nn.Module):
-    """A loss over annotated voxels alone, which must not depend on their place or their sample."""
+    """A loss over annotated voxels alone, which must not depend on their place or their sample.
+
+    To choose them, a GPU would have to tell the host how many they are. So the others stay, as
+    certain background: they add nothing to a Dice without background, and a mean over voxels is
+    taken over the annotated ones.
+    """
 
     def __init__(self, loss: torch.nn.Module):
         super().__init__()
-        self.loss = loss
+        self.loss: Any = loss
+        if isinstance(loss, losses.DiceCELoss):
+            loss.cross_entropy.ignore_index = IGNORED
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        if not (known := label[:, 0] != IGNORED).any():
-            return 0 * logits.sum()
-        classes, true = logits.movedim(1, -1)[known].T, label[:, 0][known]
-        return self.loss(classes[None, :, :, None, None], true[None, None, :, None, None])
+        known, loss, classes = label != IGNORED, self.loss, logits.shape[1]
+        sure = logits.new_full((1, classes, 1, 1, 1), -1e4)
+        sure[:, 0] = 0
+        shown, true = torch.where(known, logits, sure), label * known
+        if isinstance(loss, losses.DiceCELoss):
+            entropy = loss.ce(logits, label)
+            value = loss.lambda_dice * loss.dice(shown, true) + loss.lambda_ce * entropy
+        elif isinstance(loss, losses.DiceFocalLoss):
+            given, share = (shown, one_hot(true, classes)), known.float().mean().clamp(min=1e-9)
+            focal = loss.focal(*given) / share
+            value = loss.lambda_dice * loss.dice(*given) + loss.lambda_focal * focal
+        else:
+            value = loss(shown, true)
+        return torch.where(known.any(), value, 0 * logits.sum())
 
 
 # Dice of the foreground. batch=True pools the voxels of a batch: a sub-volume with a sliver of
@@ -246,6 +277,10 @@ LOSSES: dict[str, Callable[[torch.Tensor], torch.nn.Module]] = {  # class weight
     # β > α: a missed voxel costs more than a false one, because organs are small beside the body
     "tversky": lambda weights: losses.TverskyLoss(**DICE, alpha=0.3, beta=0.7),
 }
+
+ANEW = {"data", "device", "max_epochs"}  # settings that a resumed run takes anew
+EXAMPLES = 8  # sub-volumes whose HU are shown
+SLOW = 3600  # seconds of training from which on it is reported
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda weights, rate, **given: torch.optim.Adam(weights, rate, fused=True, **given),
@@ -323,19 +358,61 @@ def choose_hu_window(config: Config, modality: str) -> Config:
 
 
 def resume_settings(config: Config, folder: Path, saved: dict[str, Any]) -> Config:
-    """Return the saved run's settings; only device and number of epochs may be given anew."""
+    """Return the saved run's settings; only those of ANEW may be given anew, or in config.json.
+
+    Raises InputError that names every other setting that differs.
+    """
     names, given = {item.name for item in dataclasses.fields(Config)}, config.list_given()
     if unknown := sorted(saved["config"].keys() - names):
         what = f"a run with settings that are unknown here ({', '.join(unknown)})"
         raise InputError(f"{folder}: {what}; update this program, or train again")
-    old = saved["config"] | {"data": Path(saved["config"]["data"]), "run_folder": folder}
-    old |= {"max_epochs": config.max_epochs} if "max_epochs" in given else {}
-    result = Config(**old | {"resume": folder, "device": config.device})
+    old = saved["config"] | {"data": find_data(saved["config"], folder), "run_folder": folder}
+    edited, path = dict[str, Any](), folder / "config.json"
+    if path.is_file():
+        written = check_settings(read_json(path), f"{path}: ", Config)
+        before = check_settings(saved["config"], f"{path}: ", Config)
+        same = ("data", "run_folder", "resume", *given)
+        edited = {n: v for n, v in written.items() if n not in same and v != before.get(n)}
+    anew = {name: getattr(config, name) for name in given & ANEW}
+    anew = {n: v for n, v in edited.items() if n in ANEW} | anew
+    result = Config(**old | {"resume": folder, "device": config.device} | anew)
     mine, kept = config.plain(), result.plain()
-    if changed := sorted(name for name in given - {"resume"} if mine[name] != kept[name]):
-        what = f"a resumed run keeps its settings, but {', '.join(changed)} differ"
-        raise InputError(f"{folder}: {what}; leave them out, or start another --run-folder")
+    changed = {n for n in given - {"resume"} if mine[n] != kept[n]} | (edited.keys() - ANEW)
+    if changed:
+        what = f"a resumed run keeps its settings, but {', '.join(sorted(changed))} differ"
+        remedy = "leave them out, also of config.json, or start another --run-folder"
+        raise InputError(f"{folder}: {what}; {remedy}")
+    if is_first_process():
+        report_differences(saved, {n: v for n, v in anew.items() if v != saved["config"].get(n)})
     return result
+
+
+def find_data(settings: dict[str, Any], folder: Path) -> Path:
+    """Return where a run's data lie: seen from here, or from where the run was begun."""
+    data, run = Path(settings["data"]), Path(settings["run_folder"])
+    if data.is_absolute() or run.is_absolute() or data.exists():
+        return data
+    parents = folder.resolve().parents
+    base = parents[min(len(run.parts), len(parents)) - 1] if run.parts else folder
+    return base / data if (base / data).exists() else data
+
+
+def report_differences(saved: dict[str, Any], used: dict[str, Any]) -> None:
+    """Print what differs between now and the beginning of a run, and whether it is used."""
+    begun, lines = saved.get("begun") or {}, [f"used: {n} {v}" for n, v in used.items()]
+    now = {name: str(value) for name, value in Config().plain().items()}
+    old = begun.get("defaults", now)
+    lines += [f"not used: train.py now has {n} {now[n]}" for n in now if now[n] != old.get(n)]
+    pairs: dict[str, Any] = {
+        "processes": (begun.get("processes"), int(os.environ.get("WORLD_SIZE", 1)))
+    }
+    versions = utilities.read_versions()
+    pairs |= {key: (saved["versions"].get(key), mine) for key, mine in versions.items()}
+    for name, (was, mine) in pairs.items():
+        if was not in (None, mine):
+            lines.append(f"{name} {was}, now {mine}: not bit for bit the unbroken run")
+    for line in lines:
+        print(f"resumed run, {line}")
 
 
 def choose_precision(config: Config, device: torch.device, window: Sequence[int]) -> torch.dtype:
@@ -347,14 +424,18 @@ def choose_precision(config: Config, device: torch.device, window: Sequence[int]
     return utilities.pick_precision("fp32" if on_cpu and tiny else config.precision, device)
 
 
-def begin_with(network: torch.nn.Module, network_args: dict[str, Any], path: Path) -> bool:
-    """Load a checkpoint's weights, but not the head's of another number of classes; return whether
-    all are loaded. Raise InputError where it holds another network."""
-    saved, own = utilities.load_checkpoint(path), network.state_dict()
+def begin_with(
+    network: torch.nn.Module, network_args: dict[str, Any], saved: dict[str, Any], path: Path
+) -> list[str]:
+    """Load a checkpoint's weights, but not the head's of another number of classes; return the
+    names of the head's. Raise InputError where it holds another network."""
+    own = network.state_dict()
     given, old = saved["network_state"], saved["network_args"]
     shapes = [{name: value.shape for name, value in state.items()} for state in (own, given)]
     other = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
     aside = {"out_channels": 0, "dropout": 0}
+    if network_args["name"] not in utilities.FIXED_SIZE:  # others' weights fit any size
+        aside |= {"input_size": 0}
     heads_differ = old.get("out_channels") != network_args["out_channels"]
     if other and not (heads_differ and {**old, **aside} == {**network_args, **aside}):
         raise InputError(
@@ -364,7 +445,7 @@ def begin_with(network: torch.nn.Module, network_args: dict[str, Any], path: Pat
     network.load_state_dict({n: v for n, v in given.items() if n not in other}, strict=False)
     if other and is_first_process():
         print(f"{path}: {old.get('out_channels')} classes; begins anew: {', '.join(other)}")
-    return not other
+    return other
 
 
 def begin_with_encoder(network: Any, path: Path) -> None:
@@ -382,7 +463,7 @@ def begin_with_encoder(network: Any, path: Path) -> None:
         found = {name: taken[name] for name in own if name in taken or "num_batches" not in name}
         if wrong := next((n for n in found if found[n].shape != own[n].shape), ""):
             raise ValueError(f"{wrong} is {tuple(found[wrong].shape)}")
-        utilities.refuse_non_finite(found, path)
+        utilities.refuse_odd_weights(found, path)
     except Exception as error:  # a foreign file may lead to anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: --encoder-weights: no ResNet-34 ({reason}); {remedy}") from error
@@ -405,7 +486,7 @@ def main(config: Config) -> None:
             done = f"{folder}: finished after {saved['epoch']} epochs"
             print(f"{done}; train on with more --max-epochs, or start another with --pretrained")
             return
-    device = utilities.pick_device(config.device)
+    device = utilities.pick_device(config.device, config.precision)
     prepared = choose_fold(read_prepared(config.data), config.fold, config.data)
     config = choose_hu_window(config, prepared["settings"].get("modality", "CT"))
     config = choose_spacing(config, prepared) if config.spacing == "median" else config
@@ -421,7 +502,17 @@ def main(config: Config) -> None:
     with utilities.process_group(device), contextlib.ExitStack() as stack:
         if is_first_process():
             stack.enter_context(lock_folder(config.run_folder))
-        fit(config, prepared, chain, device, saved)
+        try:
+            fit(config, prepared, chain, device, saved)
+        except RuntimeError as error:
+            if not utilities.is_memory_short(error):
+                raise
+            raise InputError(
+                f"out of memory on {device} with --batch-size {config.batch_size}, --input-size "
+                f"{' '.join(map(str, config.input_size))} and --base-channels "
+                f"{config.base_channels}; lower one of them, or take the recipe that fits a small "
+                "GPU: train.py laptop"
+            ) from error
 
 
 def fit(config: Config, prepared: dict, chain: Chain, device: torch.device, saved: Any) -> None:
@@ -430,17 +521,24 @@ def fit(config: Config, prepared: dict, chain: Chain, device: torch.device, save
     if config.deterministic:  # 3D max pooling has no such algorithm on a GPU: warned, not refused
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = not config.deterministic  # all batches have one shape
-    train_loader, val_loader = load_data(config, prepared, chain, device)
+    rank, size = utilities.rank_and_size()
+    if saved is not None and saved.get("content"):
+        refuse_other_data(saved["content"], prepared, config.data)
+    refuse_damaged(prepared, config.data, rank, size)
+    if is_first_process() and chain.hu_window:
+        report_hu(prepared, config.data, chain)
     run = build_run(config, prepared, chain, device, saved)
     loss_function = LOSSES[config.loss](class_weights(prepared, chain.labels)).to(device)
     loss_function = AnnotatedLoss(loss_function) if chain.ignore else loss_function
+    window = run.carried["inference"]["window"]
+    step_bytes = utilities.measure_step(run, loss_function, (config.batch_size, 1, *window))
+    train_loader, val_loader = load_data(config, prepared, chain, device, step_bytes)
     if is_first_process():
         count = sum(parameter.numel() for parameter in run.model.parameters())
         where = f"{run.precision} on {utilities.rank_and_size()[1]} × {device}"
         print(f"{config.network}: {count:,} parameters, {where}")
-        if device.type == "cpu" and count > 10_000_000:
-            print("slow on a CPU: python train.py laptop is the recipe for it (docs/recipes.md)")
+        if device.type == "cpu":
+            report_hours(run, config, len(train_loader))
         write_json(config.plain() | {"resume": None}, config.run_folder / "config.json")
     utilities.train(
         run, train_loader, val_loader, loss_function, max_epochs=config.max_epochs,
@@ -448,27 +546,77 @@ def fit(config: Config, prepared: dict, chain: Chain, device: torch.device, save
         patience=config.patience,
     )  # fmt: skip
     if is_first_process():
-        split = "validation" if prepared["settings"].get("folds") else "test"
-        scans = "SCAN" if config.fold == "all" else f"--split {split} --data {config.data}"
+        there = {record["split"] for record in prepared["cases"]}
+        held_out = [s for s in ("test", "validation") if s in there]
+        scans = f"--split {held_out[0]} --data {config.data}" if held_out else "SCAN"
         apply = f"apply_model.py {scans} --checkpoint {find_checkpoint(config.run_folder)}"
-        print(f"done: look at the pictures in {config.run_folder}, then: python {apply}")
+        print(f"{utilities.judge_learning(run.history)}\ndone: look at the pictures in "
+              f"{config.run_folder}, then: python {apply}")  # fmt: skip
 
 
-def load_data(config: Config, prepared: dict, chain: Chain, device: torch.device) -> tuple:
-    """Return loaders of training data, augmented, and of validation data (None without any)."""
+def report_hu(prepared: dict[str, Any], folder: Path, chain: Chain) -> None:
+    """Print the HU of each class in up to EXAMPLES training sub-volumes, beside the HU window."""
+    assert chain.hu_window
+    low, high = chain.hu_window
+    for name, values in [*chain.labels.items()][1:]:
+        wanted = {str(value) for value in values}
+        held = [
+            record
+            for record in prepared["subvolumes"]
+            if record["split"] == "training"
+            and any(record["voxels_per_label"].get(value) for value in wanted)
+        ]
+        found = []
+        for record in [held[index] for index in spread(len(held), EXAMPLES)]:
+            scan, label = (read_file(folder / record[key]).ras.data for key in KEYS)
+            found.append(scan[np.isin(label, values)])
+        if found:
+            least, middle, most = np.percentile(np.concatenate(found), [5, 50, 95])
+            told = f"{name}: median {middle:.0f} HU (5 to 95 %: {least:.0f} to {most:.0f})"
+            print(f"{told}, --hu-window {low:g} {high:g}")
+            if not low < middle < high:
+                shade = "black" if middle <= low else "white"
+                print(f"warning: this window paints {name} {shade}; choose one around its HU")
+
+
+def report_hours(run: utilities.Run, config: Config, steps: int) -> None:
+    """Print how long a training takes on this CPU, from a measured pass, if it is an hour or more.
+
+    A step takes about three forward passes: one forward, and two of work backward.
+    """
+    window = tuple(run.carried["inference"]["window"])
+    left = max(config.max_epochs - len(run.history), 0) * steps * 3 * config.batch_size
+    if (seconds := left * utilities.time_forward(run, window)) >= SLOW:
+        print(
+            f"about {format_seconds(seconds)} on this CPU; the laptop recipe takes minutes: "
+            "python prepare.py SOURCE --subvolume-depth 0 --destination data/whole, "
+            "then python train.py laptop",
+            flush=True,
+        )
+
+
+def load_data(
+    config: Config, prepared: dict, chain: Chain, device: torch.device, step_bytes: int = 0
+) -> tuple:
+    """Return loaders of training data, augmented, and of validation data (None without any).
+
+    On a GPU `step_bytes` are left for a training step.
+    """
     validated = check_splits(prepared, chain.labels, config.data)
-    training = cache_split(prepared, config.data, "training", chain, device)
-    augment = augmentation(pick(Augment, config, classes=len(chain.labels)), device)
+    given = (chain, device, step_bytes)
+    training = cache_split(prepared, config.data, "training", *given)
+    augment = pick(Augment, config, classes=len(chain.labels))
     patches = config.sampling == "patches"
     repeats = config.patches_per_case if patches else 1
-    augmented = Subvolumes(training, augment, config.seed, repeats)
-    how: dict[str, Any] = {"seed": config.seed, "pin": device.type == "cuda"}
-    train_loader = SubvolumeLoader(augmented, config.batch_size, shuffle=True, **how)
+    augmented = Subvolumes(training, augment, config.seed, repeats, device)
+    train_loader = SubvolumeLoader(augmented, config.batch_size, shuffle=True, seed=config.seed)
     if not validated:
         return train_loader, None
-    known = Subvolumes(cache_split(prepared, config.data, "validation", chain, device))
-    size = 1 if patches else config.batch_size  # whole cases differ in size
-    return train_loader, SubvolumeLoader(known, size, shuffle=False, **how)
+    cached = cache_split(prepared, config.data, "validation", *given)
+    # whole cases differ in size, and stay where they lie
+    known = Subvolumes(cached, device=None if patches else device)
+    size = 1 if patches else config.batch_size
+    return train_loader, SubvolumeLoader(known, size, shuffle=False, seed=config.seed)
 
 
 def build_run(
@@ -483,12 +631,14 @@ def build_run(
     more = {"dropout": config.dropout, "projections": bool(config.encoder_weights)}
     network_args |= {name: value for name, value in more.items() if value}
     model = utilities.on_device(utilities.build_network(**network_args), device)
-    complete = True
+    anew, patients = list[str](), list_patients(prepared)
     if config.pretrained and saved is None:
-        complete = begin_with(model, network_args, config.pretrained)
-    if config.pretrained_share and not complete:
-        config = dataclasses.replace(config, pretrained_share=0.0)
-        print("--pretrained-share is 0: there is no share of a layer that begins anew")
+        first = utilities.load_checkpoint(config.pretrained)
+        anew = begin_with(model, network_args, first, config.pretrained)
+        patients += first.get("patients") or ()  # they made these weights too
+    if saved is not None:
+        patients = saved.get("patients") or patients
+        anew = (saved.get("begun") or {}).get("anew", [])
     if config.encoder_weights and saved is None:
         begin_with_encoder(model, config.encoder_weights)
     if config.sync_batch_norm and utilities.rank_and_size()[1] > 1:
@@ -506,9 +656,15 @@ def build_run(
         "modality": prepared["settings"].get("modality", "CT"),
         "expected": learn_volumes(prepared, chain.labels),
         "config": config.plain(),
-    }
+        "patients": patients,
+        "content": describe_content(prepared),
+        "begun": {
+            "anew": anew, "processes": utilities.rank_and_size()[1],
+            "defaults": {name: str(value) for name, value in Config().plain().items()},
+        },
+    }  # fmt: skip
     precision = choose_precision(config, device, window)
-    how = (config.ema_decay, config.pretrained_share, config.compile, config.tensorboard)
+    how = (config.ema_decay, config.pretrained_share, config.compile, config.tensorboard, anew)
     run = utilities.Run(
         model, optimizer, scheduler, config.run_folder, device, precision, carried, *how
     )

@@ -11,14 +11,17 @@ import functools
 import itertools
 import math
 import os
+import shutil
+import subprocess
+import sys
 import time
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -38,7 +41,9 @@ from data.settings import (
     Count,
     Device,
     HuWindow,
+    Limit,
     Part,
+    Positive,
     Spacing,
     check_settings,
     check_types,
@@ -46,6 +51,7 @@ from data.settings import (
     format_seconds,
     show_progress,
 )
+from data.splits import KNOWN
 
 # -- Networks -------------------------------------------------------------------------------------
 
@@ -175,27 +181,43 @@ def build_resnet34(inputs: int, outputs: int, dropout: float, projections: bool)
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """Return the network on a device, its weights channels last: fastest in half precision."""
-    layout = torch.channels_last if isinstance(network, SliceBySlice) else torch.channels_last_3d
+    """Return the network on a device, its weights in the layout of its input; cuDNN, which sees few
+    shapes, is let to look for its fastest algorithms."""
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    flat = isinstance(network, SliceBySlice) and device.type != "mps"
+    layout = torch.channels_last if flat else choose_layout(device)
     return network.to(device, memory_format=layout)  # type: ignore[call-overload]  # torch's types lack it
+
+
+def choose_layout(device: torch.device) -> torch.memory_format:
+    """Return the layout of images (B, C, X, Y, Z): channels last is the fastest in half precision;
+    Apple's GPUs are wrong in it."""
+    return torch.preserve_format if device.type == "mps" else torch.channels_last_3d
 
 
 # -- Checkpoints: plain Python types and tensors, so that loading cannot run code -----------------
 
 SCHEMA = 2
+FIXED_SIZE = {"unetr"}  # networks whose weights depend on the input size
 CHECKPOINT: dict[str, Any] = {  # entry → type; docs/checkpoints.md explains them
     "network_args": dict, "network_state": dict, "preprocessing": dict, "inference": dict,
     "declared": dict, "modality": str, "config": dict, "epoch": int, "val_dice": float,
     "history": list, "expected": dict | None, "resume": dict | None,
+    "patients": list | None, "content": dict | None, "begun": dict | None,
 }  # fmt: skip
+USUAL_TYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64}
 
 
 def save_checkpoint(path: Path, **entries: Any) -> None:
     """Write the entries of CHECKPOINT completely or not at all; those of None may be left out."""
     check_types(entries, CHECKPOINT, str(path), "give every entry of CHECKPOINT")
-    versions = {"torch": str(torch.__version__), "monai": version("monai")}
     with atomic_write(path) as temporary:
-        torch.save({"schema": SCHEMA, **entries, "versions": versions}, temporary)
+        torch.save({"schema": SCHEMA, **entries, "versions": read_versions()}, temporary)
+
+
+def read_versions() -> dict[str, str]:
+    """Return the versions of the libraries that a network's numbers depend on."""
+    return {"torch": str(torch.__version__), "monai": version("monai")}
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -224,15 +246,40 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     check_types(checkpoint["inference"], {"window": tuple, "overlap": float}, str(path), remedy)
     for organ, usual in (checkpoint.get("expected") or {}).items():
         check_types(usual, {"log_ml": float, "sd": float}, f"{path}: expected {organ}", remedy)
-    for settings in ("preprocessing", "inference", "config"):
+        check_settings(usual, f"{path}: expected {organ} ", SavedSettings)
+    check_settings(checkpoint, f"{path}: ", SavedSettings)
+    for settings in ("preprocessing", "inference", "network_args"):
         check_settings(checkpoint[settings], f"{path}: its setting ", SavedSettings)
-    refuse_non_finite(checkpoint["network_state"], path)
+    kept = {k: v for k, v in checkpoint["config"].items() if k != "labels"}
+    check_settings(kept, f"{path}: its setting ", SavedSettings)
+    for row in checkpoint["history"]:
+        check_types(row, {"epoch": int}, f"{path}: history", remedy)
+    for record in checkpoint.get("patients") or ():
+        check_types(record, dict.fromkeys((*KNOWN, "source"), str), f"{path}: patients", remedy)
+    for entry in ("declared", "labels"):
+        labels = checkpoint[entry] if entry == "declared" else checkpoint["preprocessing"][entry]
+        for name, values in labels.items():
+            if not (isinstance(name, str) and values and {type(v) for v in values} == {int}):
+                what = (
+                    f"its {entry} must be names of whole numbers, got {name!r:.30}: {values!r:.30}"
+                )
+                raise InputError(f"{path}: {what}; {remedy}")
+    refuse_odd_weights(checkpoint["network_state"], path)
     return checkpoint
 
 
 class SavedSettings:
     """Settings of a checkpoint with a range."""
 
+    sampling: Literal["subvolumes", "patches"]
+    labels: dict[str, tuple[int, ...]]
+    declared: dict[str, tuple[int, ...]]
+    log_ml: Annotated[float, Limit("a finite number", math.isfinite)]
+    sd: Positive
+    in_channels: Count
+    out_channels: Count
+    base_channels: Count
+    max_epochs: Count
     spacing: tuple[Spacing, ...]
     hu_window: HuWindow | None
     input_size: tuple[Count, ...]
@@ -243,7 +290,7 @@ class SavedSettings:
 
 def load_network(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
     """Return a checkpoint's network, ready to predict, and the checkpoint; else InputError."""
-    saved = load_checkpoint(path, device)
+    saved = load_checkpoint(path)
     try:
         network = build_network(**saved["network_args"])
         network.load_state_dict(saved["network_state"])
@@ -253,30 +300,115 @@ def load_network(path: Path, device: torch.device) -> tuple[nn.Module, dict[str,
     return on_device(network, device).eval(), saved
 
 
-def refuse_non_finite(weights: dict[str, Any], path: Path) -> None:
-    """Raise InputError unless all weights are tensors of finite numbers."""
+def refuse_odd_weights(weights: dict[str, Any], path: Path) -> None:
+    """Raise InputError unless all weights are dense tensors of finite numbers, variances ≥ 0."""
     for name, tensor in weights.items():
-        if not isinstance(tensor, torch.Tensor) or not torch.isfinite(tensor).all():
-            what = f"its weights are not numbers (NaN or infinite in {name})"
-            raise InputError(f"{path}: {what}; use an earlier one, or train with --precision fp32")
+        fault, dense = "", isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        if not dense or tensor.is_meta or tensor.dtype not in USUAL_TYPES:
+            fault = f"are no plain tensors ({name})"
+        elif not torch.isfinite(tensor).all():
+            fault = f"are not numbers (NaN or infinite in {name})"
+        elif name.endswith("running_var") and (tensor < 0).any():
+            fault = f"have a negative variance ({name})"
+        if fault:
+            remedy = "use an earlier one, or train with --precision fp32"
+            raise InputError(f"{path}: its weights {fault}; {remedy}")
 
 
 # -- Machine: device, precision, processes --------------------------------------------------------
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device of a setting; raise InputError where torch sees none of that kind.
+def pick_device(name: str, precision: str = "auto") -> torch.device:
+    """Return the device of a setting, once it has trained a small network as the CPU does.
 
-    `auto` is an NVIDIA GPU (under torchrun: each process its own) where there is one, else the
-    CPU. It is never Apple's: torch's 3D layers there are wrong or end the process on some systems.
+    `auto` is an NVIDIA GPU where there is one, else the CPU, which also takes over from a GPU that
+    fails. It is never Apple's: torch's 3D layers there are wrong or end the process on some
+    systems. Under torchrun each process has its own GPU. Raises InputError where torch sees no such
+    GPU, or where one that was asked for fails.
     """
-    count = torch.cuda.device_count()
-    name = name if name != "auto" else "cuda" if count else "cpu"
-    kind, _, index = name.partition(":")
-    there = {"cuda": int(index or 0) < count, "mps": torch.backends.mps.is_available()}
+    count, launched = torch.cuda.device_count(), "LOCAL_RANK" in os.environ
+    kind, _, number = name.partition(":")
+    kind = kind if kind != "auto" else "cuda" if count else "cpu"
+    index = int(number or os.environ.get("LOCAL_RANK", "0"))
+    there = {"cuda": index < count, "mps": torch.backends.mps.is_available()}
     if not there.get(kind, True):
-        raise InputError(f"--device {name}: torch sees no such GPU; use --device cpu")
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        many = f" of process {index} of torchrun" if launched and not number else ""
+        remedy = "start fewer processes" if many and count else "use --device cpu"
+        what = f"torch sees no such GPU ({count} of NVIDIA)"
+        raise InputError(f"--device {kind}:{index}{many}: {what}; {remedy}")
+    if name == "auto" and not count and shutil.which("nvidia-smi"):
+        print(f"torch {torch.__version__} sees no GPU: its build or the driver is not for it")
+    device = torch.device(f"cuda:{index}" if kind == "cuda" else kind)
+    if kind != "cpu" and (reason := find_fault(device, precision)):
+        if name != "auto" or launched:
+            raise InputError(f"--device {device}: {reason}; use --device cpu")
+        return torch.device("cpu")
+    return device
+
+
+@functools.cache
+def find_fault(device: torch.device, precision: str) -> str:
+    """Return why a GPU does not train a small network in a precision, or ""; print it once."""
+    if device.type == "mps":  # it may end the process that asks
+        call = f"utilities.try_device(utilities.torch.device('mps'), {precision!r})"
+        command = [sys.executable, "-c", f"import utilities; print({call})"]
+        how: dict[str, Any] = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+        done = subprocess.run(command, check=False, **how)
+        ended = f"a small step ended its process ({done.returncode})" if done.returncode else ""
+        reason = ended or done.stdout.strip()
+    else:
+        reason = try_device(device, precision)
+    if reason:
+        print(f"{device} is not used: {reason}")
+    return reason
+
+
+def try_device(device: torch.device, precision: str) -> str:
+    """Return how a small training step on a device fails, or differs from the CPU's; else ""."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network, image = UNet3D(base_channels=4), torch.randn(2, 1, 16, 16, 16)
+        found = []
+        for where, kind in ((torch.device("cpu"), "fp32"), (device, precision)):
+            dtype, model = pick_precision(kind, where), on_device(copy.deepcopy(network), where)
+            with torch.autocast(where.type, dtype, dtype != torch.float32):
+                logits = model(image.to(where, memory_format=choose_layout(where))).float()
+            logits.square().sum().backward()
+            weights = model.state_dict(keep_vars=True)
+            first = cast(torch.Tensor, weights["encoders.0.0.weight"].grad)
+            found.append([tensor.detach().float().cpu() for tensor in (logits, first)])
+        apart = max(
+            float((mine - its).norm() / mine.norm()) for mine, its in zip(*found, strict=True)
+        )
+    except Exception as error:  # a device may fail in any way
+        return (str(error) or type(error).__name__).splitlines()[0]
+    # bfloat16 on a CPU differs by 0.14; NaN is not below 0.3 either
+    return "" if apart < 0.3 else f"a small 3D step differs from the CPU's by {apart:.0%}"
+
+
+def is_memory_short(error: BaseException) -> bool:
+    """Return whether an error says that a device has too little memory, in the words of CUDA, cuDNN
+    and MPS."""
+    words = ("out of memory", "ALLOC_FAILED", "not enough memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def measure_step(run: Run, loss_function: nn.Module, shape: Sequence[int]) -> int:
+    """Return the bytes that a training step on images of a shape (B, C, X, Y, Z) takes from a GPU's
+    free memory; 0 on other devices. A copy of the network does a step."""
+    if run.device.type != "cuda":
+        return 0
+    before = torch.cuda.memory_reserved(run.device)
+    torch.cuda.reset_peak_memory_stats(run.device)
+    model = copy.deepcopy(run.model).train()
+    image = torch.zeros(*shape, device=run.device)
+    loss_function(run.ask(model, image), image.to(torch.uint8)).backward()
+    taken = torch.cuda.max_memory_reserved(run.device) - before
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    del model, image
+    torch.cuda.empty_cache()
+    return taken + 2 * weights  # Adam's two moments
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -344,9 +476,11 @@ def train(run: Run, train_loader: Any, val_loader: Any, loss_function: nn.Module
             if any(gather(interrupted())):
                 if is_first:
                     run.save("last.pt")
+                gather("saved")  # nobody ends, which would end the others, before it is
                 raise KeyboardInterrupt(f"go on with: python train.py --resume {run.folder}")
             run.losses, run.counts = [], 0
             run.scheduler.step()
+            run.share_buffers()
             if val_loader is not None and (epoch % val_interval == 0 or epoch == max_epochs):
                 row |= validate(run, val_loader, loss_function)
             run.history.append(row | {"epoch_seconds": time.perf_counter() - begun})
@@ -408,10 +542,32 @@ def train_step(run: Run, batch: dict, loss_function: nn.Module, clip: float) -> 
     run.scaler.step(run.optimizer)
     run.scaler.update()
     if run.average:
-        run.average.update_parameters(run.model)
+        move_average(run.average, run.model)
     found = predict_classes(logits.detach()).masked_fill(label[:, 0] == IGNORED, 0)
     counts = list_overlaps(found, label[:, 0], logits.shape[1])
     return loss.detach(), torch.stack([torch.stack(numbers) for numbers in counts], dim=1)
+
+
+def move_average(average: AveragedModel, model: nn.Module) -> None:
+    """Do `average.update_parameters(model)`, but send no count of steps to the GPU, for which the
+    host would wait in each step."""
+    if not average.n_averaged:
+        average.update_parameters(model)
+        return
+    mine, its = (itertools.chain(m.parameters(), m.buffers()) for m in (average.module, model))
+    pairs = [(a, b.detach()) for a, b in zip(mine, its, strict=True) if a.is_floating_point()]
+    cast(Any, average.multi_avg_fn)(*map(list, zip(*pairs, strict=True)), None)
+    average.n_averaged += 1
+
+
+@torch.no_grad()
+def time_forward(run: Run, window: Sequence[int]) -> float:
+    """Return the seconds of a network's pass over one window; draws no random number."""
+    run.model.eval()
+    image = torch.zeros((1, 1, *window))
+    begin = time.perf_counter()
+    run.ask(run.model, image)
+    return time.perf_counter() - begin
 
 
 def predict_classes(logits: torch.Tensor) -> torch.Tensor:
@@ -430,7 +586,7 @@ def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float
     """
     run.update_kept()
     run.kept.eval()
-    names, losses, counts = run.class_names, [], []
+    names, losses, counts, voxels = run.class_names, [], [], []
     for batch in show_progress(loader, desc="validation", unit="batch"):
         logits = run.predict(batch[IMAGE])
         label = batch[LABEL].to(logits.device)
@@ -439,7 +595,9 @@ def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float
         found = predict_classes(logits).masked_fill(label[:, 0] == IGNORED, 0)
         for case, predicted, true in zip(batch["case"], found, label[:, 0], strict=True):
             counts.append((case, overlap_counts(predicted, true, len(names) + 1)))
+            voxels.append(int((true != IGNORED).sum()))
     loss_function.to(run.device)
+    total = sum(itertools.chain(*gather(voxels)))
     patients: dict[str, Any] = defaultdict(int)  # one's sub-volumes may be in several processes
     for case, count in itertools.chain(*gather(counts)):
         patients[case] += count
@@ -447,6 +605,8 @@ def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float
     table[:, sum(patients.values())[2] == 0] = math.nan
     dice = [nan_mean(column) for column in table.T]
     row = {"val_loss": nan_mean(itertools.chain(*gather(losses))), "val_dice": nan_mean(dice)}
+    shares = sum(patients.values())[2] / max(total, 1)
+    row["val_chance"] = nan_mean(2 * share / (1 + share) for share in shares if share)
     return row | {f"val_dice_{name}": float(d) for name, d in zip(names, dice, strict=True)}
 
 
@@ -465,6 +625,7 @@ class Run:
     pretrained_share: float = 0.0  # of the first weights in those that are kept
     compile_network: bool = False  # run the network through torch.compile
     tensorboard: bool = False  # also write the history as TensorBoard event files
+    anew: Collection[str] = ()  # weights that `pretrained_share` leaves out
     history: list[dict[str, float]] = field(default_factory=list)  # a row per epoch
     losses: list[float] = field(default_factory=list)  # one per step of the epoch under way
     counts: Any = 0  # the sum of their `overlap_counts`, (3, classes − 1)
@@ -487,6 +648,12 @@ class Run:
         parts = {name: getattr(self, name) for name in names}
         self.resumed = {name: part for name, part in parts.items() if part is not None}
 
+    def share_buffers(self) -> None:
+        """Give every process the first one's batch-norm statistics, which are those saved."""
+        if dist.is_initialized():
+            for buffer in (*self.model.buffers(), *self.learnt.buffers()):
+                dist.broadcast(buffer, 0)
+
     def update_kept(self) -> None:
         """Interpolate between the first weights and those learnt since.
 
@@ -495,12 +662,16 @@ class Run:
         if self.first:
             share, state = self.pretrained_share, self.learnt.state_dict()
             pairs = zip(state.items(), self.first.state_dict().values(), strict=True)
-            mixed = {n: v.lerp(old, share) for (n, v), old in pairs if v.is_floating_point()}
+            mixed = {
+                n: v.lerp(old, share)
+                for (n, v), old in pairs
+                if v.is_floating_point() and n not in self.anew
+            }
             self.kept.load_state_dict(state | mixed)
 
     def ask(self, network: nn.Module, image: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C, X, Y, Z) float32 of images (B, 1, X, Y, Z), moved to the device."""
-        layout = torch.preserve_format if self.device.type == "mps" else torch.channels_last_3d
+        layout = choose_layout(self.device)
         image = image.to(self.device, non_blocking=True, memory_format=layout)
         with torch.autocast(self.device.type, self.precision, self.precision != torch.float32):
             return network(image).float()
@@ -567,24 +738,81 @@ class Run:
         )  # fmt: skip
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Put everything back as it was when a last.pt was written."""
+        """Put everything back as it was when a last.pt was written.
+
+        The learning rate is that of the schedule as it is now: its length may be another.
+        """
         if not (resume := saved.get("resume")):
             raise InputError("a best.pt cannot be resumed; give the run's last.pt")
-        for key, part in self.resumed.items():
-            part.load_state_dict(resume[key])
-        self.history, self.losses = list(saved["history"]), list(resume["losses"])
-        self.counts = np.array(resume["counts"])
-        torch.set_rng_state(resume["random"].cpu())
+        path = self.folder / "last.pt"
+        try:
+            for key, part in self.resumed.items():
+                part.load_state_dict(resume[key])
+            self.history, self.losses = list(saved["history"]), list(map(float, resume["losses"]))
+            self.counts = np.array(resume["counts"], np.int64)
+            torch.set_rng_state(resume["random"].cpu())
+            for state in (resume["model"], *self.optimizer.state.values()):
+                refuse_odd_weights({n: v for n, v in state.items() if torch.is_tensor(v)}, path)
+        except Exception as error:  # states of torch's own, damaged in any way
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            what = f"its state cannot be resumed ({reason:.100})"
+            raise InputError(f"{path}: {what}; begin anew with --pretrained {path}") from error
+        given: Any = self.scheduler
+        rates = [
+            b * f(given.last_epoch) for b, f in zip(given.base_lrs, given.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        given._last_lr = rates
 
 
 # -- Curves and preview of a training -------------------------------------------------------------
 
 
 def find_best(history: list[dict[str, float]]) -> tuple[int, int]:
-    """Return the first epoch of the highest validation Dice (or 0), and the validations since."""
+    """Return the first epoch of the highest validation Dice (or 0), and the validations since.
+
+    Of equal Dice, such as 0 at the beginning, that of the lower loss is the best.
+    """
     validated = [row for row in history if math.isfinite(row.get("val_dice", math.nan))]
-    best = max(validated, key=lambda row: row["val_dice"], default={"epoch": 0})["epoch"]
-    return int(best), sum(row["epoch"] > best for row in validated)
+    order = {int(row["epoch"]): (row["val_dice"], -row["val_loss"]) for row in validated}
+    best = max(order, key=lambda epoch: order[epoch], default=0)
+    return best, sum(epoch > best for epoch in order)
+
+
+def judge_learning(history: list[dict[str, float]]) -> str:
+    """Return the verdict on a training in one line, with the likeliest cause where it failed.
+
+    Nothing is learnt where the Dice is hardly above `val_chance`, that of a network which calls
+    everything foreground, or where the loss did not fall and the Dice is that of rough guesses.
+    Without validation the training's loss alone tells.
+    """
+    if not history:
+        return "nothing learnt: no epoch was finished"
+    losses = [row["train_loss"] for row in history]
+    fell = (losses[0] - min(losses)) / max(abs(losses[0]), 1e-9)
+    moved = f"training loss {losses[0]:.4f} → {losses[-1]:.4f}"
+    rows = [row for row in history if math.isfinite(row.get("val_dice", math.nan))]
+    rate = max(row["learning_rate"] for row in history)
+    cause = (
+        f"raise --learning-rate, {rate:g} is small" if rate < 1e-5 else
+        f"lower --learning-rate, {rate:g} is large" if rate > 0.02 else
+        "does train.py --show show the organ grey, and the outline on it?"
+    )  # fmt: skip
+    if not rows:
+        return f"learnt: {moved}" if fell > 0.02 else f"nothing learnt: {moved}; {cause}"
+    dice, chance = [row["val_dice"] for row in rows], nan_mean(row["val_chance"] for row in rows)
+    best, since = find_best(history)
+    told = f"validation Dice {max(dice):.4f} in epoch {best} (chance {chance:.4f}), {moved}"
+    rough = min(2.5 * chance, (1 + chance) / 2)
+    if max(dice) < 1.2 * chance + 0.01 or (fell < 0.02 and max(dice) < rough):
+        if fell > 0.1 and losses[-1] < losses[0]:
+            return f"nothing learnt yet: {told}; the loss falls: more --max-epochs, or {cause}"
+        return f"nothing learnt: {told}; {cause}"
+    earlier = max(dice[: -max(len(dice) // 4, 1)], default=0.0)
+    if max(dice) - earlier > 0.01 and since <= len(dice) // 4:
+        return f"still rising: {told}; more --max-epochs may help"
+    return f"learnt: {told}"
 
 
 def curves_figure(history: list[dict[str, float]], class_names: Sequence[str]) -> Any:
@@ -603,6 +831,7 @@ def curves_figure(history: list[dict[str, float]], class_names: Sequence[str]) -
     for axes, key, label, colour in lines:
         points = [(row["epoch"], row[key]) for row in history if key in row]
         axes.plot(*np.reshape(points, (-1, 2)).T, "-o", color=colour, label=label, markersize=4)
+    figure.suptitle(judge_learning(history), fontsize=9, wrap=True)
     if best := find_best(history)[0]:
         dices.axvline(best, color="0.6", linestyle=":", label=f"best.pt (epoch {best})")
     for axes in (losses, dices):

@@ -39,7 +39,6 @@ from preprocess import (
     Chain,
     SubvolumeLoader,
     Subvolumes,
-    augmentation,
     preprocess_files,
     subvolume_items,
 )
@@ -162,8 +161,7 @@ def measure_ours(
     config: Config, cached: Any, settings: train.Config, chain: Chain, device: torch.device
 ) -> dict:
     """This project's loop: cache, augmentation, precision, layout."""
-    augment = augmentation(pick(Augment, settings, classes=len(chain.labels)), device)
-    augmented = Subvolumes(cached, augment, seed=0)
+    augment = pick(Augment, settings, classes=len(chain.labels))
     model = new_network(config, device).to(memory_format=torch.channels_last_3d)
     optimizer = train.OPTIMIZERS["adam"](model.parameters(), 1e-4)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
@@ -174,9 +172,9 @@ def measure_ours(
     row: dict[str, float] = {}
     for steps in (1, config.steps):  # the first one warms up
         run.losses, run.counts = [], 0
-        indices = [index % len(cached) for index in range(steps * config.batch_size)]
-        part = torch.utils.data.Subset(augmented, indices)
-        loader = SubvolumeLoader(part, config.batch_size, shuffle=True, seed=0)
+        repeats = -(-steps * config.batch_size // len(cached))
+        augmented = Subvolumes(cached, augment, 0, repeats, device)
+        loader = SubvolumeLoader(augmented, config.batch_size, shuffle=True, seed=0)
         how = (loss_function, settings.gradient_clip, (1, 1), lambda: False)
         row = train_one_epoch(run, loader, *how)
     return {

@@ -187,8 +187,9 @@ def judge_case(model: Model, scan: Volume, label: np.ndarray) -> dict[str, float
     row, name = measure(found.classes, scan, model.names), model.names[0]
     truth = scan.like((label > 0).astype(np.uint8)).ras.data
     dice = float(dice_metric(found.classes.data, truth)[0])
-    known = found.evidence[0]
-    expected = trust.judge_trust(found.evidence, row, model.expected).expected_dice
+    shape = scan.ras_shape
+    evidence = trust.weigh_scores(found.scores.numpy(), found.to_network, shape, model.names)
+    expected, known = trust.judge_trust(evidence, row, model.expected).expected_dice, evidence[0]
     return {
         "dice": round(dice, 4) if np.isfinite(dice) else 0.0,  # nothing there and nothing found
         "steadiness": round(known.steadiness, 5),

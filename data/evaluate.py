@@ -234,6 +234,8 @@ def report(
         write_json(summary | {"weights": weights}, folder / "summary.json")
         save_figure(draw_summary(evaluated, names), folder / "summary.png")
         print_summary(summary, names)
+        if seen := [row["case"] for row in evaluated if row.get("seen")]:
+            print(f"{len(seen)} of {len(evaluated)} cases made the checkpoint: {', '.join(seen)}")
         known = [row for row in evaluated if row[f"{names[0]}_dice"] is not None]
         worst = [row["case"] for row in sorted(known, key=lambda row: row[f"{names[0]}_dice"])]
         previews = [folder / case / f"{case}_preview.png" for case in worst]
@@ -314,7 +316,9 @@ def draw_summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Any:
         axes.grid(axis="y", alpha=0.3)
     panels[0].set_ylim(-0.02, 1.02)
     panels[0].legend()
-    figure.suptitle(f"whole volumes on their own grid, patients: {len(rows)}")
+    seen = sum(bool(row.get("seen")) for row in rows)
+    told = f", {seen} of them seen in training or validation" if seen else ""
+    figure.suptitle(f"whole volumes on their own grid, patients: {len(rows)}{told}")
     return figure
 
 
@@ -325,6 +329,7 @@ def tell_row(row: Mapping[str, Any], names: Sequence[str]) -> str:
         parts.append(f"{name} {row[f'{name}_volume_ml']:.0f} ml")
         if (dice := row.get(f"{name}_dice")) is not None:
             parts.append(f"Dice {dice:.4f}")
+    parts += [seen] if (seen := row.get("seen")) else []
     return ", ".join([*parts, f"expected Dice {row['expected_dice']:.2f}: {row['trust']}"])
 
 

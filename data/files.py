@@ -10,6 +10,7 @@ import json
 import os
 import re
 import unicodedata
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -74,6 +75,19 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
+
+
+@contextlib.contextmanager
+def one_error(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a library raises into an InputError that names `path`; hide its warnings."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of values that this program checks
+            yield
+    except InputError:
+        raise
+    except Exception as error:  # damaged bytes lead a library to anything
+        told = f"{what} ({type(error).__name__}: {error}); the file is cut off or damaged, copy or"
+        raise InputError(f"{path}: {told} export it again, or convert it to .nii.gz") from error
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections import Counter
@@ -14,12 +15,13 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 
 from data.datasets import Case, read_paths
 from data.files import InputError, make_safe, read_csv, read_json, show_path
-from data.labels import IMAGE, LABEL, Description, Labels, as_labels
+from data.labels import IGNORED, IMAGE, LABEL, Description, Labels, as_labels
 from data.scans import restore_label
-from data.settings import check_types, is_first_process
+from data.settings import check_types, is_first_process, show_progress
 
 SPLITS = ("training", "validation", "test")
 SPLIT_WORDS = {
@@ -37,11 +39,16 @@ PATTERNS = {
 }
 # Entries of dataset.json that training reads, and their types; of each sub-volume likewise.
 PREPARED_SCHEMA = 1
-PREPARED = {"labels": dict, "settings": dict, "subvolume_depth": int, "subvolumes": list}
-SUBVOLUME = {
-    "case": str, "split": str, IMAGE: str, LABEL: str, "first_slice": int, "shape": list,
-    "spacing_mm": list, "voxels_per_label": dict,
+PREPARED = {
+    "labels": dict, "settings": dict, "subvolume_depth": int, "cases": list, "subvolumes": list,
 }  # fmt: skip
+CASE = {"case": str, "patient": str, "split": str, "spacing_mm": list, "voxels_per_label": dict}
+SUBVOLUME = {
+    "case": str, "split": str, IMAGE: str, LABEL: str, "image_crc32": str, "label_crc32": str,
+    "first_slice": int, "shape": list, "spacing_mm": list, "voxels_per_label": dict,
+}  # fmt: skip
+# Entries of a case that a checkpoint keeps; "content" is the checksum of its scan's voxels.
+KNOWN = ("patient", "case", "split", "content")
 
 
 def name_patients(cases: Sequence[Case], config: Any) -> None:
@@ -271,13 +278,111 @@ def read_prepared(folder: Path) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         got = prepared["labels"]
         raise InputError(f"{path}: labels must be whole numbers, got {got}; {remedy}") from error
-    for record in prepared["subvolumes"]:
-        check_types(record, SUBVOLUME, f"{path}: a sub-volume", remedy)
-        for key in (IMAGE, LABEL):
-            file = PureWindowsPath(record[key])  # takes / and \\
-            if file.root or file.drive or ".." in file.parts:
-                raise InputError(f"{path}: {record[key]} lies outside of {folder}; {remedy}")
+    for kind, schema in (("cases", CASE), ("subvolumes", SUBVOLUME)):
+        for record in prepared[kind]:
+            check_types(record, schema, f"{path}: an entry of {kind}", remedy)
+            if fault := find_fault(record):
+                raise InputError(f"{path}: {record['case']}: {fault}; {remedy}")
+    groups = {case["case"]: case["patient"] for case in prepared["cases"]}
+    places: dict[str, tuple[str, Any]] = {}
+    for record in [*prepared["cases"], *prepared["subvolumes"]]:
+        patient, here = groups.get(record["case"]), (record["split"], record.get("fold"))
+        if patient is None or places.setdefault(patient, here) != here:
+            what = "belongs to no case" if patient is None else "is in two splits or folds"
+            raise InputError(f"{path}: {record['case']}: {what}; {remedy}")
     return prepared
+
+
+def find_fault(record: dict[str, Any]) -> str:
+    """Return what is wrong with an entry of `dataset.json`, whose types are right; or nothing."""
+    counts, steps = record["voxels_per_label"], record["spacing_mm"]
+    whole = [record.get("first_slice", 0), *record.get("shape", [1, 1, 1]), *counts.values()]
+    if record["split"] not in SPLITS:
+        return f"split must be one of {', '.join(SPLITS)}, got {record['split']!r:.60}"
+    if not all(type(number) is int and number >= 0 for number in whole):
+        return "slices, sizes and counts must be whole numbers from 0"
+    if not all(type(step) in (int, float) and 0 < step < math.inf for step in steps):
+        return f"spacing_mm must be numbers above 0, got {steps!r:.60}"
+    if len(steps) != 3 or len(record.get("shape", steps)) != 3:
+        return "shape and spacing_mm must have three numbers"
+    if not all(name.isdecimal() for name in counts):
+        return "voxels_per_label must count label values"
+    for key in (IMAGE, LABEL) if "first_slice" in record else ():
+        file = PureWindowsPath(record[key])  # takes / and \\
+        if file.root or file.drive or ".." in file.parts:
+            return f"{record[key]} lies outside of its folder"
+        if not file.name.startswith(key):
+            return f"{key} must name a file {key}_…, got {file.name}"
+    return ""
+
+
+def list_patients(prepared: dict[str, Any]) -> list[dict[str, str]]:
+    """Return KNOWN and a checksum of the source's path for each case, as a checkpoint keeps it."""
+    source = hashlib.sha256(str(prepared.get("source")).encode()).hexdigest()[:16]
+    cases = prepared["cases"]
+    return [{key: str(case.get(key, "")) for key in KNOWN} | {"source": source} for case in cases]
+
+
+def find_seen(
+    folder: Path, fold: int | str, split: str, known: Sequence[dict[str, str]]
+) -> dict[str, str]:
+    """Return case → "seen in training" of the cases of a split that made a checkpoint.
+
+    A patient is seen if a scan of theirs has the voxels of one that the checkpoint knows
+    (`known`), or if data of the same source gave them the same name. Patients who chose the
+    checkpoint are "seen in validation", unless validation is what is asked for.
+    """
+    mine, seen = list_patients(read_fold(folder, fold)), dict[str, str]()
+    for where in SPLITS[: 1 if split == "validation" else 2][::-1]:
+        theirs = [record for record in known if record["split"] == where]
+        contents = {record["content"] for record in theirs} - {""}
+        names = {(record["source"], record["patient"]) for record in theirs}
+        same = [r["content"] in contents or (r["source"], r["patient"]) in names for r in mine]
+        patients = {record["patient"] for record, one in zip(mine, same, strict=True) if one}
+        here = [r["case"] for r in mine if r["split"] == split and r["patient"] in patients]
+        seen |= dict.fromkeys(here, f"seen in {where}")
+    return seen
+
+
+def describe_content(prepared: dict[str, Any]) -> dict[str, str]:
+    """Return what training takes from prepared data: each sub-volume's split and checksums."""
+    content = {key: str(prepared.get(key)) for key in ("labels", "ignore", "subvolume_depth")}
+    kept = ("split", "image_crc32", "label_crc32")
+    return content | {r[IMAGE]: " ".join(r[key] for key in kept) for r in prepared["subvolumes"]}
+
+
+def refuse_other_data(saved: dict[str, str], prepared: dict[str, Any], folder: Path) -> None:
+    """Raise InputError unless data have the `describe_content` that a run began with."""
+    now = describe_content(prepared)
+    changed = sorted(key for key in saved | now if saved.get(key) != now.get(key))
+    if changed:
+        was, became = (content.get(changed[0], "missing") for content in (saved, now))
+        raise InputError(
+            f"{folder}: not the data that this run began with, {len(changed)} entries differ: "
+            f"{changed[0]} was {was}, is {became}; give --data of the same content, or start "
+            "another --run-folder with --pretrained"
+        )
+
+
+def refuse_damaged(prepared: dict[str, Any], folder: Path, rank: int = 0, size: int = 1) -> None:
+    """Raise InputError unless the files of training and validation have their checksums."""
+    used = [r for r in prepared["subvolumes"] if r["split"] in SPLITS[:2]][rank::size]
+    for record in show_progress(used, desc="verifying", unit="file"):
+        for key in (IMAGE, LABEL):
+            path, expected = folder / record[key], record[f"{key}_crc32"]
+            try:
+                found = f"{isal_zlib.crc32(path.read_bytes()):08x}"
+            except OSError as error:
+                found = error.strerror or str(error)
+            if found != expected:
+                what = f"was changed after prepare.py wrote it ({found}, expected {expected})"
+                raise InputError(f"{path}: {what}; prepare it again")
+
+
+def read_fold(folder: Path, fold: int | str) -> dict[str, Any]:
+    """Return prepared data; of data with folds, `fold` is the one that is validated."""
+    prepared = read_prepared(folder)
+    return choose_fold(prepared, fold, folder) if prepared["settings"].get("folds") else prepared
 
 
 def choose_fold(prepared: dict[str, Any], fold: int | str, folder: Path) -> dict[str, Any]:
@@ -324,12 +429,15 @@ def check_splits(prepared: dict[str, Any], labels: Labels, folder: Path) -> bool
 
 
 def count_voxels(prepared: dict[str, Any], labels: Labels, split: str) -> np.ndarray:
-    """Return the voxels of each class in the sub-volumes of a split."""
-    counts = np.zeros(len(labels))
+    """Return the annotated voxels of each class in the sub-volumes of a split."""
+    counts, unknown = np.zeros(len(labels)), {IGNORED, *prepared.get("ignore", ())}
     for record in prepared["subvolumes"]:
         if record["split"] == split:
-            for raw, voxels in record["voxels_per_label"].items():
-                classes = [i for i, values in enumerate(labels.values()) if int(raw) in values]
+            judged = {int(raw): n for raw, n in record["voxels_per_label"].items()}
+            for raw, voxels in judged.items():
+                if raw in unknown:
+                    continue
+                classes = [i for i, values in enumerate(labels.values()) if raw in values]
                 counts[classes[0] if classes else 0] += voxels
     return counts
 
@@ -339,9 +447,8 @@ def read_cases(folder: Path, split: str, fold: int | str) -> list[Case]:
 
     Of data with folds, `fold` is the one that is validated.
     """
-    prepared, path = read_prepared(folder), folder / "dataset.json"
-    if (settings := prepared["settings"]).get("folds"):
-        prepared = choose_fold(prepared, fold, folder)
+    prepared, path = read_fold(folder, fold), folder / "dataset.json"
+    settings = prepared["settings"]
     try:
         described = Description(as_labels(prepared["labels"]), tuple(prepared.get("ignore", ())))
         chosen = [record for record in prepared["cases"] if record["split"] == split]
@@ -349,7 +456,7 @@ def read_cases(folder: Path, split: str, fold: int | str) -> list[Case]:
             Case(
                 record["case"], record["patient"], Path(record[IMAGE]),
                 restore_label(record[LABEL]), described=described,
-                trust_grid=bool(settings.get("trust_image_grid")),
+                trust_grid=bool(record.get("trust_image_grid")),
                 modality=settings.get("modality") or "",
                 warnings=tuple(record.get("warnings", ())),
                 accepted=tuple(record.get("accepted", settings.get("accept") or ())),

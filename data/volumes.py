@@ -22,7 +22,7 @@ from isal import igzip, isal_zlib
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 from scipy import ndimage
 
-from data.files import InputError, atomic_write
+from data.files import InputError, atomic_write, one_error
 
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz", *ITK_SUFFIXES)
@@ -247,15 +247,8 @@ def read_file(path: Path) -> Volume:
         raise InputError(f"{path}: no such file; check the path")
     if not name.endswith(VOLUME_SUFFIXES):
         raise InputError(f"{path}: the ending must be one of {known}; unpack or convert it first")
-    try:
+    with one_error(path, "cannot be read"):
         return read_itk(path) if name.endswith(ITK_SUFFIXES) else read_nifti(path)
-    except (InputError, PermissionError):
-        raise
-    except MemoryError as error:
-        raise InputError(f"{path}: does not fit into the memory; free some or crop it") from error
-    except Exception as error:  # a library raises whatever a damaged file leads it to
-        what = f"{path}: cannot be read ({error}); the file is cut off, damaged or of another kind"
-        raise InputError(f"{what}, download or convert it again") from error
 
 
 def read_nifti(path: Path) -> Volume:

@@ -21,11 +21,23 @@ SMALL = {
 }  # fmt: skip
 
 
+USUAL = utilities.validate
+
+
 @contextlib.contextmanager
 def interrupt_second(*_, **__):
     """In the place of `delayed_interrupt`: asks process 1 alone to stop, in its third step."""
     asked = itertools.count()
     yield lambda: rank_and_size()[0] == 1 and next(asked) > 3
+
+
+def validate_alike(*given, **how):
+    """In the place of `validate`: every process must ask the network that is saved."""
+    row, run = USUAL(*given, **how), given[0]
+    first, second = utilities.gather([float(buffer.sum()) for buffer in run.kept.buffers()])
+    if first != second:
+        print("the processes validate different networks", flush=True)
+    return row
 
 
 def work(data: Path, folder: Path) -> None:
@@ -35,6 +47,7 @@ def work(data: Path, folder: Path) -> None:
         assert processes == 2
         # in this group: a second one would meet what the first left in torchrun's store
         utilities.process_group = lambda _: contextlib.nullcontext()
+        utilities.validate = validate_alike
         train.main(train.Config(data=data, run_folder=folder / "run", **SMALL))
         usual, utilities.delayed_interrupt = utilities.delayed_interrupt, interrupt_second
         try:

@@ -39,7 +39,7 @@ class Threshold(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.shapes.append(tuple(x.shape))
         if len(self.shapes) <= self.shortages:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise RuntimeError("MPS backend out of memory")  # cuDNN's is no OutOfMemoryError either
         return torch.cat([self.limit - x, x - self.limit], dim=1)
 
 
@@ -191,8 +191,24 @@ def test_where_memory_is_short_a_scan_is_done_with_less(shortages, device, sizes
 
 def test_a_scan_for_which_no_memory_suffices_fails_alone():
     model = known_model(network=Threshold(shortages=2))
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RuntimeError, match="out of memory"):
         apply_model.predict(model, torch.rand(1, 48, 48, 20), Options())
+
+
+def test_a_scan_whose_resampling_lacks_memory_is_resampled_on_the_cpu(monkeypatch):
+    resample, places = apply_model.preprocess_volume, []
+
+    def refuse_once(scan, chain, device):
+        places.append(str(device))
+        if len(places) == 1:
+            raise RuntimeError("CUDA out of memory")
+        return resample(scan, chain, device)
+
+    monkeypatch.setattr(apply_model, "preprocess_volume", refuse_once)
+    hu = np.zeros((40, 36, 24), np.float32)
+    hu[10:30, 10:30] = 100
+    found = apply_model.segment(known_model(), Volume(hu, AFFINE * [[-1], [-1], [1], [1]]))
+    assert places == ["cpu", "cpu"] and (found.label.data[15:25, 15:25] == 1).all()
 
 
 def test_patches_slide_where_there_is_anything_but_air():

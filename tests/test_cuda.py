@@ -1,63 +1,281 @@
-"""On a GPU: the same voxels, the same training, the same label maps as on the CPU; else skipped."""
+"""On a GPU: the same voxels, the same training, the same label maps as on the CPU; no waiting.
+
+Without a GPU `test_all_of_it_on_a_pretended_gpu` runs the others on a pretended one (see
+`pretended_gpu`), in a process of its own.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from helpers import augment_of, cached, tiny
 
 import apply_model
+import preprocess
 import train
+import utilities
 from data.evaluate import dice_metric
-from data.labels import IMAGE, LABEL
+from data.labels import IGNORED, IMAGE, LABEL
 from data.volumes import read_file
-from preprocess import Subvolumes, augmentation
-from utilities import load_checkpoint
+from preprocess import SubvolumeLoader, Subvolumes
+from utilities import (
+    Run,
+    UNet3D,
+    load_checkpoint,
+    load_network,
+    on_device,
+    train_step,
+    try_device,
+)
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+PRETENDED = sys.modules.get("pretended_gpu")  # counts what a real GPU's debug mode forbids
 MODES = pytest.mark.parametrize("name", ["liver-unet3d", "liver-tumour-ce"])
+CUDA = torch.device("cuda:0")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests run on the GPU itself")
+def test_all_of_it_on_a_pretended_gpu():
+    """Fails with the reason where a new torch needs another pretended GPU."""
+    command = [sys.executable, "-m", "pytest", "-p", "pretended_gpu", "-x", "-k", "not compiled"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    done = subprocess.run(
+        [*command, __file__], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@contextlib.contextmanager
+def waiting_for_nothing(copies: int = 0):
+    """The host waits for nothing, and no more than so many tensors go to the GPU."""
+    if not PRETENDED:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return
+    before = Counter(PRETENDED.TRIPS)
+    yield
+    trips = Counter(PRETENDED.TRIPS) - before
+    sent = {trip: times for trip, times in trips.items() if trip[0] == "cpu→cuda async"}
+    assert trips == sent and sum(sent.values()) <= copies, trips
+
+
+# ---------------------------------------------------------------------------------------
+# Feeding
+# ---------------------------------------------------------------------------------------
 
 
 @MODES
-def test_cache_and_augmentation_lie_on_the_gpu_and_equal_the_cpus(
-    name, prepared, whole_cases, tmp_path
-):
-    config = tiny(name, prepared, whole_cases, tmp_path, augment_probability=1.0)
-    made = []
+def test_cache_and_augmentation_lie_on_the_gpu_and_equal_the_cpus(name, few, whole_cases, tmp_path):
+    config = tiny(name, few, whole_cases, tmp_path, augment_probability=1.0)
+    augment, made = augment_of(config, noise_sd=0.0), []
     for device in ("cpu", "cuda"):
         known = cached(config, device=device)
-        augment = augmentation(augment_of(config, noise_sd=0.0), device)
-        made.append([*known, Subvolumes(known, augment, seed=3)[0]])
+        samples = Subvolumes(known, augment, seed=3)
+        made.append([*known, samples[0]])
     for one, other in zip(*made, strict=True):
         assert other[IMAGE].device.type == "cuda"
         assert (one[IMAGE].float() - other[IMAGE].cpu().float()).abs().mean() < 2e-3
         assert (one[LABEL] == other[LABEL].cpu()).float().mean() > 0.999
+    for cache, copies in ((made[1][:-1], 1), (made[0][:-1], 3)):  # on the GPU, in host memory
+        samples = Subvolumes(cache, augment_of(config), seed=3, device=CUDA)
+        with waiting_for_nothing(copies):
+            batch = samples.make_batch([1, 0])
+        assert batch[IMAGE].is_cuda and batch[LABEL].is_cuda
 
 
-@MODES
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_trains_resumes_and_applies(name, precision, prepared, whole_cases, tmp_path):
-    """Half precision and its gradient scaling, a resumed run, and label maps as the CPU's."""
-    run, depth = tmp_path / "run", (16,) if name == "liver-tumour-ce" else ()
-    how = {"device": "cuda", "precision": precision, "learning_rate": 5e-3, "max_epochs": 3}
-    how |= {"input_size": (64, 64, *depth), "spacing": (4.0, 4.0, 5.0)[: 2 + len(depth)]}
-    config = tiny(name, prepared, whole_cases, run, **how)
-    train.main(config)
-    train.main(train.Config(resume=run, device="cuda", max_epochs=6))
-    history = load_checkpoint(run / "last.pt")["history"]
-    assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5, 6]
-    assert history[-1]["train_loss"] < history[0]["train_loss"]
+def make_item(index: int, device: str = "cpu") -> dict:
+    image = torch.rand(1, 16, 16, 8, generator=torch.Generator().manual_seed(index))
+    item = {IMAGE: image.half().to(device), LABEL: (image > 0.7).to(torch.uint8).to(device)}
+    return item | {"index": index, "case": f"case_{index}"}
+
+
+def make_samples(device: str = "cpu") -> Subvolumes:
+    """Three sub-volumes in host memory, augmented in every way on the GPU."""
+    augment = preprocess.Augment(
+        sampling="subvolumes", input_size=(16, 16), classes=2, foreground_sampling=0.5,
+        augment_probability=1.0, rotation_degrees=15.0, translation=0.1, scaling=0.2,
+        noise_sd=0.1, intensity_scaling=0.1, intensity_shift=0.1, flip_probability=0.5,
+    )  # fmt: skip
+    return Subvolumes([make_item(index, device) for index in range(3)], augment, 0, 1, CUDA)
+
+
+def check_batch() -> None:
+    """One batch: no waiting, three copies; the same again, and another in another epoch."""
+    samples = make_samples()
+    with waiting_for_nothing(copies=3):
+        batch = samples.make_batch([2, 0])
+    assert batch[IMAGE].is_cuda and batch[LABEL].is_cuda
+    again = samples.make_batch([0])
+    assert torch.equal(batch[IMAGE][1].cpu(), again[IMAGE][0].cpu())
+    samples.epoch = 1
+    assert not torch.equal(samples.make_batch([0])[IMAGE].cpu(), again[IMAGE].cpu())
+
+
+def check_streams() -> None:
+    """Batches are made in a stream of their own, and each side waits for the other's events."""
+    if not PRETENDED:
+        pytest.skip("counted on the pretended GPU alone")
+    loader = SubvolumeLoader(make_samples("cuda"), 1, shuffle=False, seed=0)
+    PRETENDED.LOG.clear()
+    PRETENDED.STREAMS.clear()
+    for batch in loader:
+        assert batch[IMAGE].is_cuda
+    assert PRETENDED.STREAMS["usual"] == 0 < PRETENDED.STREAMS["own"]
+    assert Counter(PRETENDED.LOG) == {
+        ("own", "waits for", "usual"): 3, ("usual", "waits for", "own"): 3,
+    }  # fmt: skip
+
+
+def check_step(name: str = "dice_ce", ignoring: bool = True) -> None:
+    """A step with scaled, clipped gradients and averaged weights waits for nothing."""
+    loss = train.LOSSES[name](torch.tensor([0.5, 1.5])).to(CUDA)
+    loss = train.AnnotatedLoss(loss) if ignoring else loss
+    model = on_device(UNet3D(base_channels=2), CUDA)
+    optimizer = train.OPTIMIZERS["adam"](model.parameters(), 1e-3)
+    carried = {"preprocessing": {"labels": ("other", "liver")}}
+    run = Run(model, optimizer, None, ROOT, CUDA, torch.float16, carried, 0.9)
+    batch = Subvolumes([make_item(0), make_item(1)], device=CUDA).make_batch([0, 1])
+    batch[LABEL][:, :, :4] = IGNORED
+    train_step(run, batch, loss, 12.0)  # the optimizer makes its state
+    with waiting_for_nothing():
+        value, _ = train_step(run, batch, loss, 12.0)
+    assert 0 < value.item() < 9
+
+
+def check_probe() -> None:
+    assert try_device(CUDA, "fp32") == ""
+
+
+@ON_GPU
+@pytest.mark.parametrize("check", [check_batch, check_streams, check_probe])
+def test_batches_streams_and_the_probe(check):
+    check()
+
+
+@ON_GPU
+@pytest.mark.parametrize("name", train.LOSSES)
+def test_a_step_waits_for_nothing(name):
+    check_step(name)
+
+
+# Each breaks what a check above holds: (check, module or class, name, what stands there instead).
+FAULTS = {
+    "batches stay in host memory": (check_batch, preprocess, "move", lambda t, device: t),
+    "batches go without being pinned": (check_batch, preprocess, "move", lambda t, d: t.to(d)),
+    "a label stays behind": (
+        check_batch, preprocess, "move",
+        lambda t, d: t if t.dtype == torch.uint8 else t.pin_memory().to(d, non_blocking=True),
+    ),
+    "noise of the host's generator": (
+        check_batch, torch, "Generator", lambda *_, kind=torch.Generator: kind("cpu"),
+    ),
+    "noise drawn on the host": (
+        check_batch, torch, "empty_like", lambda t: torch.empty(t.shape, device="cpu"),
+    ),
+    "an epoch's numbers do not count": (
+        check_batch, np.random, "default_rng",
+        lambda seed, kind=np.random.default_rng: kind(seed[2]),
+    ),
+    "made in the network's stream": (
+        check_streams, torch.cuda, "stream", lambda stream: contextlib.nullcontext(),
+    ),
+    "the network does not wait for the batch": (
+        check_streams, SubvolumeLoader, "take", lambda self, coming: coming.result()[0],
+    ),
+    "the batch does not wait for the network": (
+        check_streams, SubvolumeLoader, "make_batch",
+        lambda self, indices, stream, used: (self.dataset.make_batch(indices), None),
+    ),
+    "a loss that asks how many voxels are known": (
+        check_step, train.AnnotatedLoss, "forward",
+        lambda self, logits, label: logits.movedim(1, -1)[label[:, 0] != IGNORED].mean(),
+    ),
+    "a step that looks at its logits": (
+        check_step, utilities, "predict_classes",
+        lambda logits: (logits[:, 1] > logits.max().item()).to(torch.uint8),
+    ),
+    "a GPU whose layers are wrong": (
+        check_probe, UNet3D, "forward",
+        lambda self, x, real=UNet3D.forward: real(self, x) * (1 + x.is_cuda),
+    ),
+    "a GPU that gives NaN": (
+        check_probe, UNet3D, "forward",
+        lambda self, x, real=UNet3D.forward: real(self, x) * (float("nan") if x.is_cuda else 1),
+    ),
+}  # fmt: skip
+
+
+@ON_GPU
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_planted_on_purpose_are_caught(fault, monkeypatch):
+    check, place, name, wrong = FAULTS[fault]
+    if PRETENDED:
+        monkeypatch.setattr(place, name, wrong)
+        with pytest.raises((AssertionError, RuntimeError)):
+            check()
+
+
+# ---------------------------------------------------------------------------------------
+# Whole trainings
+# ---------------------------------------------------------------------------------------
+
+
+@ON_GPU
+@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.parametrize(
+    "name, precision, ema", [("liver-unet3d", "bf16", 0.9), ("liver-tumour-ce", "fp16", 0.0)]
+)
+def test_trains_resumes_and_applies(name, precision, ema, few, whole_cases, tmp_path):
+    """Half precision and its gradient scaling, exact resume, and label maps as the CPU's."""
+    how = {"device": "cuda", "precision": precision, "ema_decay": ema, "schedule": "constant"}
+    how |= {"learning_rate": 5e-3, "max_epochs": 2}
+    if name == "liver-unet3d":  # in smaller ones a CPU's bfloat16 gradients are wrong
+        how |= {"input_size": (64, 64), "spacing": (4.0, 4.0)}
+    train.main(tiny(name, few, whole_cases, tmp_path / "whole", **how))
+    run = tmp_path / "broken"
+    train.main(tiny(name, few, whole_cases, run, **how | {"max_epochs": 1}))
+    train.main(train.Config(resume=run, device="cuda", max_epochs=2))
+    whole, resumed = (load_checkpoint(tmp_path / f / "last.pt") for f in ("whole", "broken"))
+    losses = [[row["train_loss"] for row in saved["history"]] for saved in (whole, resumed)]
+    assert losses[1][1] < losses[1][0]
+    assert losses[1] == (losses[0] if PRETENDED else pytest.approx(losses[0], rel=0.02))
+    if PRETENDED:  # a real GPU's sums are in no fixed order
+        for key, weights in whole["network_state"].items():
+            assert torch.equal(weights, resumed["network_state"][key]), key
     labels = []
     for device in ("cpu", "cuda"):
         apply_model.main(apply_model.Config(
-            split="test", data=config.data, checkpoint=run / "last.pt", device=device,
-            destination=tmp_path / device, precision="fp32",
+            split="test", data=few if name == "liver-unet3d" else whole_cases, device=device,
+            checkpoint=run / "last.pt", destination=tmp_path / device, precision="fp32",
         ))  # fmt: skip
         paths = sorted((tmp_path / device).glob("*/*_label.nii.gz"))
         labels.append([read_file(path).read() for path in paths])
+    assert labels[0]
     for one, other in zip(*labels, strict=True):
         assert np.nan_to_num(dice_metric(one, other, 3), nan=1.0).min() > 0.99
 
 
+@ON_GPU
+def test_a_checkpoint_goes_to_the_gpu_once(checkpoint):
+    """Its weights do not come back to be checked."""
+    before = Counter(PRETENDED.TRIPS) if PRETENDED else Counter()
+    network, _ = load_network(checkpoint, CUDA)
+    assert next(network.parameters()).is_cuda
+    trips = Counter(PRETENDED.TRIPS) - before if PRETENDED else {}
+    assert {kind for kind, _ in trips} <= {"cpu→cuda"}
+
+
+@ON_GPU
 def test_a_compiled_network_trains_and_keeps_a_share_when_resumed(prepared, checkpoint, tmp_path):
     how = {"compile": True, "pretrained": checkpoint, "pretrained_share": 0.5}
     config = tiny("liver-unet3d", prepared, None, tmp_path, device="cuda", max_epochs=1, **how)

@@ -21,7 +21,6 @@ from data.volumes import read_file
 from preprocess import (
     SubvolumeLoader,
     Subvolumes,
-    augmentation,
     preprocess_files,
     preprocess_volume,
 )
@@ -102,8 +101,7 @@ def test_patches_show_a_rare_class_as_often_as_a_common_one(whole_cases):
     config = tiny("liver-tumour-ce", None, whole_cases, None, **plain)
     with_tumour = [item for item in cached(config) if (item[LABEL] == 2).any()]
     assert all((item[LABEL] == 2).float().mean() < 0.02 for item in with_tumour)
-    augment = augmentation(augment_of(config), "cpu")
-    patches = Subvolumes(with_tumour, augment, seed=0, repeats=100)
+    patches = Subvolumes(with_tumour, augment_of(config), seed=0, repeats=100)
     samples = [patches[index] for index in range(len(patches))]
     assert all(sample[IMAGE].shape == sample[LABEL].shape == (1, 8, 8, 8) for sample in samples)
     assert all(sample[LABEL].any() for sample in samples)

@@ -19,6 +19,7 @@ from helpers import small_config
 import apply_model
 import prepare
 import train
+import utilities
 import visualize_3d
 from data import check, evaluate
 from data.files import InputError, atomic_write, lock_folder, read_record, stamp_files, write_csv
@@ -64,18 +65,78 @@ def test_ranges_let_the_defaults_and_recipes_through():
             check_settings(apply_model.Config(**wrong))
 
 
-def test_what_is_no_gpu_is_told(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+@pytest.fixture
+def machine(monkeypatch):
+    """Say how many GPUs of NVIDIA there are, what is wrong with them, and this process's rank."""
+
+    def pretend(gpus=0, fault="", rank=None, mps=False):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(utilities, "try_device", lambda *_: fault)
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if rank is not None:
+            monkeypatch.setenv("LOCAL_RANK", str(rank))
+        utilities.find_fault.cache_clear()
+
+    yield pretend
+    utilities.find_fault.cache_clear()
+
+
+def test_what_is_no_gpu_is_told(machine):
+    machine(gpus=1)
     assert str(pick_device("auto")) == str(pick_device("cuda")) == "cuda:0"
-    assert pick_device("mps").type == "mps"
     with pytest.raises(InputError, match="cuda:1: torch sees no such GPU"):
         pick_device("cuda:1")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    machine(mps=True)
     assert pick_device("auto").type == "cpu"  # never Apple's of itself: 3D layers are wrong there
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    machine()
     with pytest.raises(InputError, match="--device mps"):
         pick_device("mps")
+
+
+def test_a_gpu_that_fails_is_told_once_and_the_cpu_takes_over(machine, capsys):
+    """An old card has no kernels in torch's wheels."""
+    reason = "CUDA error: no kernel image is available for execution on the device"
+    machine(gpus=1, fault=reason)
+    assert [pick_device("auto").type for _ in range(2)] == ["cpu", "cpu"]
+    assert capsys.readouterr().out == f"cuda:0 is not used: {reason}\n"
+    with pytest.raises(InputError, match="--device cuda:0: CUDA error: no kernel"):
+        pick_device("cuda")
+    machine(gpus=1, fault=reason, rank=0)
+    with pytest.raises(InputError, match="no kernel image"):  # the other processes go on on GPUs
+        pick_device("auto")
+
+
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(machine):
+    machine(gpus=4, rank=3)
+    assert str(pick_device("auto")) == "cuda:3"
+    machine(gpus=1, rank=3)
+    with pytest.raises(InputError, match=r"cuda:3 of process 3 of torchrun: .*\(1 of NVIDIA\)"):
+        pick_device("auto")
+
+
+@pytest.mark.parametrize(
+    "code, reason", [
+        ("import os; os.abort()", "ended its process"), ("print('half is no type')", "half is no"),
+        ("print()", ""),
+    ],
+)  # fmt: skip
+def test_apples_gpus_are_tried_in_a_process_of_their_own(code, reason, machine, monkeypatch):
+    machine(mps=True)
+    run = subprocess.run
+    monkeypatch.setattr(
+        utilities.subprocess, "run", lambda command, **how: run([*command[:2], code], **how)
+    )
+    if not reason:
+        assert pick_device("mps").type == "mps"
+        return
+    with pytest.raises(InputError, match=reason):
+        pick_device("mps", "bf16")
+
+
+def test_a_build_of_torch_without_cuda_fails_the_probe():
+    if not torch.backends.cuda.is_built():
+        assert "CUDA" in utilities.try_device(torch.device("cuda:0"), "fp16")
 
 
 # ---------------------------------------------------------------------------------------

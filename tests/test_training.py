@@ -73,16 +73,16 @@ def test_control_c_finishes_the_step_and_resume_goes_on_from_there(few, tmp_path
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     how = {"max_epochs": 2, "batch_size": 1, "dropout": 0.2}
     train.main(small_config(few, whole, **how))
-    original, calls = preprocess.Subvolumes.__getitem__, []
+    original, calls = preprocess.Subvolumes.make_batch, []
 
-    def press_control_c(self, index):
+    def press_control_c(self, indices):
         if self.epoch == 2 and self.augment:
-            calls.append(index)
+            calls.append(indices)
             if len(calls) == 2:
                 os.kill(os.getpid(), signal.SIGINT)
-        return original(self, index)
+        return original(self, indices)
 
-    monkeypatch.setattr(preprocess.Subvolumes, "__getitem__", press_control_c)
+    monkeypatch.setattr(preprocess.Subvolumes, "make_batch", press_control_c)
     with pytest.raises(KeyboardInterrupt, match=r"go on with: python train\.py --resume"):
         train.main(small_config(few, stopped, **how))
     monkeypatch.undo()
@@ -154,10 +154,7 @@ def test_non_finite_loss_stops_with_the_names_of_the_cases(few, tmp_path):
 def test_augmentation_depends_on_seed_epoch_and_sample_only(prepared):
     config = small_config(prepared, None)
     known, always = cached(config), augment_of(config, augment_probability=1.0)
-    first, second = (
-        preprocess.Subvolumes(known, preprocess.augmentation(always, "cpu"), seed=3)
-        for _ in range(2)
-    )
+    first, second = (preprocess.Subvolumes(known, always, seed=3) for _ in range(2))
     a = {index: first[index] for index in range(3)}
     for index in (2, 0, 1, 0):
         assert torch.equal(second[index]["image"], a[index]["image"])

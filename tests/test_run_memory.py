@@ -1,0 +1,370 @@
+"""A run knows its patients, its data and its settings, and says whether anything was learnt."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from helpers import small_config, tiny
+
+import apply_model
+import train
+import utilities
+from data.files import InputError
+from data.splits import count_voxels, find_seen, list_patients, read_prepared
+from utilities import judge_learning, load_checkpoint
+
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
+
+def copy_prepared(source, folder, edit):
+    """Prepared data in another folder, whose dataset.json `edit` changes in place."""
+    content = json.loads((source / "dataset.json").read_text())
+    edit(content)
+    folder.mkdir()
+    (folder / "subvolumes").symlink_to(source / "subvolumes")
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def swap_splits(content, one="training", other="test"):
+    """Exchange the patients of two splits."""
+    for record in [*content["cases"], *content["subvolumes"]]:
+        record["split"] = {one: other, other: one}.get(record["split"], record["split"])
+
+
+@pytest.fixture(scope="module")
+def finished(few, tmp_path_factory):
+    """One epoch of a schedule of four; tests must not change it."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    train.main(small_config(few, run, max_epochs=1))
+    return run
+
+
+# ---------------------------------------------------------------------------------------
+# Patients
+# ---------------------------------------------------------------------------------------
+
+
+def test_a_training_patient_is_never_reported_as_test(checkpoint, prepared, tmp_path):
+    """Whatever the patient is called now, and wherever the data lie."""
+
+    def rename(content):
+        swap_splits(content)
+        content["source"] = "elsewhere"
+        for case in content["cases"]:
+            case["patient"] = f"new_{case['patient']}"
+
+    how = {"checkpoint": checkpoint, "device": "cpu", "split": "test"}
+    apply_model.main(apply_model.Config(data=prepared, destination=tmp_path / "first", **how))
+    rows = list(csv.DictReader((tmp_path / "first" / "results.csv").open()))
+    assert [row["seen"] for row in rows] == [""]
+    for number, edit in enumerate((swap_splits, rename)):
+        data = copy_prepared(prepared, tmp_path / f"data_{number}", edit)
+        config = apply_model.Config(data=data, destination=tmp_path / "results", **how)
+        with pytest.raises(InputError, match=r"4 cases .* made this checkpoint: .*in training"):
+            apply_model.main(config)
+        assert not (tmp_path / "results").exists()
+    config.accept = ("seen",)
+    apply_model.main(config)
+    rows = list(csv.DictReader((tmp_path / "results" / "results.csv").open()))
+    assert [row["seen"] for row in rows] == 4 * ["seen in training"]
+
+
+def test_a_training_scan_with_a_truth_is_refused_by_its_voxels(checkpoint, prepared, tmp_path):
+    cases = {case["split"]: case for case in read_prepared(prepared)["cases"]}
+    how = {"checkpoint": checkpoint, "device": "cpu", "destination": tmp_path / "results"}
+    for split, seen in (("training", "seen in training"), ("test", "")):
+        scan, truth = (tmp_path / f"{split}_{key}.nii.gz" for key in ("image", "label"))
+        shutil.copy(cases[split]["image"], scan)
+        shutil.copy(cases[split]["label"], truth)
+        config = apply_model.Config(paths=(scan,), truth=(truth,), **how)
+        if seen:
+            with pytest.raises(InputError, match="a patient in the training of the checkpoint"):
+                apply_model.main(config)
+            config.accept = ("seen",)
+        apply_model.main(config)
+        rows = csv.DictReader((tmp_path / "results" / "results.csv").open())
+        assert {row["case"]: row["seen"] for row in rows}[f"{split}_image"] == seen
+
+
+def test_averaged_folds_know_all_their_patients(prepared):
+    """A validation patient of one fold was trained on in another."""
+    own = list_patients(read_prepared(prepared))
+    other = [r | {"split": "training"} for r in own if r["split"] == "validation"]
+    (case,) = [record["case"] for record in own if record["split"] == "validation"]
+    assert find_seen(prepared, 0, "validation", own) == {}
+    assert find_seen(prepared, 0, "validation", own + other) == {case: "seen in training"}
+    chosen = [r | {"split": "validation"} for r in own if r["split"] == "test"]
+    assert set(find_seen(prepared, 0, "test", chosen).values()) == {"seen in validation"}
+
+
+def test_pretrained_weights_bring_their_patients(finished, prepared, few, tmp_path):
+    train.main(small_config(few, tmp_path, max_epochs=1, pretrained=finished))
+    known = load_checkpoint(tmp_path)["patients"]
+    assert len(known) == 2 * len(read_prepared(few)["cases"]) == 12
+    assert {tuple(record) for record in known} == {
+        ("patient", "case", "split", "content", "source")
+    }
+
+
+# ---------------------------------------------------------------------------------------
+# Data and settings of a resumed run
+# ---------------------------------------------------------------------------------------
+
+
+def test_other_data_are_refused_at_resume_and_the_same_elsewhere_taken(
+    finished, few, tmp_path, monkeypatch
+):
+    def thin(content):
+        content["subvolumes"] = content["subvolumes"][:-1]
+
+    for name, edit, told in (
+        ("thin", thin, "is missing"),
+        ("other", lambda content: swap_splits(content, "training", "validation"), "is validation"),
+    ):
+        data = copy_prepared(few, tmp_path / name, edit)
+        config = train.Config(resume=finished, data=data, max_epochs=2)
+        with pytest.raises(InputError, match=f"not the data that this run began with.*{told}"):
+            train.main(config)
+    run, data = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(finished, run)
+    shutil.copytree(few, data)
+    monkeypatch.chdir(tmp_path)
+    train.main(train.Config(resume=run, data=data, max_epochs=2, device="cpu"))
+    assert load_checkpoint(run / "last.pt")["epoch"] == 2
+
+
+def test_a_run_finds_its_data_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "project" / "data" / "prepared").mkdir(parents=True)
+    run = tmp_path / "project" / "checkpoints" / "liver"
+    settings = {"data": "data/prepared", "run_folder": "checkpoints/liver"}
+    monkeypatch.chdir(tmp_path)
+    expected = tmp_path / "project" / "data" / "prepared"
+    assert train.find_data(settings, run) == expected
+
+
+@pytest.mark.parametrize("damage", ["voxels", "truncated", "missing"])
+def test_a_prepared_file_that_was_changed_is_named(few, tmp_path, damage):
+    data = tmp_path / "data"
+    shutil.copytree(few, data)
+    record = next(r for r in read_prepared(data)["subvolumes"] if r["split"] == "training")
+    path = data / record["image"]
+    whole = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(whole[:500] if damage == "truncated" else whole[:-1] + b"\7")
+    with pytest.raises(InputError, match=rf"{path.name}: was changed .*prepare it again"):
+        train.main(small_config(data, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "poly"])
+def test_more_epochs_go_on_at_the_rate_of_their_schedule(few, tmp_path, schedule):
+    """Poly and cosine end at 0: an epoch more at that rate would learn nothing."""
+    train.main(small_config(few, tmp_path, max_epochs=1, schedule=schedule, learning_rate=8e-3))
+    train.main(train.Config(resume=tmp_path, max_epochs=4, device="cpu"))
+    rates = [row["learning_rate"] for row in load_checkpoint(tmp_path / "last.pt")["history"]]
+    factor = train.SCHEDULES[schedule]
+    assert rates == pytest.approx([8e-3 * factor(n / 4) for n in range(4)])
+    assert rates[1] > 6e-3
+
+
+def test_an_edited_config_is_used_or_refused_and_other_versions_are_named(
+    finished, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(settings | {"learning_rate": 0.5}))
+    with pytest.raises(InputError, match="but learning_rate differ"):
+        train.main(train.Config(resume=run, device="cpu"))
+    (run / "config.json").write_text(json.dumps(settings | {"max_epochs": 2}))
+    saved = torch.load(run / "last.pt", weights_only=True)
+    saved["versions"]["torch"] = "1.0"
+    saved["begun"] |= {"processes": 2}
+    saved["begun"]["defaults"]["loss"] = "ce"
+    torch.save(saved, run / "last.pt")
+    train.main(train.Config(resume=run, device="cpu"))
+    told = capsys.readouterr().out
+    assert "used: max_epochs 2" in told and "not used: train.py now has loss dice" in told
+    assert "torch 1.0, now 2" in told and "processes 2, now 1" in told
+    assert load_checkpoint(run / "last.pt")["epoch"] == 2
+
+
+# ---------------------------------------------------------------------------------------
+# What is learnt
+# ---------------------------------------------------------------------------------------
+
+
+def histories(losses, dice, rate=1e-3, chance=0.15):
+    """Rows of epochs with these training losses and validation Dice."""
+    return [
+        {"epoch": n, "train_loss": loss, "val_loss": loss, "val_dice": d, "val_chance": chance,
+         "learning_rate": rate}
+        for n, (loss, d) in enumerate(zip(losses, dice, strict=True), start=1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("word", "losses", "dice", "rate"),
+    [
+        ("nothing learnt: .*lower --learning-rate", [0.9, 0.92, 0.92], [0.1569] * 3, 10.0),
+        ("nothing learnt: .*lower --learning-rate", [0.9, 0.95, 0.93], [0.0, 0.15, 0.0], 1e3),
+        ("nothing learnt: .*raise --learning-rate", [0.9, 0.9, 0.899], [0.2, 0.25, 0.25], 1e-9),
+        ("nothing learnt: .*--show", [0.91, 0.9, 0.905], [0.16, 0.15, 0.16], 1e-3),
+        ("nothing learnt: .*--show", [0.91, 0.9, 0.905], [0.0, 0.0, 0.0], 1e-3),
+        ("nothing learnt yet: .*more --max-epochs", [0.9, 0.7, 0.5], [0.0, 0.0, 0.0], 1e-3),
+        ("learnt", [0.8, 0.3, 0.1, 0.1], [0.5, 0.9, 0.95, 0.95], 1e-3),
+        ("still rising", [0.8, 0.6, 0.5, 0.4], [0.2, 0.4, 0.6, 0.7], 1e-3),
+        ("learnt", [0.1, 0.1, 0.1, 0.1], [0.93, 0.93, 0.94, 0.935], 1e-3),  # from weights
+        ("still rising", [0.9, 0.7], [0.0, 0.4], 1e-3),
+        ("learnt", [0.9, 0.4, 0.2, 0.1], [0.3, 0.8, 0.7, 0.65], 1e-3),
+        ("learnt", [0.6, 0.3, 0.2, 0.2], [0.6, 0.8, 0.8, 0.805], 0.05),
+    ],
+)
+def test_the_verdict_says_whether_anything_was_learnt(word, losses, dice, rate):
+    import re
+
+    assert re.match(word, judge_learning(histories(losses, dice, rate)))
+
+
+def test_without_validation_the_loss_tells():
+    rows = [{"epoch": n, "train_loss": x, "learning_rate": 1e-3} for n, x in ((1, 0.9), (2, 0.5))]
+    assert judge_learning(rows).startswith("learnt: training loss 0.9000 → 0.5000")
+    assert judge_learning(rows[:1] + rows[:1]).startswith("nothing learnt")
+
+
+def test_of_equal_dice_the_lower_loss_is_best():
+    assert utilities.find_best(histories([0.9, 0.5, 0.7], [0.0, 0.0, 0.0])) == (2, 1)
+    assert utilities.find_best(histories([0.9, 0.5, 0.7], [0.0, 0.1, 0.2])) == (3, 0)
+
+
+def test_the_hu_of_each_class_are_compared_with_the_window(few, tmp_path, capsys):
+    train.main(small_config(few, tmp_path, max_epochs=1, hu_window=(300.0, 1500.0)))
+    told = capsys.readouterr().out
+    assert "--hu-window 300 1500\nwarning: this window paints liver black" in told
+    assert "liver: median 1" in told  # phantoms' liver has 100 HU and more
+
+
+def test_hours_on_a_cpu_are_foretold(finished, few, tmp_path, monkeypatch, capsys):
+    """Two steps of two sub-volumes, 100 epochs, three passes each: 1,200 passes of 9 s are 3 h."""
+    monkeypatch.setattr(utilities, "time_forward", lambda *_: 9.0)
+    monkeypatch.setattr(utilities, "train", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(pytest.fail.Exception, match="trained"):
+        train.main(small_config(few, tmp_path, max_epochs=100, batch_size=2))
+    assert "about 3 h 0 min on this CPU; the laptop recipe takes minutes" in capsys.readouterr().out
+
+
+def test_voxels_that_nobody_judged_are_no_background():
+    records = [{"split": "training", "voxels_per_label": {"0": 60, "1": 20, "255": 900, "9": 20}}]
+    labels = {"background": (0,), "liver": (1,)}
+    counted = count_voxels({"subvolumes": records, "ignore": [9]}, labels, "training")
+    assert counted.tolist() == [60, 20]
+
+
+@pytest.mark.parametrize("classes", [{"liver": ("liver",), "tumour": ("tumour",)}, {"all": ("1",)}])
+def test_the_recipe_laptop_starts_with_other_classes(classes, whole_cases, tmp_path):
+    """Half of the starter's weights are kept, but for a head of another number of classes."""
+    config = tiny("laptop", None, whole_cases, tmp_path, max_epochs=1, labels=classes)
+    train.main(config)
+    saved = load_checkpoint(tmp_path / "last.pt")
+    first, learnt = load_checkpoint(ROOT / "checkpoints" / "starter.pt"), saved["resume"]["model"]
+    head = set(saved["begun"]["anew"])
+    assert bool(head) == (len(classes) == 2)
+    for name, weights in saved["network_state"].items():
+        if weights.is_floating_point():
+            half = (
+                learnt[name]
+                if name in head
+                else learnt[name].lerp(first["network_state"][name], 0.5)
+            )
+            assert torch.allclose(weights, half, atol=1e-6), name
+
+
+# ---------------------------------------------------------------------------------------
+# Schemas
+# ---------------------------------------------------------------------------------------
+
+
+def test_checkpoints_with_odd_numbers_are_one_message(finished, tmp_path):
+    saved, path = torch.load(finished / "last.pt", weights_only=True), tmp_path / "last.pt"
+    state, bias = saved["network_state"], "head.bias"
+    variance = next(name for name in state if name.endswith("running_var"))
+    chain = saved["preprocessing"]
+    cases = [
+        ({"network_state": state | {bias: value}}, message)
+        for value, message in (
+            (torch.tensor([1.0, np.nan]), "not numbers"),
+            (torch.zeros(2).to_sparse(), "no plain tensors"),
+            (torch.zeros(2, device="meta"), "no plain tensors"),
+            (torch.zeros(2).to(torch.float8_e4m3fn), "no plain tensors"),
+            ("text", "no plain tensors"),
+        )
+    ]
+    cases += [
+        ({"network_state": state | {variance: -state[variance] - 1}}, "negative variance"),
+        ({"expected": {"liver": {"log_ml": 7.0, "sd": 0.0}}}, "--sd must be"),
+        ({"expected": {"liver": {"log_ml": np.nan, "sd": 1.0}}}, "--log-ml must be"),
+        ({"preprocessing": chain | {"labels": {"liver": ("x",)}}}, "--labels must be"),
+        ({"preprocessing": chain | {"sampling": "words"}}, "--sampling must be"),
+        ({"preprocessing": chain | {"hu_window": (250.0, -200.0)}}, "--hu-window must be"),
+        ({"declared": {"liver": "x"}}, "--declared must be"),
+        ({"patients": [{"case": 1}]}, "patients: patient is missing"),
+        ({"network_args": saved["network_args"] | {"base_channels": -1}}, "--base-channels must"),
+    ]
+    for changes, message in cases:
+        torch.save(saved | changes, path)
+        with pytest.raises(InputError, match=rf"last\.pt: .*{message}"):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"random": torch.zeros(3)},
+        {"optimizer": {}},
+        {"counts": "x"},
+        {"losses": ["x"]},
+        {"model": {}},
+    ],
+)
+def test_a_damaged_state_is_one_message_at_resume(finished, tmp_path, change):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    saved = torch.load(run / "last.pt", weights_only=True)
+    torch.save(saved | {"resume": saved["resume"] | change}, run / "last.pt")
+    with pytest.raises(InputError, match=r"last\.pt: its state cannot be resumed .*--pretrained"):
+        train.main(train.Config(resume=run, device="cpu", max_epochs=2))
+
+
+def test_a_dataset_json_edited_by_hand_is_one_message(few, tmp_path):
+    content = read_prepared(few)
+    piece, case = content["subvolumes"][0], content["cases"][0]
+    other = next(c["split"] for c in content["cases"] if c["split"] != case["split"])
+    for entry, changes, message in (
+        (piece, {"image": piece["label"], "label": piece["image"]}, "image must name a file"),
+        (piece, {"voxels_per_label": {"0": -5}}, "whole numbers from 0"),
+        (piece, {"voxels_per_label": {"liver": 5}}, "must count label values"),
+        (piece, {"shape": [48, 48]}, "three numbers"),
+        (piece, {"spacing_mm": [1.0, 1.0, 0.0]}, "numbers above 0"),
+        (piece, {"split": "train"}, "split must be one of"),
+        (piece, {"case": "nobody"}, "belongs to no case"),
+        (case, {"split": other}, "is in two splits"),
+    ):
+        before = dict(entry)
+        entry |= changes
+        (tmp_path / "dataset.json").write_text(json.dumps(content))
+        entry |= before
+        with pytest.raises(InputError, match=rf"dataset\.json: .*{message}.*; prepare the data"):
+            read_prepared(tmp_path)
+
+
+@pytest.mark.parametrize(("rank", "size"), [("x", "1"), ("0", "0"), ("3", "2"), ("-1", "2")])
+def test_impossible_processes_are_refused(monkeypatch, rank, size):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(InputError, match="RANK must be 0 to WORLD_SIZE"):
+        apply_model.main(apply_model.Config(paths=()))
