@@ -186,24 +186,26 @@ class Volume:
         """Write `.nii` or `.nii.gz` whole or not at all; return the file's CRC-32."""
         image = self.to_nibabel(slope)
         header, planes = image.header, np.asanyarray(image.dataobj).T
+        block = header.binaryblock.ljust(header.single_vox_offset, b"\0")
         with atomic_write(path) as temporary:
             with contextlib.ExitStack() as stack:
                 stream: Any = stack.enter_context(temporary.open("wb"))
                 if path.suffix == ".gz":  # without name and time
                     stream = stack.enter_context(igzip.IGzipFile("", "wb", 1, stream, mtime=0))
-                stream.write(header.binaryblock.ljust(header.single_vox_offset, b"\0"))
+                stream.write(block)
                 stream.writelines(plane.tobytes() for plane in planes)
-            checksum = isal_zlib.crc32(temporary.read_bytes())
             if check:
-                found = read_nifti(temporary, scaled=False)
-                same = np.allclose(found.affine, self.affine, rtol=0, atol=1e-4)
-                same = same and found.header.binaryblock == header.binaryblock
-                if not (same and all(map(np.array_equal, found.data.T, planes))):
-                    raise InputError(f"{path}: changed in writing; choose another disk")
-            return checksum
+                unit = UNIT_MM[int(header["xyzt_units"]) & 7]
+                gap = np.diag([unit, unit, unit, 1]) @ image.affine - self.affine
+                with open_stream(temporary) as stream:
+                    same = np.abs(gap).max() < 1e-4 and stream.read(len(block)) == block
+                    same = same and all(stream.read(p.nbytes) == p.tobytes() for p in planes)
+                    if not same or stream.read(1):
+                        raise InputError(f"{path}: changed in writing; choose another disk")
+            return isal_zlib.crc32(temporary.read_bytes())
 
     def write_checked(self, path: Path, slope: float = 1.0) -> None:
-        """`write`, and read the file back."""
+        """`write`, and keep the file only if it has this grid and holds these voxels."""
         self.write(path, slope, check=True)
 
 
@@ -249,8 +251,8 @@ def read_file(path: Path) -> Volume:
         return read_itk(path) if name.endswith(ITK_SUFFIXES) else read_nifti(path)
 
 
-def read_nifti(path: Path, scaled: bool = True) -> Volume:
-    """Read a NIfTI file, or a NIfTI or Analyze pair by either name; unscaled if not `scaled`."""
+def read_nifti(path: Path) -> Volume:
+    """Read a NIfTI file, or a NIfTI or Analyze pair by either name."""
     head, data = (list_parts(path) * 2)[:2]
     with open_stream(head) as stream, nib.imageglobals.LoggingOutputSuppressor():
         image: Any = nib.load(head)
@@ -272,7 +274,7 @@ def read_nifti(path: Path, scaled: bool = True) -> Volume:
     else:
         header, notes = None, ["an Analyze header has no left and right; the usual is taken"]
     array = read_voxels(data, proxy.shape, proxy.dtype, proxy.offset)
-    if scaled and (proxy.slope, proxy.inter) != (1, 0):
+    if (proxy.slope, proxy.inter) != (1, 0):
         array = array.astype(np.float32) * np.float32(proxy.slope)
         array += np.float32(proxy.inter)
     return Volume(array, affine, str(path), header, oriented, tuple(notes))
@@ -384,8 +386,7 @@ def enclose(*boxes: Box) -> Box:
 def find_body(scan: Volume) -> Box:
     """Return the in-plane box (RAS voxels) of the patient in a CT, without table and air.
 
-    It encloses the largest thing denser than BODY_HU, looked at every 3 mm, along z every 5 mm; all
-    of the slice where there is none.
+    It encloses the largest thing denser than BODY_HU, looked at every 3 mm; else the whole slice.
     """
     x, y, z = (max(1, round(mm / s)) for mm, s in zip((3, 3, 5), scan.ras.spacing_mm, strict=True))
     dense = scan.ras.data[::x, ::y, ::z] > BODY_HU
