@@ -53,6 +53,10 @@ def test_mr_is_said_once_and_kept(tmp_path):
 
 def test_an_accepted_finding_is_repeated(raw):
     replace_case(raw, 0, ras_arrays(0)[0], ras_arrays(0)[1][::-1])
+    out = raw.parent / "prepared"
+    prepare.main(Config(raw, out, workers=1, check_only=True, accept=("mirrored",)))
+    assert len(list((out / "check").glob("*.png"))) == 3
+    assert not (out / "subvolumes").exists()  # nothing is cut by --check-only
     case = run(raw, accept=("mirrored",))["cases"][0]
     assert case["accepted"] == ["mirrored"]
     assert "mirror image" in " ".join(case["warnings"])
@@ -72,12 +76,6 @@ def test_the_check_works_alone(raw, tmp_path):
     done = call_script(*command)
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert "1 of 3 cases with errors" in done.stderr
-
-
-def test_nothing_is_cut_by_check_only(raw, tmp_path):
-    prepare.main(Config(raw, tmp_path / "out", workers=1, check_only=True))
-    assert len(list((tmp_path / "out/check").glob("*.png"))) == 3
-    assert not (tmp_path / "out/subvolumes").exists()
 
 
 @pytest.mark.parametrize("fault", [MemoryError("huge"), UnicodeError("name")])
@@ -201,24 +199,21 @@ def test_a_worker_that_the_system_ends_is_told(raw, monkeypatch):
         run(raw, workers=2)
 
 
-@pytest.mark.parametrize(
-    ("settings", "text"),
-    [
-        ({"workers": -1}, "--workers"),
-        ({"folds": 1}, "--folds must be 2 or more, got 1"),
-        ({"training": 0.5}, "add up to 1"),
-        ({"training": float("nan")}, "--training"),
-        ({"patient_pattern": "("}, "--patient-pattern"),
-        ({"values": ("liver=x",)}, "--values"),
-        ({"values": ("a=1", "b=1")}, "--values"),
-        ({"values": ("a=70000",)}, "--values"),
-        ({"crop_to_body": True, "modality": "MR"}, "--crop-to-body"),
-        ({"crop_to_body": True, "subvolume_depth": 0}, "--crop-to-body"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused_before_anything_is_read(settings, text, tmp_path):
-    with pytest.raises(InputError, match=re.escape(text)):
-        prepare.main(Config(source=tmp_path / "missing", destination=tmp_path / "out", **settings))
+IMPOSSIBLE = [
+    ({"workers": -1}, "--workers"), ({"folds": 1}, "--folds must be 2 or more, got 1"),
+    ({"training": 0.5}, "add up to 1"), ({"training": float("nan")}, "--training"),
+    ({"patient_pattern": "("}, "--patient-pattern"), ({"values": ("liver=x",)}, "--values"),
+    ({"values": ("a=1", "b=1")}, "--values"), ({"values": ("a=70000",)}, "--values"),
+    ({"crop_to_body": True, "modality": "MR"}, "--crop-to-body"),
+    ({"crop_to_body": True, "subvolume_depth": 0}, "--crop-to-body"),
+]  # fmt: skip
+
+
+def test_settings_that_cannot_be_are_refused_before_anything_is_read(tmp_path):
+    source, out = tmp_path / "missing", tmp_path / "out"
+    for settings, text in IMPOSSIBLE:
+        with pytest.raises(InputError, match=re.escape(text)):
+            prepare.main(Config(source=source, destination=out, **settings))
 
 
 def test_leaving_out_is_told_and_never_everything(raw, capsys):
