@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import nibabel as nib
 import numpy as np
 import pydicom
+import pytest
 from conftest import random_affine
 from helpers import (
     build_phantom_series,
@@ -73,35 +75,41 @@ def write_nifti(path: Path, kind=nib.Nifti1Image, codes=(1, 2), endian="<", dtyp
     return path
 
 
+META = {
+    "ObjectType": "Image", "NDims": "3", "BinaryData": "True", "CompressedData": "False",
+    "TransformMatrix": "1 0 0 0 1 0 0 0 1", "Offset": "1 2 3", "ElementSpacing": "1.5 1.5 2.5",
+    "DimSize": "8 7 6", "ElementType": "MET_SHORT",
+}  # fmt: skip
+NRRD = {
+    "type": "short", "dimension": "3", "space": "left-posterior-superior", "sizes": "8 7 6",
+    "space directions": "(1.5,0,0) (0,1.5,0) (0,0,2.5)", "kinds": "domain domain domain",
+    "encoding": "raw", "space origin": "(1,2,3)",
+}  # fmt: skip
+
+
+def change_keys(keys: dict[str, str], lines: str, sign: str) -> tuple[dict[str, str], str]:
+    """The keys of a header with `lines` instead of those of the same key, and their text."""
+    keys = keys | dict(line.split(sign) for line in filter(None, lines.split("\n")))
+    keys = {key: value for key, value in keys.items() if value != "-"}
+    return keys, "".join(f"{key}{sign}{value}\n" for key, value in keys.items())
+
+
 def write_meta(path: Path, array: np.ndarray, lines: str = "", data: bytes | None = None) -> Path:
     """A MetaImage by hand; `lines` replace those of the same key."""
-    order = "True" if array.dtype.byteorder == ">" else "False"
-    keys = {
-        "ObjectType": "Image", "NDims": "3", "BinaryData": "True", "BinaryDataByteOrderMSB": order,
-        "CompressedData": "False", "TransformMatrix": "1 0 0 0 1 0 0 0 1", "Offset": "1 2 3",
-        "ElementSpacing": "1.5 1.5 2.5", "DimSize": "8 7 6", "ElementType": "MET_SHORT",
-    }  # fmt: skip
-    keys |= dict(line.split(" = ") for line in filter(None, lines.split("\n")))
-    keys = {key: value for key, value in keys.items() if value != "-"}
-    keys["ElementDataFile"] = keys.pop("ElementDataFile", "LOCAL")
-    head = "".join(f"{key} = {value}\n" for key, value in keys.items()).encode()
-    path.write_bytes(head + (array.tobytes("F") if data is None else data))
+    order = {"BinaryDataByteOrderMSB": str(array.dtype.byteorder == ">")}
+    keys, text = change_keys(META | order, lines, " = ")
+    text += "" if "ElementDataFile" in keys else "ElementDataFile = LOCAL\n"
+    path.write_bytes(text.encode() + (array.tobytes("F") if data is None else data))
     return path
 
 
 def write_nrrd(path: Path, array: np.ndarray, lines: str = "", data: bytes | None = None) -> Path:
     """A NRRD by hand; `lines` replace those of the same key."""
-    keys = {
-        "type": "short", "dimension": "3", "space": "left-posterior-superior", "sizes": "8 7 6",
-        "space directions": "(1.5,0,0) (0,1.5,0) (0,0,2.5)", "kinds": "domain domain domain",
-        "endian": "big" if array.dtype.byteorder == ">" else "little", "encoding": "raw",
-        "space origin": "(1,2,3)",
-    }  # fmt: skip
-    keys |= dict(line.split(": ") for line in filter(None, lines.split("\n")))
-    keys = {key: value for key, value in keys.items() if value != "-"}
-    head = "NRRD0004\n# remark\n" + "".join(f"{key}: {value}\n" for key, value in keys.items())
+    order = {"endian": "big" if array.dtype.byteorder == ">" else "little"}
+    keys, text = change_keys(NRRD | order, lines, ": ")
     body = array.tobytes("F") if data is None else data
-    path.write_bytes(head.encode() + (b"" if "data file" in keys else b"\n") + body)
+    end = b"" if "data file" in keys else b"\n"
+    path.write_bytes(b"NRRD0004\n# remark\n" + text.encode() + end + body)
     return path
 
 
@@ -120,15 +128,6 @@ def write_any(folder: Path, name: str) -> Path:
 
 VALUES = {"zero": 0, "minus one": -1, "nan": np.nan, "huge": 1e30, "text": None}
 GEOMETRY = ("srow", "qoffset", "quatern", "pixdim", "scl", "xyzt", "qform_code", "sform_code")
-NIFTI_KINDS = [
-    ("a.nii", nib.Nifti1Image, (1, 2), "<"),
-    ("a.nii", nib.Nifti1Image, (1, 0), ">"),
-    ("a.nii", nib.Nifti1Image, (0, 0), "<"),
-    ("a.nii.gz", nib.Nifti1Image, (0, 2), "<"),
-    ("a.nii", nib.Nifti2Image, (1, 2), ">"),
-    ("a.hdr", nib.Nifti1Pair, (1, 2), "<"),
-    ("a.hdr", nib.Nifti2Pair, (1, 0), "<"),
-]
 
 
 def put_value(dtype: np.dtype, value: float | None) -> bytes:
@@ -148,34 +147,26 @@ def put_value(dtype: np.dtype, value: float | None) -> bytes:
     )
 
 
-def list_mutations(template: np.ndarray) -> Iterator[tuple[str, int, str, int, bytes]]:
-    """(field, index, value's name, offset in the header, bytes) for every number of a header."""
-    for key in template.dtype.names:
-        dtype, offset = template.dtype.fields[key][:2]
-        for n in range(int(np.prod(dtype.shape))):
-            for name, value in VALUES.items():
-                content = put_value(dtype.base, value)
-                if content:
-                    yield key, n, name, offset + n * dtype.base.itemsize, content
-
-
 def same_place(a: Volume, b: Volume) -> bool:
     """Whether two volumes lie on one grid."""
     return a.shape == b.shape and np.allclose(a.affine, b.affine, rtol=0, atol=1e-6)
 
 
-def sweep_nifti_header(folder: Path, base, number: int | None = None, seed: int = 0) -> Counter:
+def sweep_nifti_header(folder: Path, number: int | None = None, seed: int = 0) -> Counter:
     """Each number of a header × each value of nonsense: nibabel's volume, or one error."""
-    name, kind, codes, endian = base
-    path = write_nifti(folder / name, kind, codes, endian)
-    sound, packed = read_file(path), path.suffix == ".gz"
-    content = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
+    path = write_nifti(folder / "a.nii")
+    sound, content = read_file(path), path.read_bytes()
+    fields = nib.Nifti1Header(endianness="<")._structarr.dtype.fields
+    mutations = [
+        (key, what, offset + n * dtype.base.itemsize, put_value(dtype.base, value))
+        for key, (dtype, offset) in fields.items()
+        for n in range(int(np.prod(dtype.shape)))
+        for what, value in VALUES.items()
+    ]
     counts: Counter[str] = Counter()
-    mutations = list_mutations(kind.header_class(endianness=endian)._structarr)
-    for key, n, what, start, new in choose(mutations, number, seed):
-        changed = content[:start] + new + content[start + len(new) :]
-        path.write_bytes(gzip.compress(changed, 1) if packed else changed)
-        counts[_try_nifti_header(path, sound, key, f"{key}[{n}] = {what}")] += 1
+    for key, what, start, new in choose(mutations, number, seed):
+        path.write_bytes(content[:start] + new + content[start + len(new) :])
+        counts[_try_nifti_header(path, sound, key, f"{key} at {start} = {what}")] += 1
     return counts
 
 
@@ -207,21 +198,12 @@ def sweep_cuts(folder: Path, name: str, number: int | None = None, seed: int = 0
     """A file cut at any length is refused; the first, second and last one are always tried."""
     path = write_any(folder, name)
     content = path.read_bytes()
-    edges = {0, 1, len(content) - 1}
-    lengths = edges | set(choose(range(len(content)), number, seed))
+    lengths = {0, 1, len(content) - 1} | set(choose(range(len(content)), number, seed))
     for length in sorted(lengths):
         path.write_bytes(content[:length])
-        _refuse(path, lambda: read_file(path).read(), f"{name} cut at {length}")
+        with pytest.raises(InputError, match=re.escape(str(path))):
+            read_file(path).read()
     return Counter({REFUSED: len(lengths)})
-
-
-def _refuse(path: Path, read: Callable[[], object], tell: str) -> None:
-    try:
-        read()
-    except InputError as error:
-        assert str(path) in str(error), tell
-    else:
-        raise AssertionError(f"{tell}: was read")
 
 
 def sweep_flips(folder: Path, name: str, number: int | None = None, seed: int = 0) -> Counter:
@@ -258,31 +240,22 @@ SERIES_TAGS = (
 )  # fmt: skip
 
 
-def as_floats(value: object) -> list[float]:
-    try:
-        return [float(v) for v in np.atleast_1d(value)]
-    except (TypeError, ValueError):
-        return [3.5]
-
-
 def as_words(value: object) -> bytes:
     return str(value).strip("[]").replace(", ", "\\").encode()
 
 
-SERIES_FAULTS = {
+FAULTS = {
     "empty": lambda h, t: put_raw(h, t, h[t].VR if t in h else "DS", b""),
     "missing": lambda h, t: h.pop(t, None),
     "text": lambda h, t: put_raw(h, t, "DS", b"some words"),
-    "text of its VR": lambda h, t: put_raw(h, t, h[t].VR if t in h else "US", b"words"),
     "wrong count": lambda h, t: put_raw(h, t, "DS", b"1\\2\\3\\4"),
     "too few": lambda h, t: put_raw(h, t, "DS", b"1" if t in h and h[t].VM > 1 else b"one"),
     "NaN": lambda h, t: put_raw(h, t, "DS", b"nan\\nan\\nan"),
     "infinite": lambda h, t: put_raw(h, t, "DS", b"1e999"),
-    "as FD": lambda h, t: h.add_new(t, "FD", as_floats(h.get(t))),
     "as LO": lambda h, t: put_raw(h, t, "LO", as_words(h.get(t))),
     "as UN": lambda h, t: put_raw(h, t, "UN", b"\x01\x02\x03\x04"),
     "as SQ": lambda h, t: h.add_new(t, "SQ", [pydicom.Dataset()]),
-}  # fmt: skip
+}
 
 
 def as_file(header: pydicom.Dataset) -> bytes | None:
@@ -303,17 +276,14 @@ def sweep_series(folder: Path, number: int | None = None, seed: int = 0) -> Coun
     expected = read_series(folder)
     assert np.array_equal(expected.read(), scan[::-1, ::-1])
     faults = [
-        (tag, name, which)
-        for tag in SERIES_TAGS
-        for name in SERIES_FAULTS
-        for which in (range(5), (3,))
+        (tag, name, which) for tag in SERIES_TAGS for name in FAULTS for which in (range(5), (3,))
     ]
     counts: Counter[str] = Counter()
     for tag, name, which in choose(faults, number, seed):
         files = list(sound)
         for z in which:
             header = pydicom.dcmread(io.BytesIO(sound[z]))
-            SERIES_FAULTS[name](header, tag)
+            FAULTS[name](header, tag)
             files[z] = as_file(header)
         if None in files:
             counts[UNWRITTEN] += 1
@@ -357,14 +327,6 @@ SEG_TAGS = (
     "NumberOfFrames", "BitsAllocated", "BitsStored", "SamplesPerPixel", "PixelRepresentation",
     "PhotometricInterpretation", "PixelData",
 )  # fmt: skip
-SEG_FAULTS = {
-    "missing": lambda h, t: h.pop(t),
-    "empty": lambda h, t: put_raw(h, t, h[t].VR, b""),
-    "text": lambda h, t: put_raw(h, t, "LO", b"some words"),
-    "wrong count": lambda h, t: put_raw(h, t, "DS", b"1\\2\\3\\4"),
-    "NaN": lambda h, t: put_raw(h, t, "DS", b"nan"),
-    "as SQ": lambda h, t: h.add_new(t, "SQ", [pydicom.Dataset()]),
-}
 
 
 def list_holders(header: pydicom.Dataset, tag: str) -> list[pydicom.Dataset]:
@@ -379,14 +341,12 @@ def sweep_seg(folder: Path, number: int | None = None, seed: int = 0) -> Counter
     slices = write_phantom_series(folder / "ct", scan)
     image, path = read_series(folder / "ct"), folder / "seg.dcm"
     sound = write_phantom_seg(path, slices, label).read_bytes()
-    faults = [
-        (tag, name, first) for tag in SEG_TAGS for name in SEG_FAULTS for first in (False, True)
-    ]
+    faults = [(tag, name, first) for tag in SEG_TAGS for name in FAULTS for first in (False, True)]
     counts: Counter[str] = Counter()
     for tag, name, first in choose(faults, number, seed):
         header = pydicom.dcmread(io.BytesIO(sound))
         for holder in list_holders(header, tag)[: 1 if first else None]:
-            SEG_FAULTS[name](holder, tag)
+            FAULTS[name](holder, tag)
         try:
             header.save_as(path)
         except Exception:  # pydicom cannot write it

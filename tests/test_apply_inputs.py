@@ -184,6 +184,8 @@ def test_where_memory_is_short_a_scan_is_done_with_less(shortages, device, sizes
     assert [shape[0] for shape in model.network.shapes] == sizes
     assert capsys.readouterr().out.count("out of memory") == shortages
     model.network.shapes.clear()
+    with pytest.raises(torch.OutOfMemoryError):  # not even one window on the CPU
+        apply_model.predict(known_model(network=Threshold(shortages=2)), volume, Options())
     model.network.shortages = 0
     apply_model.predict(model, volume, Options())
     assert [shape[0] for shape in model.network.shapes] == [4, 1], "the next scan begins anew"
@@ -317,17 +319,12 @@ def test_what_nobody_judged_in_prepared_data_counts_nowhere(use, tmp_path):
     assert float(apply(use, split="test", data=tmp_path / "data")["a"]["liver_dice"]) > 0.96
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        *({"record": {"case": name}} for name in ("..", "../a", "/tmp/a", "a/b", "=1+1")),
-        {"cases": [{}]}, {"cases": [1]}, {"cases": 1}, {"labels": 1},
-    ],
-)  # fmt: skip
-def test_a_foreign_dataset_json_and_a_case_that_is_a_path_are_refused(use, tmp_path, changes):
-    write_prepared(tmp_path / "data", patient(0)[1], **changes)
-    with pytest.raises(InputError, match=r"dataset\.json"):
-        apply(use, split="test", data=tmp_path / "data")
+def test_a_foreign_dataset_json_and_a_case_that_is_a_path_are_refused(use, tmp_path):
+    names = [{"record": {"case": name}} for name in ("..", "../a", "/tmp/a", "a/b", "=1+1")]
+    for changes in (*names, {"cases": [{}]}, {"cases": [1]}, {"cases": 1}, {"labels": 1}):
+        write_prepared(tmp_path / "data", patient(0)[1], **changes)
+        with pytest.raises(InputError, match=r"dataset\.json"):
+            apply(use, split="test", data=tmp_path / "data")
 
 
 # ---------------------------------------------------------------------------------------
@@ -335,38 +332,32 @@ def test_a_foreign_dataset_json_and_a_case_that_is_a_path_are_refused(use, tmp_p
 # ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("output", ["label", "masked", "probability"])
-def test_a_missing_result_is_made_again(use, tmp_path, output, capsys):
-    scan = save(patient(0)[0], tmp_path / "a.nii.gz")
+def test_a_missing_result_is_made_again_and_a_corrected_one_stays(use, tmp_path, capsys):
+    scan, result = save(patient(0)[0], tmp_path / "a.nii.gz"), use["destination"] / "a"
     apply(use, scan, probability=True)
-    path = use["destination"] / "a" / f"a_{output}.nii.gz"
-    whole = path.read_bytes()
-    path.unlink()
-    apply(use, scan, probability=True)
-    assert path.read_bytes() == whole
+    for output in ("label", "masked", "probability"):
+        path = result / f"a_{output}.nii.gz"
+        whole = path.read_bytes()
+        path.unlink()
+        apply(use, scan, probability=True)
+        assert path.read_bytes() == whole
     assert "finished before" not in capsys.readouterr().out
+    corrected = save(patient(1)[1], result / "a_label.nii.gz").read_bytes()
     apply(use, scan, probability=True)
     assert "finished before" in capsys.readouterr().out
-
-
-def test_a_label_map_that_was_corrected_by_hand_stays(use, tmp_path):
-    scan, result = save(patient(0)[0], tmp_path / "a.nii.gz"), use["destination"] / "a"
-    apply(use, scan)
-    corrected = save(patient(1)[1], result / "a_label.nii.gz").read_bytes()
-    apply(use, scan)
     assert (result / "a_label.nii.gz").read_bytes() == corrected
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"case": "a"}', '{"case": 1, "files": 2}'])
-def test_a_foreign_record_is_no_finished_case(use, tmp_path, content):
+def test_a_foreign_record_is_no_finished_case(use, tmp_path):
     scan = save(patient(0)[0], tmp_path / "a.nii.gz")
     record, other = (use["destination"] / name / f"{name}.json" for name in ("a", "other"))
-    for path in (record, other):
-        path.parent.mkdir(parents=True)
-        path.write_text(content)
-    assert list(apply(use, scan)) == ["a"]
-    assert json.loads(record.read_text())["case"] == "a"
-    assert other.read_text() == content
+    for content in ("", "[]", '{"case": "a"}', '{"case": 1, "files": 2}'):
+        for path in (record, other):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        assert list(apply(use, scan)) == ["a"]
+        assert json.loads(record.read_text())["case"] == "a"
+        assert other.read_text() == content
 
 
 def test_two_processes_do_not_write_into_one_folder(use, tmp_path):

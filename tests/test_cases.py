@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import itertools
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -41,13 +40,6 @@ def write_nifti(path: Path, array: np.ndarray, affine=AFFINE, codes=(1, 1)) -> P
     return path
 
 
-def write_pair(path: Path, array: np.ndarray) -> Path:
-    image = nib.Nifti1Pair(array, AFFINE)
-    image.set_qform(AFFINE, 1)
-    nib.save(image, path)
-    return path
-
-
 def write_itk(path: Path, array: np.ndarray) -> Path:
     import SimpleITK
 
@@ -62,19 +54,23 @@ def write_dicom(path: Path, array: np.ndarray) -> Path:
     return path
 
 
-WRITERS: dict[str, Callable[[Path, np.ndarray], Path]] = {
-    "a.nii": write_nifti, "A.NII.GZ": write_nifti, "a.hdr": write_pair, "a.mhd": write_itk,
-    "a.nrrd": write_itk,
-}  # fmt: skip
+NAMES = ("a.nii", "A.NII.GZ", "a.hdr", "a.mhd", "a.nrrd")
 
 
 def write(name: str, folder: Path, array: np.ndarray) -> Path:
+    """Write an array in the format that the name says."""
     folder.mkdir(parents=True, exist_ok=True)
-    return WRITERS[name](folder / name, array)
+    path = folder / name
+    if path.suffix == ".hdr":
+        image = nib.Nifti1Pair(array, AFFINE)
+        image.set_qform(AFFINE, 1)
+        nib.save(image, path)
+        return path
+    return (write_nifti if ".nii" in name.lower() else write_itk)(path, array)
 
 
-@pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("dtype", ["u1", "i2", "u2", "i4", "f4", "f8"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", ["u1", "i2", "f4", "f8"])
 def test_every_reader_gives_the_label_map_in_any_type(name, dtype, tmp_path):
     scan = read_scan(write(name, tmp_path / "scan", HU))
     assert np.array_equal(scan.read(), HU)
@@ -87,7 +83,7 @@ def test_every_reader_gives_the_label_map_in_any_type(name, dtype, tmp_path):
     assert np.array_equal(indices.read(), LABEL > 0) and indices.read().dtype == np.uint8
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_voxels_without_a_number_are_refused_by_every_reader(name, tmp_path):
     array = HU.astype(np.float32)
     array[1, 2, 3] = np.nan
@@ -98,47 +94,37 @@ def test_voxels_without_a_number_are_refused_by_every_reader(name, tmp_path):
         assert error.value.kind == "nan"
 
 
-def test_near_whole_label_values_are_rounded_and_reported(tmp_path):
+def test_near_whole_label_values_are_rounded_and_reported_and_rescaled_ones_whole(tmp_path):
     path = write_nifti(tmp_path / "a.nii", (LABEL * 0.9999).astype(np.float32))
     label = read_label_map(path, SCAN, USUAL_LABELS)
     assert np.array_equal(label.read(), LABEL)
     assert label.dtype.kind == "u" and "rounded" in label.notes[0]
-
-
-@pytest.mark.parametrize(
-    ("change", "values"),
-    [
-        (lambda label: label * 0.6, r"\[0\.6"),
-        (lambda label: (label > 0) * 255, r"\[255\]"),
-        (lambda label: label * 3, r"\[3, 6\]"),
-        (lambda label: -label.astype(float), r"\[-2, -1\]"),
-        (lambda label: label * 1e12, r"\[1e\+12"),
-    ],
-)
-def test_values_that_nobody_declared_are_refused_and_named(change, values, tmp_path):
-    path = write_nifti(tmp_path / "a.nii", change(LABEL).astype(np.float32))
-    with pytest.raises(InputError, match=values) as error:
-        read_label_map(path, SCAN, USUAL_LABELS)
-    assert error.value.kind == "values"
-    assert str(path) in str(error.value)
-
-
-@pytest.mark.parametrize("dtype", [np.int16, np.float32])
-def test_swapped_scan_and_label_map_are_guessed(dtype, tmp_path):
-    labels = write_nifti(tmp_path / "a.nii.gz", LABEL)
-    hu = write_nifti(tmp_path / "b.nii.gz", HU.astype(dtype))
-    with pytest.raises(InputError, match=r"are scan and label map swapped\?"):
-        read_label_map(hu, read_scan(labels), USUAL_LABELS).read()
-    with pytest.raises(InputError, match=r"is it a scan\?"):
-        read_label_map(hu, read_scan(hu), USUAL_LABELS).read()
-
-
-def test_rescaled_label_maps_are_whole_numbers(tmp_path):
     image = nib.Nifti1Image(LABEL * np.uint8(2), AFFINE)
     image.header.set_slope_inter(0.5, 0)
     image.to_filename(tmp_path / "a.nii.gz")
     label = read_label_map(tmp_path / "a.nii.gz", SCAN, USUAL_LABELS)
     assert np.array_equal(label.read(), LABEL) and label.read().dtype.kind == "u"
+
+
+def test_values_that_nobody_declared_are_refused_and_named(tmp_path):
+    for label, values in (
+        (LABEL * 0.6, r"\[0\.6"), ((LABEL > 0) * 255, r"\[255\]"), (LABEL * 3, r"\[3, 6\]"),
+        (-LABEL.astype(float), r"\[-2, -1\]"), (LABEL * 1e12, r"\[1e\+12"),
+    ):  # fmt: skip
+        path = write_nifti(tmp_path / "a.nii", label.astype(np.float32))
+        with pytest.raises(InputError, match=values) as error:
+            read_label_map(path, SCAN, USUAL_LABELS)
+        assert error.value.kind == "values"
+        assert str(path) in str(error.value)
+
+
+def test_swapped_scan_and_label_map_are_guessed(tmp_path):
+    labels = write_nifti(tmp_path / "a.nii.gz", LABEL)
+    hu = write_nifti(tmp_path / "b.nii.gz", HU.astype(np.float32))
+    with pytest.raises(InputError, match=r"are scan and label map swapped\?"):
+        read_label_map(hu, read_scan(labels), USUAL_LABELS).read()
+    with pytest.raises(InputError, match=r"is it a scan\?"):
+        read_label_map(hu, read_scan(hu), USUAL_LABELS).read()
 
 
 def test_ignored_values_are_neither_class_nor_background(tmp_path):
@@ -167,17 +153,15 @@ def turn(array: np.ndarray, affine: np.ndarray, axes: np.ndarray) -> tuple[np.nd
     return nib.apply_orientation(array, axes), moved
 
 
-@pytest.mark.parametrize("axes", AXES, ids=lambda axes: "".join(map(str, axes.ravel())))
-def test_a_label_map_in_other_axes_lies_on_its_scan(axes, tmp_path):
+def test_a_label_map_in_any_axes_lies_on_its_scan(tmp_path):
     affine = random_affine(3)
     scan = read_scan(write_nifti(tmp_path / "scan.nii.gz", HU, affine))
-    path = write_nifti(tmp_path / "label.nii.gz", *turn(LABEL, affine, axes))
-    label = read_label_map(path, scan, USUAL_LABELS)
-    assert np.array_equal(scan.from_ras(label.ras.data).data, LABEL)
-    assert np.array_equal(label.ras_affine, scan.ras_affine) or np.allclose(
-        label.ras_affine, scan.ras_affine, rtol=0, atol=1e-5
-    )
-    assert label.notes == ()
+    for axes in AXES:
+        path = write_nifti(tmp_path / "label.nii", *turn(LABEL, affine, axes))
+        label = read_label_map(path, scan, USUAL_LABELS)
+        assert np.array_equal(scan.from_ras(label.ras.data).data, LABEL)
+        assert np.allclose(label.ras_affine, scan.ras_affine, rtol=0, atol=1e-5)
+        assert label.notes == ()
 
 
 @pytest.mark.parametrize(("axes", "axis"), [(AXES[0], 0), (AXES[7], 1), (AXES[20], 2)])
@@ -267,12 +251,12 @@ def test_whatever_a_reader_raises_is_an_input_error(error, tmp_path, monkeypatch
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes as of POSIX")
-@pytest.mark.parametrize("name", ["scan.nii.gz", "scan", "scan.mha"])
-def test_a_pipe_is_no_file_and_nobody_waits_for_it(tmp_path, name):
-    os.mkfifo(tmp_path / name)
-    for use in (read_scan, lambda path: stamp_inputs([path])):
-        with pytest.raises(InputError, match=rf"{name}: no such file"):
-            use(tmp_path / name)
+def test_a_pipe_is_no_file_and_nobody_waits_for_it(tmp_path):
+    for name in ("scan.nii.gz", "scan", "scan.mha"):
+        os.mkfifo(tmp_path / name)
+        for use in (read_scan, lambda path: stamp_inputs([path])):
+            with pytest.raises(InputError, match=rf"{name}: no such file"):
+                use(tmp_path / name)
 
 
 def test_a_scan_in_place_of_a_seg_and_a_seg_in_place_of_a_scan(tmp_path):
@@ -319,7 +303,7 @@ def test_pictures_lie_on_the_files_of_a_series_and_on_no_other_scan(tmp_path):
     assert np.array_equal(found, (LABEL == 1)[:, :, order])
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_file_that_is_read_is_stamped_and_no_other(name, tmp_path):
     path = write(name, tmp_path, HU)
     files = {file for file in tmp_path.iterdir() if file.is_file()}
@@ -331,6 +315,8 @@ def test_every_file_that_is_read_is_stamped_and_no_other(name, tmp_path):
         os.utime(file, ns=(1, 1))
         assert stamp_inputs([path]) != before
         before = stamp_inputs([path])
+    if name == "a.hdr":  # either half of a pair will do
+        assert all(set(list_files(file)) == files for file in files)
 
 
 def test_of_masks_and_of_a_series_exactly_its_files_are_stamped(tmp_path):
@@ -343,9 +329,3 @@ def test_of_masks_and_of_a_series_exactly_its_files_are_stamped(tmp_path):
     assert [Path(name).name for name, *_ in stamp_inputs([masks])] == ["a.nii", "b.nii"]
     with pytest.raises(InputError, match=r"none\.nii: no such file"):
         stamp_inputs([tmp_path / "none.nii"])
-
-
-def test_voxels_are_found_through_either_half_of_a_pair(tmp_path):
-    write_pair(tmp_path / "my.hdr.v2.hdr", HU)
-    both = {tmp_path / "my.hdr.v2.hdr", tmp_path / "my.hdr.v2.img"}
-    assert all(set(list_files(file)) == both for file in both)

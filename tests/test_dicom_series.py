@@ -55,19 +55,16 @@ def test_a_series_is_ordered_by_position_and_rescaled_to_hu(tmp_path):
     assert sorted(one.files) == list_series_files(tmp_path / "ct")
 
 
+ACROSS = [1, 0, 0, 0, 0, -1]
 FAULTS = {  # what changes → what the message says
     "gaps of 5.00 to 10.00 mm": {"ImagePositionPatient": lambda z: [0, 0, 5 * z + 5 * (z > 3)]},
     "gantry tilt of 16.7°": {"tilt": 1.5},
     "9.00 mm beside the stack": {"ImagePositionPatient": lambda z: [9 * (z == 4), 0, 5 * z]},
-    "share a position: several acquisitions": {
-        "ImagePositionPatient": lambda z: [0, 0, 5 * (z // 2)]
-    },
+    "share a position: several acquisitions": {"ImagePositionPatient": lambda z: [0, 0, z // 2]},
     "must be one stack of parallel slices": {
-        "ImageOrientationPatient": lambda z: [1, 0, 0, 0, 1, 0] if z % 2 else [1, 0, 0, 0, 0, -1]
+        "ImageOrientationPatient": lambda z: [1, 0, 0, 0, 1, 0] if z % 2 else ACROSS
     },
-    "must be or hold one DICOM series": {
-        "SeriesInstanceUID": lambda z: "1.2.3" if z % 2 else "1.2.4"
-    },
+    "must be or hold one DICOM series": {"SeriesInstanceUID": lambda z: f"1.2.{z % 2}"},
     "cannot be decoded": {"PixelData": b"\0" * 100},
     "PixelData must be 4608 bytes": {"PixelData": b"\0" * 5000},
     "RescaleSlope and RescaleIntercept must be numbers as in the other": {
@@ -80,6 +77,9 @@ FAULTS = {  # what changes → what the message says
     "NumberOfFrames must be 0, as PerFrame": {"NumberOfFrames": 24},
     "ModalityLUTSequence": {"ModalityLUTSequence": [pydicom.Dataset()]},
     "PatientID, StudyInstanceUID, FrameOfReferenceUID differ": {"PatientID": lambda z: f"P{z > 4}"},
+    "PixelSpacing .* must be those of the": {"PixelSpacing": lambda z: [4 + (z != 0)] * 2},
+    "Rows, .* must be those of the": {"PixelSpacing": lambda z: [4 + (z != 3)] * 2},
+    "/.* must be those of the": {"PixelSpacing": lambda z: [4 + (z != DEPTH - 1)] * 2},
 }
 
 
@@ -122,29 +122,16 @@ def test_interleaved_scans_are_never_mixed_and_each_can_be_chosen(tag, tmp_path)
         assert image.spacing_mm == (5, 5, 10) and f"4 slices of another {tag}" in image.notes[0]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"AcquisitionNumber": lambda z: 1 + z // 4},  # one acquisition continues the other
-        {"AcquisitionTime": lambda z: f"1200{z:02d}"},  # a time for each slice
-        {"ConvolutionKernel": lambda z: "B70f" if z == 3 else "B30f"},  # one odd slice
-        {"Modality": "MR", "AcquisitionTime": lambda z: f"12000{z % 2}"},  # interleaved in time
-    ],
-)
-def test_one_scan_stays_one(changes, tmp_path):
-    write_phantom_series(tmp_path / "ct", small(), **changes)
-    image = read_series(tmp_path / "ct")
-    assert np.array_equal(image.read(), small()[::-1, ::-1]) and image.notes == ()
-
-
 ODD = {
+    "one acquisition continues the other": {"AcquisitionNumber": lambda z: 1 + z // 4},
+    "a time for each slice": {"AcquisitionTime": lambda z: f"1200{z:02d}"},
+    "one odd slice": {"ConvolutionKernel": lambda z: "B70f" if z == 3 else "B30f"},
+    "MR interleaved in time": {"Modality": "MR", "AcquisitionTime": lambda z: f"12000{z % 2}"},
     "equal storage UIDs": {"SOPInstanceUID": "1.2.3"},
     "cosines beside a rounding": {
         "ImageOrientationPatient": lambda z: [1, 0.00049 + 2e-5 * (z % 2), 0, 0, 1, 0]
     },
-    "spacing in six and seven digits": {
-        "PixelSpacing": lambda z: [0.742188, 0.742188] if z % 2 else [0.7421875, 0.7421875]
-    },
+    "spacing in six and seven digits": {"PixelSpacing": lambda z: [0.7421875 + 5e-7 * (z % 2)] * 2},
     "positions rounded to 0.1 mm": {
         "ImagePositionPatient": lambda z: [0.3, 0, round(30 + 0.625 * z, 1)]
     },
@@ -164,13 +151,6 @@ def test_sound_series_that_look_odd_are_read_whole(kind, tmp_path):
     image = read_series(tmp_path / "ct")
     assert np.array_equal(image.read(), small()[::-1, ::-1])
     assert not any("left out" in note for note in image.notes)
-
-
-@pytest.mark.parametrize("where", [0, 3, DEPTH - 1], ids=["first", "inside", "last"])
-def test_a_slice_of_the_stack_is_never_left_out_as_a_stray(where, tmp_path):
-    write_phantom_series(tmp_path, small(), PixelSpacing=lambda z: [4 + (z != where)] * 2)
-    with pytest.raises(InputError, match=r"/\d+: Rows, .*PixelSpacing .* must be those of the"):
-        read_series(tmp_path)
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -242,14 +222,14 @@ def test_an_enhanced_multi_frame_file_is_a_series(tmp_path):
         read_series(tmp_path)
 
 
-@pytest.mark.parametrize("cut", [0.1, 0.3, 0.9])
-def test_a_cut_file_is_named(cut, tmp_path):
+def test_a_cut_file_is_named(tmp_path):
     write_phantom_series(tmp_path / "ct", small())
     file = sorted((tmp_path / "ct").iterdir())[5]
     content = file.read_bytes()
-    file.write_bytes(content[: int(cut * len(content))])
-    with pytest.raises(InputError, match=re.escape(str(file))):
-        read_series(tmp_path / "ct")
+    for cut in (0.9, 0.3, 0.1):
+        file.write_bytes(content[: int(cut * len(content))])
+        with pytest.raises(InputError, match=re.escape(str(file))):
+            read_series(tmp_path / "ct")
 
 
 def write_other(path: Path, like: pydicom.Dataset, sop: str, **changes) -> Path:
@@ -375,14 +355,10 @@ def test_a_tag_of_nonsense_gives_the_right_result_or_one_input_error(tmp_path):
     assert counts["right"] > 5 and counts["refused"] > 5, counts
 
 
-@pytest.mark.parametrize("kind", ["flipped", "oblique and shuffled"])
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])
-def test_a_scan_becomes_a_series_and_comes_back(kind, dtype, tmp_path):
+def test_a_scan_becomes_a_series_and_comes_back(dtype, tmp_path):
     """Bit-identical voxels, affine within 1e-3 mm; the same scan gives the same series."""
-    affine = {
-        "flipped": np.array([[-0.8, 0, 0, 20], [0, 0.7, 0, 3], [0, 0, -2.5, 9], [0, 0, 0, 1.0]]),
-        "oblique and shuffled": random_affine(4),
-    }[kind]
+    affine = random_affine(4)
     save(small(10)[:30, :40].astype(dtype), affine, tmp_path / "Doe^Jane.nii.gz")
     volume = read_file(tmp_path / "Doe^Jane.nii.gz")
     files = write_series(volume, tmp_path / "ct")
@@ -410,14 +386,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_a_series_cannot_hold_is_refused(kind, tmp_path):
+def test_what_a_series_cannot_hold_is_refused_and_a_folder_in_use_left_alone(kind, tmp_path):
     make, affine, message = REFUSED[kind]
     with pytest.raises(InputError, match=message):
         write_series(Volume(make(), affine, "scan.nii.gz"), tmp_path / "ct")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_in_use_is_left_alone(tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(InputError, match="must be a new folder"):
         write_series(Volume(small(4), np.eye(4)), tmp_path)
