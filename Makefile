@@ -2,7 +2,7 @@
 # make test   install and run all tests
 # make reliability   attack everything: bad files, kills, full disks, two at once (hours); --quick: minutes
 # make peers   nnU-Net and MONAI's tutorial in the same CPU minutes as ours (hours)
-# make starter   the starter weights from seeds, and their Dice on real CTs (docs/starter.md)
+# make starter   the starter weights from seeds, and their Dice on real CTs (docs/evidence/starter.md)
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := data/demo

@@ -440,7 +440,7 @@ def fit(config: Config, prepared: dict, chain: Chain, device: torch.device, save
         where = f"{run.precision} on {utilities.rank_and_size()[1]} × {device}"
         print(f"{config.network}: {count:,} parameters, {where}")
         if device.type == "cpu" and count > 10_000_000:
-            print("slow on a CPU: python train.py laptop is the recipe for it (docs/recipes.md)")
+            print("slow on a CPU: python train.py laptop is the recipe for it (docs/training.md)")
         write_json(config.plain() | {"resume": None}, config.run_folder / "config.json")
     utilities.train(
         run, train_loader, val_loader, loss_function, max_epochs=config.max_epochs,
