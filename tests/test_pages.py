@@ -127,7 +127,7 @@ def test_first_ten_minutes(world):
 
 def test_applying(trained):
     follow("docs/applying.md", trained)
-    row = next(csv.DictReader((trained / "results/evaluation/evaluation.csv").open()))
+    row = next(csv.DictReader((trained / "results/evaluation/results.csv").open()))
     assert "liver_dice" in row and "tumour_dice" not in row
 
 
