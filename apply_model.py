@@ -19,15 +19,7 @@ from typing import Literal
 import tyro
 
 from data.files import InputError, find_checkpoint
-from data.settings import (
-    NETWORK_LIBRARIES,
-    Device,
-    Int16,
-    Part,
-    Whole,
-    read_settings,
-    run_script,
-)  # fmt: skip
+from data.settings import NETWORK_LIBRARIES, Device, Int16, Part, Whole, read_settings, run_script
 
 
 @dataclass

@@ -17,7 +17,6 @@ from PIL import Image
 
 from data.labels import IMAGE, LABEL, PRED, USUAL_LABELS
 from data.pictures import (
-    LABEL_COLOURS,
     PLANES,
     add_legend,
     find_busiest_slice,
@@ -70,13 +69,6 @@ def overview(scan_path: Path, label_path: Path, found_path: Path) -> Figure:
     space = figure.add_subplot(parts[:, 0])
     space.imshow(render(scan_path, label_path))
     space.axis("off")
-    for x, letter in ((0.02, "R"), (0.98, "L")):
-        space.text(x, 0.5, letter, transform=space.transAxes, fontsize=13, color="0.3", ha="center")
-    for place, (colour, name) in enumerate(
-        [(LABEL_COLOURS[1], "liver"), (LABEL_COLOURS[2], "tumours"), ("#c9b98f", "skin")]
-    ):
-        where = {"transform": space.transAxes, "fontsize": 13, "weight": "bold"}
-        space.text(0.02, 0.97 - 0.05 * place, f"■ {name}", color=colour, **where)
     for row, plane in enumerate(("axial", "coronal")):
         axes = figure.add_subplot(parts[row, 1])
         at = find_busiest_slice(truth.ras.data == 2, PLANES[plane][0])

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import apply_model
-import visualize_3d
 from apply_model import Model, Options
 from data.files import InputError
 from data.labels import USUAL_LABELS
@@ -264,7 +263,7 @@ def test_the_trust_of_prepare_holds_for_its_test_split(use, tmp_path):
         apply(use, split="test", data=data)
     write_prepared(data, label, affine=moved, settings={"trust_image_grid": True})
     assert float(apply(use, split="test", data=data)["a"]["liver_dice"]) > 0.98
-    case = visualize_3d.find_case(use["destination"] / "a", visualize_3d.Config())
+    case = find_case(use["destination"] / "a", View())
     assert case.reference.data.any(), "3D reads it although its header lies elsewhere"
 
 

@@ -575,6 +575,12 @@ def test_two_series_in_one_folder_have_names_by_their_uids(tmp_path):
         assert np.array_equal(label, Volume(label_of(patient), AFFINE).ras.data)
 
 
+def test_a_series_that_a_seg_names_is_a_scan_whatever_its_folder_is_called(tmp_path):
+    as_seg(save_series(scan_of(1), tmp_path / "masks/p1"), label_of(1), tmp_path / "masks/x.dcm")
+    (case,) = find_pairs(tmp_path).cases
+    assert (case.image, case.label) == (tmp_path / "masks/p1", tmp_path / "masks/x.dcm")
+
+
 def test_two_segs_of_one_series_are_told(tmp_path):
     lay_seg(tmp_path, 1)
     scan = read_scan(tmp_path / "p1/scan")
@@ -761,6 +767,9 @@ def test_a_description_reaches_no_neighbouring_set(tmp_path):
     (tmp_path / "btcv/dataset.json").write_text(json.dumps({"labels": BTCV}))
     with pytest.raises(InputError, match=r"btcv/dataset.json says .*spleen.*lits/segmentation-1.*"):
         find_pairs(tmp_path)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": BTCV}))  # above the source
+    assert find_pairs(tmp_path / "lits").declared["liver"] == (1,)
+    (tmp_path / "dataset.json").unlink()
     same = {"labels": {"liver": 1, "cancer": 2}}  # the usual values by another name
     (tmp_path / "btcv/dataset.json").write_text(json.dumps(same))
     assert find_pairs(tmp_path).declared == {"background": (0,), "liver": (1,), "cancer": (2,)}
@@ -1034,6 +1043,9 @@ def test_slices_given_one_by_one_are_their_series_once(tmp_path):
     volume = save(scan_of(2), tmp_path / "x.nii.gz")
     assert find_scans(*slices, volume) == [tmp_path / "a", volume]
     assert find_scans(slices[3]) == [slices[3]]  # one slice names its series
+    others = [f.rename(tmp_path / f"a/x{f.name}") for f in save_series(scan_of(2), tmp_path / "b")]
+    assert find_scans(slices[3], others[3]) == [slices[3], others[3]]  # so does one of each
+    assert len(find_scans(*slices, *others)) == 2
 
 
 def test_truths_may_be_segs_or_masks(tmp_path):

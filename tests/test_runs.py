@@ -119,7 +119,7 @@ def test_a_dataset_json_of_something_else_is_one_message(prepared, tmp_path):
         ("words", "must be what prepare.py wrote"),
         ("[]", "must be a dictionary, got list"),
         ("{}", "schema is missing"),
-        ('{"schema": 99}', "a later version"),
+        ('{"schema": 99}', "update this program"),
         (json.dumps(less), "subvolume_depth is missing; prepare the data again"),
         (json.dumps(content | {"labels": {"liver": ["x"]}}), "labels must be whole numbers"),
     ):
