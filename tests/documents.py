@@ -60,12 +60,15 @@ def run_block(block: str, folder: Path) -> list[list[str]]:
         env={**os.environ, "PATH": path, "ASK": str(ask), "ANSWER": str(answer)},
     )  # fmt: skip
     done = []
-    with shell:
+    try:
         while (words := ask.read_text().split("\0")[:-1])[0] != "end":
             code = run_program(words[1:], Path(words[0]))
             done.append(words[1:])
             answer.write_text("0\n" if code == 0 else "1\n")
             assert code == 0, f"{' '.join(words[1:])}: {code}"
+        shell.wait()
+    finally:
+        shell.kill()
     assert words[1] == "0", block
     for path in (*programs.iterdir(), ask, answer):
         path.unlink()
