@@ -79,6 +79,7 @@ import hashlib
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -91,9 +92,7 @@ import torch
 from monai.inferers import sliding_window_inference
 from tqdm import tqdm
 
-from data import scans, trust
-from data.check import judge_hu
-from data.datasets import Case, list_cases
+from data import check, datasets, scans, trust
 from data.evaluate import do_each, evaluate, measure, refuse_failures, report_all, tell_row
 from data.files import lock_folder, read_record, write_json
 from data.labels import group_tumours, translate_classes
@@ -108,8 +107,6 @@ WRITTEN = ("label.nii.gz", "masked.nii.gz", "probability.nii.gz", "label.dcm", "
 OUTSIDE = -20.0  # logit where no window was: surely background
 AT_ONCE = 1_200_000  # voxels per call on a CPU; larger calls are no faster there
 LOCATE_MM = 25.0  # around the organ that --locate finds
-PLAUSIBLE_ML = {"liver": (500, 4000)}  # volumes of adults
-RIGHT_SIDED = ("liver",)  # organs on the patient's right
 # How much darker than its inside an organ's edge may be, in HU, of organs of one brightness: fat,
 # bile and bowel are darker still. A voxel half of which is fat is 100 darker than a liver of 100.
 DARKER_HU = {"liver": 80.0}
@@ -186,17 +183,13 @@ def segment(
 ) -> Segmentation:
     """Segment a scan in HU, and lay the result on exactly its grid.
 
-    `scan`: a volume or its path, in any orientation and spacing. An array (X, Y, Z) comes as
-    `Volume(array, affine)`, affine 4×4 from voxel to patient mm in RAS+.
+    `scan`: its path or a Volume(array (X, Y, Z), affine 4×4 to RAS mm), of any orientation.
     """
     options = options or Options()
     scan = scan if isinstance(scan, Volume) else scans.read_scan(Path(scan))
     tensor, to_network = preprocess_volume(scan, model.chain, model.device)
-    begin = time.perf_counter()
-    if model.finder:
-        scores = predict_near(model, scan, tensor, to_network, options)
-    else:
-        scores = predict(model, tensor, options)
+    begin, near = time.perf_counter(), (model, scan, tensor, to_network, options)
+    scores = predict_near(*near) if model.finder else predict(model, tensor, options)
     seconds = time.perf_counter() - begin
     if options.trim_by_hu and model.chain.hu_window and model.modality == "CT":
         low, high = model.chain.hu_window  # are 0 and 1 of the network's input
@@ -247,10 +240,9 @@ def predict(
 ) -> torch.Tensor:
     """Return how far each class's logit lies above the background's, (C − 1, X, Y, Z), on the CPU.
 
-    Windows of the training's size, blended by a Gaussian, slide over a preprocessed volume
-    (1, X, Y, Z), or a `box` of it: sub-volumes along the slices alone, patches along all axes where
-    there is anything but air. Where the device's memory is short, this scan is done one window at
-    a time, else on the CPU; the next scan tries the device again.
+    Windows, blended by a Gaussian, slide over a preprocessed volume (1, X, Y, Z) or a `box` of it:
+    sub-volumes along the slices, patches along all axes where there is anything but air. Where the
+    memory is short, this scan is done window by window, else on the CPU.
     """
     if not box and model.chain.sampling == "patches":
         box = find_bounding_box((volume[0] > 0).cpu().numpy())
@@ -278,8 +270,7 @@ def predict(
 def ask(model: Model, device: torch.device, mirror: bool, batch: torch.Tensor) -> torch.Tensor:
     """Return how far each class's logit lies above the background's, (B, C − 1, X, Y, Z).
 
-    `mirror` averages with the front-back mirror image; never left-right, because the side tells
-    the liver from the spleen.
+    `mirror` averages with the front-back image; left-right would mix up liver and spleen.
     """
     networks, same = (model.network, *model.others), device == model.device
     precision = model.precision if same else pick_precision("auto", device)
@@ -302,16 +293,14 @@ def trim_by_hu(
 ) -> None:
     """Remove from an organ the edge that is far darker than its inside; in place.
 
-    The inside is the half that the network is surer of. It stays, as does what the rest encloses
-    in its slice: tumours, cysts. `scores` (C − 1, X, Y, Z) are the logits of the classes `names`
-    above the background's, `image` (X, Y, Z) is the CT on their grid.
+    The inside is the surer half. It stays, as does what the rest encloses in its slice: tumours,
+    cysts. `scores`: (C − 1, X, Y, Z) logits above the background's; `image`: (X, Y, Z), the CT.
     """
     for every, name in zip(scores, names, strict=True):
         if name not in DARKER_HU or not (every > 0).any():
             continue
         box = find_bounding_box(every > 0)
-        score = every[box]
-        found = score > 0
+        score, found = every[box], every[box] > 0
         known, hu = score[found], image[box][found]
         inside = known >= np.median(known)
         below = np.median(hu[inside]) - hu
@@ -357,27 +346,24 @@ def find_holes(mask: np.ndarray) -> np.ndarray:
 
 def find_doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str]:
     """Return what is implausible about a segmentation: class indices and HU on one grid."""
-    found, outer = [], find_bounding_box(classes.ras.data)
+    found, outer = list[str](), find_bounding_box(classes.ras.data)
+    step = check.choose_step(classes.ras_shape)
+    coarse, hu = classes.ras.data[::step, ::step], scan.ras.data[::step, ::step]
+    x_mm, y_mm, z_mm = scan.ras.spacing_mm
     for organ, tumours in group_tumours(names).items():
         name, body = names[organ - 1], np.isin(classes.ras.data[outer].T, [organ, *tumours]).T
         if not body.any():
             found.append(f"no {name} found")
             continue
-        low, high = PLAUSIBLE_ML.get(name, (0, math.inf))
-        if not low <= (ml := np.count_nonzero(body) * scan.voxel_ml) <= high:
-            found.append(f"{name} of {ml:.0f} ml, expected {low} to {high}")
+        masks = coarse == organ, np.isin(coarse, tumours)
+        doubts = check.doubt_organ(name, *masks, hu, (x_mm * step, y_mm * step, z_mm))
+        found += [text for _, text in doubts]
         pairs = zip(outer, find_bounding_box(body), strict=True)
         box = [slice(a.start + b.start, a.start + b.stop) for a, b in pairs]
         sides = (("left", "right"), ("back", "front"), ("lower", "upper"))
         for part, size, (first, last) in zip(box, classes.ras_shape, sides, strict=True):
             touched = [first] * (part.start == 0) + [last] * (part.stop == size)
             found += [f"{name} reaches the {end} end of the scan: cut off?" for end in touched]
-        patient = scan.ras.data[:, ::4, box[2]][:, :, ::4] > -300
-        if name in RIGHT_SIDED and patient.any():
-            counts = [mask.sum(axis=(1, 2)) for mask in (body, patient)]
-            middles = [np.average(np.arange(len(some)), weights=some) for some in counts]
-            if outer[0].start + middles[0] < middles[1]:
-                found.append(f"{name} on the patient's left: are the scan's sides right?")
     return found
 
 
@@ -386,13 +372,14 @@ def find_doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str
 # ---------------------------------------------------------------------------------------
 
 
-def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume | None, list[str]]:
+def read_case(
+    model: Model, case: datasets.Case, config: Config
+) -> tuple[Volume, Volume | None, list[str]]:
     """Return a scan in memory, its truth as RAS class indices, and what is unusual about them."""
     assert case.image
     scan = scans.read_scan(case.image)
-    array = scan.read()
-    scan, notes = replace(scan, data=array, convert=None), list(scan.notes)
-    for kind, fault in judge_hu(array[::2, ::2], array.dtype):
+    notes = list(scan.notes)
+    for kind, fault in check.judge_hu(scan.data[::2, ::2], scan.dtype) + check.judge_geometry(scan):
         if "MR" in (model.modality, case.modality):
             continue
         if kind == "hu" and not config.force and "hu" not in case.accepted:
@@ -420,7 +407,7 @@ def read_case(model: Model, case: Case, config: Config) -> tuple[Volume, Volume 
     return scan, truth, list(dict.fromkeys([*notes, *label.notes]))
 
 
-def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
+def apply_to_case(model: Model, case: datasets.Case, config: Config) -> dict[str, Any]:
     """Segment one scan, write its results, and return its row of measurements."""
     begin = time.perf_counter()
     scan, truth, notes = read_case(model, case, config)
@@ -452,7 +439,7 @@ def apply_to_case(model: Model, case: Case, config: Config) -> dict[str, Any]:
     }
 
 
-def do_case(model: Model, weights: str, config: Config, case: Case) -> None:
+def do_case(model: Model, weights: str, config: Config, case: datasets.Case) -> None:
     """Segment a case and write its record last, unless a record says that this was done."""
     folder = config.destination / case.name
     settings = [getattr(config, one.name) for one in fields(Options)]
@@ -477,6 +464,26 @@ def do_case(model: Model, weights: str, config: Config, case: Case) -> None:
         "files": [name for name in names if (folder / name).is_file()],
     }
     write_json(row, record)
+
+
+def list_cases(paths: Sequence[Path], truth: Sequence[Path]) -> list[datasets.Case]:
+    """Return the scans that some paths stand for, each under a name of its own, with their truths.
+
+    Raises InputError for no path, for a scan that is given twice, or truths that do not fit.
+    """
+    if not paths:
+        raise InputError("nothing to segment: give CT volumes, or --split test")
+    found = datasets.find_scans(*paths)
+    if twice := [scan for scan, n in Counter(map(os.path.realpath, found)).items() if n > 1]:
+        raise InputError(f"{twice[0]}: is given twice; give each scan once")
+    names = datasets.name_scans(found, paths[0] if len(paths) == 1 else None)
+    return [
+        datasets.Case(
+            name, name, scan, label, alone=len(found) == 1,
+            described=datasets.describe_truths(label) if label else None,
+        )
+        for name, scan, label in zip(names, found, datasets.pair_truths(found, truth), strict=True)
+    ]  # fmt: skip
 
 
 def main(config: Config) -> None:

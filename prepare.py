@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data.labels import FOREGROUND
+from data.labels import ACCEPTABLE, FOREGROUND
 from data.settings import Count, Positional, Seed, Share, Whole, read_settings, run_script
 
 
@@ -44,8 +44,9 @@ class Config:
     patients: Path | None = None  # CSV with columns case,patient, where one patient has many scans
     patient_pattern: str = ""  # or: regular expression whose first group, in a case name, is it
     check_only: bool = False  # stop after the check
-    trust_image_grid: bool = False  # lay a label map on its scan's grid if only the shapes agree
-    accept: tuple[Literal["mirrored", "outside", "hu"], ...] = ()  # errors to take as warnings
+    trust_image_grid: tuple[str, ...] | None = None  # cases whose label map is laid on the scan
+    # voxel on voxel; without names: all whose headers disagree
+    accept: tuple[ACCEPTABLE, ...] = ()  # errors to take as warnings
     leave_out: tuple[str, ...] = ()  # cases not to use
     overwrite: bool = False  # remove what was prepared here from another source
     compress: bool = False  # gzip the images too: half the disk, twice the time
@@ -76,6 +77,7 @@ from typing import Any
 
 import numpy as np
 
+from data import splits
 from data.check import (
     Terms,
     check_case,
@@ -92,15 +94,6 @@ from data.files import InputError, lock_folder, read_record, write_json
 from data.labels import IMAGE, LABEL, as_plain
 from data.scans import list_cuts, mark_undrawn, stamp_inputs
 from data.settings import check_settings, show_progress
-from data.splits import (
-    PREPARED_SCHEMA,
-    SPLITS,
-    divide_patients,
-    name_patients,
-    refuse_no_validation,
-    seeded,
-    split_patients,
-)
 from data.volumes import AIR_HU, BODY_HU, Volume, find_body, find_bounding_box
 
 CUT = 4  # of the sub-volumes: what an earlier version of this file cut is cut again
@@ -113,7 +106,7 @@ Record = dict[str, Any]  # of a case: what the check found, later its entry in d
 def main(config: Config) -> None:
     refuse_settings(config)
     everything, terms = read_data_set(config)
-    name_patients(everything, config)
+    splits.name_patients(everything, config)
     cases = choose_cases(everything, config)
     with lock_folder(config.destination):
         claim_destination(config.destination, config.source, config.overwrite)
@@ -123,10 +116,11 @@ def main(config: Config) -> None:
                 check = partial(check_once, config=config, terms=terms)
                 bar = {"total": len(cases), "desc": "checking", "unit": "case"}
                 records = list(show_progress(do_each(check, cases), **bar))
-                notes = [text for _, text in compare_cases(records)]
-                report_cases(records, config.accept, config.destination / "check" / "check.csv")
+                told = compare_cases(records, terms)
+                table = config.destination / "check" / "check.csv"
+                report_cases(records, told, config.accept, table)
                 if not config.check_only:
-                    cut_cases(do_each, records, notes, config, terms)
+                    cut_cases(do_each, records, [text for _, text in told], config, terms)
                     remove_gone(config.destination, {case.name for case in everything})
         except KeyboardInterrupt as stop:
             command = f"python {shlex.join(sys.argv)}"
@@ -198,8 +192,8 @@ def cut_cases(
     sound = [record for record in records if not list_errors(record, config.accept)]
     if not sound:
         return
-    split, folds = split_patients(sound, config), divide_patients(sound, config)
-    refuse_no_validation(split, config)
+    split, folds = splits.split_patients(sound, config), splits.divide_patients(sound, config)
+    splits.refuse_no_validation(split, config)
     (config.destination / "dataset.json").unlink(missing_ok=True)
     results = do_each(partial(cut_case, config=config, terms=terms), sound)
     results = list(show_progress(results, total=len(sound), desc="cutting", unit="case"))
@@ -212,8 +206,14 @@ def cut_cases(
         record["split"] = split[record["patient"]]
         if folds:
             record["fold"] = folds[record["patient"]]
-    if any("split" in record for record in sound):
-        write_dataset(records, notes, config, terms)
+    if not any("split" in record for record in sound):
+        return
+    if not any(record.get("subvolumes") for record in sound):
+        what = "no sub-volume holds foreground; correct what the check found, keep some without"
+        raise InputError(
+            f"{config.source}: {what}: --keep-empty, or whole cases: --subvolume-depth 0"
+        )
+    write_dataset(records, notes, config, terms)
 
 
 def cut_case(record: Record, config: Config, terms: Terms) -> Record:
@@ -232,9 +232,12 @@ def cut_case(record: Record, config: Config, terms: Terms) -> Record:
     foreground = np.sum([counts[value] for value in terms.foreground], axis=0)
     entries, covered = [], np.zeros_like(foreground)
     with replace_folder(config.destination / "subvolumes" / name) as folder:
-        for first, last in list_cuts(record["slices"], size, terms.label_every, seeded(0, name)):
-            here, chosen = slice(first, last), seeded(config.seed, f"{name}:{first}")
-            if not foreground[here].any() and chosen >= config.keep_empty:
+        for first, last in list_cuts(
+            record["slices"], size, terms.label_every, splits.seeded(0, name)
+        ):
+            here, chosen = slice(first, last), splits.seeded(config.seed, f"{name}:{first}")
+            empty = config.subvolume_depth and not foreground[here].any()
+            if empty and chosen >= config.keep_empty:  # a whole case that is accepted stays
                 continue
             covered[here] = foreground[here]
             entry: Record = {"case": name, "first_slice": first}
@@ -308,7 +311,7 @@ def write_dataset(records: list[Record], notes: list[str], config: Config, terms
         raise RuntimeError(f"{inside} foreground voxels, {covered} covered: a fault of prepare.py")
     same = ("source", "destination", "workers", "check_only", "overwrite")  # content without them
     dataset = {
-        "schema": PREPARED_SCHEMA,
+        "schema": splits.PREPARED_SCHEMA,
         "source": str(config.source.resolve()),
         "settings": {key: value for key, value in asdict(config).items() if key not in same},
         "subvolume_depth": config.subvolume_depth,
@@ -320,7 +323,7 @@ def write_dataset(records: list[Record], notes: list[str], config: Config, terms
         "left_out": left_out,
         "subvolumes": subvolumes,
     }
-    for name in SPLITS:  # as MONAI reads them
+    for name in splits.SPLITS:  # as MONAI reads them
         chosen = [entry for entry in subvolumes if entry["split"] == name]
         dataset[name] = [{key: entry[key] for key in (IMAGE, LABEL, "case")} for entry in chosen]
     write_json(dataset, config.destination / "dataset.json")
@@ -328,7 +331,7 @@ def write_dataset(records: list[Record], notes: list[str], config: Config, terms
     pieces = f"{len(subvolumes)} sub-volumes" if config.subvolume_depth else "kept whole"
     print(
         f"{config.destination}: {len(cases)} cases, {pieces}; patients "
-        f"{' / '.join(f'{patients[name]} {name}' for name in SPLITS)}\n"
+        f"{' / '.join(f'{patients[name]} {name}' for name in splits.SPLITS)}\n"
         f"foreground voxels: {inside} in, {covered} covered"
     )
 

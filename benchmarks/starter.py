@@ -33,7 +33,7 @@ from data.scans import lay_on_grid, read_volume
 CHOSEN_ON = ("ircad_19", "tace_1720")  # real scans that settings were chosen on
 BODIES = "--cases 160 --spacing 4 4 4"
 PREPARE = (
-    "--subvolume-depth 0 --foreground liver --accept mirrored outside hu "
+    "--subvolume-depth 0 --foreground liver --accept outline outside hu empty "
     "--training 0.95 --validation 0.05 --test 0"
 )
 TRAIN = (

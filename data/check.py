@@ -9,6 +9,7 @@ through the foreground with the annotated outlines. `prepare.py` runs the same c
 
 from __future__ import annotations
 
+import math
 import os
 import traceback
 import zlib
@@ -25,6 +26,7 @@ import tyro
 from data.datasets import Case, describe_data_set, find_pairs
 from data.files import InputError, write_csv
 from data.labels import (
+    ACCEPTABLE,
     FOREGROUND,
     IGNORED,
     IMAGE,
@@ -33,42 +35,61 @@ from data.labels import (
     find_label,
     find_values,
     index_classes,
+    is_tumour,
     list_values,
     parse_values,
 )
-from data.pictures import PLANES, choose_hu_window, find_busiest_slice, save_figure, show_patient
+from data.pictures import (
+    PLANES,
+    choose_hu_window,
+    draw_outlines,
+    find_busiest_slice,
+    flatten,
+    save_figure,
+    show_patient,
+)
 from data.scans import describe_label, read_label_map, read_scan, restore_label
 from data.settings import Count, Whole, read_settings, run_script, show_progress
-from data.volumes import Volume, find_bounding_box
+from data.volumes import AIR_HU, Volume, find_bounding_box
 
 Finding = tuple[str, str]  # kind (a key of RULES), text
+Spacing = tuple[float, float, float]
+Turn = tuple[tuple[int, ...], tuple[int, ...]]  # order of the axes, axes reversed
+Place = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # a turn, and a move in voxels
 
 RULES = {  # kind of finding → (level, remedy); an error stops its case, a note needs nothing
     "orphan": ("error", "add the missing file or remove this one"),
     "unreadable": ("error", "get the file again, or convert it as the message says"),
     "shape": ("error", "export the label map again on the grid of its scan"),
-    "grid": ("error", "export the label map again, or lay it on the scan: --trust-image-grid"),
+    "grid": ("error", "export the label map again, or trust its scan: --trust-image-grid CASES"),
     "values": ("error", "correct the label map, or declare its values in dataset.json"),
-    "empty": ("error", "annotate the scan or remove the case"),
+    "empty": (
+        "error",
+        "annotate it, name its label by --foreground or --values, or --accept empty",
+    ),
     "nan": ("error", "convert the file again; every voxel needs a number"),
     "small": ("error", "get the scan in its full size"),
     "hu": ("error", "convert to HU as int16; for MR: --modality MR; to keep it: --accept hu"),
     "outside": ("error", "look at the picture; the label map may be shifted, flipped or another's"),
-    "mirrored": ("error", "look at the picture; flip the label map back"),
+    "outline": ("error", "that place is dotted in the picture; to keep yours: --accept outline"),
     "ambiguous": ("error", "rename or remove one, or name two folders: --images --labels"),
-    "drawn": ("error", "give the right --label-every, or clear the slices in between"),
-    "left_right": ("warning", "correct the header's left-right unless it is situs inversus"),
+    "drawn": ("error", "give the right --label-every, or correct the slices in between"),
+    "identity": ("error", "get the header with its geometry; to keep it: --accept identity"),
+    "turned": ("error", "write the spacing in the order x, y, z; to keep it: --accept turned"),
+    "left_right": ("error", "correct the header; of situs inversus: --accept left_right"),
+    "outline_off": ("warning", "look at the picture, where that place is dotted"),
+    "organ": ("warning", "look whether the values of the label map mean what is declared"),
     "air": ("warning", "look whether HU were clipped"),
     "partly_outside": ("warning", "look at the picture"),
-    "no_foreground": ("warning", "look whether the organ is there; it gives no sub-volumes"),
+    "lacking": ("warning", "look whether the organ is outside these scans or not annotated"),
     "tumour_apart": ("warning", "look whether these voxels belong to the liver's tumours"),
     "blank": ("warning", "look whether slices were lost on export"),
-    "identity": ("warning", "millimetres and sides are not known; get the header with geometry"),
     "unoriented": ("warning", "sides are not known; get the header with its orientation"),
     "label_note": ("warning", "look at the picture"),
     "dicom": ("warning", "look whether these images are part of the scan"),
     "spacing": ("warning", "compare with the scanner's protocol"),
     "duplicate": ("warning", "remove one; kept together in one split until then"),
+    "trusted": ("note", "look at the picture"),
     "near_grid": ("note", "the scan's own geometry is used"),
     "thin": ("note", "it is padded with air"),
     "mixture": ("note", "all sub-volumes are written in RAS"),
@@ -77,6 +98,25 @@ LEVELS = ("error", "warning", "note")
 HIGHEST_HU = 31_000  # of any CT, metal included; padding read as unsigned is 62,512 and more
 COARSE = 128  # voxels in-plane that are enough for the statistics
 SMALLEST = 8  # voxels in-plane; a network halves a slice three times
+LARGEST_MM = (1000, 1000, 2200)  # of a scan: the widest scanners see 800 mm of a patient
+PLAUSIBLE_ML = {"liver": (500, 4000)}  # volumes of adults
+RIGHT_SIDED = ("liver",)  # organs on the patient's right
+# An outline is judged from so many mm³ on (the tips of livers often fit elsewhere), by so many of
+# its voxels, and is doubtful or wrong if its HU range is so many times the lowest one elsewhere.
+SMALLEST_MM3, POINTS, DOUBTFUL, WRONG = 100_000, 2000, 1.15, 1.4
+EVEN_HU = 5  # lower HU ranges are counted as this one
+MOVES_MM = (-25.0, -12.5, 0.0, 12.5, 25.0)  # along each axis
+TURNS: dict[Turn, str] = {  # (order of the axes, axes whose direction is reversed) → name
+    ((0, 1, 2), ()): "",
+    ((0, 1, 2), (0,)): "mirrored left-right",
+    ((0, 1, 2), (1,)): "mirrored front-back",
+    ((0, 1, 2), (2,)): "upside down",
+    ((0, 1, 2), (0, 1)): "turned by 180°",
+    ((1, 0, 2), ()): "with rows and columns exchanged",
+    ((1, 0, 2), (0, 1)): "with rows and columns exchanged",
+    ((1, 0, 2), (0,)): "turned by 90°",
+    ((1, 0, 2), (1,)): "turned by 90°",
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +125,8 @@ class Terms:
 
     labels: Labels  # name → raw values that a label map may hold
     foreground: tuple[int, ...]  # raw values that must not be lost
-    trust_grid: bool = False  # lay a label map on its scan if only the shapes agree
+    # Cases whose label map is laid on the scan voxel on voxel; (): all whose headers disagree.
+    trust_grid: tuple[str, ...] | None = None
     modality: Literal["CT", "MR"] = "CT"
     depth: int = 16  # slices of a sub-volume
     ignore: tuple[int, ...] = ()  # raw values that count as neither foreground nor background
@@ -112,6 +153,8 @@ def read_data_set(config: Any) -> tuple[list[Case], Terms]:
             )
         ignore = tuple(dict.fromkeys([*ignore, IGNORED]))
     foreground = choose_foreground(config.foreground, data.declared)
+    if missing := set(config.trust_image_grid or ()) - {case.name for case in data.cases}:
+        raise InputError(f"--trust-image-grid {min(missing)}: there is no such case")
     how = (config.trust_image_grid, config.modality, config.subvolume_depth)
     return data.cases, Terms(data.declared, foreground, *how, ignore, config.label_every)
 
@@ -173,41 +216,54 @@ def inspect_case(record: dict[str, Any], terms: Terms) -> Any:
     record["shape"], record["orientation"] = list(scan.shape), scan.axcodes
     record["spacing_mm"] = [round(step, 6) for step in scan.spacing_mm]
     record["slices"] = hu.shape[2]
+    if record["trust_image_grid"]:
+        findings.append(("trusted", "the label map is laid on the scan voxel on voxel"))
     findings += judge_grid(scan, label, terms.depth)
     counts = count_per_slice(label, terms)
     annotated = np.sum([counts[v] for v in counts if v and v not in terms.ignore], axis=0) > 0
     findings += judge_gaps(annotated, terms.label_every)
     record["drawn_slice"] = int(annotated.argmax())
-    step = max(1, round(max(hu.shape[:2]) / COARSE))
+    voxels = {value: int(number.sum()) for value, number in sorted(counts.items())}
+    findings += judge_labels(voxels, label.classes, terms)
+    step = choose_step(hu.shape)
     # an array in one piece is masked 10 times faster than a view
     coarse, small = (np.ascontiguousarray(array[::step, ::step]) for array in (hu, outline))
-    inside = mask_values(small, terms.foreground)
-    x, y, z = (find_busiest_slice(inside, axis) for axis in range(3))
-    if terms.modality == "CT":
-        findings += judge_hu(coarse, scan.dtype)
-    findings += judge_slices(coarse)
-    findings += judge_outline(coarse, inside, bool(annotated.any()))
-    names = (find_label(name, terms.labels) or "" for name in ("liver", "tumour"))
-    liver, tumour = (set(terms.labels.get(name, ())) for name in names)
-    if liver & set(terms.foreground):
-        wanted = mask_values(small, (liver | tumour) & set(terms.foreground))
-        findings += judge_side(coarse, wanted, scan.ras.spacing_mm[0] * step)
-        findings += judge_tumour(outline, liver, tumour)
+    faults = judge_hu(coarse, scan.dtype) if terms.modality == "CT" else []
+    findings += faults + judge_slices(coarse)
+    inside, better = mask_values(small, terms.foreground), None
+    if "hu" not in dict(faults):  # else the scan is wrong, not the label map
+        spacing = tuple(np.multiply(scan.ras.spacing_mm, (step, step, 1)))
+        more, better = judge_outline(coarse, small, spacing, terms)
+        findings += more + judge_tumour(outline, terms)
     low, high = np.percentile(coarse[::4, ::4, ::2], [0.5, 99.5])
-    voxels = {value: int(number.sum()) for value, number in sorted(counts.items())}
     record["hu_range"] = [round(float(low)), round(float(high))]
     record["foreground_voxels"] = sum(voxels.get(value, 0) for value in terms.foreground)
     record["voxels_per_label"] = {str(value): number for value, number in voxels.items()}
-    figure = draw_overlay(record["case"], scan.ras, outline, (x * step, y * step, z), terms.labels)
+    x, y, z = (find_busiest_slice(inside, axis) for axis in range(3))
+    middle = (x * step, y * step, z)
+    dotted = better and move_mask(mask_values(outline, terms.foreground), better, step)
+    figure = draw_overlay(record["case"], scan.ras, outline, middle, terms.labels, dotted)
     record["slice_sums"] = sum_slices(coarse)
     return figure
 
 
 def read_pair(record: dict[str, Any], terms: Terms) -> tuple[Volume, Volume]:
-    """Return a scan and its label map (RAS, of the smallest type, slice by slice in memory)."""
-    scan = read_scan(Path(record[IMAGE]))
-    how: dict[str, Any] = {"trust_grid": terms.trust_grid, "ignore": terms.ignore}
-    label = read_label_map(restore_label(record[LABEL]), scan, terms.labels, **how)
+    """Return a scan and its label map (RAS, of the smallest type, slice by slice in memory).
+
+    `--trust-image-grid` lays the label maps of the cases that it names on their scans voxel on
+    voxel; without names, those whose headers disagree. `record["trust_image_grid"]` tells it.
+    """
+    scan, trusted = read_scan(Path(record[IMAGE])), terms.trust_grid
+    for trust in (record["case"] in (trusted or ()), True):
+        try:
+            where = restore_label(record[LABEL])
+            how: dict[str, Any] = {"trust_grid": trust, "ignore": terms.ignore}
+            label = read_label_map(where, scan, terms.labels, **how)
+            break
+        except InputError as error:
+            if trust or trusted != () or error.kind != "grid":
+                raise
+    record["trust_image_grid"] = trust
     kind = np.min_scalar_type(max(list_raw_values(label, terms)))
     return scan, replace(label.ras, data=np.asfortranarray(label.ras.data, kind))
 
@@ -237,9 +293,12 @@ def sum_slices(coarse: np.ndarray) -> list[int]:
 
 
 def draw_overlay(
-    name: str, scan: Volume, outline: np.ndarray, middle: tuple[int, ...], labels: Labels
+    name: str, scan: Volume, outline: np.ndarray, middle: Sequence[int], labels: Labels, dotted: Any
 ) -> Any:
-    """Return a figure: three planes of a scan (RAS) through `middle` with each label's outline."""
+    """Return a figure: three planes of a scan (RAS) through `middle` with each label's outline.
+
+    `dotted` is None or the mask of a place where the foreground fits better.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.6))  # no layout engine: it would draw everything twice
@@ -252,6 +311,8 @@ def draw_overlay(
         shown = {IMAGE: scan.crop(part), LABEL: index_classes(outline[tuple(part)], classes)}
         title = f"{plane}, slice {middle[cut] + 1} of {outline.shape[cut]}"
         show_patient(shown, 0, axes=axes, plane=plane, hu_window=window, title=title)
+        if dotted is not None:
+            draw_outlines(axes, flatten(dotted.view(np.uint8), cut, middle[cut]), None, "dotted")
     figure.suptitle(name, fontsize=11)
     return figure
 
@@ -263,12 +324,10 @@ def draw_overlay(
 
 def judge_grid(scan: Volume, label: Volume, depth: int) -> list[Finding]:
     """Return what reading noted about both grids, and what the scan's own grid lacks."""
-    findings = [("dicom", note) for note in scan.notes]
+    findings = [("dicom", note) for note in scan.notes] + judge_geometry(scan)
     findings += [("near_grid" if "apart" in n else "label_note", n) for n in label.notes]
     if not scan.oriented:
         findings.append(("unoriented", "the header has no orientation (form codes 0)"))
-    if np.allclose(np.abs(scan.ras_affine[:3, :3]), np.eye(3)):
-        findings.append(("identity", "the affine holds no spacing and no orientation"))
     if min(scan.ras_shape[:2]) < SMALLEST:
         size = " × ".join(map(str, scan.ras_shape[:2]))
         findings.append(("small", f"slices have {size} voxels, fewer than {SMALLEST} on a side"))
@@ -277,12 +336,47 @@ def judge_grid(scan: Volume, label: Volume, depth: int) -> list[Finding]:
     return findings
 
 
+def judge_geometry(scan: Volume) -> list[Finding]:
+    """Return whether a scan has no geometry, or a size that no patient has."""
+    size = np.multiply(scan.ras_shape, scan.ras.spacing_mm)
+    if np.any(size > LARGEST_MM):
+        text = " × ".join(f"{mm:.0f}" for mm in size)
+        return [("turned", f"{text} mm is no body; is the spacing in the order z, y, x?")]
+    plain = np.allclose(np.abs(scan.affine[:3, :3]), np.eye(3))
+    if plain and not (scan.oriented and scan.affine[:3, 3].any()):
+        return [("identity", "the header has no geometry: spacing 1, origin 0")]
+    return []
+
+
+def judge_labels(voxels: dict[int, int], known: dict[str, int], terms: Terms) -> list[Finding]:
+    """Require a voxel of one of the asked organs; of a tumour only where no organ is asked."""
+    organs = list_organs(terms)
+    if any(voxels.get(value) for organ in organs for value in terms.labels[organ]):
+        return []
+    names = terms.labels | {name: (value,) for name, value in known.items()}
+    held = {f"{n} = {v}" for n, values in names.items() for v in values if v and voxels.get(v)}
+    found = ", ".join(sorted(held)) or "no label"
+    return [("empty", f"no voxel is {' or '.join(organs)}; the label map holds {found}")]
+
+
+def list_organs(terms: Terms) -> list[str]:
+    """Return the names of the asked organs, or of the asked tumours where no organ is asked."""
+    asked = [n for n, values in terms.labels.items() if set(values) & set(terms.foreground)]
+    return [name for name in asked if not is_tumour(name)] or asked
+
+
 def judge_gaps(annotated: np.ndarray, every: int) -> list[Finding]:
-    """With --label-every n, require that only every n-th slice is annotated (a flag per slice)."""
+    """Require that each `every`-th slice of an organ is annotated, no other (a flag per slice)."""
     drawn = np.flatnonzero(annotated)
-    off = drawn[(drawn - drawn[:1]) % every != 0][:1]
-    text = f"--label-every {every}, but slices {{}} and {{}} are annotated"
-    return [("drawn", text.format(drawn[0] + 1, slice_ + 1)) for slice_ in off]
+    off = drawn[(drawn - drawn[:1]) % every != 0]
+    if off.size:
+        text = f"--label-every {every}, but slices {drawn[0] + 1} and {off[0] + 1} are annotated"
+        return [("drawn", text)]
+    steps = np.diff(drawn)
+    if len(steps) < 2 or np.mean(steps > every) < 0.5:
+        return []
+    usual = np.bincount(steps).argmax()
+    return [("drawn", f"most slices between annotated ones are empty: --label-every {usual}?")]
 
 
 def judge_hu(array: np.ndarray, stored: np.dtype) -> list[Finding]:
@@ -304,6 +398,8 @@ def judge_hu(array: np.ndarray, stored: np.dtype) -> list[Finding]:
         ("hu", high - low < 300, "too narrow for HU"),
         ("hu", np.count_nonzero(held < -30) < 0.01 * held.size,
          "no fat or air below 0, so the intercept was not applied, or it is no CT"),
+        ("hu", np.mean((sample > -100) & (sample < 200)) < 0.01,
+         "no soft tissue between −100 and 200; was the intercept applied twice?"),
         ("air", airless, "no air near −1000"),
     )  # fmt: skip
     span = f"values from {low:.0f} to {high:.0f}"
@@ -316,45 +412,143 @@ def judge_slices(coarse: np.ndarray) -> list[Finding]:
     return [("blank", f"{blank} of {coarse.shape[2]} slices hold no data")] * (blank > 0)
 
 
-def judge_outline(coarse: np.ndarray, inside: np.ndarray, any_label: bool) -> list[Finding]:
-    """Return whether the foreground (`inside`, on `coarse`) is missing or outside the body."""
-    if not any_label:
-        return [("empty", "the label map is empty")]
+def judge_outline(
+    coarse: np.ndarray, small: np.ndarray, spacing_mm: Spacing, terms: Terms
+) -> tuple[list[Finding], Place | None]:
+    """Return what is odd about the foreground of a label map, and where it fits better.
+
+    `coarse` (HU) and `small` (raw values) are RAS and have voxels of `spacing_mm`.
+    """
+    inside = mask_values(small, terms.foreground)
     if not inside.any():
-        return [("no_foreground", "the label map holds none of the foreground values")]
+        return [], None
     in_air = float(np.mean(coarse[inside] < -300))
     kind = "outside" if in_air > 0.3 else "partly_outside"
-    return [(kind, f"{in_air:.0%} of the foreground lies in air or lung")] * (in_air > 0.05)
+    text = f"{in_air:.0%} of the foreground lies in air or lung"
+    findings = [(kind, text)] * bool(in_air > 0.05)
+    organ, tumour = (mask_values(small, values) for values in find_liver(terms))
+    if not organ.any():
+        return findings, None
+    more, better = list[Finding](), None
+    if terms.modality == "CT":
+        more, better = judge_fit(coarse, organ | tumour, spacing_mm)
+    whole = (*spacing_mm[:2], spacing_mm[2] * terms.label_every)
+    doubts = doubt_organ("liver", organ, tumour, coarse, whole)
+    doubts = [doubt for doubt in doubts if not more or doubt[0] != "left_right"]
+    return findings + more + doubts, better
 
 
-def judge_side(coarse: np.ndarray, inside: np.ndarray, x_mm: float) -> list[Finding]:
-    """Return what is odd: the liver lies on the right, more even in HU than its mirror image."""
-    rows = inside.any(axis=(0, 1))
-    body, liver = (np.sum(a[:, :, rows], axis=(1, 2)) for a in (coarse > -300, inside))
-    columns = np.arange(len(body))
-    centre, liver_x = (float(columns @ c / max(c.sum(), 1)) for c in (body, liver))
-    flipped = np.round(2 * centre - columns).astype(int)
-    usable = (flipped >= 0) & (flipped < len(body))
-    mirror = np.zeros_like(inside)
-    mirror[columns[usable]] = inside[flipped[usable]]
-    if not mirror.any():  # no body, or the mirror image lies outside the scan
-        return []
-    own, other = (np.subtract(*np.percentile(coarse[m], [75, 25])) for m in (inside, mirror))
-    if own > 2 * other:
-        text = f"HU spread over {own:.0f} in the label and {other:.0f} in its mirror image"
-        return [("mirrored", text)]
-    left_mm = (centre - liver_x) * x_mm
-    text = f"scan and label show the liver {left_mm:.0f} mm on the patient's left"
-    return [("left_right", text)] * (left_mm > 10)
+def find_liver(terms: Terms) -> tuple[set[int], set[int]]:
+    """Return the raw values of liver and tumour that are asked for; none where the liver is not."""
+    names = (find_label(name, terms.labels) or "" for name in ("liver", "tumour"))
+    liver, tumour = (set(terms.labels.get(name, ())) for name in names)
+    return (liver, tumour) if liver & set(terms.foreground) else (set(), set())
 
 
-def judge_tumour(
-    outline: np.ndarray, liver_values: set[int], tumour_values: set[int]
+def doubt_organ(
+    name: str, organ: np.ndarray, tumour: np.ndarray, hu: np.ndarray, spacing_mm: Spacing
 ) -> list[Finding]:
+    """Return what is implausible about an organ: its volume, side, number of parts, its tumours.
+
+    The masks of the organ and of its tumours and the HU are (X, Y, Z) on one RAS grid.
+    """
+    import cc3d
+
+    ml, body = math.prod(spacing_mm) / 1000, organ | tumour
+    whole, inner = np.count_nonzero(body) * ml, np.count_nonzero(tumour) * ml
+    low, high = PLAUSIBLE_ML.get(name, (0, math.inf))
+    rows, right = body.any(axis=(0, 1)), name in RIGHT_SIDED and whole > 0
+    cut = rows[0] or rows[-1]  # by the end of the scan
+    parts = np.sort(np.bincount(cc3d.connected_components(body.any(axis=2)).ravel())[1:])
+    own_x, patient_x = (
+        np.arange(len(mask)) @ mask.sum(axis=(1, 2)) / max(mask.sum(), 1)
+        for mask in (body, hu[:, ::4, rows] > -300)
+    )
+    rules = (
+        ("organ", whole > high or (whole < low and not cut),
+         f"{name} of {whole:.3g} ml, expected {low} to {high}"),
+        ("organ", inner > whole - inner,
+         f"tumour of {inner:.3g} ml in {whole - inner:.3g} ml of {name}: values exchanged?"),
+        ("organ", right and len(parts) > 1 and parts[-2] > parts[-1] / 4,
+         f"{name} lies in two parts side by side: is it a paired organ?"),
+        ("left_right", right and (patient_x - own_x) * spacing_mm[0] > 10,
+         f"{name} lies on the patient's left: are the scan's sides right?"),
+    )  # fmt: skip
+    return [(kind, text) for kind, wrong, text in rules if wrong]
+
+
+def judge_fit(
+    coarse: np.ndarray, inside: np.ndarray, spacing_mm: Spacing
+) -> tuple[list[Finding], Place | None]:
+    """Return whether the HU in the outline of a liver are more even elsewhere, and where.
+
+    The interquartile range in the outline is divided by the lowest one in 1,125 places: turned and
+    moved by up to 25 mm along each axis. In 146 right outlines it was the lowest one; of outlines
+    of real livers moved by 15 mm or more all 144 were doubtful, by 10 mm 26 of 36.
+    """
+    at = np.argwhere(inside)
+    if len(at) * math.prod(spacing_mm) < SMALLEST_MM3:
+        return [], None
+    at = at[:: max(1, len(at) // POINTS)]
+    steps = [sorted({round(mm / step) for mm in MOVES_MM}) for step in spacing_mm]
+    moves = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1).reshape(-1, 3)
+    margin = moves.max(axis=0)
+    hu = np.clip(coarse, AIR_HU, HIGHEST_HU).astype(np.int16, order="C")
+    hu = np.pad(hu, [(n, n) for n in margin], constant_values=AIR_HU)
+    offsets = moves @ np.array(hu.strides) // hu.itemsize
+    spreads: dict[Turn, np.ndarray] = {}
+    for order, backward in TURNS:
+        if order[0] and coarse.shape[0] != coarse.shape[1]:
+            continue
+        there = at[:, order]
+        for axis in backward:
+            there[:, axis] = coarse.shape[axis] - 1 - there[:, axis]
+        index = np.ravel_multi_index(tuple((there + margin).T), hu.shape)
+        spreads[order, backward] = measure_spread(hu.ravel()[index + offsets[:, None]])
+    turn = min(spreads, key=lambda turn: spreads[turn].min())
+    best = int(spreads[turn].argmin())
+    own = spreads[(0, 1, 2), ()][len(moves) // 2]
+    if (ratio := own / spreads[turn][best]) < DOUBTFUL:
+        return [], None
+    place = " and ".join([*filter(None, [TURNS[turn]]), *name_moves(moves[best] * spacing_mm)])
+    text = f"the outline fits better {place}: the HU in it differ {ratio:.1f} times as much here"
+    return [("outline" if ratio >= WRONG else "outline_off", text)], (*turn, tuple(moves[best]))
+
+
+def measure_spread(values: np.ndarray) -> np.ndarray:
+    """Return the interquartile range of each row of HU; 1000 more where it is no soft tissue."""
+    quarters = [values.shape[1] * part // 4 for part in (1, 2, 3)]
+    values.partition(quarters, axis=1)
+    low, middle, high = values[:, quarters].T.astype(float)
+    return np.maximum(high - low, EVEN_HU) + 1000 * ((middle < -50) | (middle > 300))
+
+
+def name_moves(mm: np.ndarray) -> list[str]:
+    """[12.0, 0.0, -25.0] → ["12 mm to the right", "25 mm to the feet"]."""
+    sides = (("left", "right"), ("back", "front"), ("feet", "head"))
+    pairs = zip(mm, sides, strict=True)
+    return [f"{abs(along):.0f} mm to the {two[int(along > 0)]}" for along, two in pairs if along]
+
+
+def move_mask(mask: np.ndarray, place: Place, step: int) -> np.ndarray:
+    """Return a mask (X, Y, Z) in another place, whose move is in voxels of `step` in-plane."""
+    order, backward, (x, y, z) = place
+    return np.roll(np.flip(mask.transpose(order), backward), (x * step, y * step, z), (0, 1, 2))
+
+
+def choose_step(shape: Sequence[int]) -> int:
+    """Return each how-manieth voxel in-plane is enough for the statistics."""
+    return max(1, round(max(shape[:2]) / COARSE))
+
+
+def judge_tumour(outline: np.ndarray, terms: Terms) -> list[Finding]:
     """Return how many tumour voxels lie in connected components without liver."""
     import cc3d
 
+    liver_values, tumour_values = find_liver(terms)
     tumour = mask_values(outline, tumour_values)
+    if not tumour.any():
+        return []
     box = tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in find_bounding_box(tumour))
     liver, tumour = mask_values(outline[box], liver_values), tumour[box]
     parts = cc3d.connected_components(liver | tumour)
@@ -363,7 +557,7 @@ def judge_tumour(
     return [("tumour_apart", f"{apart} tumour voxels touch no liver")] * (apart > 0)
 
 
-def compare_cases(records: list[dict[str, Any]]) -> list[Finding]:
+def compare_cases(records: list[dict[str, Any]], terms: Terms) -> list[Finding]:
     """Add findings between cases, make copies one patient; return findings of the whole set."""
     readable = [record for record in records if "slice_sums" in record]
     for i, j, number in find_duplicates([record["slice_sums"] for record in readable]):
@@ -381,8 +575,18 @@ def compare_cases(records: list[dict[str, Any]]) -> list[Finding]:
             text = " × ".join(f"{s:g}" for s in record["spacing_mm"])
             record["findings"].append(("spacing", f"{text} mm is far from the other scans'"))
     mixture = Counter(record["orientation"] for record in readable)
-    text = ", ".join(f"{number} {axes}" for axes, number in mixture.most_common())
-    return [("mixture", f"orientations are mixed: {text}")] * (len(mixture) > 1)
+    text = ", ".join(f"{count} {axes}" for axes, count in mixture.most_common())
+    told = [("mixture", f"orientations are mixed: {text}")] * (len(mixture) > 1)
+    for organ in list_organs(terms):
+        values = [str(value) for value in terms.labels[organ]]
+        lacking = [r for r in readable if not any(map(r["voxels_per_label"].get, values))]
+        text = f"{len(lacking)} of {len(readable)} cases hold no voxel of {organ}"
+        if 0 < len(lacking) < len(readable):
+            told.append(("lacking", f"{text}: {', '.join(r['case'] for r in lacking)}"))
+        elif lacking and len(list_organs(terms)) > 1:  # else each case has this finding
+            for record in lacking:
+                record["findings"].append(("empty", text))
+    return told
 
 
 def find_duplicates(sums: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
@@ -415,9 +619,16 @@ def count_words(number: int, word: str) -> str:
     return f"{number} {word}{'s' * (number != 1)}"
 
 
-def report_cases(records: Iterable[dict[str, Any]], accept: Sequence[str], path: Path) -> None:
-    """Print a line per case, then every finding with its remedy, errors first; write all as CSV."""
-    rows, told = [], []
+def report_cases(
+    records: Iterable[dict[str, Any]], of_set: list[Finding], accept: Sequence[str], path: Path
+) -> None:
+    """Print a line per case, then every finding with its remedy, errors first; write all as CSV.
+
+    A finding that several cases share is one line, with their names; `of_set` are the whole set's.
+    """
+    rows, told = [], defaultdict[tuple[str, str, str], list[str]](list)
+    for finding in of_set:
+        told[find_level(finding, accept), finding[1], RULES[finding[0]][1]] = ["all cases"]
     for record in records:
         findings = [(find_level(finding, accept), *finding) for finding in record["findings"]]
         levels = Counter(level for level, *_ in findings)
@@ -433,14 +644,17 @@ def report_cases(records: Iterable[dict[str, Any]], accept: Sequence[str], path:
             "patient": record["patient"],
             "findings": " | ".join(f"{level}: {found}" for level, _, found in findings),
         })  # fmt: skip
-        told += [(level, record["case"], found, RULES[kind][1]) for level, kind, found in findings]
+        for level, kind, found in findings:
+            told[level, found, RULES[kind][1]].append(record["case"])
     table = [list(rows[0])[:7], *(list(row.values())[:7] for row in rows)]
     width, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
     for first, *middle, last in table:
         cells = [f"{text:>{width}}" for text, width in zip(middle, widths, strict=False)]
         print(f"{first:<{width}}", *cells, last, sep="  ")
-    for level, case, found, remedy in sorted(told, key=lambda line: LEVELS.index(line[0])):
-        print(f"{level}: {case}: {found}; {remedy}")
+    for level, found, remedy in sorted(told, key=lambda line: LEVELS.index(line[0])):
+        names = told[level, found, remedy]
+        remedy = remedy.replace("CASES", " ".join(names))
+        print(f"{level}: {', '.join(names)}: {found}; {remedy}")
     write_csv(rows, path)
 
 
@@ -455,16 +669,17 @@ class Config:
     modality: Literal["CT", "MR"] = "CT"  # MR: intensities are no HU
     label_every: Count = 1  # only every so many-th slice was drawn
     subvolume_depth: Whole = 16  # slices below which a scan is thin
-    trust_image_grid: bool = False  # lay a label map on its scan's grid if only the shapes agree
-    accept: tuple[Literal["mirrored", "outside", "hu"], ...] = ()  # errors to take as warnings
+    trust_image_grid: tuple[str, ...] | None = None  # cases whose label map is laid on the scan
+    # voxel on voxel; without names: all whose headers disagree
+    accept: tuple[ACCEPTABLE, ...] = ()  # errors to take as warnings
 
 
 def main(config: Config) -> None:
     cases, terms = read_data_set(config)
     cases = show_progress(cases, desc="checking", unit="case")
     records = [check_case(case, terms, config.destination) for case in cases]
-    compare_cases(records)
-    report_cases(records, config.accept, config.destination / "check.csv")
+    told = compare_cases(records, terms)
+    report_cases(records, told, config.accept, config.destination / "check.csv")
     print(f"look at {config.destination}; next: python prepare.py {config.source}")
     if wrong := sum(bool(list_errors(record, config.accept)) for record in records):
         raise InputError(f"{wrong} of {count_words(len(records), 'case')} with errors, see above")

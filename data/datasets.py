@@ -715,26 +715,6 @@ def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | Mas
     return list(truth) or [None] * len(scans)
 
 
-def list_cases(paths: Sequence[Path], truth: Sequence[Path]) -> list[Case]:
-    """Return the scans that some paths stand for, each under a name of its own, with their truths.
-
-    Raises InputError for no path, for a scan that is given twice, or truths that do not fit.
-    """
-    if not paths:
-        raise InputError("nothing to segment: give CT volumes, or --split test")
-    scans = [scan for path in paths for scan in find_scans(path)]
-    if twice := [scan for scan, n in Counter(map(os.path.realpath, scans)).items() if n > 1]:
-        raise InputError(f"{twice[0]}: is given twice; give each scan once")
-    names = name_scans(scans, paths[0] if len(paths) == 1 else None)
-    return [
-        Case(
-            name, name, scan, label, described=None if label is None else describe_truths(label),
-            alone=len(scans) == 1,
-        )
-        for name, scan, label in zip(names, scans, pair_truths(scans, truth), strict=True)
-    ]  # fmt: skip
-
-
 def pair_by_name(scans: Sequence[Path], truths: Sequence[Path]) -> list[Path | Masks | None]:
     """Return the label map of each scan by STEPS; None where there is none.
 

@@ -25,7 +25,7 @@ import numpy as np
 from nibabel.orientations import inv_ornt_aff
 from tqdm import tqdm
 
-from data.files import InputError, list_below
+from data.files import InputError, list_below, one_error
 from data.labels import WORD, name_words
 from data.volumes import AIR_HU, TO_LPS, Volume
 
@@ -44,21 +44,6 @@ REMEDY = "export the series again from its source, or leave this file out"
 CONTOURS = "convert its contours to DICOM SEG or NIfTI (3D Slicer, dcmrtstruct2nii)"
 # pydicom logs doubts about every tag; this module checks each tag that it uses
 logging.getLogger("pydicom").setLevel(logging.ERROR)
-
-
-@contextlib.contextmanager
-def one_error(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever a library raises into an InputError that names `path`; hide its warnings."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of values that this program checks
-            yield
-    except InputError:
-        raise
-    except Exception as error:  # damaged bytes lead a library to anything
-        raise InputError(
-            f"{path}: {what} ({type(error).__name__}: {error}); the file is cut off or damaged, "
-            "copy or export it again, or convert it to .nii.gz"
-        ) from error
 
 
 # ---------------------------------------------------------------------------------------

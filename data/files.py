@@ -10,14 +10,13 @@ import json
 import os
 import re
 import unicodedata
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import filelock
-
-SIGNATURE = "crc32"  # key of a record's checksum
 
 
 class InputError(ValueError):
@@ -54,24 +53,6 @@ def write_json(content: Any, path: Path) -> None:
         temporary.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
 
 
-def write_signed(record: dict[str, Any], path: Path) -> None:
-    """Write an object as JSON with a checksum of its content."""
-    plain = json.loads(json.dumps(record, default=str))
-    write_json(plain | {SIGNATURE: _sign(plain)}, path)
-
-
-def read_signed(path: Path) -> dict[str, Any]:
-    """Return what `write_signed` wrote, without its checksum."""
-    record = read_json(path, "a record of this program")
-    if not isinstance(record, dict) or record.pop(SIGNATURE, None) != _sign(record):
-        raise InputError(f"{path}: is no record of this program and version, or was changed")
-    return record
-
-
-def _sign(record: dict[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
-
-
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Return the rows of a CSV file with these columns; commas, semicolons or tabs part them."""
     try:
@@ -95,6 +76,19 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
+
+
+@contextlib.contextmanager
+def one_error(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a library raises into an InputError that names `path`; hide its warnings."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of values that this program checks
+            yield
+    except InputError:
+        raise
+    except Exception as error:  # damaged bytes lead a library to anything
+        told = f"{what} ({type(error).__name__}: {error}); the file is cut off or damaged, copy or"
+        raise InputError(f"{path}: {told} export it again, or convert it to .nii.gz") from error
 
 
 @contextlib.contextmanager

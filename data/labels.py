@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from data.files import InputError, read_json, show_path
 
@@ -30,6 +30,8 @@ USUAL_LABELS: Labels = {BACKGROUND: (0,), "liver": (1,), "tumour": (2,)}
 # The default classes: a tumour is liver too. The data give the values of these names.
 LIVER_WITH_TUMOURS: dict[str, tuple[str, ...]] = {"liver": ("liver", "tumour")}
 FOREGROUND = ("liver", "tumour")  # labels that must not be lost, by default
+# Errors of the check that `--accept` takes as warnings.
+ACCEPTABLE = Literal["outside", "outline", "empty", "hu", "identity", "turned", "left_right"]
 
 # Words that mean the same; a name is compared word by word.
 SYNONYMS = {

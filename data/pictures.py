@@ -122,7 +122,9 @@ def flatten(array: np.ndarray, axis: int, index: int) -> np.ndarray:
     return np.moveaxis(array, axis, 0)[index][::-1, ::-1].T
 
 
-def draw_outlines(axes: Any, truth: np.ndarray | None, found: np.ndarray | None) -> None:
+def draw_outlines(
+    axes: Any, truth: np.ndarray | None, found: np.ndarray | None, style: str = "solid"
+) -> None:
     """Draw lines around the classes of two maps (rows, columns): the truth in one colour.
 
     Colours come again after five classes; lines between classes of one colour are drawn too.
@@ -136,7 +138,7 @@ def draw_outlines(axes: Any, truth: np.ndarray | None, found: np.ndarray | None)
             box = [slice(max(b.start - 1, 0), b.stop + 1) for b in find_bounding_box(mask)]
             ys, xs = (np.arange(size)[part] for size, part in zip(mask.shape, box, strict=True))
             lines = {"levels": np.arange(0.5, int(mask.max())), "colors": colour, "linewidths": 1.2}
-            axes.contour(xs, ys, mask[tuple(box)], **lines)
+            axes.contour(xs, ys, mask[tuple(box)], linestyles=style, **lines)
 
 
 def class_colour(value: int) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from nibabel.orientations import inv_ornt_aff
 
 from data import dicom
-from data.files import InputError, list_plain_files, natural, show_path, stamp_files
+from data.files import InputError, list_plain_files, natural, one_error, show_path, stamp_files
 from data.labels import (
     IGNORED,
     Labels,
@@ -41,7 +41,7 @@ Masks = tuple[tuple[str, Path], ...]  # name of a structure, its file, series or
 
 def read_volume(path: Path) -> Volume:
     """Return any volume file or DICOM series. Raises InputError, and nothing else."""
-    with dicom.one_error(Path(show_path(path)), "cannot be read"):
+    with one_error(Path(show_path(path)), "cannot be read"):
         if not path.exists():
             what = "a link to a file that is not there" if path.is_symlink() else "no such file"
             raise InputError(f"{show_path(path)}: {what}; check the path")
@@ -76,7 +76,7 @@ def read_label_map(
     Raises InputError, of kind "values" for others, "shape" or "grid" as `lay_on_grid` does.
     """
     declared = as_labels(declared)
-    with dicom.one_error(Path(name_label(path)), "the label map cannot be read"):
+    with one_error(Path(name_label(path)), "the label map cannot be read"):
         label = _open_label(path, scan, declared, trust_grid)
         allowed = {*list_values(declared), *label.classes.values(), *ignore, 0}
         label = _check_values(label, allowed, declared, scan)
@@ -225,7 +225,7 @@ def read_png_stack(folder: Path, name: str, scan: Volume) -> Volume:
     array, greys = np.zeros(shape, np.uint8, order="F"), set[int]()
     by_name = sorted(range(shape[2]), key=lambda z: natural(scan.files[z].name))
     for picture, z in zip(pictures, by_name, strict=True):
-        with dicom.one_error(picture, "not a readable PNG"), Image.open(picture) as image:
+        with one_error(picture, "not a readable PNG"), Image.open(picture) as image:
             plane = np.asarray(image).astype(np.uint8)
         plane = plane.max(axis=2).T if plane.ndim == 3 else plane.T
         if plane.shape != shape[:2]:

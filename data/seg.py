@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from data import dicom
-from data.files import InputError, atomic_write, list_plain_files
+from data.files import InputError, atomic_write, list_plain_files, one_error
 from data.labels import BACKGROUND, Labels, find_label, index_classes, is_tumour
 from data.settings import run_script
 from data.volumes import TO_LPS, Volume, read_file
@@ -74,7 +74,7 @@ def read_seg(path: Path, scan: Volume, declared: Labels, trust_grid: bool = Fals
             names = ", ".join(map(str, found[:3])) or "none"
             raise InputError(f"{path}: must hold one DICOM SEG, got {names}; name its file")
         path = found[0]
-    with dicom.one_error(path, "cannot be read as DICOM SEG"):
+    with one_error(path, "cannot be read as DICOM SEG"):
         header = pydicom.dcmread(path)
         if not dicom.is_seg_header(header):
             other = dicom.name_object(header) or "image"

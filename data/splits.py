@@ -349,7 +349,7 @@ def read_cases(folder: Path, split: str, fold: int | str) -> list[Case]:
             Case(
                 record["case"], record["patient"], Path(record[IMAGE]),
                 restore_label(record[LABEL]), described=described,
-                trust_grid=bool(settings.get("trust_image_grid")),
+                trust_grid=bool(record.get("trust_image_grid")),
                 modality=settings.get("modality") or "",
                 warnings=tuple(record.get("warnings", ())),
                 accepted=tuple(record.get("accepted", settings.get("accept") or ())),

@@ -50,17 +50,15 @@ def weigh_scores(
 ) -> list[Evidence]:
     """Return the evidence for each organ of `names`, those of the classes 1, 2, …
 
-    `scores` (C − 1, X, Y, Z) are logits above the background's on the network's grid; `to_network`
-    (4×4, without rotation) maps voxels of the scan to voxels of the network; `shape` is the scan's.
-    Both are in RAS order.
+    `scores` (C − 1, X, Y, Z) are logits above the background's on the network's grid, to which
+    `to_network` (4×4, no rotation) maps voxels of the scan, of this `shape`; both in RAS order.
     """
     box, evidence = find_bounding_box(np.asarray((scores > FAINT).any(axis=0))), []
     likely = np.exp(scores[(slice(None), *box)].clip(None, 30))
     likely /= 1 + likely.sum(axis=0)
-    near = []  # the network's voxel at each row and column of the scan; 0 and the last are outside
-    for n in (0, 1):
-        at = np.rint(np.arange(shape[n]) * to_network[n, n] + to_network[n, 3]).astype(int)
-        near.append(np.clip(at + 1, 0, scores.shape[n + 1] + 1))
+    # the network's voxel at each row and column of the scan, in one of padded slices
+    at = [np.arange(shape[n]) * to_network[n, n] + to_network[n, 3] + 1 for n in (0, 1)]
+    near = [np.clip(np.rint(p).astype(int), 0, scores.shape[n] + 1) for n, p in enumerate(at, 1)]
     for body in group_bodies(names):
         p = sum(likely[index - 1] for index in body)
         sure, unsure = p > SURE, p > UNSURE

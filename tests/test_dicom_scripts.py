@@ -16,7 +16,7 @@ from helpers import (
 )
 
 import apply_model
-from data.datasets import find_pairs, list_cases
+from data.datasets import find_pairs
 from data.dicom import read_series
 from data.files import InputError
 from data.labels import USUAL_LABELS
@@ -75,7 +75,7 @@ def test_a_series_has_one_name_for_preparing_and_for_applying(tmp_path, form):
         slices = write_phantom_series(raw / form.format(f"pat{index}"), scan)
         write_phantom_seg(raw / f"pat{index}" / "seg.dcm", slices, label)
     prepared = [case.name for case in find_pairs(raw).cases]
-    assert [case.name for case in list_cases([raw], [])] == prepared
+    assert [case.name for case in apply_model.list_cases([raw], [])] == prepared
     assert len(set(prepared)) == 3
 
 

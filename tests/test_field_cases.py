@@ -1,5 +1,6 @@
 """Small inputs that reproduce trouble reported in public; each ends as its `expect.txt` says."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,22 @@ def test_sets_whose_liver_nobody_names_are_refused(name, message, tmp_path):
         run(build_field_case(name, tmp_path / "raw"))
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "text"),
+    [
+        ("43_tumour_only_as_1", {}, "p0, p1, p2: liver of 13.5 ml, expected 500 to 4000"),
+        ("76_values_swapped_without_json", {}, "of liver: values exchanged?"),
+        ("06_intercept_twice_nifti", {}, "applied twice?"),
+        ("44_spacing_reversed", {}, "1536 × 320 × 30 mm is no body"),
+        ("55_trust_turns_sound_labels", {"trust_image_grid": ()}, "note: liver_0: the label map"),
+    ],
+)
+def test_what_cannot_be_is_told(name, settings, text, tmp_path, capsys):
+    with contextlib.suppress(InputError):
+        run(build_field_case(name, tmp_path / "raw"), **settings)
+    assert text in capsys.readouterr().out
+
+
 def test_split_nnunet(built):
     dataset = run(built, split=built / "splits_final.json")
     split = {case["case"]: case["split"] for case in dataset["cases"]}
@@ -120,8 +137,8 @@ def test_label_other_axes(built, segment, tmp_path):
 def test_label_other_origin(built, segment, tmp_path):
     with pytest.raises(InputError, match="cases have errors"):
         run(built)
-    dataset = run(built, trust_image_grid=True)
-    assert len(dataset["cases"]) == 3 and dataset["settings"]["trust_image_grid"]
+    dataset = run(built, trust_image_grid=())
+    assert len(dataset["cases"]) == 3 and all(c["trust_image_grid"] for c in dataset["cases"])
     (case,) = (case for case in dataset["cases"] if case["split"] == "test")
     image, truth = Path(case["image"]), Path(case["label"])
     scan, label = read_scan(image), read_scan(truth)

@@ -30,7 +30,7 @@ def raw(tmp_path):
 def test_every_voxel_keeps_its_value_and_its_place_in_the_patient(tmp_path, crop):
     affines = (SHEARED, COLUMNS_FIRST, None, np.diag([5.0, -5, -5, 1]))
     raw = write_patients(tmp_path / "raw", affines=affines)
-    dataset = run(raw, accept=("mirrored",), crop_to_body=crop)
+    dataset = run(raw, accept=("outline",), crop_to_body=crop)
     cases = {case["case"]: case for case in dataset["cases"]}
     assert [case["orientation"] for case in cases.values()] == ["LPS", "PIR", "RAS", "RPI"]
     for entry in dataset["subvolumes"]:
@@ -125,7 +125,7 @@ def test_scaled_images_become_float32_in_hu(raw):
 
 def test_monai_reads_dataset_json(raw):
     dataset = run(raw)
-    for name in prepare.SPLITS:
+    for name in prepare.splits.SPLITS:
         items = load_decathlon_datalist(raw.parent / "prepared/dataset.json", data_list_key=name)
         mine = {case["case"] for case in dataset["cases"] if case["split"] == name}
         assert {item["case"] for item in items} == mine
@@ -142,19 +142,19 @@ def patients(number: int) -> list[dict]:
     [(130, (91, 20, 19)), (131, (92, 20, 19)), (6, (4, 1, 1)), (4, (2, 1, 1)), (3, (1, 1, 1))],
 )
 def test_split_sizes(number, sizes):
-    split = list(prepare.split_patients(patients(number), Config()).values())
-    assert tuple(split.count(name) for name in prepare.SPLITS) == sizes
+    split = list(prepare.splits.split_patients(patients(number), Config()).values())
+    assert tuple(split.count(name) for name in prepare.splits.SPLITS) == sizes
 
 
 def test_folds_divide_the_patients_and_leave_no_test_split():
     config = Config(folds=5)
-    parts = prepare.divide_patients(patients(13), config)
+    parts = prepare.splits.divide_patients(patients(13), config)
     assert sorted(Counter(parts.values()).values()) == [2, 2, 3, 3, 3]
-    split = prepare.split_patients(patients(13), config)  # what other programs read is fold 0
+    split = prepare.splits.split_patients(patients(13), config)
     assert split == {name: "training" if part else "validation" for name, part in parts.items()}
     for number, settings, text in ((13, {"folds": 14}, "--folds 14: must"), (2, {}, "--test 0")):
         with pytest.raises(InputError, match=text):
-            prepare.split_patients(patients(number), Config(**settings))
+            prepare.splits.split_patients(patients(number), Config(**settings))
 
 
 def test_scans_of_one_patient_stay_together(raw):

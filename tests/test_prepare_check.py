@@ -11,7 +11,19 @@ from conftest import SHARED_DATA, without_pictures
 from helpers import call_script, ras_arrays, run, save, write_patients
 
 import prepare
-from data.check import check_case, compare_cases, list_errors
+from data.check import (
+    Terms,
+    check_case,
+    compare_cases,
+    doubt_organ,
+    judge_fit,
+    judge_gaps,
+    judge_geometry,
+    list_errors,
+    move_mask,
+    read_pair,
+)
+from data.volumes import Volume
 from prepare import Config
 
 AFFINE = np.diag([-5.0, -5, 5, 1])
@@ -38,6 +50,7 @@ PLANTED = {
     "8 bits": ("hu", lambda s, m: (np.clip(s / 8 + 128, 0, 255).astype(np.uint8), m)),
     "intercept not applied": ("hu", lambda s, m: (s + 1024, m)),
     "the same, padded": ("hu", lambda s, m: (np.where(at(s)[0] < 4, -2000, s + 1024), m)),
+    "rescaled twice": ("hu", lambda s, m: (s - 1024, m)),
     "scaled to 0..1": ("hu", lambda s, m: ((s.astype(np.float32) + 1024) / 2048, m)),
     "magnetic resonance": ("hu", lambda s, m: (np.abs(s), m)),
     "clipped to a window": ("air", lambda s, m: (np.clip(s, -200, 250), m)),
@@ -50,11 +63,11 @@ PLANTED = {
     "NaN in the label": ("nan", lambda s, m: (s, np.where(m > 0, np.nan, 0).astype("f4"))),
     "undeclared value": ("values", lambda s, m: (s, m * 7)),
     "negative value": ("values", lambda s, m: (s, -m.astype(np.int16))),
-    "mirrored label": ("mirrored", lambda s, m: (s, m[::-1])),
+    "mirrored label": ("outline", lambda s, m: (s, m[::-1])),
     "scan and label mirrored": ("left_right", lambda s, m: (s[::-1], m[::-1])),
     "label in the air": ("outside", lambda s, m: (s, np.roll(m, 16, axis=0))),
     "tumour in a corner": ("tumour_apart", lambda s, m: (s, np.where(at(m).max(0) < 4, 2, m > 0))),
-    "only tumour asked, none there": ("no_foreground", lambda s, m: (s, m * 0 + (m > 0))),
+    "only tumour asked, none there": ("empty", lambda s, m: (s, m * 0 + (m > 0))),
     "too few slices": ("thin", lambda s, m: (s[:, :, 22:30], m[:, :, 22:30])),
     "one column": ("small", lambda s, m: (s[24:25], m[24:25])),
     "other shape": ("shape", lambda s, m: (s, m[:-2])),
@@ -68,7 +81,7 @@ def test_a_planted_fault_in_the_voxels_is_found(name, tmp_path):
     for folder, array in zip(("imagesTr", "labelsTr"), plant(*ras_arrays(1)), strict=True):
         stored = array.astype(np.int32) if array.dtype == np.int64 else array
         save(stored, AFFINE, tmp_path / "raw" / folder / "case.nii.gz")
-    asked = {"foreground": ("tumour",)} if kind == "no_foreground" else {}
+    asked = {"foreground": ("tumour",)} if "asked" in name else {}
     assert kind in findings(tmp_path / "raw", **asked)
 
 
@@ -89,19 +102,145 @@ def test_a_label_map_beside_its_scan_is_found(kind, affine, tmp_path):
         nib.save(image, tmp_path / "raw" / folder / "case.nii.gz")
     assert kind in findings(tmp_path / "raw")
     if kind == "grid":
-        trusted = run(tmp_path / "raw", trust_image_grid=True, training=1, validation=0, test=0)
+        trusted = run(tmp_path / "raw", trust_image_grid=(), training=1, validation=0, test=0)
         entry = trusted["subvolumes"][0]
         piece = nib.load(tmp_path / "prepared" / entry["label"])
         expected = ras_arrays(1)[1][:, :, entry["first_slice"] :][:, :, :16]
         assert np.array_equal(np.asanyarray(piece.dataobj), expected)
 
 
+def make_liver() -> tuple[np.ndarray, np.ndarray]:
+    """HU and mask, 40 × 40 × 24 voxels of 5 mm: a liver of 210 ml, even in an uneven body."""
+    rng, hu = np.random.default_rng(0), np.full((40, 40, 24), -1000, np.int16)
+    hu[4:36, 4:36] = rng.normal(0, 60, (32, 32, 24))
+    mask = np.zeros(hu.shape, bool)
+    mask[22:32, 8:22, 11:23] = True  # 10 × 14 × 12 voxels of 0.125 ml
+    hu[mask] = rng.normal(100, 8, 1680)
+    return hu, mask
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda m: m[::-1], "mirrored left-right"),
+        (lambda m: m[:, ::-1], "mirrored front-back"),
+        (lambda m: m[:, :, ::-1], "upside down"),
+        (lambda m: m[::-1, ::-1], "turned by 180°"),
+        (lambda m: m.transpose(1, 0, 2), "with rows and columns exchanged"),
+        (lambda m: m.transpose(1, 0, 2)[::-1, ::-1], "with rows and columns exchanged"),
+        (lambda m: m.transpose(1, 0, 2)[::-1], "turned by 90°"),
+        (lambda m: np.roll(m, -5, 0), "25 mm to the right"),
+        (lambda m: np.roll(m, 5, 0), "25 mm to the left"),
+        (lambda m: np.roll(m, 5, 1), "25 mm to the back"),
+        (lambda m: np.roll(m, (5, -5), (1, 2)), "25 mm to the back and 25 mm to the head"),
+        (lambda m: np.roll(m[:, :, ::-1], 5, 0), "upside down and 25 mm to the left"),
+    ],
+)
+def test_an_outline_that_fits_elsewhere_is_found_there(change, where):
+    """In another place a part of the outline lies in the uneven body; the best one is named."""
+    hu, mask = make_liver()
+    ((kind, text),), place = judge_fit(hu, change(mask), (5.0, 5.0, 5.0))
+    assert (kind, where in text) == ("outline", True), text
+    assert np.array_equal(move_mask(change(mask), place, 1), mask)
+
+
+def test_an_outline_that_fits_is_left_alone():
+    """In its place, or too small to judge."""
+    hu, mask = make_liver()
+    small = mask & (np.indices(mask.shape)[2] < 16)  # 5 of 12 slices, 88 ml
+    for outline in (mask, np.roll(small, 5, 0)):
+        assert judge_fit(hu, outline, (5.0, 5.0, 5.0)) == ([], None)
+    wide = np.pad(hu, ((0, 4), (0, 0), (0, 0)), constant_values=-1000)  # no square
+    ((kind, _),), _ = judge_fit(wide, np.pad(mask[::-1], ((0, 4), (0, 0), (0, 0))), (5, 5, 5))
+    assert kind == "outline"
+
+
+def test_outlines_of_real_livers_fit_and_turned_ones_do_not(tmp_path, real_ct):
+    cases, terms = prepare.read_data_set(Config(source=real_ct, destination=tmp_path))
+    for case in cases[3:]:  # the small files
+        record = {"case": case.name, "image": str(case.image), "label": str(case.label)}
+        scan, label = read_pair(record, terms)
+        hu, mask = scan.ras.data[::4, ::4], label.data[::4, ::4] > 0
+        mm = tuple(np.multiply(scan.ras.spacing_mm, (4, 4, 1)))
+        assert judge_fit(hu, mask, mm) == ([], None)
+        for wrong in (mask[::-1], mask[:, ::-1], mask[:, :, ::-1], mask.transpose(1, 0, 2)):
+            assert dict(judge_fit(hu, wrong, mm)[0]).keys() == {"outline"}
+        assert judge_fit(hu, np.roll(mask, 8, 0), mm)[0]  # 24 mm
+
+
+def test_organs_are_doubted_by_volume_side_parts_and_tumours():
+    """Voxels of 1 ml in a body of 40 × 20 × 10; the patient's right is at high indices."""
+    hu = np.zeros((40, 20, 10), np.int16)
+
+    def doubt(*boxes, tumour=0, name="liver"):
+        organ, inside = np.zeros(hu.shape, bool), np.zeros(hu.shape, bool)
+        for first, last in boxes:
+            organ[first:last, :, 2:8] = True
+        inside[boxes[0][0] : boxes[0][0] + tumour, :, 2:8] = True
+        found = doubt_organ(name, organ & ~inside, inside, hu, (10.0, 10.0, 10.0))
+        return "; ".join(text for _, text in found)
+
+    assert doubt((25, 35)) == doubt((25, 35), tumour=5) == doubt((5, 15), name="spleen") == ""
+    assert doubt((25, 28)) == "liver of 360 ml, expected 500 to 4000"
+    assert doubt((25, 35), tumour=8) == "tumour of 960 ml in 240 ml of liver: values exchanged?"
+    assert "two parts side by side" in doubt((5, 12), (30, 37))
+    assert "on the patient's left" in doubt((5, 15))
+
+
+@pytest.mark.parametrize(
+    ("drawn", "every", "text"),
+    [
+        (range(3, 20), 1, ""),
+        (range(3, 20, 2), 1, "--label-every 2?"),
+        (range(4, 20, 3), 1, "--label-every 3?"),
+        (range(3, 20, 4), 2, "--label-every 4?"),
+        (range(3, 20, 4), 4, ""),
+        ([3, 4, 5, 12, 13, 14], 1, ""),  # two lesions
+        (range(3, 20), 4, "but slices 4 and 5 are annotated"),
+        ([], 1, ""),
+    ],
+)
+def test_slices_that_nobody_annotated_are_noticed(drawn, every, text):
+    found = judge_gaps(np.isin(np.arange(24), drawn), every)
+    assert [text in told for _, told in found] == [True] * bool(text)
+
+
+@pytest.mark.parametrize(
+    ("shape", "affine", "kinds"),
+    [
+        ((512, 512, 100), np.eye(4), ["identity"]),
+        ((512, 512, 100), np.diag([-1.0, -1, 1, 1]), ["identity"]),
+        ((512, 512, 100), np.eye(4) + 50 * SHIFT, []),  # resampled to 1 mm
+        ((512, 512, 100), np.diag([5.0, 0.7, 0.7, 1]), ["turned"]),  # 2560 mm from side to side
+        ((512, 512, 400), np.diag([-0.97, -0.97, 5, 1]), []),  # 2 m from head to feet
+    ],
+)
+def test_geometry_that_no_patient_has_is_noticed(shape, affine, kinds):
+    scan = Volume(np.broadcast_to(np.int16(0), shape), affine)
+    assert [kind for kind, _ in judge_geometry(scan)] == kinds
+
+
+def test_a_set_that_lacks_an_organ_is_told_with_names():
+    terms = Terms({"background": (0,), "liver": (1,), "spleen": (3,)}, (1, 3))
+    same = {"slice_sums": [], "patient": "", "spacing_mm": [1, 1, 1], "orientation": "RAS"}
+    records = [
+        same | {"case": name, "findings": [], "voxels_per_label": {"1": 9, "3": spleen}}
+        for name, spleen in (("a", 5), ("b", 0), ("c", 0))
+    ]
+    told = compare_cases(records, terms)
+    assert told == [("lacking", "2 of 3 cases hold no voxel of spleen: b, c")]
+    compare_cases(records[1:], terms)
+    assert [dict(record["findings"]) for record in records] == [
+        {}, *[{"empty": "2 of 2 cases hold no voxel of spleen"}] * 2,
+    ]  # fmt: skip
+
+
 def test_identity_affine_and_odd_spacing_are_told(tmp_path):
     affines = (np.eye(4), AFFINE, np.diag([5.0, 5, 45, 1]), None)
     write_patients(tmp_path / "raw", affines=affines)
-    dataset = run(tmp_path / "raw")
+    dataset = run(tmp_path / "raw", accept=("identity",))
     warnings = {case["case"]: " ".join(case["warnings"]) for case in dataset["cases"]}
-    assert "no spacing and no orientation" in warnings["case_0"]
+    assert "no geometry" in warnings["case_0"]
     assert "far from the other scans" in warnings["case_2"]
     assert "LPS" in dataset["notes"][0] and "RAS" in dataset["notes"][0]
 
@@ -152,7 +291,7 @@ def test_clean_phantoms_raise_no_alarm(tmp_path, raw_phantoms):
 def test_six_real_cases_raise_no_alarm(tmp_path, real_ct):
     cases, terms = prepare.read_data_set(Config(source=real_ct, destination=tmp_path))
     records = [check_case(case, terms, tmp_path) for case in cases]
-    compare_cases(records)
+    compare_cases(records, terms)
     assert [record["findings"] for record in records] == [[]] * 6
 
 

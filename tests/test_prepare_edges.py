@@ -44,7 +44,7 @@ def test_mr_is_said_once_and_kept(tmp_path):
     for index in range(3):
         scan, label = (array[:, :, 12:24] for array in ras_arrays(index))
         replace_case(tmp_path / "raw", index, np.abs(scan) % 255, label)
-    dataset = run(tmp_path / "raw", modality="MR", accept=("mirrored",))
+    dataset = run(tmp_path / "raw", modality="MR", accept=("outline",))
     assert dataset["settings"]["modality"] == "MR"
     assert "−1000" not in str(dataset["cases"])
     piece = nib.load(tmp_path / "prepared" / dataset["subvolumes"][0]["image"])
@@ -53,9 +53,9 @@ def test_mr_is_said_once_and_kept(tmp_path):
 
 def test_an_accepted_finding_is_repeated(raw):
     replace_case(raw, 0, ras_arrays(0)[0], ras_arrays(0)[1][::-1])
-    case = run(raw, accept=("mirrored",))["cases"][0]
-    assert case["accepted"] == ["mirrored"]
-    assert "mirror image" in " ".join(case["warnings"])
+    case = run(raw, accept=("outline",))["cases"][0]
+    assert case["accepted"] == ["outline"]
+    assert "mirrored left-right" in " ".join(case["warnings"])
 
 
 def test_the_check_works_alone(raw, tmp_path):
@@ -199,6 +199,49 @@ def test_a_worker_that_the_system_ends_is_told(raw, monkeypatch):
     monkeypatch.setattr(prepare, "end_with_parent", os.abort)
     with pytest.raises(InputError, match="most likely for memory; run again with fewer --workers"):
         run(raw, workers=2)
+
+
+def test_a_case_without_its_organ_is_kept_only_where_it_is_accepted(raw, capsys):
+    scan, label = ras_arrays(1)
+    for index in (0, 1, 2):
+        replace_case(raw, index, ras_arrays(index)[0], 0 * ras_arrays(index)[1])
+    with pytest.raises(InputError, match="3 of 3 cases have errors"):
+        run(raw)
+    assert "case_0, case_1, case_2: no voxel is liver; the label map holds no label" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(InputError, match=r"no sub-volume.*--keep-empty.*--subvolume-depth 0"):
+        run(raw, accept=("empty",))
+    replace_case(raw, 1, scan, label)
+    with pytest.raises(InputError, match="2 of 3 cases have errors"):
+        run(raw, training=1, validation=0, test=0)
+    assert "2 of 3 cases hold no voxel of liver: case_0, case_2" in capsys.readouterr().out
+    dataset = run(raw, accept=("empty",), subvolume_depth=0)
+    assert [entry["case"] for entry in dataset["subvolumes"]] == ["case_0", "case_1", "case_2"]
+
+
+def test_the_grid_of_the_scan_is_trusted_for_the_named_case(raw, capsys):
+    """The header of case_1 is wrong; case_2 is stored in other axes, and its header is right."""
+    scans = [nib.load(raw / f"imagesTr/case_{index}.nii.gz") for index in range(3)]
+    maps = [nib.load(raw / f"labelsTr/case_{index}.nii.gz") for index in range(3)]
+    array, affine = np.asanyarray(maps[2].dataobj), scans[2].affine
+    flipped = affine @ nib.orientations.inv_ornt_aff([[0, -1], [1, 1], [2, 1]], array.shape)
+    nib.save(nib.Nifti1Image(array[::-1], flipped), raw / "labelsTr/case_2.nii.gz")
+    wrong = nib.Nifti1Image(np.asanyarray(maps[1].dataobj), np.diag([5.0, 5, 6, 1]))
+    nib.save(wrong, raw / "labelsTr/case_1.nii.gz")
+    with pytest.raises(InputError, match="--trust-image-grid case_7: there is no such case"):
+        run(raw, trust_image_grid=("case_7",))
+    with pytest.raises(InputError, match="1 of 3 cases have errors"):
+        run(raw, check_only=True)
+    assert "trust its scan: --trust-image-grid case_1" in capsys.readouterr().out
+    for names in ((), ("case_1",)):
+        dataset = run(raw, trust_image_grid=names)
+        assert [c["trust_image_grid"] for c in dataset["cases"]] == [False, True, False]
+        assert "note: case_1: the label map is laid on the scan" in capsys.readouterr().out
+        for entry in dataset["subvolumes"]:
+            index, first = int(entry["case"][-1]), entry["first_slice"]
+            piece = np.asanyarray(nib.load(raw.parent / "prepared" / entry["label"]).dataobj)
+            assert np.array_equal(piece, ras_arrays(index)[1][:, :, first : first + 16])
 
 
 @pytest.mark.parametrize(
