@@ -1,9 +1,9 @@
 # make demo   install, make phantoms, train a small network, segment unseen ones, draw one in 3D
 # make test   install and run all tests
-# make reliability   attack everything: bad files, kills, full disks, two at once (hours); --quick: minutes
-# make peers   nnU-Net and MONAI's tutorial in the same CPU minutes as ours (hours)
-# make gpu   on a machine with a GPU: check and measure it, at most ten minutes (docs/scale.md)
-# make starter   the starter weights from seeds, and their Dice on real CTs (docs/starter.md)
+# make reliability   test with bad files, kills, full disks, two processes at once (hours; --quick: minutes)
+# make peers   train nnU-Net and MONAI's tutorial in the same CPU minutes (hours)
+# make gpu   check and measure a GPU, at most ten minutes (docs/evidence/scale.md)
+# make starter   train the starter weights from seeds and evaluate them (docs/evidence/starter.md)
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := data/demo
@@ -16,7 +16,7 @@ DEMO := data/demo
 	touch $@
 
 # The five steps, made small by options alone: 85 s of CPU time after the installation, 45 of them in
-# training, which begins with the starter weights; those have seen bodies of another kind.
+# training. Training starts from the starter weights, which have seen other synthetic CTs.
 PATCHES := --sampling patches --spacing 4 4 4 --input-size 80 80 48
 demo: .venv/installed
 	rm -rf $(DEMO)
@@ -30,12 +30,14 @@ demo: .venv/installed
 		--checkpoint $(DEMO)/run/best.pt --destination $(DEMO)/results
 	$(BIN)/python visualize_3d.py $$(ls -d $(DEMO)/results/*/ | head -n 1) --mode organs \
 		--screenshot $(DEMO)/liver_3d.png
+	@echo "done: open $(DEMO)/results/summary.png and $(DEMO)/liver_3d.png"
+	@echo "next: source .venv/bin/activate    # then the commands of README.md run as they stand"
 
-# Weights from synthetic bodies alone: 160 of them, 912 steps; scored on ../shared/data/ct.
+# Weights trained on 160 synthetic CTs, 912 steps; evaluated on ../shared/data/ct.
 starter: .venv/installed
 	$(BIN)/python benchmarks/starter.py
 
-# nnU-Net lives in its own environment: ours takes none of its versions.
+# nnU-Net has its own environment, because its versions differ from ours.
 .venv-peers/installed:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet nnunetv2==2.8.1 torch==2.14.1
@@ -65,6 +67,6 @@ system-packages:
 pictures:
 	$(BIN)/python benchmarks/pictures.py
 
-# What is promised, attacked in every way that we know; one table, benchmarks/results/reliability.json.
+# Test every promise of the README with bad files, kills and full disks: benchmarks/results/reliability.json.
 reliability: .venv/installed
 	$(BIN)/python benchmarks/reliability.py

@@ -16,10 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from data.files import InputError, find_checkpoint
-from data.settings import NETWORK_LIBRARIES, Device, Int16, Part, Whole, read_settings, run_script
+from data.settings import (
+    NETWORK_LIBRARIES,
+    Device,
+    Int16,
+    Part,
+    Positional,
+    Whole,
+    read_settings,
+    run_script,
+)  # fmt: skip
 
 
 @dataclass
@@ -39,9 +46,9 @@ class Options:
 class Config(Options):
     """What is segmented, with which checkpoint, and where the results go."""
 
-    paths: tyro.conf.Positional[tuple[Path, ...]] = ()  # scans: files, DICOM series, folders
+    paths: Positional[tuple[Path, ...]] = ()  # scans: files, DICOM series, folders
     checkpoint: Path = Path("checkpoints/liver/best.pt")  # of train.py, or the run's folder
-    folds: tuple[Path, ...] = ()  # more checkpoints, averaged with the first
+    folds: tuple[Path, ...] = ()  # more checkpoints (not a number), averaged as an ensemble
     locate: Path | None = None  # checkpoint of a fast network: segment only around what it finds
     destination: Path = Path("results")  # folder that receives a folder per case
     split: Literal["training", "validation", "test"] | None = None  # cases of prepared data instead
@@ -53,7 +60,7 @@ class Config(Options):
     force: bool = False  # go on with scans that do not look like CT in HU
     accept: tuple[Literal["seen"], ...] = ()  # seen: evaluate patients that made the checkpoint too
     overwrite: bool = False  # do finished cases again
-    device: Device = "auto"  # auto, cpu, cuda, cuda:1
+    device: Device = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: what is fast here
 
 

@@ -16,15 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from data.labels import ACCEPTABLE, FOREGROUND
-from data.settings import Count, Seed, Share, Whole, read_settings, run_script
+from data.settings import Count, Positional, Seed, Share, Whole, read_settings, run_script
 
 
 @dataclass
 class Config:
-    source: tyro.conf.Positional[Path] = Path("data/raw")  # folder with the scans, as downloaded
+    source: Positional[Path] = Path("data/raw")  # folder with the scans, as downloaded
     destination: Path = Path("data/prepared")  # folder to write
     images: Path | None = None  # folder of the scans, where names do not tell them
     labels: Path | None = None  # folder of their label maps
@@ -332,8 +330,9 @@ def write_dataset(records: list[Record], notes: list[str], config: Config, terms
         dataset[name] = [{key: entry[key] for key in (IMAGE, LABEL, "case")} for entry in chosen]
     write_json(dataset, config.destination / "dataset.json")
     patients = Counter({case["patient"]: case["split"] for case in cases}.values())
+    pieces = f"{len(subvolumes)} sub-volumes" if config.subvolume_depth else "kept whole"
     print(
-        f"{config.destination}: {len(cases)} cases, {len(subvolumes)} sub-volumes; patients "
+        f"{config.destination}: {len(cases)} cases, {pieces}; patients "
         f"{' / '.join(f'{patients[name]} {name}' for name in splits.SPLITS)}\n"
         f"foreground voxels: {inside} in, {covered} covered"
     )

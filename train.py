@@ -103,8 +103,8 @@ class Config:
     dropout: Part = 0.0  # part of the features that training leaves out, where the network has it
 
     # -- optimisation
-    loss: LossName = "dice"  # soft Dice of the foreground classes
-    optimizer: OptimizerName = "adam"  # sgd with momentum 0.99
+    loss: LossName = "dice"  # Dice, cross-entropy (ce), both, focal or Tversky; weighted: by class
+    optimizer: OptimizerName = "adam"  # adamw decays weights; sgd has Nesterov momentum 0.99
     weight_decay: Amount | None = None  # None: the optimizer's usual, adamw 0.01, sgd 3e-5, adam 0
     amsgrad: bool = False  # of adam and adamw: steps by the largest second moment so far
     learning_rate: Positive = 3e-4  # at the start

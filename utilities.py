@@ -655,7 +655,8 @@ class Run:
                     writer.add_scalar(key, value, epoch)
         self.save("last.pt")
         figures = [f"{k} {row[k]:.4f}" for k in ("train_loss", "val_loss", "val_dice") if k in row]
-        best, left = " (best so far)" * is_best, (max_epochs - epoch) * row["epoch_seconds"]
+        best = " (best so far)" * (is_best and row.get("val_dice", 0) > 0)
+        left = (max_epochs - epoch) * row["epoch_seconds"]
         print(f"epoch {epoch}/{max_epochs}: {', '.join(figures)}{best}, "
               f"{format_seconds(left)} left", flush=True)  # fmt: skip
 

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
-from data.settings import Count, Whole, read_settings, run_script
+from data.settings import Count, Positional, Whole, read_settings, run_script
 
 Mode = Literal["surface", "rays", "organs", "slices", "compare"]
 View = Literal["anterior", "posterior", "right", "left", "superior"]
@@ -24,7 +22,7 @@ View = Literal["anterior", "posterior", "right", "left", "superior"]
 
 @dataclass
 class Config:
-    paths: tyro.conf.Positional[tuple[Path, ...]] = ()  # results, results/<case>, label map or scan
+    paths: Positional[tuple[Path, ...]] = ()  # results, results/<case>, label map or scan
     mode: Mode = "surface"  # the (first) picture
     projection: Literal["composite", "maximum"] = "composite"  # how ray casting combines voxels
     view: View = "anterior"  # side of the patient that the viewer faces
@@ -620,6 +618,8 @@ class Window:
 
 def open_window(paths: list[Path], config: Config) -> None:
     """Show all modes and cases in one window until it is closed."""
+    if missing := [path for path in paths if not path.exists()]:
+        raise InputError(f"{missing[0]}: no such file or folder; check the path")
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         raise InputError("no display to open a window on; give --screenshot, --turntable or --html")
     window = Window(paths, config)

@@ -35,7 +35,8 @@ def find_checkpoint(path: Path, names: Sequence[str] = ("best.pt", "last.pt")) -
     files = [path / name for name in names] if path.is_dir() else [path]
     if found := [file for file in files if file.is_file()]:
         return found[0]
-    raise InputError(f"{files[0]}: no such checkpoint; train one first, or check --checkpoint")
+    remedy = "check --checkpoint, train one first, or give checkpoints/starter.pt"
+    raise InputError(f"{files[0]}: no such checkpoint; {remedy}")
 
 
 def read_json(path: Path, what: str = "a JSON object") -> Any:

@@ -15,14 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+# Run as a script, the folder above is not where Python looks for `data`.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data  # says which environment is missing  # noqa: F401
+
+# isort: split
 import nibabel as nib
 import numpy as np
 from nibabel.affines import apply_affine
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
-
-# Run as a script, the folder above is not where Python looks for `data`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.files import InputError, write_json
 from data.settings import read_settings, run_script, show_progress

@@ -25,6 +25,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 from tqdm import tqdm
+from tyro.conf import Positional as Positional  # for the arguments of a script
 
 from data.files import InputError, read_json
 
@@ -39,6 +40,8 @@ class Limit(typing.NamedTuple):
     text: str
     test: Callable[[Any], Any]
 
+
+VERSION = "0.1.0"  # of this program, as in CITATION.cff
 
 # Types for the fields of a Config.
 Share = Annotated[float, Limit("a number 0 <= x <= 1", lambda x: 0 <= x <= 1)]
@@ -126,8 +129,12 @@ def read_settings(
     override. `check` raises InputError for what is missing. `libraries` are loaded last.
     """
     words = [word for word in sys.argv[1:] if word != "--debug"]
+    if "--version" in words:
+        print(f"Liver segmentation in CT {VERSION}")
+        sys.exit()
     default, given = None, list_given(words, config_class)
-    description = f"{description}\n\n--config FILE: settings of a JSON file or run; options win."
+    general = "--config FILE: settings of a JSON file or run; options win."
+    description = f"{description}\n\n{general} --version: that of this program."
     if recipes:
         name = words.pop(0) if words and words[0][0] != "-" else next(iter(recipes))
         if name not in recipes:

@@ -1,7 +1,7 @@
 """Estimate the Dice of a label map without a reference: one number, one word, where to look first.
 
 It comes from the network's probabilities, calibrated on scans that were degraded on purpose, and
-from the organ's volume. Its validation and its limits: `docs/trust.md`.
+from the organ's volume. Its validation and its limits: `docs/evidence/trust.md`.
 """
 
 from __future__ import annotations

@@ -60,6 +60,22 @@ def test_a_missing_scan_or_checkpoint_is_told_at_once(tmp_path):
     assert told.startswith("error: ") and "none: no such checkpoint" in told
 
 
+def test_the_version_is_that_of_the_citation():
+    told = run_lightly("train.py", "--version")
+    version = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version and told.startswith(f"Liver segmentation in CT {version[1]}\n")
+
+
+@pytest.mark.parametrize("script", [*NEXT, "visualize_3d.py", "data/make_phantoms.py"])
+def test_a_missing_environment_is_one_line(script):
+    """A Python without packages (-S) names the environment to activate."""
+    done = subprocess.run(
+        [sys.executable, "-S", ROOT / script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: the packages of requirements")
+    assert "source .venv/bin/activate" in done.stderr and done.stderr.count("\n") == 1
+
+
 def read(monkeypatch, *words, config_class=train.Config, recipes=None):
     monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
     return read_settings(config_class, "", recipes)

@@ -60,7 +60,7 @@ def test_a_recipe_by_name_on_the_command_line(whole_cases, tmp_path):
 
 
 def test_the_recipe_laptop_is_the_setting_that_was_measured(monkeypatch):
-    """The figures of docs/few_patients.md are those of what a user gets."""
+    """The figures of docs/evidence/few_patients.md are those of what a user gets."""
     result = read_json(ROOT / "benchmarks" / "results" / "levers.json")
     options = {}  # the last of two equal ones counts
     for option in re.split(r"(?:^| )--", result["settings"]["laptop"])[1:]:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -203,3 +204,15 @@ def test_weights_to_begin_with_of_other_classes_leave_the_head_out(run, few, tmp
     other = small_config(few, tmp_path / "other", base_channels=8, pretrained=run)
     with pytest.raises(InputError, match="must be the same network"):
         train.main(other)
+
+
+def test_a_run_that_began_with_other_weights_resumes_without_them(few, run, tmp_path):
+    start = shutil.copy(run / "last.pt", tmp_path / "start.pt")
+    how = {"pretrained": start, "max_epochs": 1, "schedule": "constant"}
+    train.main(small_config(few, tmp_path / "run", **how))
+    half = load_checkpoint(tmp_path / "run" / "last.pt")
+    start.unlink()
+    train.main(train.Config(resume=tmp_path / "run", device="cpu", max_epochs=2))
+    resumed = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert (half["epoch"], resumed["epoch"]) == (1, 2)
+    assert resumed["config"]["pretrained"] == half["config"]["pretrained"] == str(start)

@@ -1,0 +1,298 @@
+"""README and docs: each command runs as it stands, links lead somewhere, sentences are short."""
+
+import csv
+import dataclasses
+import json
+import re
+import shutil
+import statistics
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from documents import (
+    EVIDENCE,
+    PAGES,
+    USER_PAGES,
+    find_links,
+    list_blocks,
+    list_commands,
+    list_sentences,
+    run_block,
+)
+from helpers import write_phantom_seg, write_phantom_series
+
+import data.settings
+import train
+from data.files import read_json
+from data.scans import read_volume
+from utilities import load_checkpoint
+
+# What a setting costs: the largest that a test takes. Commands are read as they stand.
+SUBVOLUMES = {"input_size": (32, 32), "spacing": (8.0, 8.0), "base_channels": 4}
+PATCHES = {"input_size": (32, 32, 16), "spacing": (8.0, 8.0, 5.0), "base_channels": 4}
+RUN = {"max_epochs": 3, "val_interval": 3, "device": "cpu", "precision": "fp32"}
+PHANTOMS = {"cases": 5, "size": 48, "slices": (32, 40)}
+
+
+def make_small(config):
+    """Settings that take seconds, of a command's that would take hours."""
+    names = {field.name for field in dataclasses.fields(config)}
+    small = {"workers": 1, "device": "cpu"} | (PHANTOMS if "tumours" in names else {})
+    if "max_epochs" in names:
+        small |= RUN | (PATCHES if config.sampling == "patches" else SUBVOLUMES)
+        small |= {"patches_per_case": 1, "learning_rate": 5e-3}
+        if config.pretrained:  # whose network is as wide as it is
+            del small["base_channels"]
+        if config.resume:
+            small = {"device": "cpu"}
+    if "screenshot" in names:
+        small |= {"size": (160, 120)}
+        if not any((config.screenshot, config.turntable, config.movie, config.mesh, config.html)):
+            small |= {"screenshot": Path("window.png")}  # in place of a window
+    return dataclasses.replace(config, **{n: v for n, v in small.items() if n in names})
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch, blank_pictures, raw_phantoms):
+    """An empty folder with the starter weights, where commands take seconds."""
+    whole = data.settings.read_settings
+
+    def read_settings(*args, **options):
+        config = whole(*args, **options)
+        small = make_small(config)
+        for name in ("given",) if hasattr(config, "given") else ():
+            setattr(small, name, config.given)
+        return small
+
+    monkeypatch.setattr(data.settings, "read_settings", read_settings)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(ROOT / "checkpoints/starter.pt", tmp_path / "checkpoints")
+    shutil.copy(min((raw_phantoms / "imagesTr").iterdir()), tmp_path / "scan.nii.gz")
+    return tmp_path
+
+
+@pytest.fixture
+def trained(world, raw_phantoms, prepared, whole_cases, checkpoint):
+    """The same with data, prepared data and a checkpoint, as the five steps leave them."""
+    for source, place in (
+        (raw_phantoms, "data/raw"), (prepared, "data/prepared"), (whole_cases, "data/whole"),
+        (checkpoint.parent, "checkpoints/liver"),
+    ):  # fmt: skip
+        shutil.copytree(source, world / place)
+    return world
+
+
+def follow(page, world, between=lambda block: None):
+    """Run the blocks of a page in their order; return the words of all commands."""
+    done = []
+    for block in list_commands(page):
+        done += run_block(block, world)
+        between(block)
+    return done
+
+
+# ---------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------
+
+PROMISED = """
+    data/prepared/dataset.json data/prepared/preprocess.png checkpoints/liver/best.pt
+    checkpoints/liver/curves.png results/results.csv results/scan/scan_label.nii.gz scan_3d.png
+    scan.gif scan.html scan.stl
+"""
+
+
+def test_readme(world):
+    """The whole path of a user: phantoms, prepare, look, train, apply, see, resume."""
+    follow("README.md", world)
+    for promised in PROMISED.split():
+        assert (world / promised).exists(), promised
+    python = next(text for _, kind, text in list_blocks("README.md") if kind == "python")
+    scan = read_volume(world / "scan.nii.gz").ras
+    names = {"array": scan.data, "affine": scan.affine}
+    exec(python, names)
+    assert names["found"].label.shape == scan.shape
+    assert read_volume(world / "label.nii.gz").shape == read_volume(world / "scan.nii.gz").shape
+
+
+def test_first_ten_minutes(world):
+    follow("docs/start.md", world)
+    pictures = [path.stat().st_size for path in world.glob("liver_*.png")]
+    assert pictures and min(pictures) > 1000
+    assert read_json(world / "results/summary.json")
+
+
+def test_applying(trained):
+    follow("docs/applying.md", trained)
+    row = next(csv.DictReader((trained / "results/evaluation/results.csv").open()))
+    assert "liver_dice" in row and "tumour_dice" not in row
+
+
+def test_viewing(trained):
+    run_block("python apply_model.py scan.nii.gz --checkpoint checkpoints/starter.pt", trained)
+    follow("docs/viewing.md", trained)
+    for name in ("window.png", "organs.png", "turn.gif", "slices.gif", "scan.html", "liver.stl"):
+        assert (trained / name).stat().st_size > 1000, name
+
+
+def test_training(trained):
+    """Every recipe trains as the page says; another organ and MR are learnt by their names."""
+    (trained / "data/spleen").mkdir()
+
+    def make_others(block):
+        if "--organ spleen" in block and not (trained / "data/mr").exists():
+            shutil.copytree(trained / "data/spleen/raw", trained / "data/mr/raw")
+            for path in (trained / "data/mr/raw/imagesTr").iterdir():
+                scan = read_volume(path)
+                scan.like((scan.read() + 1024).clip(0).astype(np.uint16)).write(path)
+
+    done = follow("docs/training.md", trained, make_others)
+    recipes = {words[2] for words in done if words[1] == "train.py" and words[2][0] != "-"}
+    page = PAGES["docs/training.md"]
+    assert recipes == set(train.RECIPES) - {"liver-unet3d"}
+    assert all(f"| `{name}`" in page for name in train.RECIPES)
+    labels = load_checkpoint(trained / "checkpoints/spleen")["preprocessing"]["labels"]
+    assert set(labels) == {"background", "spleen"}
+    row = next(csv.DictReader((trained / "results/spleen/results.csv").open()))
+    assert "spleen_dice" in row and "liver" not in row["warnings"]
+
+
+def test_lits(world, raw_phantoms):
+    """Two zip files, as downloaded; five folds in a loop and by Slurm; the figure."""
+    scans, labels = (sorted((raw_phantoms / k).iterdir()) for k in ("imagesTr", "labelsTr"))
+    for batch, numbers in enumerate(([0, 1, 2], [3, 4, 28]), start=1):
+        with zipfile.ZipFile(world / f"Training_Batch{batch}.zip", "w") as file:
+            for place, number in enumerate(numbers, start=3 * batch - 3):
+                for paths, kind in ((scans, "volume"), (labels, "segmentation")):
+                    name = f"Training Batch {batch}/{kind}-{number}.nii.gz"
+                    file.write(paths[place], name)
+    (world / "scans").mkdir()
+    for number in range(4):
+        shutil.copy(scans[number], world / "scans" / f"{number}.nii.gz")
+    follow("docs/lits.md", world)
+    summary = read_json(world / "results/evaluation/summary.json")
+    assert "28" not in "".join(path.name for path in (world / "results/folds").iterdir())
+    assert len([path for path in (world / "results/folds").iterdir() if path.is_dir()]) == 5
+    assert summary
+    assert {f"slurm_{fold}" for fold in range(5)} <= {
+        path.name for path in (world / "checkpoints").iterdir()
+    }
+    config = load_checkpoint(world / "checkpoints/slurm_3")["config"]
+    assert config["fold"] == 3
+    assert len(list((world / "results").glob("shard_*/*/*_label.nii.gz"))) == 4
+
+
+def write_dicom(source: Path, folder: Path) -> dict[str, list]:
+    """Each scan of a Decathlon folder as a series `folder/<case>`."""
+    slices = {}
+    for path in sorted((source / "imagesTr").iterdir()):
+        scan = read_volume(path).ras
+        x, y, z = scan.spacing_mm
+        case = path.name.removesuffix(".nii.gz")
+        slices[case] = write_phantom_series(
+            folder / case, scan.data, PatientID=case, PixelSpacing=[round(y, 3), round(x, 3)],
+            ImagePositionPatient=lambda n, z=z: [-100.0, -90.0, round(z, 3) * n],
+        )  # fmt: skip
+    return slices
+
+
+def test_labelling(trained, raw_phantoms):
+    """A person corrects drafts: of NIfTI as label maps, of DICOM as SEG, in the last case NIfTI."""
+    shutil.copytree(raw_phantoms / "imagesTr", trained / "data/own/imagesTr")
+    slices, voxels_in = write_dicom(raw_phantoms, trained / "data/dicom"), []
+
+    def correct(block):
+        for path in sorted((raw_phantoms / "labelsTr").iterdir()):
+            case, truth = path.name.removesuffix(".nii.gz"), read_volume(path)
+            if "apply_model.py data/own" in block:
+                draft = read_volume(trained / f"results/own/{case}/{case}_label.nii.gz")
+                target = trained / "data/own/labelsTr" / path.name
+                target.parent.mkdir(exist_ok=True)
+                draft.like(truth.read().astype(np.uint8)).write(target)
+                voxels_in.append(np.count_nonzero(truth.read()))
+            if "apply_model.py data/dicom" in block:
+                draft = trained / f"results/dicom/{case}/{case}_label"
+                assert draft.with_suffix(".dcm").exists()
+                if case != max(slices):
+                    target = trained / "data/dicom" / case / "corrected.dcm"
+                    write_phantom_seg(target, slices[case], truth.ras.data)
+                else:
+                    array = truth.ras.data[::-1, ::-1].astype(np.uint8)
+                    target = trained / f"data/dicom/{case}_label.nii.gz"
+                    read_volume(draft.with_suffix(".nii.gz")).like(array).write(target)
+
+    follow("docs/labelling.md", trained, correct)
+    for name in ("own", "dicom"):
+        prepared = json.loads((trained / f"data/{name}/prepared/dataset.json").read_text())
+        assert sum(case["foreground_voxels"] for case in prepared["cases"]) == sum(voxels_in)
+    config = load_checkpoint(trained / "checkpoints/own")["config"]
+    assert config["pretrained"] == "checkpoints/liver/best.pt"
+
+
+FOLLOWED = "README.md docs/start.md docs/applying.md docs/viewing.md docs/training.md docs/lits.md "
+FOLLOWED += "docs/labelling.md"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_command_escapes(page):
+    """A block names its language; those of bash are followed above, or say why they are not."""
+    for reason, kind, text in list_blocks(page):
+        assert kind in ("bash", "json", "python", "text"), (
+            f"{page}: {kind or 'no language'}: {text}"
+        )
+        if kind == "bash":
+            assert reason or page in FOLLOWED.split(), f"{page}: {text}"
+        else:
+            assert not re.search(r"^(python3?|make|torchrun|sbatch) ", text, re.MULTILINE), text
+
+
+# ---------------------------------------------------------------------------------------
+# Links and words
+# ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """Files exist, and headings are there."""
+    for target in find_links(page):
+        file, _, heading = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), f"{page}: {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)", path.read_text(), flags=re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in slugs, f"{page}: {target}"
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    reached, pending = set(), ["README.md"]
+    while pending:
+        page = pending.pop()
+        reached.add(page)
+        for target in find_links(page):
+            path = ((ROOT / page).parent / target.partition("#")[0]).resolve()
+            name = path.relative_to(ROOT).as_posix()
+            if name in PAGES and name not in reached:
+                pending.append(name)
+    assert reached == set(PAGES)
+
+
+def count_words(*pages: str) -> int:
+    return sum(len(PAGES[page].split()) for page in pages)
+
+
+def test_the_pages_are_few_and_short():
+    assert count_words("README.md") <= 1300
+    assert len(USER_PAGES) <= 10 and count_words(*USER_PAGES) <= 6500
+    assert count_words(*EVIDENCE) <= 5000
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_sentences_are_short(page):
+    """Words in the mean sentence of prose; tables, code and headings do not count."""
+    lengths = [len(sentence.split()) for sentence in list_sentences(PAGES[page])]
+    assert statistics.mean(lengths) <= (16 if page == "README.md" else 18)
