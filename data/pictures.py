@@ -338,4 +338,4 @@ def judge_learning(history: list[dict[str, float]]) -> str:
     earlier = max(dice[: -max(len(dice) // 4, 1)], default=0.0)
     if max(dice) - earlier > 0.01 and since <= len(dice) // 4:
         return f"still rising: {told}; more --max-epochs may help"
-    return f"learnt: {told}"
+    return f"learnt: {told}" if max(dice) >= 0.5 else f"little learnt: {told}; {cause}"
