@@ -16,9 +16,9 @@ from helpers import (
     write_phantom_series,
 )
 from pydicom.sr.codedict import codes
-from sweeps import sweep_seg
 
 import data.seg
+from benchmarks.sweeps import sweep_seg
 from data.dicom import read_series, write_series
 from data.files import InputError
 from data.labels import USUAL_LABELS

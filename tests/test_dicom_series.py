@@ -20,8 +20,8 @@ from helpers import (
     write_phantom_series,
 )
 from pydicom.uid import generate_uid
-from sweeps import sweep_series
 
+from benchmarks.sweeps import sweep_series
 from data.dicom import (
     find_dicom,
     is_dicom_input,

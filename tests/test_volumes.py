@@ -12,11 +12,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import sweeps
 from conftest import ct_image, random_affine
-from sweeps import AFFINE, make_array, same_place, write_meta, write_nifti, write_nrrd
 
 import data.volumes
+from benchmarks import sweeps
+from benchmarks.sweeps import AFFINE, make_array, same_place, write_meta, write_nifti, write_nrrd
 from data.files import InputError
 from data.volumes import Volume, keep_volumes, list_parts, list_slabs, name_case, read_file
 
