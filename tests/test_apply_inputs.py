@@ -263,7 +263,8 @@ def write_prepared(folder: Path, label: np.ndarray, scan=None, **changes) -> Non
     """A `dataset.json` with one test case, as prepare.py writes it."""
     scan = patient(0)[0] if scan is None else scan
     record = {
-        "case": "a", "patient": "a", "split": "test", "warnings": [],
+        "case": "a", "patient": "a", "split": "test", "warnings": [], "voxels_per_label": {},
+        "spacing_mm": [3.0, 3.0, 5.0],
         "image": str(save(scan, folder / "raw" / "a.nii.gz")),
         "label": str(save(label, folder / "raw" / "a_seg.nii.gz", changes.pop("affine", AFFINE))),
     }  # fmt: skip
