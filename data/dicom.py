@@ -6,12 +6,14 @@ A series is read in these steps: headers, images of one series, slices, order, a
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import logging
 import math
 import os
 import re
+import runpy
 import shutil
 import warnings
 from collections import Counter, defaultdict
@@ -25,7 +27,7 @@ import numpy as np
 from nibabel.orientations import inv_ornt_aff
 from tqdm import tqdm
 
-from data.files import InputError, list_below, one_error
+from data.files import InputError, list_below, list_plain_files, one_error
 from data.labels import WORD, name_words
 from data.volumes import AIR_HU, TO_LPS, Volume
 
@@ -79,6 +81,7 @@ class DicomItem:
     files: tuple[Path, ...] = ()
     fault: str = ""  # why it cannot be used
     is_seg: bool = False
+    broken: bool = False  # the fault hides a scan, or a part of one
 
 
 def find_dicom(files: Iterable[Path]) -> list[DicomItem]:
@@ -111,7 +114,8 @@ def find_dicom(files: Iterable[Path]) -> list[DicomItem]:
         except InputError as error:  # one bad file never stops the others
             is_seg = is_seg_header(header)
             uid = "" if is_seg else read_text(header, "SeriesInstanceUID")
-            items.append(DicomItem(path, uid, "", 0, {}, (path,), str(error), is_seg))
+            broken = CONTOURS not in str(error)
+            items.append(DicomItem(path, uid, "", 0, {}, (path,), str(error), is_seg, broken))
     return [*items, *_place_series(series)]
 
 
@@ -150,7 +154,8 @@ def _place_series(series: dict[tuple[str, ...], dict[Path, int]]) -> Iterator[Di
             fault = f"its series lies in {where}, beside others; move it to a folder of its own"
         path = files[0] if shared or fault else path
         fault = fault and f"{path}: {fault}"
-        yield DicomItem(path, key[0], key[1], len(files), {}, files, fault)
+        broken = bool(fault) and sum(slices.values()) > 1
+        yield DicomItem(path, key[0], key[1], len(files), {}, files, fault, broken=broken)
 
 
 def find_series(path: Path, notes: list[str]) -> DicomItem:
@@ -198,11 +203,39 @@ def read_series(path: Path) -> Volume:
     with one_error(path, "cannot be read as DICOM series"):
         item = find_series(path, notes)
         slices = [one for file in item.files for one in list_slices(file)]
+        refuse_part(item, {tuple(one.position) for one in slices})
         ordered = order_slices(path, slices, notes)
         affine = build_affine(path, ordered, notes)
         voxels = _read_voxels(ordered, notes)
     files = tuple(dict.fromkeys(one.file for one in ordered))
     return Volume(voxels, affine, str(path), notes=tuple(notes), files=files)
+
+
+def refuse_part(item: DicomItem, positions: set[tuple[float, ...]]) -> None:
+    """Raise InputError if the series goes on in a folder beside its own: half a scan is none.
+
+    `positions` are those of its slices; a copy of the series has the same ones.
+    """
+    own = {file.parent for file in item.files}
+    places = (place for up in {folder.parent for folder in own} for place in sorted(up.iterdir()))
+    for folder in (place for place in places if place.is_dir() and place not in own):
+        uid, first = _read_first(folder)
+        if uid == item.uid and first and first not in positions:
+            raise InputError(
+                f"{item.path}: its series goes on in {folder}; give the folder that holds both, or "
+                "put all files into one"
+            )
+
+
+@functools.cache
+def _read_first(folder: Path) -> tuple[str, tuple[float, ...]]:
+    """Return SeriesInstanceUID and position (LPS mm) of the first DICOM file in a folder."""
+    with contextlib.suppress(InputError, OSError):
+        file = next(filter(is_dicom, list_plain_files(folder)), None)
+        header = read_header(file) if file else {}
+        place = read_numbers(header, file or folder, "ImagePositionPatient", default=[])
+        return read_text(header, "SeriesInstanceUID"), tuple(place)
+    return "", ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -638,3 +671,7 @@ def list_segments(header: Any, file: Path) -> list[tuple[int, str, int]]:
     if not segments:
         raise wrong_tag(file, "SegmentSequence", "a description of the segments", "nothing")
     return segments
+
+
+if __name__ == "__main__":  # the commands on series and label maps
+    runpy.run_module("data.seg", run_name="__main__", alter_sys=True)
