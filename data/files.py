@@ -87,8 +87,12 @@ def one_error(path: Path, what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # damaged bytes lead a library to anything
-        told = f"{what} ({type(error).__name__}: {error}); the file is cut off or damaged, copy or"
-        raise InputError(f"{path}: {told} export it again, or convert it to .nii.gz") from error
+        remedy = "the file is cut off or damaged, copy or export it again, or convert it to .nii.gz"
+        if isinstance(error, MemoryError):
+            remedy = "the memory is too small, free some or crop the volume"
+        if isinstance(error, PermissionError):
+            remedy = "ask its owner"
+        raise InputError(f"{path}: {what} ({type(error).__name__}: {error}); {remedy}") from error
 
 
 @contextlib.contextmanager
