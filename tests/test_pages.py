@@ -76,10 +76,10 @@ def world(tmp_path, monkeypatch, blank_pictures, raw_phantoms):
 
 
 @pytest.fixture
-def trained(world, raw_phantoms, prepared, whole_cases, checkpoint):
+def trained(world, raw_phantoms, prepared, checkpoint):
     """The same with data, prepared data and a checkpoint, as the five steps leave them."""
     for source, place in (
-        (raw_phantoms, "data/raw"), (prepared, "data/prepared"), (whole_cases, "data/whole"),
+        (raw_phantoms, "data/raw"), (prepared, "data/prepared"),
         (checkpoint.parent, "checkpoints/liver"),
     ):  # fmt: skip
         shutil.copytree(source, world / place)
