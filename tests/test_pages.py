@@ -44,7 +44,7 @@ def make_small(config):
     if "max_epochs" in names:
         small |= RUN | (PATCHES if config.sampling == "patches" else SUBVOLUMES)
         small |= {"patches_per_case": 1, "learning_rate": 5e-3}
-        if config.pretrained:  # whose network is as wide as it is
+        if config.pretrained and config.pretrained.name == "starter.pt":  # it has a width
             del small["base_channels"]
         if config.resume:
             small = {"device": "cpu"}
