@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from unicodedata import normalize
@@ -12,7 +13,7 @@ from helpers import build_field_case, field_patient, run, save
 
 import apply_model
 from data import evaluate
-from data.datasets import find_scans
+from data.datasets import find_pairs, find_scans
 from data.files import InputError
 from data.scans import find_others, read_scan
 from data.seg import convert_to_seg, convert_to_series
@@ -111,7 +112,7 @@ def test_sets_whose_liver_nobody_names_are_refused(name, message, tmp_path):
         ("76_values_swapped_without_json", {}, "of liver: values exchanged?"),
         ("06_intercept_twice_nifti", {}, "applied twice?"),
         ("10_seg_of_original_uids", {}, "FrameOfReferenceUID"),
-        ("34_png_stack_beside_nifti", {}, "nothing says how the pictures lie on it"),
+        ("34_png_stack_beside_nifti", {}, "says how it lies on its scan"),
         ("71_phases_by_trigger_interleaved_seg", {}, "AcquisitionNumber of a0018.dcm: 1; b0018"),
         ("44_spacing_reversed", {}, "1536 × 320 × 30 mm is no body"),
         ("55_trust_turns_sound_labels", {"trust_image_grid": ()}, "note: liver_0: the label map"),
@@ -148,6 +149,33 @@ def test_own_series_are_several_patients(tmp_path, capsys):
     patients = {row["patient"] for row in run(source / "d")["cases"]}
     assert patients == {"p0", "p1", "p2"}
     assert '3 series have "anonymous" as PatientID' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("dataset.json", '{"labels": {"1": "spleen", "1": "liver"}}', "'1' twice"),
+        ("patients.csv", "case,patient\n" + "a" * 140_000 + ",p\n", "field limit"),
+        ("patients.csv", None, "no plain file"),
+    ],
+)
+def test_odd_files_beside_a_set_end_in_one_line(name, content, message, tmp_path):
+    """None is a named pipe, which would be read for ever."""
+    source = build_field_case("17_case_numbers_from_0000", tmp_path / "raw")
+    file = source / name
+    os.mkfifo(file) if content is None else file.write_text(content)
+    with pytest.raises(InputError, match=message):
+        run(source, patients=file if name == "patients.csv" else None)
+
+
+def test_a_name_of_two_dots_is_taken(tmp_path):
+    source = build_field_case("17_case_numbers_from_0000", tmp_path / "raw")
+    for folder in ("imagesTr", "labelsTr"):
+        (source / folder / "case_0000.nii.gz").rename(source / folder / "..a.nii.gz")
+        (source / folder / "._case_0001.nii.gz").write_text("of a Mac")
+    assert [case.name for case in find_pairs(source).cases] == ["a"] + [
+        f"case_000{n}" for n in (1, 2, 3, 4)
+    ]
 
 
 def test_split_nnunet(built):
