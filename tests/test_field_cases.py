@@ -168,6 +168,13 @@ def test_odd_files_beside_a_set_end_in_one_line(name, content, message, tmp_path
         run(source, patients=file if name == "patients.csv" else None)
 
 
+@pytest.mark.parametrize("begin", [b"PK\3\4", b"\xfd7zXZ\0", b"BZh9"], ids=["zip", "xz", "bzip2"])
+def test_other_archives_are_unpacked_first(begin, tmp_path):
+    (tmp_path / "a.nii.gz").write_bytes(begin + bytes(400))
+    with pytest.raises(InputError, match=r"a\.nii\.gz: is a (zip|xz|bzip2) file; unpack it"):
+        read_scan(tmp_path / "a.nii.gz")
+
+
 def test_a_name_of_two_dots_is_taken(tmp_path):
     source = build_field_case("17_case_numbers_from_0000", tmp_path / "raw")
     for folder in ("imagesTr", "labelsTr"):
