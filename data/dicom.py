@@ -43,6 +43,7 @@ SAME = ("PatientID", "StudyInstanceUID", "FrameOfReferenceUID")
 PARTING = ("AcquisitionNumber", "ConvolutionKernel", "ImageType")
 TIMES = ("AcquisitionTime", "TriggerTime")  # of CT; MR interleaves the slices of one scan in time
 REMEDY = "export the series again from its source, or leave this file out"
+NEAR = 10  # folders before and after that of a series, in which it may go on
 CONTOURS = "convert its contours to DICOM SEG or NIfTI (3D Slicer, dcmrtstruct2nii)"
 # pydicom logs doubts about every tag; this module checks each tag that it uses
 logging.getLogger("pydicom").setLevel(logging.ERROR)
@@ -214,11 +215,17 @@ def read_series(path: Path) -> Volume:
 def refuse_part(item: DicomItem, positions: set[tuple[float, ...]]) -> None:
     """Raise InputError if the series goes on in a folder beside its own: half a scan is none.
 
-    `positions` are those of its slices; a copy of the series has the same ones.
+    `positions` are those of its slices; a copy of the series has the same ones. Only the NEAR
+    folders before and after its own, by name, are looked at.
     """
     own = {file.parent for file in item.files}
-    places = (place for up in {folder.parent for folder in own} for place in sorted(up.iterdir()))
-    for folder in (place for place in places if place.is_dir() and place not in own):
+    near: set[Path] = set()
+    for folder in own if item.uid else ():
+        with contextlib.suppress(OSError):  # of a folder that may not be listed
+            places = sorted(place for place in folder.parent.iterdir() if place.is_dir())
+            at = places.index(folder)
+            near |= {*places[max(at - NEAR, 0) : at + NEAR + 1]}
+    for folder in sorted(near - own):
         uid, first = _read_first(folder)
         if uid == item.uid and first and first not in positions:
             raise InputError(
@@ -231,10 +238,10 @@ def refuse_part(item: DicomItem, positions: set[tuple[float, ...]]) -> None:
 def _read_first(folder: Path) -> tuple[str, tuple[float, ...]]:
     """Return SeriesInstanceUID and position (LPS mm) of the first DICOM file in a folder."""
     with contextlib.suppress(InputError, OSError):
-        file = next(filter(is_dicom, list_plain_files(folder)), None)
-        header = read_header(file) if file else {}
-        place = read_numbers(header, file or folder, "ImagePositionPatient", default=[])
-        return read_text(header, "SeriesInstanceUID"), tuple(place)
+        if file := next(filter(is_dicom, list_plain_files(folder)), None):
+            header = read_header(file)
+            place = read_numbers(header, file, "ImagePositionPatient", 3, default=[])
+            return read_text(header, "SeriesInstanceUID"), tuple(place)
     return "", ()
 
 

@@ -236,8 +236,8 @@ def read_png_stack(folder: Path, name: str, scan: Volume) -> Volume:
     if len(pictures) != len(scan.files):
         raise InputError(
             f"{folder}: must hold a PNG for each file of a DICOM series, got {len(pictures)} for "
-            f"{len(scan.files)} DICOM files of {scan.name}, so that nothing says how the pictures "
-            "lie on it; give the label map as NIfTI",
+            f"{len(scan.files)} files of {scan.name}; give the label map as NIfTI, which says how "
+            "it lies on its scan",
             kind="shape",
         )
     array, greys = np.zeros(shape, np.uint8, order="F"), set[int]()
