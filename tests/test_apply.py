@@ -87,7 +87,7 @@ def test_a_broken_scan_stops_nothing_and_finished_ones_are_skipped(
     (images / "._junk.nii.gz").write_text("macOS")
     config = apply_model.Config(
         paths=(images,), truth=(scans / "labels",), checkpoint=checkpoint, device="cpu",
-        destination=out,
+        destination=out, accept=("seen",),
     )  # fmt: skip
     names = [path.name.removesuffix(".nii.gz") for path in (first, second)]
     with pytest.raises(InputError, match=rf"1 of 2 scans failed:\n.*{names[0]}.*cut off"):
@@ -174,6 +174,7 @@ def test_killed_at_any_moment_the_same_command_finishes_the_rest(scans, checkpoi
         {
             "paths": (scans / "images",), "truth": (scans / "labels",), "checkpoint": checkpoint,
             "destination": tmp_path / name, "device": "cpu", "precision": "fp32",
+            "accept": ("seen",),
         }
         for name in ("unbroken", "broken")
     )  # fmt: skip
