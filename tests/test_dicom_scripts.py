@@ -7,13 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import SHARED_DATA
-from helpers import (
-    SECRETS,
-    part_arrays,
-    run,
-    write_phantom_seg,
-    write_phantom_series,
-)
+from helpers import SECRETS, part_arrays, run, write_phantom_seg, write_phantom_series
 
 import apply_model
 from data.datasets import find_pairs
@@ -157,9 +151,7 @@ def test_the_3d_view_compares_with_a_dicom_seg(tmp_path):
     assert case.labels.data.max() == 2
 
 
-# ---------------------------------------------------------------------------------------
-# Real series and reported situations
-# ---------------------------------------------------------------------------------------
+# --- Real series and reported situations ------------------------------------------------
 
 
 def test_the_real_series_equals_its_nifti(tmp_path, real_ct):

@@ -99,22 +99,16 @@ def test_a_nifti_scan_has_its_seg_by_the_series_of_it(tmp_path):
 def test_every_kind_of_seg_is_read_without_its_empty_frames_and_with_them(kind, tmp_path):
     image, label, slices = make_series(tmp_path / "ct")
     label[:, :, :4] = 0
-    how = {"fractional_type": "PROBABILITY"} if kind == "FRACTIONAL" else {}
+    how = {}
+    if kind == "FRACTIONAL":  # a half and more count
+        how["fractional_type"] = "PROBABILITY"
+        how["masks"] = [np.where(label == n, 0.7, 0.3 * (label > 0)) for n in (1, 2)]
     for partial in (True, False):
         how["omit_empty_frames"] = partial
         write_phantom_seg(tmp_path / "seg.dcm", slices, label, kind=kind, **how)
         found = read_seg(tmp_path / "seg.dcm", image, USUAL_LABELS)
         assert np.array_equal(found.ras.data, label) and found.notes == ()
         assert found.classes == {"Liver": 1, "Tumour": 2} and found.dtype == np.uint8
-
-
-def test_fractions_of_a_half_and_more_count(tmp_path):
-    image, label, slices = make_series(tmp_path / "ct")
-    fractions, how = np.where(label > 0, 0.7, 0.3), {"fractional_type": "PROBABILITY"}
-    seg = build_phantom_seg(slices, label, ("liver",), "FRACTIONAL", masks=[fractions], **how)
-    seg.save_as(tmp_path / "seg.dcm")
-    found = read_seg(tmp_path / "seg.dcm", image, USUAL_LABELS)
-    assert np.array_equal(found.ras.data > 0, label > 0)
 
 
 @pytest.mark.parametrize("order", [("Liver", "Tumour"), ("Tumor", "Liver")])
@@ -187,19 +181,23 @@ def test_a_seg_of_another_scan_is_refused(tmp_path):
         read_seg(image.files[0], image, CLASSES)
 
 
-def test_a_cut_seg_is_named(tmp_path):
+def test_a_cut_seg_and_a_cut_slice_are_named(tmp_path):
     image, label, slices = make_series(tmp_path / "ct")
     seg = write_phantom_seg(tmp_path / "seg.dcm", slices, label)
-    content = seg.read_bytes()
-    for cut in (0.95, 0.3, 0.02):
-        seg.write_bytes(content[: int(cut * len(content))])
-        with pytest.raises(InputError, match=re.escape(str(seg))):
-            read_seg(seg, image, USUAL_LABELS)
+    for path, read in (
+        (seg, lambda: read_seg(seg, image, USUAL_LABELS)),
+        (sorted((tmp_path / "ct").iterdir())[5], lambda: read_series(tmp_path / "ct")),
+    ):
+        content = path.read_bytes()
+        for cut in (0.9, 0.3, 0.1):
+            path.write_bytes(content[: int(cut * len(content))])
+            with pytest.raises(InputError, match=re.escape(str(path))):
+                read()
 
 
 def test_a_seg_without_reference_and_labels_is_read(tmp_path):
     image, label, slices = make_series(tmp_path / "ct")
-    seg = pydicom.dcmread(write_phantom_seg(tmp_path / "seg.dcm", slices, label))
+    seg = build_phantom_seg(slices, label)
     del seg.ReferencedSeriesSequence, seg.DimensionIndexSequence
     for segment in seg.SegmentSequence:
         del segment.SegmentLabel
