@@ -171,9 +171,8 @@ def test_mr_needs_no_force_and_is_black_outside(use, tmp_path, model):
 
 
 def test_several_networks_give_the_mean_of_their_logits():
-    volume = torch.full((1, 48, 48, 16), 0.5)
     model = known_model(network=Threshold(0.2), others=(Threshold(0.4),))
-    scores = apply_model.predict(model, volume, Options())
+    scores = apply_model.predict(model, torch.full((1, 48, 48, 16), 0.5), Options())
     assert torch.allclose(scores, torch.tensor(0.4))  # of 0.6 and 0.2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -447,8 +448,8 @@ def test_a_series_that_a_seg_names_is_a_scan_and_two_segs_of_it_are_told(tmp_pat
     assert (case.image, case.label) == (tmp_path / "masks/p1", tmp_path / "masks/x.dcm")
     as_seg(slices, label_of(2), tmp_path / "masks/other.dcm", names=("liver", "cyst"))
     (case,) = find_pairs(tmp_path).cases
-    assert "2 label maps for one scan" in case.faults[0]
-    assert "other.dcm" in case.faults[0] and "x.dcm" in case.faults[0]
+    told = ("2 label maps for one scan", "other.dcm", "x.dcm")
+    assert all(words in case.faults[0] for words in told)
 
 
 def test_series_without_label_map_and_torn_files_are_told_and_no_cases(tmp_path):
@@ -485,14 +486,11 @@ def test_no_tree_of_files_joins_two_patients(tmp_path):
                     path = root / f"{name}.nii"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_text(f"{batch} {patient}")
-        try:
-            cases = find_pairs(root).cases
-        except InputError:
-            continue
-        for case in cases:
-            if case.image and case.label and not case.faults:
-                pairs += 1
-                assert case.image.read_text() == case.label.read_text()
+        with contextlib.suppress(InputError):
+            for case in find_pairs(root).cases:
+                if case.image and case.label and not case.faults:
+                    pairs += 1
+                    assert case.image.read_text() == case.label.read_text()
     assert pairs > 50
 
 
@@ -599,8 +597,6 @@ def test_label_info_of_monai_label_names_the_values(tmp_path):
     store = tmp_path / "datastore_v2.json"
     store.write_text(json.dumps({"objects": {"x": {"labels": {"final": {"info": info}}}}}))
     assert find_pairs(tmp_path).declared == {"background": (0,), "tumour": (1,), "liver": (2,)}
-    store.write_text("{}")
-    assert find_pairs(tmp_path).declared["liver"] == (1,)
 
 
 def test_of_segs_alone_only_their_own_names_stand(tmp_path):
