@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import gzip
 import io
-import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
-from typing import TypeVar
 
 import nibabel as nib
 import numpy as np
 import pydicom
-import pytest
 from conftest import random_affine
 from helpers import (
     build_phantom_series,
@@ -34,23 +32,31 @@ from data.labels import USUAL_LABELS
 from data.seg import read_seg
 from data.volumes import Volume, read_file
 
-T = TypeVar("T")
 RIGHT, TOLD, REFUSED = "right", "told", "refused"
 UNWRITTEN = "unwritten"  # the fault cannot be put into a file
 
 
-def choose(faults: Iterable[T], number: int | None, seed: int) -> list[T]:
-    """All faults, or `number` of them, in their order."""
-    faults = list(faults)
-    if number is None or number >= len(faults):
-        return faults
-    chosen = np.random.default_rng(seed).choice(len(faults), number, replace=False)
-    return [faults[index] for index in sorted(chosen)]
+def count_endings(
+    place: Path, attempt: Callable[..., str], faults: Iterable[tuple], number: int | None, seed: int
+) -> Counter[str]:
+    """Call `attempt` with all faults, or `number` of them; an InputError must name `place`."""
+    faults, counts = list(faults), Counter()
+    if number is not None and number < len(faults):
+        chosen = np.random.default_rng(seed).choice(len(faults), number, replace=False)
+        faults = [faults[index] for index in sorted(chosen)]
+    for fault in faults:
+        try:
+            counts[attempt(*fault)] += 1
+        except InputError as error:
+            assert str(place) in str(error), fault
+            counts[REFUSED] += 1
+        except AssertionError as error:
+            error.add_note(f"the fault: {fault}")
+            raise
+    return counts
 
 
-# ---------------------------------------------------------------------------------------
-# Volume files
-# ---------------------------------------------------------------------------------------
+# --- Volume files -----------------------------------------------------------------------
 
 SHAPE = (8, 7, 6)
 AFFINE = random_affine(5, shuffle=False)
@@ -126,7 +132,7 @@ def write_any(folder: Path, name: str) -> Path:
     return (write_meta if path.suffix == ".mha" else write_nrrd)(path, array)
 
 
-VALUES = {"zero": 0, "minus one": -1, "nan": np.nan, "huge": 1e30, "text": None}
+VALUES = (0, -1, np.nan, 1e30, None)  # None: text
 GEOMETRY = ("srow", "qoffset", "quatern", "pixdim", "scl", "xyzt", "qform_code", "sform_code")
 
 
@@ -137,14 +143,10 @@ def put_value(dtype: np.dtype, value: float | None) -> bytes:
     if dtype.kind in "iu":
         if np.isnan(value):
             return b""
-        info = np.iinfo(dtype)
-        value = info.max if value > info.max else value
-        return np.array(int(value)).astype(dtype).tobytes()
-    return (
-        np.array(value, dtype).tobytes()
-        if dtype.kind == "f"
-        else (b"\0" if not value else b"\xff") * dtype.itemsize
-    )
+        return np.array(int(min(value, np.iinfo(dtype).max))).astype(dtype).tobytes()
+    if dtype.kind == "f":
+        return np.array(value, dtype).tobytes()
+    return (b"\xff" if value else b"\0") * dtype.itemsize
 
 
 def same_place(a: Volume, b: Volume) -> bool:
@@ -156,38 +158,31 @@ def sweep_nifti_header(folder: Path, number: int | None = None, seed: int = 0) -
     """Each number of a header × each value of nonsense: nibabel's volume, or one error."""
     path = write_nifti(folder / "a.nii")
     sound, content = read_file(path), path.read_bytes()
-    fields = nib.Nifti1Header(endianness="<")._structarr.dtype.fields
-    mutations = [
-        (key, what, offset + n * dtype.base.itemsize, put_value(dtype.base, value))
-        for key, (dtype, offset) in fields.items()
-        for n in range(int(np.prod(dtype.shape)))
-        for what, value in VALUES.items()
-    ]
-    counts: Counter[str] = Counter()
-    for key, what, start, new in choose(mutations, number, seed):
+
+    def attempt(key: str, start: int, new: bytes) -> str:
         path.write_bytes(content[:start] + new + content[start + len(new) :])
-        counts[_try_nifti_header(path, sound, key, f"{key} at {start} = {what}")] += 1
-    return counts
-
-
-def _try_nifti_header(path: Path, sound: Volume, key: str, tell: str) -> str:
-    try:
         volume = read_file(path)
         found = volume.read()
-    except InputError as error:
-        assert str(path) in str(error)
-        return REFUSED
-    if key == "datatype" or volume.notes:
-        return RIGHT  # a type of the same size is as good as the one before
-    if key.startswith(GEOMETRY):
-        with np.errstate(all="ignore"):
-            theirs = nib.load(path)
-        assert np.allclose(volume.affine, theirs.affine), tell
-        assert np.allclose(found, np.asanyarray(theirs.dataobj)), tell
-    else:
-        assert same_place(volume, sound), tell
-        assert np.array_equal(found, make_array()), tell
-    return RIGHT
+        if key == "datatype" or volume.notes:
+            return RIGHT  # a type of the same size is as good as the one before
+        if key.startswith(GEOMETRY):
+            with np.errstate(all="ignore"):
+                theirs = nib.load(path)
+            assert np.allclose(volume.affine, theirs.affine)
+            assert np.allclose(found, np.asanyarray(theirs.dataobj))
+        else:
+            assert same_place(volume, sound)
+            assert np.array_equal(found, make_array())
+        return RIGHT
+
+    fields = nib.Nifti1Header(endianness="<")._structarr.dtype.fields
+    faults = [
+        (key, offset + n * dtype.base.itemsize, put_value(dtype.base, value))
+        for key, (dtype, offset) in fields.items()
+        for n in range(int(np.prod(dtype.shape)))
+        for value in VALUES
+    ]
+    return count_endings(path, attempt, faults, number, seed)
 
 
 WHOLE_FILES = ("a.nii", "a.nii.gz", "a.mha", "packed.mha", "a.nrrd", "packed.nrrd")
@@ -198,38 +193,37 @@ def sweep_cuts(folder: Path, name: str, number: int | None = None, seed: int = 0
     """A file cut at any length is refused; the first, second and last one are always tried."""
     path = write_any(folder, name)
     content = path.read_bytes()
-    lengths = {0, 1, len(content) - 1} | set(choose(range(len(content)), number, seed))
-    for length in sorted(lengths):
+
+    def attempt(length: int) -> str:
         path.write_bytes(content[:length])
-        with pytest.raises(InputError, match=re.escape(str(path))):
-            read_file(path).read()
-    return Counter({REFUSED: len(lengths)})
+        read_file(path).read()
+        raise AssertionError("a cut file was read")
+
+    ends = [(0,), (1,), (len(content) - 1,)]
+    counts = count_endings(path, attempt, ends, None, seed)
+    return counts + count_endings(path, attempt, zip(range(len(content))), number, seed)
 
 
 def sweep_flips(folder: Path, name: str, number: int | None = None, seed: int = 0) -> Counter:
     """A flipped bit of a compressed part never changes a voxel: refused, or without effect."""
     path = write_any(folder, name)
     sound, content = read_file(path), path.read_bytes()
-    first = 0 if ".gz" in name else max(content.find(b"\x78\x9c"), content.find(b"\x1f\x8b"))
-    counts: Counter[str] = Counter()
-    flips = [(position, bit) for position in range(first, len(content)) for bit in (1, 128)]
-    for position, bit in choose(flips, number, seed):
+
+    def attempt(position: int, bit: int) -> str:
         changed = bytearray(content)
         changed[position] ^= bit
         path.write_bytes(changed)
-        try:
-            volume = read_file(path)
-            assert np.array_equal(volume.read(), make_array())
-            assert np.array_equal(volume.affine, sound.affine)
-            counts[RIGHT] += 1
-        except InputError:
-            counts[REFUSED] += 1
-    return counts
+        volume = read_file(path)
+        assert np.array_equal(volume.read(), make_array())
+        assert np.array_equal(volume.affine, sound.affine)
+        return RIGHT
+
+    first = 0 if ".gz" in name else max(content.find(b"\x78\x9c"), content.find(b"\x1f\x8b"))
+    flips = product(range(first, len(content)), (1, 128))
+    return count_endings(path, attempt, flips, number, seed)
 
 
-# ---------------------------------------------------------------------------------------
-# DICOM series
-# ---------------------------------------------------------------------------------------
+# --- DICOM series -----------------------------------------------------------------------
 
 SERIES_TAGS = (
     "SOPClassUID", "SOPInstanceUID", "Modality", "SeriesInstanceUID",
@@ -240,10 +234,6 @@ SERIES_TAGS = (
 )  # fmt: skip
 
 
-def as_words(value: object) -> bytes:
-    return str(value).strip("[]").replace(", ", "\\").encode()
-
-
 FAULTS = {
     "empty": lambda h, t: put_raw(h, t, h[t].VR if t in h else "DS", b""),
     "missing": lambda h, t: h.pop(t, None),
@@ -252,7 +242,9 @@ FAULTS = {
     "too few": lambda h, t: put_raw(h, t, "DS", b"1" if t in h and h[t].VM > 1 else b"one"),
     "NaN": lambda h, t: put_raw(h, t, "DS", b"nan\\nan\\nan"),
     "infinite": lambda h, t: put_raw(h, t, "DS", b"1e999"),
-    "as LO": lambda h, t: put_raw(h, t, "LO", as_words(h.get(t))),
+    "as LO": lambda h, t: put_raw(
+        h, t, "LO", str(h.get(t)).strip("[]").replace(", ", "\\").encode()
+    ),
     "as UN": lambda h, t: put_raw(h, t, "UN", b"\x01\x02\x03\x04"),
     "as SQ": lambda h, t: h.add_new(t, "SQ", [pydicom.Dataset()]),
 }
@@ -272,50 +264,40 @@ def sweep_series(folder: Path, number: int | None = None, seed: int = 0) -> Coun
     """Each tag that is read × each way it can be wrong, in all five slices and in one."""
     scan = ras_arrays(0)[0][16:32, 16:32, 8:13]
     sound = [as_file(header) for header in build_phantom_series(scan)]
-    _write_slices(folder, sound)
-    expected = read_series(folder)
+
+    def read(files: list[bytes]) -> Volume:
+        for z, content in enumerate(files):
+            (folder / f"{z}").write_bytes(content)
+        return read_series(folder)
+
+    expected = read(sound)
     assert np.array_equal(expected.read(), scan[::-1, ::-1])
-    faults = [
-        (tag, name, which) for tag in SERIES_TAGS for name in FAULTS for which in (range(5), (3,))
-    ]
-    counts: Counter[str] = Counter()
-    for tag, name, which in choose(faults, number, seed):
+
+    def attempt(tag: str, name: str, which: Iterable[int]) -> str:
         files = list(sound)
         for z in which:
             header = pydicom.dcmread(io.BytesIO(sound[z]))
             FAULTS[name](header, tag)
             files[z] = as_file(header)
         if None in files:
-            counts[UNWRITTEN] += 1
-            continue
-        _write_slices(folder, files)
-        counts[_try_series(folder, expected, tag, f"{tag} {name} in {which}")] += 1
-    return counts
+            return UNWRITTEN
+        try:
+            image = read(files)
+            found = image.read()
+        except InputError as error:
+            named = (tag, "its DICOM header", "its PixelData")
+            assert tag == "SeriesInstanceUID" or any(w in str(error) for w in named), error
+            raise
+        same = image.shape == expected.shape and np.array_equal(found, expected.read())
+        same = same and np.array_equal(image.affine, expected.affine)
+        assert same or image.notes
+        return RIGHT if same else TOLD
+
+    faults = product(SERIES_TAGS, FAULTS, (range(5), (3,)))
+    return count_endings(folder, attempt, faults, number, seed)
 
 
-def _write_slices(folder: Path, files: Sequence[bytes]) -> None:
-    for z, content in enumerate(files):
-        (folder / f"{z}").write_bytes(content)
-
-
-def _try_series(folder: Path, expected: Volume, tag: str, tell: str) -> str:
-    try:
-        image = read_series(folder)
-        found = image.read()
-    except InputError as error:
-        assert str(folder) in str(error), tell
-        named = (tag, "its DICOM header", "its PixelData")
-        assert tag == "SeriesInstanceUID" or any(w in str(error) for w in named), (tell, error)
-        return REFUSED
-    same = image.shape == expected.shape and np.array_equal(found, expected.read())
-    same = same and np.array_equal(image.affine, expected.affine)
-    assert same or image.notes, tell
-    return RIGHT if same else TOLD
-
-
-# ---------------------------------------------------------------------------------------
-# DICOM SEG
-# ---------------------------------------------------------------------------------------
+# --- DICOM SEG --------------------------------------------------------------------------
 
 SEG_TAGS = (
     "Modality", "SOPClassUID", "FrameOfReferenceUID", "SegmentationType", "SegmentSequence",
@@ -341,29 +323,21 @@ def sweep_seg(folder: Path, number: int | None = None, seed: int = 0) -> Counter
     slices = write_phantom_series(folder / "ct", scan)
     image, path = read_series(folder / "ct"), folder / "seg.dcm"
     sound = write_phantom_seg(path, slices, label).read_bytes()
-    faults = [(tag, name, first) for tag in SEG_TAGS for name in FAULTS for first in (False, True)]
-    counts: Counter[str] = Counter()
-    for tag, name, first in choose(faults, number, seed):
+
+    def attempt(tag: str, name: str, first: bool) -> str:
         header = pydicom.dcmread(io.BytesIO(sound))
         for holder in list_holders(header, tag)[: 1 if first else None]:
             FAULTS[name](holder, tag)
-        try:
-            header.save_as(path)
-        except Exception:  # pydicom cannot write it
-            counts[UNWRITTEN] += 1
-            continue
-        counts[_try_seg(path, image, label, tag, f"{tag} {name} {first}")] += 1
+        content = as_file(header)
+        if content is None:
+            return UNWRITTEN
+        path.write_bytes(content)
         find_dicom([path])
-    return counts
-
-
-def _try_seg(path: Path, image: Volume, label: np.ndarray, tag: str, tell: str) -> str:
-    try:
         found = read_seg(path, image, USUAL_LABELS)
-    except InputError as error:
-        assert str(path) in str(error), tell
-        return REFUSED
-    known = tag in ("SegmentLabel", "SegmentDescription")  # the values may be others
-    assert np.array_equal(found.ras.data > 0, label > 0), tell
-    assert known or np.array_equal(found.ras.data, label), (tell, found.classes)
-    return RIGHT
+        known = tag in ("SegmentLabel", "SegmentDescription")  # the values may be others
+        assert np.array_equal(found.ras.data > 0, label > 0)
+        assert known or np.array_equal(found.ras.data, label), found.classes
+        return RIGHT
+
+    faults = product(SEG_TAGS, FAULTS, (False, True))
+    return count_endings(path, attempt, faults, number, seed)

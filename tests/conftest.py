@@ -116,36 +116,29 @@ def raw_phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(raw_phantoms: Path) -> Path:
     """The same phantoms after prepare.py; tests must not change it."""
-    import prepare
+    from helpers import run
 
-    folder = raw_phantoms.parent / "prepared"
-    with without_pictures():
-        prepare.main(prepare.Config(source=raw_phantoms, destination=folder, workers=1))
-    return folder
+    run(raw_phantoms, destination=raw_phantoms.parent / "prepared")
+    return raw_phantoms.parent / "prepared"
 
 
 @pytest.fixture(scope="session")
 def whole_cases(raw_phantoms: Path) -> Path:
     """The same phantoms, each case kept whole for patches; tests must not change it."""
-    import prepare
+    from helpers import run
 
-    folder = raw_phantoms.parent / "whole"
-    config = prepare.Config(source=raw_phantoms, destination=folder, subvolume_depth=0, workers=1)
-    with without_pictures():
-        prepare.main(config)
-    return folder
+    run(raw_phantoms, destination=raw_phantoms.parent / "whole", subvolume_depth=0)
+    return raw_phantoms.parent / "whole"
 
 
 @pytest.fixture(scope="session")
 def few(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """At most four sub-volumes per split of the same, enough for a step; must not be changed."""
     content = json.loads((prepared / "dataset.json").read_text())
-    splits = {record["split"] for record in content["subvolumes"]}
-    content["subvolumes"] = [
-        record
-        for split in sorted(splits)
-        for record in [r for r in content["subvolumes"] if r["split"] == split][:4]
-    ]
+    splits: dict[str, list] = {}
+    for record in content["subvolumes"]:
+        splits.setdefault(record["split"], []).append(record)
+    content["subvolumes"] = [r for split in sorted(splits) for r in splits[split][:4]]
     folder = tmp_path_factory.mktemp("few") / "data"
     folder.mkdir()
     (folder / "subvolumes").symlink_to(prepared / "subvolumes")

@@ -21,7 +21,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from conftest import ROOT, SHARED_DATA, without_pictures
+from conftest import ROOT, SHARED_DATA, run_here, without_pictures
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 import prepare
@@ -34,9 +34,7 @@ from data.volumes import Volume
 from preprocess import Augment, Chain
 from utilities import load_checkpoint
 
-# ---------------------------------------------------------------------------------------
-# Phantoms
-# ---------------------------------------------------------------------------------------
+# --- Phantoms ---------------------------------------------------------------------------
 
 
 def as_volume(array: np.ndarray, affine: np.ndarray | None = None) -> Volume:
@@ -95,28 +93,16 @@ def run(source: Path, pictures: bool = False, **settings) -> dict:
 
 
 def call_script(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """`python ARGUMENTS`, as `run_script`, but in this process: no start, no second import.
-
-    A script of the project's folder, or -m and a module, then its arguments.
-    """
-    module = arguments[0] == "-m"
-    name, *rest = map(str, arguments[1:] if module else arguments)
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    """`python ARGUMENTS` as `run_here` runs it, with what it prints."""
+    out, err = io.StringIO(), io.StringIO()
     with (
-        pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"),
+        warnings.catch_warnings(action="ignore"),
         contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
     ):  # fmt: skip
-        patch.setattr(sys, "argv", [name, *rest])
-        patch.delenv("DISPLAY", raising=False)
-        try:
-            if module:
-                runpy.run_module(name, run_name="__main__", alter_sys=True)
-            else:
-                runpy.run_path(str(ROOT / name), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-            err.write(f"{stop.code}\n" if isinstance(stop.code, str) else "")
-    return subprocess.CompletedProcess([name, *rest], code, out.getvalue(), err.getvalue())
+        ended = run_here(*arguments)
+    told = f"{ended}\n" if isinstance(ended, str) else ""
+    code = 1 if told else ended
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue() + told)
 
 
 def list_differences(one: Path, other: Path) -> list[str]:
@@ -126,9 +112,7 @@ def list_differences(one: Path, other: Path) -> list[str]:
     return sorted({*(files[0] ^ files[1]), *changed})
 
 
-# ---------------------------------------------------------------------------------------
-# DICOM
-# ---------------------------------------------------------------------------------------
+# --- DICOM ------------------------------------------------------------------------------
 
 SECRETS = {"PatientName": "Doe^Jane", "PatientID": "ID-4711", "StudyDate": "19991231"}
 SERIES_SPACING = (5.0, 5.0, 5.0)
@@ -222,9 +206,7 @@ def put_raw(header: pydicom.Dataset, tag: str, vr: str, value: bytes) -> None:
     header._dict[number] = RawDataElement(number, vr, len(value), value, 0, False, True)
 
 
-# ---------------------------------------------------------------------------------------
-# Inputs that reproduce trouble reported in public
-# ---------------------------------------------------------------------------------------
+# --- Inputs that reproduce trouble reported in public -----------------------------------
 
 FIELD_CASES = SHARED_DATA / "field_cases"
 
@@ -246,9 +228,7 @@ def field_patient(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return runpy.run_path(str(FIELD_CASES / "base.py"))["abdomen"](seed=seed)
 
 
-# ---------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------
+# --- Training ---------------------------------------------------------------------------
 
 TIMING = {"samples_per_s", "data_wait_percent", "peak_memory_mb", "epoch_seconds"}
 SMALL = {

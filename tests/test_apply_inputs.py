@@ -82,21 +82,42 @@ def model(monkeypatch):
 
 @pytest.fixture
 def use(tmp_path, model):
-    (tmp_path / "weights.pt").write_bytes(b"known")
-    return {
-        "checkpoint": tmp_path / "weights.pt", "destination": tmp_path / "out", "device": "cpu",
-    }  # fmt: skip
+    weights = tmp_path / "weights.pt"
+    weights.write_bytes(b"known")
+    return {"checkpoint": weights, "destination": tmp_path / "out", "device": "cpu"}
+
+
+@pytest.fixture
+def segment_case(use, tmp_path):
+    """Segment the one test case of prepared data, written as prepare.py does; its row."""
+
+    def segment(label: np.ndarray, scan=None, affine=AFFINE, record=(), **changes) -> dict:
+        folder = tmp_path / "data"
+        scan = patient(0)[0] if scan is None else scan
+        case = {
+            "case": "a", "patient": "a", "split": "test", "warnings": [],
+            "spacing_mm": [3.0, 3.0, 5.0], "voxels_per_label": {},
+            "image": str(save(scan, folder / "raw" / "a.nii.gz")),
+            "label": str(save(label, folder / "raw" / "a_seg.nii.gz", affine)),
+        }  # fmt: skip
+        content = {
+            "schema": 1, "labels": {"background": 0, "liver": 1, "tumour": 2}, "settings": {},
+            "subvolume_depth": 16, "subvolumes": [], "cases": [case | dict(record)],
+        }  # fmt: skip
+        (folder / "dataset.json").write_text(json.dumps(content | changes))
+        return apply(use, split="test", data=folder)["a"]
+
+    return segment
 
 
 def apply(use, *paths: Path, **more):
-    apply_model.main(apply_model.Config(paths=paths, **{**use, **more}))
+    """Segment; the rows of results.csv by case."""
+    apply_model.main(apply_model.Config(paths=paths, **use | more))
     text = (use["destination"] / "results.csv").read_text()
     return {row["case"]: row for row in csv.DictReader(text.splitlines())}
 
 
-# ---------------------------------------------------------------------------------------
-# Truths and scans
-# ---------------------------------------------------------------------------------------
+# --- Truths and scans -------------------------------------------------------------------
 
 
 def test_a_truth_of_other_data_is_read_by_its_names(use, tmp_path):
@@ -104,8 +125,7 @@ def test_a_truth_of_other_data_is_read_by_its_names(use, tmp_path):
     scans = save(scan, tmp_path / "images" / "a.nii.gz").parent
     truth = save(label * 6, tmp_path / "labels" / "a.nii.gz").parent
     (tmp_path / "dataset.json").write_text('{"labels": {"0": "background", "6": "Liver"}}')
-    row = apply(use, scans, truth=(truth,))["a"]
-    assert float(row["liver_dice"]) > 0.98
+    assert float(apply(use, scans, truth=(truth,))["a"]["liver_dice"]) > 0.98
     (tmp_path / "dataset.json").write_text('{"labels": {"0": "background", "6": "spleen"}}')
     with pytest.raises(InputError, match=r"spleen = 6, none of which is liver"):
         apply(use, scans, truth=(truth,))
@@ -147,15 +167,12 @@ def test_mr_needs_no_force_and_is_black_outside(use, tmp_path, model):
     assert outside.min() == outside[0, 0, 0] == 0
 
 
-# ---------------------------------------------------------------------------------------
-# Network: averages, memory, and the box that another network finds
-# ---------------------------------------------------------------------------------------
+# --- Network: averages, memory, and the box that another network finds ------------------
 
 
 def test_several_networks_give_the_mean_of_their_logits():
-    volume = torch.full((1, 48, 48, 16), 0.5)
     model = known_model(network=Threshold(0.2), others=(Threshold(0.4),))
-    scores = apply_model.predict(model, volume, Options())
+    scores = apply_model.predict(model, torch.full((1, 48, 48, 16), 0.5), Options())
     assert torch.allclose(scores, torch.tensor(0.4))  # of 0.6 and 0.2
 
 
@@ -250,83 +267,56 @@ def test_where_the_other_network_misses_the_organ_it_is_found_all_the_same(limit
     assert np.array_equal(found > 0, scan.data > 0)
 
 
-# ---------------------------------------------------------------------------------------
-# Prepared data: what prepare.py decided holds
-# ---------------------------------------------------------------------------------------
+# --- Prepared data: what prepare.py decided holds ---------------------------------------
 
 
-def write_prepared(folder: Path, label: np.ndarray, scan=None, **changes) -> None:
-    """A `dataset.json` with one test case, as prepare.py writes it."""
-    scan = patient(0)[0] if scan is None else scan
-    record = {
-        "case": "a", "patient": "a", "split": "test", "warnings": [], "voxels_per_label": {},
-        "spacing_mm": [3.0, 3.0, 5.0],
-        "image": str(save(scan, folder / "raw" / "a.nii.gz")),
-        "label": str(save(label, folder / "raw" / "a_seg.nii.gz", changes.pop("affine", AFFINE))),
-    }  # fmt: skip
-    content = {
-        "schema": 1, "labels": {"background": 0, "liver": 1, "tumour": 2}, "settings": {},
-        "subvolume_depth": 16, "subvolumes": [], "cases": [record | changes.pop("record", {})],
-    }  # fmt: skip
-    (folder / "dataset.json").write_text(json.dumps(content | changes))
-
-
-def test_the_trust_of_prepare_holds_for_its_test_split(use, tmp_path):
-    data, label, moved = tmp_path / "data", patient(0)[1], AFFINE + 30 * np.eye(4, k=3)
-    write_prepared(data, label, affine=moved)
+def test_the_trust_of_prepare_holds_for_its_test_split(use, segment_case):
+    label, moved = patient(0)[1], AFFINE + 30 * np.eye(4, k=3)
     with pytest.raises(InputError, match="voxels apart"):
-        apply(use, split="test", data=data)
-    write_prepared(data, label, affine=moved, record={"trust_image_grid": True})
-    assert float(apply(use, split="test", data=data)["a"]["liver_dice"]) > 0.98
+        segment_case(label, affine=moved)
+    row = segment_case(label, affine=moved, record={"trust_image_grid": True})
+    assert float(row["liver_dice"]) > 0.98
     case = find_case(use["destination"] / "a", View())
     assert case.reference.data.any(), "3D reads it although its header lies elsewhere"
 
 
-def test_what_prepare_accepted_is_done_and_told(use, tmp_path):
+def test_what_prepare_accepted_is_done_and_told(segment_case):
     scan, label = patient(0)
     found = {"accepted": ["hu"], "warnings": ["values from 24 to 1124, no fat or air below 0"]}
-    write_prepared(tmp_path / "data", label, scan + 1024, record=found)
-    row = apply(use, split="test", data=tmp_path / "data")["a"]
+    row = segment_case(label, scan + 1024, record=found)
     assert "prepare.py: values from 24 to 1124" in row["warnings"]
 
 
-def test_masks_of_prepared_data_are_one_truth(use, tmp_path):
+def test_masks_of_prepared_data_are_one_truth(use, segment_case, tmp_path):
     """As prepare.py notes them: the name and the path of each structure's mask."""
     label = patient(0)[1]
     tumour = np.zeros_like(label)
     tumour[18:22, 16:20, 11:13] = 1
     masks = {"liver": label, "liver tumour": tumour}
     paths = [[n, str(save(a, tmp_path / "masks" / f"{n}.nii.gz"))] for n, a in masks.items()]
-    write_prepared(tmp_path / "data", label, record={"label": paths})
-    row = apply(use, split="test", data=tmp_path / "data")["a"]
-    assert float(row["liver_dice"]) > 0.98
+    assert float(segment_case(label, record={"label": paths})["liver_dice"]) > 0.98
     case = find_case(use["destination"] / "a", View())
     assert np.count_nonzero(case.reference.data == 1) == np.count_nonzero(label)
 
 
-def test_what_nobody_judged_in_prepared_data_counts_nowhere(use, tmp_path):
+def test_what_nobody_judged_in_prepared_data_counts_nowhere(segment_case):
     """Values that dataset.json ignores, and slices between those that were annotated."""
     label = patient(0)[1]
     unknown = np.where(np.arange(SHAPE[0])[:, None, None] < 20, 9 * label, label)
-    write_prepared(tmp_path / "data", unknown, ignore=[9])
-    assert float(apply(use, split="test", data=tmp_path / "data")["a"]["liver_dice"]) > 0.96
+    assert float(segment_case(unknown, ignore=[9])["liver_dice"]) > 0.96
     drawn = label * (np.arange(SHAPE[2]) % 4 == 2)
     found = {"settings": {"label_every": 4}, "record": {"drawn_slice": 10}}
-    write_prepared(tmp_path / "data", drawn, **found)
-    assert float(apply(use, split="test", data=tmp_path / "data")["a"]["liver_dice"]) > 0.96
+    assert float(segment_case(drawn, **found)["liver_dice"]) > 0.96
 
 
-def test_a_foreign_dataset_json_and_a_case_that_is_a_path_are_refused(use, tmp_path):
+def test_a_foreign_dataset_json_and_a_case_that_is_a_path_are_refused(segment_case):
     names = [{"record": {"case": name}} for name in ("..", "../a", "/tmp/a", "a/b", "=1+1")]
     for changes in (*names, {"cases": [{}]}, {"cases": [1]}, {"cases": 1}, {"labels": 1}):
-        write_prepared(tmp_path / "data", patient(0)[1], **changes)
         with pytest.raises(InputError, match=r"dataset\.json"):
-            apply(use, split="test", data=tmp_path / "data")
+            segment_case(patient(0)[1], **changes)
 
 
-# ---------------------------------------------------------------------------------------
-# Finished cases, and what is written
-# ---------------------------------------------------------------------------------------
+# --- Finished cases, and what is written ------------------------------------------------
 
 
 def test_a_missing_result_is_made_again_and_a_corrected_one_stays(use, tmp_path, capsys):
@@ -348,9 +338,10 @@ def test_a_missing_result_is_made_again_and_a_corrected_one_stays(use, tmp_path,
 def test_a_foreign_record_is_no_finished_case(use, tmp_path):
     scan = save(patient(0)[0], tmp_path / "a.nii.gz")
     record, other = (use["destination"] / name / f"{name}.json" for name in ("a", "other"))
+    for path in (record, other):
+        path.parent.mkdir(parents=True)
     for content in ("", "[]", '{"case": "a"}', '{"case": 1, "files": 2}'):
         for path in (record, other):
-            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content)
         assert list(apply(use, scan)) == ["a"]
         assert json.loads(record.read_text())["case"] == "a"
@@ -358,14 +349,11 @@ def test_a_foreign_record_is_no_finished_case(use, tmp_path):
 
 
 def test_two_processes_do_not_write_into_one_folder(use, tmp_path):
-    scan = save(patient(0)[0], tmp_path / "a.nii.gz")
     with apply_model.lock_folder(use["destination"]), pytest.raises(InputError, match="process"):
-        apply(use, scan)
+        apply(use, save(patient(0)[0], tmp_path / "a.nii.gz"))
 
 
-# ---------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------
+# --- Checkpoints ------------------------------------------------------------------------
 
 
 def write_checkpoint(path: Path, **changes) -> Path:

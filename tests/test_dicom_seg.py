@@ -1,8 +1,10 @@
-"""DICOM SEG in and out: the same voxels, names and slices; of another scan, or torn: refused."""
+"""DICOM SEG in and out, and through the scripts; of another scan, or torn, it is refused."""
 
+import json
 import re
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
@@ -11,21 +13,26 @@ from helpers import (
     SECRETS,
     build_phantom_seg,
     part_arrays,
+    run,
     save,
     write_phantom_seg,
     write_phantom_series,
 )
 from pydicom.sr.codedict import codes
 
+import apply_model
 import data.seg
+import visualize_3d
 from benchmarks.sweeps import sweep_seg
+from data.datasets import find_pairs
 from data.dicom import read_series, write_series
 from data.files import InputError
 from data.labels import USUAL_LABELS
+from data.scans import read_label_map
 from data.seg import read_seg, write_seg
 from data.volumes import Volume, read_file
 
-DEPTH = 10
+DEPTH = 20
 CLASSES = {"background": (0,), "liver": (1,), "tumour": (2,)}
 
 
@@ -64,9 +71,10 @@ def test_a_seg_that_cannot_be_is_reported(tmp_path, monkeypatch):
     """Anonymised to nothing; unsound headers; changed in writing: a reason, and no file."""
     for changes, told in (
         ({"FrameOfReferenceUID": ""}, "the series has no FrameOfReferenceUID to refer to"),
+        ({"StudyInstanceUID": ""}, "the series has no StudyInstanceUID to refer to"),
         ({"StudyDate": "long ago"}, "the headers of the series are not sound"),
     ):
-        image, label, _ = make_series(tmp_path / told.split()[-1], **changes)
+        image, label, _ = make_series(tmp_path / next(iter(changes)), **changes)
         (reason,) = write_seg(image.from_ras(label), image, CLASSES, tmp_path / "seg.dcm")
         assert told in reason
     image, label, _ = make_series(tmp_path / "ct")
@@ -99,22 +107,16 @@ def test_a_nifti_scan_has_its_seg_by_the_series_of_it(tmp_path):
 def test_every_kind_of_seg_is_read_without_its_empty_frames_and_with_them(kind, tmp_path):
     image, label, slices = make_series(tmp_path / "ct")
     label[:, :, :4] = 0
-    how = {"fractional_type": "PROBABILITY"} if kind == "FRACTIONAL" else {}
+    how = {}
+    if kind == "FRACTIONAL":  # a half and more count
+        how["fractional_type"] = "PROBABILITY"
+        how["masks"] = [np.where(label == n, 0.7, 0.3 * (label > 0)) for n in (1, 2)]
     for partial in (True, False):
         how["omit_empty_frames"] = partial
         write_phantom_seg(tmp_path / "seg.dcm", slices, label, kind=kind, **how)
         found = read_seg(tmp_path / "seg.dcm", image, USUAL_LABELS)
         assert np.array_equal(found.ras.data, label) and found.notes == ()
         assert found.classes == {"Liver": 1, "Tumour": 2} and found.dtype == np.uint8
-
-
-def test_fractions_of_a_half_and_more_count(tmp_path):
-    image, label, slices = make_series(tmp_path / "ct")
-    fractions, how = np.where(label > 0, 0.7, 0.3), {"fractional_type": "PROBABILITY"}
-    seg = build_phantom_seg(slices, label, ("liver",), "FRACTIONAL", masks=[fractions], **how)
-    seg.save_as(tmp_path / "seg.dcm")
-    found = read_seg(tmp_path / "seg.dcm", image, USUAL_LABELS)
-    assert np.array_equal(found.ras.data > 0, label > 0)
 
 
 @pytest.mark.parametrize("order", [("Liver", "Tumour"), ("Tumor", "Liver")])
@@ -187,19 +189,23 @@ def test_a_seg_of_another_scan_is_refused(tmp_path):
         read_seg(image.files[0], image, CLASSES)
 
 
-def test_a_cut_seg_is_named(tmp_path):
+def test_a_cut_seg_and_a_cut_slice_are_named(tmp_path):
     image, label, slices = make_series(tmp_path / "ct")
     seg = write_phantom_seg(tmp_path / "seg.dcm", slices, label)
-    content = seg.read_bytes()
-    for cut in (0.95, 0.3, 0.02):
-        seg.write_bytes(content[: int(cut * len(content))])
-        with pytest.raises(InputError, match=re.escape(str(seg))):
-            read_seg(seg, image, USUAL_LABELS)
+    for path, read in (
+        (seg, lambda: read_seg(seg, image, USUAL_LABELS)),
+        (sorted((tmp_path / "ct").iterdir())[5], lambda: read_series(tmp_path / "ct")),
+    ):
+        content = path.read_bytes()
+        for cut in (0.9, 0.3, 0.1):
+            path.write_bytes(content[: int(cut * len(content))])
+            with pytest.raises(InputError, match=re.escape(str(path))):
+                read()
 
 
 def test_a_seg_without_reference_and_labels_is_read(tmp_path):
     image, label, slices = make_series(tmp_path / "ct")
-    seg = pydicom.dcmread(write_phantom_seg(tmp_path / "seg.dcm", slices, label))
+    seg = build_phantom_seg(slices, label)
     del seg.ReferencedSeriesSequence, seg.DimensionIndexSequence
     for segment in seg.SegmentSequence:
         del segment.SegmentLabel
@@ -216,7 +222,7 @@ def test_a_tag_of_nonsense_gives_the_right_label_map_or_one_input_error(tmp_path
 
 
 def test_the_seg_of_a_real_series_goes_round(tmp_path):
-    """44 axial slices and a coronal picture; a series whose UIDs were emptied has no SEG."""
+    """44 axial slices and a coronal picture."""
     folder = SHARED_DATA / "dicom"
     if not folder.is_dir():
         pytest.skip("the real DICOM series are not here (shared/data beside the project)")
@@ -227,6 +233,144 @@ def test_the_seg_of_a_real_series_goes_round(tmp_path):
     assert write_seg(truth, image, classes, tmp_path / "seg.dcm") == []
     again = read_seg(tmp_path / "seg.dcm", image, classes)
     assert np.array_equal(again.read(), truth.read() > 0)
-    bare = read_series(folder / "jpeg2000_20")
-    (reason,) = write_seg(bare.like(bare.read() * 0), bare, classes, tmp_path / "bare.dcm")
-    assert "no StudyInstanceUID" in reason and not (tmp_path / "bare.dcm").exists()
+
+
+# --- Through the scripts ------------------------------------------------------------------
+
+
+def test_series_with_seg_and_nifti_labels_are_prepared_and_nothing_private_is_written(tmp_path):
+    raw = tmp_path / "raw"
+    for index in range(3):
+        scan, label = part_arrays(index, DEPTH)
+        secret = {"PatientID": "ID-4711" if index < 2 else "ID-4712"}
+        folder = raw / f"pat{index}"
+        slices = write_phantom_series(folder / "scan", scan, name="IMG{:03d}", **secret)
+        if index == 1:
+            read_series(folder / "scan").from_ras(label).write(folder / "scan" / "liver.nii.gz")
+        else:
+            write_phantom_seg(folder / "seg.dcm", slices, label)
+    dataset = run(raw, training=0.5, validation=0.5, test=0)
+    assert len(dataset["cases"]) == 3
+    for case in dataset["cases"]:
+        index = int(Path(case["image"]).parent.name[3:])
+        scan, label = part_arrays(index, DEPTH)
+        assert case["voxels_per_label"]["1"] == np.count_nonzero(label == 1)
+        assert case["covered_foreground_voxels"] == np.count_nonzero(label)
+        for entry in (e for e in dataset["subvolumes"] if e["case"] == case["case"]):
+            window = slice(entry["first_slice"], entry["first_slice"] + 16)
+            for key, array in (("image", scan), ("label", label)):
+                piece = nib.load(tmp_path / "prepared" / entry[key])
+                assert np.array_equal(np.asanyarray(piece.dataobj), array[:, :, window])
+    assert len({case["patient"] for case in dataset["cases"]}) == 2  # one PatientID twice
+    for path in (tmp_path / "prepared").rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        for secret in (*SECRETS.values(), "ID-4712", "19700101"):
+            assert secret not in path.name and secret.encode() not in content
+
+
+def test_a_series_has_one_name_for_preparing_and_for_applying(tmp_path):
+    scan, label = part_arrays(0, DEPTH)
+    for form in ("{}", "{}/scan", "{}/CT", "{}/portal"):
+        raw = tmp_path / f"raw{len(form)}"
+        for patient in ("pat0", "pat1"):
+            slices = write_phantom_series(raw / form.format(patient), scan)
+            write_phantom_seg(raw / patient / "seg.dcm", slices, label)
+        prepared = [case.name for case in find_pairs(raw).cases]
+        assert [case.name for case in apply_model.list_cases([raw], [])] == prepared
+        assert len(set(prepared)) == 2
+
+
+OTHER_VALUES = {"background": (0,), "spleen": (9,), "liver": (1,), "Left Kidney": (4,)}
+
+
+def test_prepare_reads_the_written_seg_as_it_reads_the_nifti(tmp_path):
+    """The same sub-volumes bit for bit, though a SEG's own numbers must run from 1."""
+    raw, classes = tmp_path / "raw", OTHER_VALUES
+    _, label = make_seg(raw, np.array([0, 9, 1])[part_arrays(0, DEPTH)[1]], classes)
+    use = {"foreground": ("9", "1"), "training": 1, "validation": 0}
+    of_seg = run(raw, destination=tmp_path / "seg", test=0, **use)
+    assert classes.items() <= {name: (v,) for name, v in of_seg["labels"].items()}.items()
+    (raw / "ct_label.dcm").unlink()
+    label.write(raw / "ct_label.nii.gz")
+    use["values"] = tuple(f"{name}={value[0]}" for name, value in classes.items())
+    of_nifti = run(raw, destination=tmp_path / "nifti", test=0, **use)
+    assert of_seg["subvolumes"] and len(of_seg["subvolumes"]) == len(of_nifti["subvolumes"])
+    for one, other in zip(of_seg["subvolumes"], of_nifti["subvolumes"], strict=True):
+        a, b = (read_file(tmp_path / f / e["label"]) for f, e in (("seg", one), ("nifti", other)))
+        assert np.array_equal(a.read(), b.read()) and np.array_equal(a.affine, b.affine)
+
+
+def test_a_series_in_and_a_seg_out_and_in_again_as_truth(checkpoint, tmp_path):
+    scan, _ = part_arrays(0, DEPTH)
+    write_phantom_series(tmp_path / "scans" / "ct", scan)
+    nifti = nib.Nifti1Image(scan, np.diag([5.0, 5, 5, 1]))
+    nib.save(nifti, tmp_path / "scans" / "other.nii.gz")
+    use = {"checkpoint": checkpoint, "device": "cpu", "dicom_seg": True}
+    apply_model.main(
+        apply_model.Config(paths=(tmp_path / "scans",), destination=tmp_path / "out", **use)
+    )
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    reason = "no DICOM SEG: the scan is no DICOM series"
+    assert {row["case"]: reason in row["warnings"] for row in rows} == {"ct": False, "other": True}
+    made = tmp_path / "out" / "ct" / "ct_label.dcm"
+    assert [path.name for path in (tmp_path / "out").rglob("*.dcm")] == ["ct_label.dcm"]
+    image = read_series(tmp_path / "scans" / "ct")
+    found = read_seg(made, image, USUAL_LABELS).read()
+    assert found.any()
+    assert np.array_equal(found, read_file(made.with_suffix(".nii.gz")).read())
+    apply_model.main(
+        apply_model.Config(
+            paths=(tmp_path / "scans" / "ct",), truth=(made,), destination=tmp_path / "again", **use
+        )
+    )
+    (row,) = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert row["liver_dice"] == 1 and row["truth"] == str(made)
+    assert (tmp_path / "again" / "worst.png").stat().st_size > 10_000
+    with pytest.raises(InputError, match="is no DICOM series; --dicom-seg"):
+        use["destination"] = tmp_path / "never"
+        apply_model.main(apply_model.Config(paths=(tmp_path / "scans" / "other.nii.gz",), **use))
+    assert not (tmp_path / "never").exists()
+
+
+def test_segments_are_known_by_name_whatever_their_numbers(tmp_path):
+    """Spleen 1 and liver 2 in one SEG must not make a liver of the spleen."""
+    raw, truth = tmp_path / "raw", part_arrays(0, DEPTH)[1]
+    swapped = np.array([0, 2, 1], np.uint8)[truth]
+    image, _ = make_seg(raw, swapped, {"background": (0,), "Spleen": (1,), "LIVER": (2,)})
+    labels = {"background": (0,), "liver": (1, 2)}  # a network that takes tumours as liver
+    known = read_label_map(raw / "ct_label.dcm", image, labels, classes=labels)
+    assert np.array_equal(known.ras.data, truth == 1)
+    dataset = run(raw, training=1, validation=0, test=0, foreground=("liver",))
+    assert dataset["labels"]["liver"] == 1 and dataset["labels"]["Spleen"] == 3
+    (case,) = dataset["cases"]
+    assert case["voxels_per_label"]["1"] == np.count_nonzero(truth == 1)
+    assert case["voxels_per_label"]["3"] == np.count_nonzero(truth == 2)
+
+
+def test_the_3d_view_compares_with_a_dicom_seg(tmp_path):
+    _, label = make_seg(tmp_path)
+    label.write(tmp_path / "a_label.nii.gz")
+    config = visualize_3d.Config(truth=tmp_path / "ct_label.dcm")
+    case = visualize_3d.find_case(tmp_path / "a_label.nii.gz", config)
+    assert np.array_equal(case.reference.data, case.labels.data)
+    assert case.labels.data.max() == 2
+
+
+def test_the_real_series_equals_its_nifti(tmp_path, real_ct):
+    real_dicom = SHARED_DATA / "dicom"
+    if not real_dicom.is_dir():
+        pytest.skip("the real DICOM series are not here (dicom beside the project)")
+    dataset = run(real_dicom, destination=tmp_path / "out", training=1, validation=0, test=0)
+    (case,) = dataset["cases"]
+    assert (case["slices"], case["spacing_mm"][2]) == (44, 5.0)
+    assert "1 images of another orientation" in " ".join(case["warnings"])
+    nifti = nib.as_closest_canonical(nib.load(real_ct / "imagesTr/tace_0697.nii.gz"))
+    expected = np.asanyarray(nifti.dataobj)
+    for entry in dataset["subvolumes"]:
+        first = entry["first_slice"]
+        piece = nib.load(tmp_path / "out" / entry["image"])
+        assert np.array_equal(np.asanyarray(piece.dataobj), expected[:, :, first : first + 16])
+        window = nifti.slicer[:, :, first : first + 16]
+        assert np.abs(piece.affine - window.affine).max() < 1e-3  # mm
+    text = json.dumps(dataset)
+    assert "0697" not in text.replace(str(real_dicom), "")

@@ -2,10 +2,9 @@
 
 import copy
 import re
-from pathlib import Path
+import subprocess
 
 import highdicom
-import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
@@ -22,13 +21,7 @@ from helpers import (
 from pydicom.uid import generate_uid
 
 from benchmarks.sweeps import sweep_series
-from data.dicom import (
-    find_dicom,
-    is_dicom_input,
-    list_series_files,
-    read_series,
-    write_series,
-)
+from data.dicom import find_dicom, is_dicom_input, list_series_files, read_series, write_series
 from data.files import InputError
 from data.labels import USUAL_LABELS
 from data.seg import read_seg
@@ -47,9 +40,8 @@ def test_a_series_is_ordered_by_position_and_rescaled_to_hu(tmp_path):
     image = read_series(tmp_path / "ct")
     assert np.array_equal(image.read(), scan[::-1, ::-1])
     assert image.read().dtype == np.int16
-    assert np.allclose(
-        image.affine, np.diag([-5, -5, 5, 1]) + [[0, 0, 0, v] for v in (100, 90, 30, 0)]
-    )
+    affine = [[-5, 0, 0, 100], [0, -5, 0, 90], [0, 0, 5, 30], [0, 0, 0, 1]]
+    assert np.allclose(image.affine, affine)
     one = read_series(next((tmp_path / "ct").iterdir()))  # one file stands for its series
     assert np.array_equal(one.read(), image.read())
     assert sorted(one.files) == list_series_files(tmp_path / "ct")
@@ -77,9 +69,7 @@ FAULTS = {  # what changes → what the message says
     "NumberOfFrames must be 0, as PerFrame": {"NumberOfFrames": 24},
     "ModalityLUTSequence": {"ModalityLUTSequence": [pydicom.Dataset()]},
     "PatientID, StudyInstanceUID, FrameOfReferenceUID differ": {"PatientID": lambda z: f"P{z > 4}"},
-    "PixelSpacing .* must be those of the": {"PixelSpacing": lambda z: [4 + (z != 0)] * 2},
-    "Rows, .* must be those of the": {"PixelSpacing": lambda z: [4 + (z != 3)] * 2},
-    "/.* must be those of the": {"PixelSpacing": lambda z: [4 + (z != DEPTH - 1)] * 2},
+    "PixelSpacing .* must be those of the": {"PixelSpacing": lambda z: [4 + (z != 3)] * 2},
 }
 
 
@@ -91,14 +81,23 @@ def test_a_series_that_is_no_regular_grid_is_refused_with_the_reason(fault, tmp_
     assert str(tmp_path / "ct") in str(error.value)
 
 
-def test_a_stray_image_and_a_copy_are_left_out_and_reported(tmp_path):
-    slices = write_phantom_series(tmp_path, small())
+def test_a_copy_a_stray_image_and_localisers_are_left_out_and_reported(tmp_path):
+    """The stray image says it is of the series; the two localisers are a series of their own."""
+    slices, across = write_phantom_series(tmp_path, small()), [1, 0, 0, 0, 0, -1]
     slices[3].save_as(tmp_path / "copy", enforce_file_format=True)
-    slices[5].ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
-    slices[5].save_as(tmp_path / "stray", enforce_file_format=True)
+    for z, (name, plane) in enumerate(
+        {"stray": across, "front": [0, 1, 0, 0, 0, -1], "side": across}.items()
+    ):
+        slices[z].ImageOrientationPatient = plane
+        if z:
+            slices[z].ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+            slices[z].SeriesInstanceUID = "1.2.3"
+        slices[z].save_as(tmp_path / name, enforce_file_format=True)
     image = read_series(tmp_path)
     assert np.array_equal(image.read(), small()[::-1, ::-1])
-    assert [note[:10] for note in image.notes] == ["1 copies o", "1 images o"]
+    told = ("1 copies of", "1 images of", "front: one image, or a localiser, is no scan")
+    assert all(words in "; ".join(image.notes) for words in told) and len(image.notes) == 3
+    assert [bool(item.fault) for item in find_dicom(tmp_path.iterdir())] == [False, True]
 
 
 PARTS = {  # tag, by slice: slices 0, 2, 4 … of one scan, 1, 3, 5 … of another
@@ -184,17 +183,16 @@ def encode(header: pydicom.Dataset, z: int, kind: str) -> None:
     elif kind == "a slope for each slice":
         header.RescaleSlope, factor = (0.5, 2) if z % 2 else (1, 1)
         header.PixelData = (stored * factor).astype("<u2").tobytes()
-    elif kind == "no transfer syntax":
+    elif kind == "no syntax":
         del header.file_meta.TransferSyntaxUID
     else:
         header.compress(getattr(pydicom.uid, kind))
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["RLELossless", "JPEGLSLossless", "12 bits signed", "overlay bits", "a slope for each slice",
-     "no transfer syntax"],
-)  # fmt: skip
+STORED = ("JPEGLSLossless", "12 bits signed", "overlay bits", "a slope for each slice", "no syntax")
+
+
+@pytest.mark.parametrize("kind", STORED)
 def test_however_pixels_are_stored_hu_are_the_same(kind, tmp_path):
     scan = np.clip(small(), -1024, 1000)
     for z, header in enumerate(build_phantom_series(scan)):
@@ -222,44 +220,30 @@ def test_an_enhanced_multi_frame_file_is_a_series(tmp_path):
         read_series(tmp_path)
 
 
-def test_a_cut_file_is_named(tmp_path):
-    write_phantom_series(tmp_path / "ct", small())
-    file = sorted((tmp_path / "ct").iterdir())[5]
-    content = file.read_bytes()
-    for cut in (0.9, 0.3, 0.1):
-        file.write_bytes(content[: int(cut * len(content))])
-        with pytest.raises(InputError, match=re.escape(str(file))):
-            read_series(tmp_path / "ct")
-
-
-def write_other(path: Path, like: pydicom.Dataset, sop: str, **changes) -> Path:
-    """Write another object of the same series: made of a slice, without a position."""
-    other = copy.deepcopy(like)
-    del other.ImagePositionPatient, other.ImageOrientationPatient
-    for key, value in changes.items():
-        setattr(other, key, value)
-    other.SOPInstanceUID, other.SOPClassUID = generate_uid(), f"1.2.840.10008.5.1.4.1.1.{sop}"
-    other.file_meta.MediaStorageSOPClassUID = other.SOPClassUID
-    other.save_as(path, enforce_file_format=True)
-    return path
-
-
 def test_other_objects_are_no_scans_and_say_what_they_are(tmp_path):
     """A SEG, contours, a dose and a screenshot in the folder of a series."""
     scan, label = small(), ras_arrays(0)[1][:, :, :DEPTH]
     folder = tmp_path / "ct"
     slices = write_phantom_series(folder, scan)
     seg = write_phantom_seg(folder / "seg.dcm", slices, label)
-    new = {"SeriesInstanceUID": generate_uid()}
-    contours = write_other(folder / "rt", slices[0], "481.3", Modality="RTSTRUCT", **new)
-    dose = write_other(folder / "dose", slices[0], "481.2", Modality="RTDOSE")
-    write_other(folder / "screen", slices[0], "7")
-    for path, reason in (
-        (seg, "got SEG .*seg.dcm"), (contours, "RTSTRUCT .*convert its contours"), (dose, "got no"),
+    other = copy.deepcopy(slices[0])
+    del other.ImagePositionPatient, other.ImageOrientationPatient
+    for name, sop, series in (
+        ("dose", "481.2", other.SeriesInstanceUID), ("screen", "7", other.SeriesInstanceUID),
+        ("rt", "481.3", generate_uid()),
+    ):  # fmt: skip
+        other.SOPInstanceUID, other.SeriesInstanceUID = generate_uid(), series
+        other.SOPClassUID = f"1.2.840.10008.5.1.4.1.1.{sop}"
+        other.file_meta.MediaStorageSOPClassUID = other.SOPClassUID
+        other.Modality = {"dose": "RTDOSE", "rt": "RTSTRUCT"}.get(name, "OT")
+        other.save_as(folder / name, enforce_file_format=True)
+    for name, reason in (
+        ("seg.dcm", "got SEG .*seg.dcm"), ("rt", "RTSTRUCT .*convert its contours"),
+        ("dose", "got no"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=reason):
-            read_series(path)
-        assert list_series_files(path) == [path]
+            read_series(folder / name)
+        assert list_series_files(folder / name) == [folder / name]
     image = read_series(folder)
     assert image.shape[2] == DEPTH and image.notes == ()
     assert {file.name for file in list_series_files(folder)} == {f"{z:03d}" for z in range(DEPTH)}
@@ -267,19 +251,6 @@ def test_other_objects_are_no_scans_and_say_what_they_are(tmp_path):
     seg.rename(tmp_path / "alone" / "seg.dcm")
     with pytest.raises(InputError, match=r"must be or hold one DICOM series .* got SEG"):
         read_series(tmp_path / "alone")
-
-
-def test_localisers_beside_a_series_are_reported_and_left_out(tmp_path):
-    slices = write_phantom_series(tmp_path, small())
-    for z, name in enumerate(("front", "side")):
-        slices[z].ImageOrientationPatient = [1, 0, 0, 0, 0, -1] if z else [0, 1, 0, 0, 0, -1]
-        slices[z].ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
-        slices[z].SeriesInstanceUID = "1.2.3"
-        slices[z].save_as(tmp_path / name, enforce_file_format=True)
-    image = read_series(tmp_path)
-    assert np.array_equal(image.read(), small()[::-1, ::-1])
-    assert "front: one image, or a localiser, is no scan" in image.notes[0]
-    assert [bool(item.fault) for item in find_dicom(tmp_path.iterdir())] == [False, True]
 
 
 def test_a_series_is_its_files_wherever_they_lie(tmp_path):
@@ -315,38 +286,27 @@ def test_a_broken_file_stops_only_the_series_that_it_may_belong_to(tmp_path):
 
 
 def test_everything_is_found_however_it_lies(tmp_path):
-    """Two series in one folder, SEGs whole, bare and cut, a torn file, no DICOM, a DICOMDIR."""
+    """Two series in one folder, a SEG whole and cut, a torn file, no DICOM."""
     scan, label = small(8), ras_arrays(0)[1][:, :, :8]
     slices = write_phantom_series(tmp_path / "two", scan, name="x{:02d}", PatientID="B")
     write_phantom_series(tmp_path / "two", scan, name="y{:02d}", PatientID="C")
     seg = write_phantom_seg(tmp_path / "seg" / "whole.dcm", slices, label)
     content = seg.read_bytes()
     (tmp_path / "seg" / "cut.dcm").write_bytes(content[: content.index(b"\x62\x00\x02\x00SQ")])
-    bare = pydicom.dcmread(seg)
-    del bare.ReferencedSeriesSequence, bare.SegmentSequence[0].SegmentLabel
-    bare.save_as(tmp_path / "seg" / "bare.dcm")
     whole = (tmp_path / "two" / "x00").read_bytes()
     (tmp_path / "torn").write_bytes(whole[:400])
     (tmp_path / "no.dcm").write_bytes(whole[128:])  # no preamble: not DICOM
-    directory = pydicom.Dataset()
-    directory.file_meta = copy.deepcopy(slices[0].file_meta)
-    directory.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.1.3.10"
-    directory.save_as(tmp_path / "DICOMDIR", enforce_file_format=True)
     assert is_dicom_input(tmp_path / "two") and not is_dicom_input(tmp_path / "no.dcm")
-    items = {
-        item.path.relative_to(tmp_path).as_posix(): item for item in find_dicom(tmp_path.rglob("*"))
-    }
-    assert set(items) == {
-        "two/x00", "two/y00", "seg/whole.dcm", "seg/cut.dcm", "seg/bare.dcm", "torn"
-    }  # fmt: skip
+    found = find_dicom(tmp_path.rglob("*"))
+    items = {item.path.relative_to(tmp_path).as_posix(): item for item in found}
+    assert set(items) == {"two/x00", "two/y00", "seg/whole.dcm", "seg/cut.dcm", "torn"}
     assert [items[key].patient for key in ("two/x00", "two/y00")] == ["B", "C"]
     assert {file.name[0] for file in list_series_files(items["two/y00"].path)} == {"y"}
     assert items["two/x00"].images == len(items["two/x00"].files) == 8
     assert items["seg/whole.dcm"].uid == items["two/x00"].uid and items["seg/whole.dcm"].is_seg
-    assert (items["seg/bare.dcm"].uid, [*items["seg/bare.dcm"].segments.values()]) == ("", [1, 2])
     assert "SegmentSequence must be" in items["seg/cut.dcm"].fault
     assert "torn: its DICOM header" in items["torn"].fault
-    assert [item.fault for item in items.values()].count("") == 4
+    assert [item.fault for item in items.values()].count("") == 3
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -358,11 +318,9 @@ def test_a_tag_of_nonsense_gives_the_right_result_or_one_input_error(tmp_path):
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])
 def test_a_scan_becomes_a_series_and_comes_back(dtype, tmp_path):
     """Bit-identical voxels, affine within 1e-3 mm; the same scan gives the same series."""
-    affine = random_affine(4)
-    save(small(10)[:30, :40].astype(dtype), affine, tmp_path / "Doe^Jane.nii.gz")
+    save(small(10)[:30, :40].astype(dtype), random_affine(4), tmp_path / "Doe^Jane.nii.gz")
     volume = read_file(tmp_path / "Doe^Jane.nii.gz")
     files = write_series(volume, tmp_path / "ct")
-    assert all(file.parent == tmp_path / "ct" for file in files)
     image = read_series(tmp_path / "ct")
     assert np.array_equal(image.ras.data, volume.ras.data) and image.read().dtype == np.int16
     assert np.abs(image.ras_affine - volume.ras_affine).max() < 1e-3
@@ -401,22 +359,22 @@ def test_the_commands_convert_both_ways(tmp_path):
     scan, label = (array[:, :, 12:28] for array in ras_arrays(0))
     for name, array in (("scan", scan), ("label", label)):
         save(array, random_affine(5), tmp_path / f"{name}.nii.gz")
-    for command, *paths in (
-        ("to-series", "scan.nii.gz", "ct"),
-        ("to-nifti", "ct", "again.nii.gz"),
-        ("to-seg", "label.nii.gz", "ct", "seg.dcm"),
-    ):
-        done = call_script("-m", "data.seg", command, *(tmp_path / path for path in paths))
+
+    def convert(words: str) -> subprocess.CompletedProcess[str]:
+        command, *names = words.split()
+        return call_script("-m", "data.seg", command, *(tmp_path / name for name in names))
+
+    for words in ("to-series scan.nii.gz ct", "to-nifti ct again.nii.gz",
+                  "to-seg label.nii.gz ct seg.dcm"):  # fmt: skip
+        done = convert(words)
         assert done.returncode == 0 and "next: " in done.stdout, done.stderr
     again, volume = read_file(tmp_path / "again.nii.gz"), read_file(tmp_path / "scan.nii.gz")
     assert np.array_equal(again.ras.data, volume.ras.data)
     seg = read_seg(tmp_path / "seg.dcm", read_series(tmp_path / "ct"), USUAL_LABELS)
     assert np.array_equal(seg.ras.data, read_file(tmp_path / "label.nii.gz").ras.data)
-    for words, message in (
-        (("to-nifti", "ct", "x.txt"), "must end in"),
-        (("to-seg", "scan.nii.gz", "ct", "x.dcm"), "holds"),
-    ):
-        done = call_script("-m", "data.seg", words[0], *(tmp_path / path for path in words[1:]))
+    faults = {"to-nifti ct x.txt": "must end in", "to-seg scan.nii.gz ct x.dcm": "holds"}
+    for words, message in faults.items():
+        done = convert(words)
         assert done.returncode == 1 and re.search(f"^error: .*{message}", done.stderr, re.M)
     assert not list(tmp_path.glob("x.*"))
 
@@ -430,9 +388,3 @@ def test_gantry_tilt_is_refused_and_jpeg_2000_is_read():
     image = read_series(folder / "jpeg2000_20")
     assert image.shape == (512, 512, 20) and image.notes == ()
     assert (image.read().min(), image.read().dtype) == (-1024, np.int16)
-    nifti = SHARED_DATA / "ct" / "imagesTr" / "tace_0697.nii.gz"
-    if nifti.exists():
-        image = read_series(folder / "axial_plus_coronal_45")
-        expected = nib.as_closest_canonical(nib.load(nifti))
-        assert np.array_equal(image.ras.data, np.asanyarray(expected.dataobj))
-        assert np.abs(image.ras_affine - expected.affine).max() < 1e-3

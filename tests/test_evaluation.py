@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import run_here, run_script
+from conftest import run_script
 from helpers import as_volume
 from monai.metrics import (
     compute_average_surface_distance,
@@ -18,16 +18,7 @@ from scipy import ndimage
 
 from apply_model import Options, clean, find_doubts, trim_by_hu
 from data import evaluate as evaluation
-from data.check import judge_hu
-from data.datasets import pair_truths
-from data.evaluate import (
-    describe_values,
-    evaluate,
-    measure,
-    score_lesions,
-    summarise,
-    write_table,
-)
+from data.evaluate import describe_values, evaluate, measure, score_lesions, summarise, write_table
 from data.files import InputError
 from data.labels import IGNORED
 
@@ -53,9 +44,14 @@ def one_hot(classes: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.stack([classes == 1, classes == 2])[None]).float()
 
 
+def score(predicted: np.ndarray, truth: np.ndarray, names=NAMES, affine=AFFINE) -> dict:
+    """The metrics of arrays on one grid."""
+    return evaluate(as_volume(predicted, affine), as_volume(truth, affine), names)
+
+
 def test_surface_metrics_agree_with_monai():
     predicted, truth = blobs(1), blobs(102)
-    row = evaluate(as_volume(predicted, AFFINE), as_volume(truth, AFFINE), NAMES)
+    row = score(predicted, truth)
     pair, how = (one_hot(predicted), one_hot(truth)), {"include_background": True}
     how["spacing"] = SPACING
     found = {
@@ -70,7 +66,7 @@ def test_surface_metrics_agree_with_monai():
 
 def test_overlap_metrics_agree_with_the_confusion_matrix():
     predicted, truth = blobs(1), blobs(2)
-    row = evaluate(as_volume(predicted, AFFINE), as_volume(truth, AFFINE), NAMES)
+    row = score(predicted, truth)
     matrix = np.zeros((3, 3))
     np.add.at(matrix, (truth.ravel(), predicted.ravel()), 1)  # rows are the truth
     tp = matrix.diagonal()
@@ -92,9 +88,9 @@ def test_overlap_metrics_agree_with_the_confusion_matrix():
 
 def test_undefined_metrics_are_none_and_a_false_alarm_scores_nothing():
     organ = ball((20, 20, 20), (10, 10, 10), 5).astype(np.uint8)
-    organ, nothing = as_volume(organ, AFFINE), as_volume(0 * organ, AFFINE)
+    nothing = np.zeros_like(organ)
     pairs = {"prediction": (nothing, organ), "truth": (organ, nothing), "both": (nothing, nothing)}
-    rows = {empty: {"case": empty, **evaluate(*pairs[empty], ["liver"])} for empty in pairs}
+    rows = {empty: {"case": empty, **score(*pairs[empty], ["liver"])} for empty in pairs}
     keys = ("dice", "nsd_2mm", "recall", "precision", "hd95_mm", "volume_error_percent", "empty")
     missed, alarm, neither = ([row[f"liver_{key}"] for key in keys] for row in rows.values())
     assert missed == [0, 0, 0, None, None, -100, "prediction"]
@@ -111,10 +107,10 @@ def test_one_voxel_and_a_full_volume():
     single = np.zeros((5, 5, 5), np.uint8)
     other = single.copy()
     single[0, 2, 2] = other[3, 2, 2] = 1
-    row = evaluate(as_volume(single, AFFINE), as_volume(other, AFFINE), ["liver"])
+    row = score(single, other, ["liver"])
     assert row["liver_hd95_mm"] == row["liver_asd_mm"] == pytest.approx(3 * 0.8)
-    full = as_volume(np.ones((5, 5, 5), np.uint8), AFFINE)
-    row = evaluate(full, full, ["liver"])
+    full = np.ones((5, 5, 5), np.uint8)
+    row = score(full, full, ["liver"])
     assert (row["liver_dice"], row["liver_hd95_mm"], row["liver_nsd_2mm"]) == (1, 0, 1)
     assert row["liver_specificity"] is None  # there is no background to get wrong
 
@@ -125,7 +121,7 @@ def test_distances_on_a_sheared_grid_are_those_of_the_patient():
     affine[:3, 2] = (0.75, 0, 1)
     one, other = np.zeros((2, 9, 9, 9), np.uint8)
     one[4, 4, 3] = other[5, 4, 5] = 1
-    row = evaluate(as_volume(one, affine), as_volume(other, affine), ["liver"])
+    row = score(one, other, ["liver"], affine)
     assert row["liver_hd95_mm"] == pytest.approx(np.sqrt(10.25))
 
 
@@ -151,9 +147,8 @@ def test_post_processing_keeps_the_organ_and_its_tumours():
     shape = (60, 40, 40)
     classes = ball(shape, (20, 20, 20), 12).astype(np.uint8)
     classes[ball(shape, (16, 20, 20), 3) | ball(shape, (27, 20, 20), 2)] = 2  # in one liver
-    expected = classes.copy()
+    expected, stray = classes.copy(), ball(shape, (52, 20, 20), 4)
     classes[20, 12, 20] = 0  # a hole
-    stray = ball(shape, (52, 20, 20), 4)
     classes[stray] = 1
     classes[52, 20, 20] = 2  # a tumour in the stray component
     classes[45, 2, 2] = 2  # a tumour in nothing
@@ -194,53 +189,33 @@ def test_a_dark_edge_is_no_liver_and_dark_tumours_stay():
     assert np.array_equal(scaled, scores)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
+def test_nothing_else_is_trimmed():
+    for case in (
         {"names": ["kidney"]},  # whose marrow is dark beside its cortex
         {"hu": 50},  # a fatty rim, a poorly filled one
         {"hu": 220},  # a tumour that is full of contrast
         {"noise": 60.0},  # of which a voxel is no edge
-    ],
-)
-def test_nothing_else_is_trimmed(case):
-    scores, image, *_ = draw_neighbour(**case)
-    before = scores.copy()
-    trim_by_hu(scores, image, case.get("names", ["liver"]))
-    assert ((before > 0) & (scores < 0)).sum() < 0.01 * (before > 0).sum()
+    ):
+        scores, image, *_ = draw_neighbour(**case)
+        before = scores.copy()
+        trim_by_hu(scores, image, case.get("names", ["liver"]))
+        assert ((before > 0) & (scores < 0)).sum() < 0.01 * (before > 0).sum(), case
 
 
 def test_implausible_livers_are_reported():
-    """A liver of 1.4 l on the right is fine; on the left, small, or cut off it is not."""
+    """A liver of 1.4 l on the right is fine; on the left or cut off it is not."""
     shape, affine = (80, 60, 40), np.diag([4.0, 4.0, 5.0, 1.0])
     scan = np.where(ball(shape, (40, 30, 20), 28), 40, -1000).astype(np.int16)
-    right, small = (ball(shape, (52, 30, 20), radius).astype(np.uint8) for radius in (16, 5))
+    right = ball(shape, (52, 30, 20), 16).astype(np.uint8)
 
-    def doubt(classes, depth=40, organ="liver"):
-        return find_doubts(
-            as_volume(classes, affine), as_volume(scan[..., :depth], affine), [organ]
-        )
+    def doubt(classes, organ="liver"):
+        part = as_volume(scan[..., : classes.shape[2]], affine)
+        return find_doubts(as_volume(classes, affine), part, [organ])
 
     assert doubt(right) == doubt(right[::-1], organ="spleen") == []
     assert "left" in doubt(right[::-1])[0]
-    assert "expected 500 to 4000" in doubt(small)[0]
-    assert ["upper end" in text for text in doubt(right[:, :, :20], 20)] == [True]
+    assert ["upper end" in text for text in doubt(right[:, :, :20])] == [True]
     assert doubt(0 * right) == ["no liver found"]
-
-
-def test_scans_that_are_no_ct_are_reported():
-    ct = np.random.default_rng(0).choice([-1000, -100, 50], (32, 32, 32)).astype(np.int16)
-    assert judge_hu(ct, ct.dtype) == []
-    for array, kind, told in (
-        (ct.astype(np.uint8), "hu", "8 bits"),
-        (ct // 10, "hu", "too narrow"),
-        (ct * 0 + 7, "hu", "every voxel is 7"),
-        (ct + 1024, "hu", "no fat or air"),
-        (np.where(ct < -500, 400, ct), "air", "no air near"),
-        (np.full((8, 8, 8), np.nan), "hu", "finite"),
-    ):
-        ((found, text),) = judge_hu(array, array.dtype)
-        assert found == kind and told in text
 
 
 def test_measurements_in_units():
@@ -263,9 +238,7 @@ def test_the_summary_names_the_worst():
     assert describe_values({"a": 3.0, "b": 3.1}, "high")["worst_case"] == "b"
 
 
-# ---------------------------------------------------------------------------------------
-# Run as a script: label maps of any program
-# ---------------------------------------------------------------------------------------
+# --- Run as a script: label maps of any program -----------------------------------------
 
 
 def write_maps(folder, maps, values=(0, 1, 2), dtype=np.uint8, suffix=".nii.gz"):
@@ -295,7 +268,7 @@ def test_folders_are_evaluated_by_name(folders, capsys):
     rows = run_evaluation(*folders)
     assert sorted(rows) == ["liver_0", "liver_1", "liver_2"]
     for n in range(3):
-        expected = evaluate(*(as_volume(blobs(n + shift), AFFINE) for shift in (0, 10)), NAMES)
+        expected = score(blobs(n), blobs(n + 10))
         assert {key: rows[f"liver_{n}"][key] for key in expected} == pytest.approx(expected)
     out = folders[0].parent / "out"
     summary = json.loads((out / "summary.json").read_text())
@@ -316,9 +289,6 @@ def test_results_of_apply_model_are_evaluated_by_case(folders, tmp_path, capsys)
     assert sorted(rows) == ["liver_0", "liver_1"]
     assert rows["liver_0"]["liver_dice"] == run_evaluation(*folders)["liver_0"]["liver_dice"]
     assert "no label map for liver_2_label.nii.gz" in capsys.readouterr().out
-    scans = [tmp_path / f"liver_{n}.nii.gz" for n in (0, 1)]  # corrected results are truths too
-    labels = [results / f"liver_{n}" / f"liver_{n}_label.nii.gz" for n in (0, 1)]
-    assert pair_truths(scans, [results]) == labels
 
 
 @BLANK
@@ -335,19 +305,18 @@ def test_predictions_may_be_stored_otherwise(folders, tmp_path):
         assert row[key] == pytest.approx(expected[key]), key
 
 
-SPOILT = [
-    (lambda path: path.write_bytes(path.read_bytes()[:-50]), "cut off|damaged"),
-    (lambda path: as_volume(blobs(1) * 100, AFFINE).write(path), "200|100"),
-    (lambda path: as_volume(blobs(1)[:-1], AFFINE).write(path), "label map is"),
-    (lambda path: as_volume(blobs(1), AFFINE + 2 * np.eye(4, k=3)).write(path), "voxels apart"),
-]
+SPOILT = {  # what is told → how a label map is spoilt
+    "cut off|damaged": lambda path: path.write_bytes(path.read_bytes()[:-50]),
+    "200|100": lambda path: as_volume(blobs(1) * 100, AFFINE).write(path),
+    "label map is": lambda path: as_volume(blobs(1)[:-1], AFFINE).write(path),
+    "voxels apart": lambda path: as_volume(blobs(1), AFFINE + 2 * np.eye(4, k=3)).write(path),
+}
 
 
-@pytest.mark.parametrize(("which", "fault"), [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3)])
+@pytest.mark.parametrize("told", SPOILT)
 @BLANK
-def test_a_case_that_fails_is_named_and_the_others_go_on(folders, which, fault):
-    spoil, told = SPOILT[fault]
-    spoil(folders[which] / "liver_1.nii.gz")
+def test_a_case_that_fails_is_named_and_the_others_go_on(folders, told):
+    SPOILT[told](folders[told in ("label map is", "200|100")] / "liver_1.nii.gz")
     with pytest.raises(InputError, match=rf"1 of 3 cases failed:\n.*liver_1\.nii\.gz.*({told})"):
         run_evaluation(*folders)
     rows = json.loads((folders[0].parent / "out" / "results.json").read_text())
@@ -387,24 +356,19 @@ def test_values_beside_the_classes_must_be_declared(folders, tmp_path):
 def test_ignored_voxels_count_nowhere():
     predicted, truth = blobs(1), blobs(2)
     unknown = ball(truth.shape, (10, 10, 10), 6)
-    truth[unknown] = IGNORED
-    row = evaluate(as_volume(predicted, AFFINE), as_volume(truth, AFFINE), NAMES)
-    predicted[unknown] = truth[unknown] = 0
-    known = evaluate(as_volume(predicted, AFFINE), as_volume(truth, AFFINE), NAMES)
-    assert row["liver_dice"] == known["liver_dice"]
     right = np.count_nonzero((predicted == truth) & ~unknown) / np.count_nonzero(~unknown)
+    truth[unknown] = IGNORED
+    row = score(predicted, truth)
     assert row["accuracy"] == pytest.approx(right)
+    predicted[unknown] = truth[unknown] = 0
+    assert row["liver_dice"] == score(predicted, truth)["liver_dice"]
 
 
-def test_the_evaluation_works_alone(folders, capsys):
+def test_the_evaluation_works_alone(folders):
     out = folders[0].parent / "out"
     options = ("--labels", "liver=1,2", "tumour=2", "--destination", out)
     done = run_script("-m", "data.evaluate", *folders, *options)
-    assert done.returncode == 0, done.stderr
-    assert "mean ± SD" in done.stdout
-    (folders[0] / "liver_0.nii.gz").write_text("")
-    assert "liver_0.nii.gz" in str(run_here("-m", "data.evaluate", *folders, *options))
-    assert "Traceback" not in capsys.readouterr().err
+    assert done.returncode == 0 and "mean ± SD" in done.stdout, done.stderr
 
 
 def test_a_spreadsheet_runs_nothing(tmp_path):
