@@ -588,7 +588,7 @@ def build_run(
     network_args |= {name: value for name, value in more.items() if value}
     model = utilities.on_device(utilities.build_network(**network_args), device)
     past = saved or {}
-    patients = past.get("patients") or splits.list_patients(prepared)
+    patients: list[Any] = past.get("patients") or splits.list_patients(prepared)
     anew: list[str] = (past.get("begun") or {}).get("anew", [])
     if config.pretrained and saved is None:
         first = utilities.load_checkpoint(config.pretrained)
