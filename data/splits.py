@@ -291,7 +291,7 @@ def find_fault(record: dict[str, Any]) -> str:
         (record["split"] in SPLITS, f"split must be one of {', '.join(SPLITS)}"),
         (all(type(n) is int and n >= 0 for n in whole), "sizes must be whole numbers from 0"),
         (positive, f"spacing_mm must be numbers above 0, got {steps!r:.60}"),
-        (len(steps) == len(record.get("shape", steps)) == 3, "shape and spacing_mm must be three"),
+        (len(steps) == len(record.get("shape", steps)) == 3, "shape and spacing_mm: three numbers"),
         (all(name.isdecimal() for name in counts), "voxels_per_label must count label values"),
     ]
     for key in (IMAGE, LABEL) if "first_slice" in record else ():
