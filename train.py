@@ -479,7 +479,7 @@ def main(config: Config) -> None:
             size = " ".join(map(str, config.input_size))
             raise InputError(
                 f"out of memory on {device} with --batch-size {config.batch_size}, --input-size "
-                f"{size} and --base-channels {config.base_channels}; lower one or use train.py laptop"
+                f"{size} and --base-channels {config.base_channels}; lower one, or train.py laptop"
             ) from error
 
 
