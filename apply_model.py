@@ -95,16 +95,8 @@ from tqdm import tqdm
 
 import preprocess
 import utilities
-from data import check, datasets, scans, splits, trust
-from data.evaluate import (
-    WORST_SHOWN,
-    do_each,
-    evaluate,
-    measure,
-    refuse_failures,
-    report_all,
-    tell_row,
-)
+from data import check, datasets, evaluate, scans, splits, trust
+from data.evaluate import measure
 from data.files import lock_folder, read_record, write_json
 from data.labels import as_plain, describe_truths, group_tumours, translate_classes
 from data.pictures import draw_planes, save_figure
@@ -164,11 +156,9 @@ def load_model(
     precision: str = "auto",
     overlap: float | None = None,
 ) -> Model:
-    """Return the network of a checkpoint, ready to predict; several are averaged.
-
-    `overlap` of neighbouring windows (0 to below 1) replaces the checkpoint's. Raises InputError
-    for a checkpoint that is foreign or damaged, or when several differ in preprocessing or windows.
-    """
+    """Return the network of a checkpoint, ready to predict; several are averaged. `overlap` of
+    neighbouring windows (0 to below 1) replaces theirs. Raises InputError for a foreign or damaged
+    checkpoint, and when several differ in preprocessing or windows."""
     paths = [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint
     where = preprocess.pick_device(device, precision)
     networks, loaded = zip(*(load_network(Path(path), where) for path in paths), strict=True)
@@ -194,10 +184,7 @@ def load_model(
 def segment(
     model: Model, scan: Volume | Path | str, options: Options | None = None
 ) -> Segmentation:
-    """Segment a scan in HU, and lay the result on exactly its grid.
-
-    `scan`: its path or a Volume(array (X, Y, Z), affine 4×4 to RAS mm), of any orientation.
-    """
+    """Segment a scan in HU (a path or a Volume, of any orientation), on exactly its grid."""
     options = options or Options()
     scan = scan if isinstance(scan, Volume) else scans.read_scan(Path(scan))
     try:
@@ -256,9 +243,8 @@ def predict(
 ) -> torch.Tensor:
     """Return how far each class's logit lies above the background's, (C − 1, X, Y, Z), on the CPU.
 
-    Windows, blended by a Gaussian, slide over a preprocessed volume (1, X, Y, Z) or a `box` of it:
-    sub-volumes along the slices, patches along all axes where there is anything but air. Where the
-    memory is short, this scan is done window by window, else on the CPU.
+    Windows, blended by a Gaussian, slide over a preprocessed volume (1, X, Y, Z) or a `box` of it,
+    patches where there is anything but air. Short of memory, they go one by one, or on the CPU.
     """
     if not box and model.chain.sampling == "patches":
         box = find_bounding_box((volume[0] > 0).cpu().numpy())
@@ -284,10 +270,8 @@ def predict(
 
 
 def ask(model: Model, device: torch.device, mirror: bool, batch: torch.Tensor) -> torch.Tensor:
-    """Return how far each class's logit lies above the background's, (B, C − 1, X, Y, Z).
-
-    `mirror` averages with the front-back image; left-right would mix up liver and spleen.
-    """
+    """Return how far each class's logit lies above the background's, (B, C − 1, X, Y, Z); `mirror`
+    averages with the front-back image (left-right would mix up liver and spleen)."""
     networks, same = (model.network, *model.others), device == model.device
     precision = model.precision if same else pick_precision("auto", device)
     batch = batch.to(memory_format=utilities.choose_layout(device))
@@ -399,11 +383,9 @@ def read_case(
         if "MR" in (model.modality, case.modality):
             continue
         if kind == "hu" and not config.force and "hu" not in case.accepted:
-            raise InputError(
-                f"{case.image}: does not look like CT in HU ({fault}); convert it with its "
-                "rescale slope and intercept as int16, or go on with --force",
-                kind="hu",
-            )
+            remedy = "convert it with its rescale slope and intercept, or go on with --force"
+            what = f"{case.image}: does not look like CT in HU ({fault})"
+            raise InputError(f"{what}; {remedy}", kind="hu")
         notes.append(fault)
     if config.dicom_seg and case.alone and not scan.files:
         raise InputError(f"{case.image}: is no DICOM series; --dicom-seg needs one")
@@ -412,13 +394,10 @@ def read_case(
         return scan, None, notes
     declared = case.described.labels if case.described else model.declared
     label = scans.read_label_map(
-        case.label,
-        scan,
-        declared,
+        case.label, scan, declared, trust_grid=case.trust_grid,
         classes=translate_classes(model.chain.labels, model.declared, declared),
-        trust_grid=case.trust_grid,
         ignore=case.described.ignore if case.described else (),
-    )
+    )  # fmt: skip
     truth = label.ras.like(scans.mark_undrawn(label.ras.data, 0, *case.drawn))
     return scan, truth, list(dict.fromkeys([*notes, *label.notes]))
 
@@ -437,11 +416,11 @@ def judge_seen(model: Model, scan: Volume, path: Path, accepted: bool) -> str:
 def refuse_seen(seen: Mapping[str, str], config: Config) -> None:
     """Raise InputError where cases of a split made the checkpoint, unless that is accepted."""
     if seen and config.split != "training" and not config.accept:
-        shown = ", ".join(f"{name} ({how})" for name, how in [*seen.items()][:WORST_SHOWN])
-        raise InputError(
-            f"{config.data}: {len(seen)} cases of the {config.split} split made this checkpoint: "
-            f"{shown}; train on this split, or go on with --accept seen"
-        )
+        worst = [*seen.items()][: evaluate.WORST_SHOWN]
+        shown = ", ".join(f"{name} ({how})" for name, how in worst)
+        what = f"{len(seen)} cases of the {config.split} split made this checkpoint: {shown}"
+        remedy = "train on this split, or go on with --accept seen"
+        raise InputError(f"{config.data}: {what}; {remedy}")
 
 
 def apply_to_case(model: Model, case: datasets.Case, config: Config, seen: str) -> dict[str, Any]:
@@ -455,12 +434,12 @@ def apply_to_case(model: Model, case: datasets.Case, config: Config, seen: str) 
     row: dict[str, Any] = {"case": case.name, **measure(found.classes, scan, model.names)}
     row["seen"] = seen
     if truth is not None:
-        row |= evaluate(found.classes, truth, model.names)
+        row |= evaluate.evaluate(found.classes, truth, model.names)
     known = (found.scores.numpy(), found.to_network, scan.ras_shape, model.names)
     doubt = trust.judge_trust(trust.weigh_scores(*known), row, model.expected)
     row |= doubt.row
     notes += find_doubts(found.classes, scan, model.names)
-    summary, folder = tell_row(row, model.names), config.destination / case.name
+    summary, folder = evaluate.tell_row(row, model.names), config.destination / case.name
     label, masked, likely, seg, preview = (folder / f"{case.name}_{end}" for end in WRITTEN)
     air = 0 if model.modality == "MR" else AIR_HU
     found.label.write_checked(label)
@@ -514,10 +493,8 @@ def do_case(
 
 
 def list_cases(paths: Sequence[Path], truth: Sequence[Path]) -> list[datasets.Case]:
-    """Return the scans that some paths stand for, each under a name of its own, with their truths.
-
-    Raises InputError for no path, for a scan that is given twice, or truths that do not fit.
-    """
+    """Return the scans that some paths stand for, each under a name of its own, with their truths;
+    raise InputError for no path, a scan that is given twice, or truths that do not fit."""
     if not paths:
         raise InputError("nothing to segment: give CT volumes, or --split test")
     found = datasets.find_scans(*paths)
@@ -561,10 +538,10 @@ def main(config: Config) -> None:
     mine = cases[rank::processes]
     with nullcontext() if "RANK" in os.environ else lock_folder(config.destination):
         do = functools.partial(do_case, model, weights, config, seen)
-        failed = do_each(mine, lambda case: case.name, do)
+        failed = evaluate.do_each(mine, lambda case: case.name, do)
         if len(failed) < len(mine):
-            report_all(config.destination, model.names, weights)
-    refuse_failures(failed, len(mine), "scans")
+            evaluate.report_all(config.destination, model.names, weights)
+    evaluate.refuse_failures(failed, len(mine), "scans")
     if mine:
         place = config.destination / mine[0].name
         print(f"look at {place / mine[0].name}_preview.png\n3D: python visualize_3d.py {place}")

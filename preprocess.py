@@ -93,9 +93,8 @@ class Augment:
 def preprocess_files(item: dict, chain: Chain, device: torch.device | str) -> dict[str, Any]:
     """Return an item with its files "image" and "label" read and preprocessed on the device.
 
-    The image is (1, X, Y, Z) float16 in 0..1, the label uint8 class indices; of patches also where
-    the voxels of each class lie. Half precision halves the cache; its error is at most 1/2048 of
-    the HU window, far below the noise of CT.
+    The image is (1, X, Y, Z) float16 in 0..1 (its error, 1/2048 of the HU window, is far below the
+    noise of CT), the label uint8 class indices; of patches also where the voxels of each class lie.
     """
     made = dict(item)
     for key, kind in zip(KEYS, (torch.float16, torch.uint8), strict=True):
@@ -133,9 +132,7 @@ def preprocess_slices(
     elif key == IMAGE:
         slices = slices.clamp(min=0)
         slices = slices / slices.amax(dim=(1, 2), keepdim=True).clamp(min=1e-6)
-    if chain.sampling == "subvolumes":
-        # "nearest" rounds towards the corner and would shift labels by half a pixel (Dice of the
-        # round trip 0.98); "nearest-exact" keeps pixel centres (0.99).
+    if chain.sampling == "subvolumes":  # "nearest" would shift labels by half a pixel
         exact = mode.replace("nearest", "nearest-exact")
         slices = transforms.Resize(chain.input_size, mode=exact)(slices)
     return slices
@@ -144,11 +141,9 @@ def preprocess_slices(
 def resample_depth(
     slices: torch.Tensor, slice_mm: float, chain: Chain, key: str = IMAGE
 ) -> torch.Tensor:
-    """Return slices (Z, X, Y) of patches at `chain.spacing` along z; those of sub-volumes as given.
-
-    The first slice keeps its place. Between slices, images are interpolated linearly. A label is
-    that of the nearest slice, or of the nearest annotated one within half a step.
-    """
+    """Return slices (Z, X, Y) of patches at `chain.spacing` along z, the first in its place; those
+    of sub-volumes as given. Images are interpolated linearly; a label is that of the nearest slice,
+    or of the nearest annotated one within half a step."""
     if chain.sampling == "subvolumes":
         return slices
     size, spacing = len(slices), chain.spacing[2]
@@ -167,12 +162,8 @@ def resample_depth(
 def preprocess_volume(
     volume: Volume, chain: Chain, device: torch.device | str
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Return a whole volume in HU, of any orientation, on the network's grid.
-
-    Returns:
-        Tensor (1, X, Y, Z) in 0..1, slices from inferior to superior, and the 4×4 map from
-        RAS-ordered source voxel (i, j, k, 1) to network voxel, which has no rotation.
-    """
+    """Return a volume in HU, of any orientation, on the network's grid: (1, X, Y, Z) RAS in 0..1;
+    and the 4×4 map, without rotation, from RAS voxel to network voxel."""
     ras, place = volume.ras, resampling_device(torch.device(device))
     box = find_body(volume) if chain.crop_to_body else (slice(0, None), slice(0, None))
     for first in range(0, ras.shape[2], SLAB):
@@ -266,9 +257,8 @@ def probability_on_grid(
 def draw_patch(item: dict[str, Any], augment: Augment, rng: np.random.Generator) -> dict[str, Any]:
     """Return an item with one random patch of its volume, wider in plane by PATCH_MARGIN.
 
-    A fraction `foreground_sampling` is centred on a voxel of a foreground class, all classes alike,
-    however few voxels they have; the others on a voxel of background. Beyond the volume lies 0: air
-    and background.
+    A fraction `foreground_sampling` is centred on a voxel of a foreground class, all classes alike;
+    the others on a voxel of background. Beyond the volume lies 0: air and background.
     """
     x, y, z = augment.input_size
     size = (math.ceil(PATCH_MARGIN * x), math.ceil(PATCH_MARGIN * y), z)
@@ -297,8 +287,8 @@ def draw_affine(augment: Augment, shape: Sequence[int], rng: np.random.Generator
     `torch.nn.functional.affine_grid` wants it: axes y, x, from -1 to 1 between the edges."""
     size = np.array(augment.input_size[:2])
     often = float(rng.random() < augment.augment_probability)
-    angle, *change = often * rng.uniform(-1, 1, 5)
-    angle *= np.deg2rad(augment.rotation_degrees)
+    turned, *change = often * rng.uniform(-1, 1, 5)
+    angle = turned * np.deg2rad(augment.rotation_degrees)
     scale = 1 + augment.scaling * np.array(change[:2])
     scale[0] *= -1 if rng.random() < augment.flip_probability else 1
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -463,12 +453,9 @@ class SubvolumeLoader:
 def cache_split(
     prepared: dict, folder: Path, split: str, chain: Chain, device: Any, step_bytes: int = 0
 ) -> list:
-    """Run the deterministic chain over the sub-volumes of a split, once; return the results.
-
-    `prepared` is the content of `folder`/dataset.json. The chain runs on the device, and the
-    results stay there if they fit beside a training step of `step_bytes` and the logits of the
-    largest volume. Each process of torchrun caches its own share.
-    """
+    """Run the deterministic chain over this process's sub-volumes of a split, once, on the device;
+    return the results, which stay there if they fit beside a training step of `step_bytes` and the
+    logits of the largest volume. `prepared` is the content of `folder`/dataset.json."""
     items = subvolume_items(prepared, folder, split)
     items = share_of_process(items, *rank_and_size(), even=split == "training")
     if chain.sampling == "subvolumes":
@@ -501,10 +488,8 @@ def subvolume_items(prepared: dict[str, Any], folder: Path, split: str) -> list[
     """Return files, case, first slice, shape and spacing (mm) of each sub-volume of a split."""
     records = [record for record in prepared["subvolumes"] if record["split"] == split]
     if not records:
-        raise InputError(
-            f"{folder / 'dataset.json'}: no sub-volume in the {split} split; prepare more patients "
-            "(three at least)"
-        )
+        what = f"{folder / 'dataset.json'}: no sub-volume in the {split} split"
+        raise InputError(f"{what}; prepare more patients (three at least)")
     kept = ("case", "first_slice", "shape", "spacing_mm")
     items = [{key: record[key] for key in kept} for record in records]
     for index, (item, record) in enumerate(zip(items, records, strict=True)):
@@ -521,10 +506,8 @@ def share_of_process(items: list[Any], rank: int, processes: int, even: bool) ->
 def pick_device(name: str, precision: str = "auto") -> torch.device:
     """Return the device of a setting, once it has trained a small network as the CPU does.
 
-    `auto` is an NVIDIA GPU where there is one, else the CPU, which also takes over from a GPU that
-    fails. It is never Apple's: torch's 3D layers there are wrong or end the process on some
-    systems. Under torchrun each process has its own GPU. Raises InputError where torch sees no such
-    GPU, or where one that was asked for fails.
+    `auto` is an NVIDIA GPU, of torchrun's process its own, or else the CPU; never Apple's, where
+    torch's 3D layers may be wrong. Raises InputError for a named GPU that is missing or fails.
     """
     count, launched = torch.cuda.device_count(), "LOCAL_RANK" in os.environ
     kind, _, number = name.partition(":")
@@ -554,8 +537,8 @@ def find_fault(device: torch.device, precision: str) -> str:
         command = [sys.executable, "-c", f"import preprocess; print({call})"]
         how: dict[str, Any] = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
         done = subprocess.run(command, check=False, **how)
-        ended = f"a small step ended its process ({done.returncode})" if done.returncode else ""
-        reason = ended or done.stdout.strip()
+        ended = f"a small step ended its process ({done.returncode})"
+        reason = ended if done.returncode else done.stdout.strip()
     else:
         reason = try_device(device, precision)
     if reason:
@@ -578,9 +561,8 @@ def try_device(device: torch.device, precision: str) -> str:
             weights = model.state_dict(keep_vars=True)
             first = cast(torch.Tensor, weights["encoders.0.0.weight"].grad)
             found.append([tensor.detach().float().cpu() for tensor in (logits, first)])
-        apart = max(
-            float((mine - its).norm() / mine.norm()) for mine, its in zip(*found, strict=True)
-        )
+        pairs = zip(*found, strict=True)
+        apart = max(float((mine - its).norm() / mine.norm()) for mine, its in pairs)
     except Exception as error:  # a device may fail in any way
         return (str(error) or type(error).__name__).splitlines()[0]
     # bfloat16 on a CPU differs by 0.14; NaN is not below 0.3 either
@@ -588,11 +570,8 @@ def try_device(device: torch.device, precision: str) -> str:
 
 
 def cache_place(needed: int, device: torch.device, reserved: int = 0) -> tuple[torch.device, float]:
-    """Return where a cache of `needed` bytes fits, and the fraction of it that is kept.
-
-    On the device if it leaves `reserved` bytes and a tenth of the free memory, else in the host's
-    memory, else as much of it as fits there. The processes of a machine share the host's memory.
-    """
+    """Return where a cache of `needed` bytes fits, and the fraction of it that is kept: the device
+    if that leaves `reserved` bytes and a tenth of its free memory, else the host's memory."""
     device = resampling_device(device)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -603,20 +582,17 @@ def cache_place(needed: int, device: torch.device, reserved: int = 0) -> tuple[t
     free = read_free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     rate = min(0.6 * free / max(needed, 1), 1.0)
     if rate < 1:
-        print(
-            f"cache: {human_bytes(needed)} do not fit in memory ({human_bytes(free)} free); "
-            f"{rate:.0%} is cached, the rest is read anew each epoch (slower)"
-        )
+        what = f"cache: {human_bytes(needed)} do not fit in memory ({human_bytes(free)} free)"
+        print(f"{what}; {rate:.0%} is cached, the rest is read anew each epoch (slower)")
     return torch.device("cpu"), rate
 
 
 def read_free_memory() -> int:
     """Return the bytes of memory that programs may still take; all where no file says so."""
-    try:
-        known = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:  # macOS, Windows
-        return sys.maxsize
-    return 1024 * int(re.findall(r"MemAvailable:\s*(\d+)", known)[0])
+    file = Path("/proc/meminfo")  # not on macOS and Windows
+    known = file.read_text(encoding="ascii") if file.is_file() else ""
+    found = re.search(r"MemAvailable:\s*(\d+)", known)
+    return 1024 * int(found[1]) if found else sys.maxsize
 
 
 # -- Run as a script: show what the network will see -----------------------------------------------

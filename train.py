@@ -213,24 +213,12 @@ from data.labels import IGNORED, as_labels, resolve_classes
 from data.settings import check_settings, format_seconds, is_first_process, pick
 from data.trust import learn_volumes
 from data.volumes import read_file
-from preprocess import (
-    KEYS,
-    Augment,
-    Chain,
-    SubvolumeLoader,
-    Subvolumes,
-    cache_split,
-    show_inputs,
-)
+from preprocess import KEYS, Augment, Chain, SubvolumeLoader, Subvolumes, cache_split
 
 
 class AnnotatedLoss(torch.nn.Module):
-    """A loss over annotated voxels alone, which must not depend on their place or their sample.
-
-    To choose them, a GPU would have to tell the host how many they are. So the others stay, as
-    certain background: they add nothing to a Dice without background, and a mean over voxels is
-    taken over the annotated ones.
-    """
+    """A loss over annotated voxels alone. The others stay as certain background, so that the host
+    waits for no GPU: they add nothing to a Dice without background; means leave them out."""
 
     def __init__(self, loss: torch.nn.Module):
         super().__init__()
@@ -272,7 +260,6 @@ LOSSES: dict[str, Callable[[torch.Tensor], torch.nn.Module]] = {  # class weight
 ANEW = {"data", "device", "max_epochs"}  # settings that a resumed run takes anew
 EXAMPLES = 8  # sub-volumes whose HU are shown
 SLOW = 3600  # seconds of training from which on it is reported
-
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda weights, rate, **given: torch.optim.Adam(weights, rate, fused=True, **given),
     "adamw": lambda weights, rate, **given: torch.optim.AdamW(weights, rate, fused=True, **given),
@@ -280,7 +267,6 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
         weights, rate, momentum=0.99, nesterov=True, weight_decay=weight_decay, fused=True
     ),
 }
-
 SCHEDULES: dict[str, Callable[[float], float]] = {  # progress 0..1 → factor of learning_rate
     "constant": lambda progress: 1.0,
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
@@ -331,9 +317,8 @@ def choose_spacing(config: Config, prepared: dict[str, Any]) -> Config:
     """Return the settings with the median spacing (mm) of the training patients."""
     known = prepared["subvolumes"]
     steps = {item["case"]: item["spacing_mm"] for item in known if item["split"] == "training"}
-    axes = 3 if config.sampling == "patches" else 2
     middle = [round(statistics.median(along), 4) for along in zip(*steps.values(), strict=True)]
-    spacing = tuple(middle[:axes])
+    spacing = tuple(middle[: 3 if config.sampling == "patches" else 2])
     if is_first_process():
         print(f"--spacing median: {' × '.join(map(str, spacing))} mm ({len(steps)} training scans)")
     return dataclasses.replace(config, spacing=spacing)
@@ -349,10 +334,8 @@ def choose_hu_window(config: Config, modality: str) -> Config:
 
 
 def resume_settings(config: Config, folder: Path, saved: dict[str, Any]) -> Config:
-    """Return the saved run's settings; only those of ANEW may be given anew, or in config.json.
-
-    Raises InputError that names every other setting that differs.
-    """
+    """Return the saved run's settings, those of ANEW as they are given now or in config.json; raise
+    InputError that names every other setting that differs."""
     names, given = {item.name for item in dataclasses.fields(Config)}, config.list_given()
     if unknown := sorted(saved["config"].keys() - names):
         what = f"a run with settings that are unknown here ({', '.join(unknown)})"
@@ -364,12 +347,11 @@ def resume_settings(config: Config, folder: Path, saved: dict[str, Any]) -> Conf
         before = check_settings(saved["config"], f"{path}: ", Config)
         same = ("data", "run_folder", "resume", *given)
         edited = {n: v for n, v in written.items() if n not in same and v != before.get(n)}
-    anew = {name: getattr(config, name) for name in given & ANEW}
-    anew = {n: v for n, v in edited.items() if n in ANEW} | anew
+    anew = {n: edited[n] for n in edited.keys() & ANEW}
+    anew |= {name: getattr(config, name) for name in given & ANEW}
     result = Config(**old | {"resume": folder, "device": config.device} | anew)
     mine, kept = config.plain(), result.plain()
-    changed = {n for n in given - {"resume"} if mine[n] != kept[n]} | (edited.keys() - ANEW)
-    if changed:
+    if changed := {n for n in given - {"resume"} if mine[n] != kept[n]} | (edited.keys() - ANEW):
         what = f"a resumed run keeps its settings, but {', '.join(sorted(changed))} differ"
         remedy = "leave them out, also of config.json, or start another --run-folder"
         raise InputError(f"{folder}: {what}; {remedy}")
@@ -394,14 +376,11 @@ def report_differences(saved: dict[str, Any], used: dict[str, Any]) -> None:
     now = {name: str(value) for name, value in Config().plain().items()}
     old = begun.get("defaults", now)
     lines += [f"not used: train.py now has {n} {now[n]}" for n in now if now[n] != old.get(n)]
-    pairs: dict[str, Any] = {
-        "processes": (begun.get("processes"), int(os.environ.get("WORLD_SIZE", 1)))
-    }
-    versions = utilities.read_versions()
-    pairs |= {key: (saved["versions"].get(key), mine) for key, mine in versions.items()}
-    for name, (was, mine) in pairs.items():
-        if was not in (None, mine):
-            lines.append(f"{name} {was}, now {mine}: not bit for bit the unbroken run")
+    was = saved["versions"] | {"processes": begun.get("processes")}
+    used = {"processes": int(os.environ.get("WORLD_SIZE", 1))} | utilities.read_versions()
+    for name, mine in used.items():
+        if was.get(name) not in (None, mine):
+            lines.append(f"{name} {was[name]}, now {mine}: not bit for bit the unbroken run")
     for line in lines:
         print(f"resumed run, {line}")
 
@@ -424,9 +403,8 @@ def begin_with(
     given, old = saved["network_state"], saved["network_args"]
     shapes = [{name: value.shape for name, value in state.items()} for state in (own, given)]
     other = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
-    aside = {"out_channels": 0, "dropout": 0}
-    if network_args["name"] not in utilities.FIXED_SIZE:  # others' weights fit any size
-        aside |= {"input_size": 0}
+    fixed = network_args["name"] in utilities.FIXED_SIZE  # others' weights fit any size
+    aside = {"out_channels": 0, "dropout": 0} | ({} if fixed else {"input_size": 0})
     heads_differ = old.get("out_channels") != network_args["out_channels"]
     if other and not (heads_differ and {**old, **aside} == {**network_args, **aside}):
         raise InputError(
@@ -487,7 +465,7 @@ def main(config: Config) -> None:
     chain = pick(Chain, config, labels=labels, ignore=ignore, crop_to_body=bool(crop))
     if config.show:  # a training leaves some sub-volumes as they are; a picture should not
         augment = pick(Augment, config, classes=len(labels), augment_probability=1.0)
-        picture = show_inputs(config.data, prepared, chain, augment, device)
+        picture = preprocess.show_inputs(config.data, prepared, chain, augment, device)
         print(f"look at {picture}: is the outline on the organ? Then: train.py, same options")
         return
     with utilities.process_group(device), contextlib.ExitStack() as stack:
@@ -498,11 +476,10 @@ def main(config: Config) -> None:
         except RuntimeError as error:
             if not utilities.is_memory_short(error):
                 raise
+            size = " ".join(map(str, config.input_size))
             raise InputError(
                 f"out of memory on {device} with --batch-size {config.batch_size}, --input-size "
-                f"{' '.join(map(str, config.input_size))} and --base-channels "
-                f"{config.base_channels}; lower one of them, or take the recipe that fits a small "
-                "GPU: train.py laptop"
+                f"{size} and --base-channels {config.base_channels}; lower one, or train.py laptop"
             ) from error
 
 
@@ -549,17 +526,12 @@ def report_hu(prepared: dict[str, Any], folder: Path, chain: Chain) -> None:
     """Print the HU of each class in up to EXAMPLES training sub-volumes, beside the HU window."""
     assert chain.hu_window
     low, high = chain.hu_window
+    known = [record for record in prepared["subvolumes"] if record["split"] == "training"]
     for name, values in [*chain.labels.items()][1:]:
-        wanted = {str(value) for value in values}
-        held = [
-            record
-            for record in prepared["subvolumes"]
-            if record["split"] == "training"
-            and any(record["voxels_per_label"].get(value) for value in wanted)
-        ]
+        held = [r for r in known if any(r["voxels_per_label"].get(str(v)) for v in values)]
         found = []
-        for record in [held[index] for index in pictures.spread(len(held), EXAMPLES)]:
-            scan, label = (read_file(folder / record[key]).ras.data for key in KEYS)
+        for index in pictures.spread(len(held), EXAMPLES):
+            scan, label = (read_file(folder / held[index][key]).ras.data for key in KEYS)
             found.append(scan[np.isin(label, values)])
         if found:
             least, middle, most = np.percentile(np.concatenate(found), [5, 50, 95])
@@ -571,28 +543,21 @@ def report_hu(prepared: dict[str, Any], folder: Path, chain: Chain) -> None:
 
 
 def report_hours(run: utilities.Run, config: Config, steps: int) -> None:
-    """Print how long a training takes on this CPU, from a measured pass, if it is an hour or more.
-
-    A step takes about three forward passes: one forward, and two of work backward.
-    """
+    """Print how long a training takes on this CPU if it is an hour or more: a step takes about
+    three forward passes, one of which is measured."""
     window = tuple(run.carried["inference"]["window"])
     left = max(config.max_epochs - len(run.history), 0) * steps * 3 * config.batch_size
     if (seconds := left * utilities.time_forward(run, window)) >= SLOW:
-        print(
-            f"about {format_seconds(seconds)} on this CPU; the laptop recipe takes minutes: "
-            "python prepare.py SOURCE --subvolume-depth 0 --destination data/whole, "
-            "then python train.py laptop",
-            flush=True,
-        )
+        whole = "prepare.py SOURCE --subvolume-depth 0 --destination data/whole, train.py laptop"
+        told = f"about {format_seconds(seconds)} on this CPU; the laptop recipe takes minutes"
+        print(f"{told}: {whole}", flush=True)
 
 
 def load_data(
     config: Config, prepared: dict, chain: Chain, device: torch.device, step_bytes: int = 0
 ) -> tuple:
-    """Return loaders of training data, augmented, and of validation data (None without any).
-
-    On a GPU `step_bytes` are left for a training step.
-    """
+    """Return loaders of training data, augmented, and of validation data (None without any); on a
+    GPU `step_bytes` are left for a training step."""
     validated = splits.check_splits(prepared, chain.labels, config.data)
     given = (chain, device, step_bytes)
     training = cache_split(prepared, config.data, "training", *given)
@@ -622,14 +587,13 @@ def build_run(
     more = {"dropout": config.dropout, "projections": bool(config.encoder_weights)}
     network_args |= {name: value for name, value in more.items() if value}
     model = utilities.on_device(utilities.build_network(**network_args), device)
-    anew, patients = list[str](), splits.list_patients(prepared)
+    past = saved or {}
+    patients: list[Any] = past.get("patients") or splits.list_patients(prepared)
+    anew: list[str] = (past.get("begun") or {}).get("anew", [])
     if config.pretrained and saved is None:
         first = utilities.load_checkpoint(config.pretrained)
         anew = begin_with(model, network_args, first, config.pretrained)
         patients += first.get("patients") or ()  # they made these weights too
-    if saved is not None:
-        patients = saved.get("patients") or patients
-        anew = (saved.get("begun") or {}).get("anew", [])
     if config.encoder_weights and saved is None:
         begin_with_encoder(model, config.encoder_weights)
     if config.sync_batch_norm and utilities.rank_and_size()[1] > 1:
@@ -654,21 +618,17 @@ def build_run(
             "defaults": {name: str(value) for name, value in Config().plain().items()},
         },
     }  # fmt: skip
-    precision = choose_precision(config, device, window)
+    kind = choose_precision(config, device, window)
     how = (config.ema_decay, config.pretrained_share, config.compile, config.tensorboard, anew)
-    run = utilities.Run(
-        model, optimizer, scheduler, config.run_folder, device, precision, carried, *how
-    )
+    run = utilities.Run(model, optimizer, scheduler, config.run_folder, device, kind, carried, *how)
     if saved is not None:
         run.restore(saved)
     return run
 
 
 def class_weights(prepared: dict[str, Any], labels: dict) -> torch.Tensor:
-    """Return one weight per class, inverse to the root of its voxels in the training data, mean 1.
-
-    Weights inverse to the count led to a litre of false tumour per patient on six real CTs.
-    """
+    """Return one weight per class, inverse to the root of its training voxels, mean 1."""
+    # weights inverse to the count led to a litre of false tumour per patient on six real CTs
     inverse = splits.count_voxels(prepared, labels, "training").clip(1) ** -0.5
     return torch.tensor(inverse / inverse.mean(), dtype=torch.float32)
 

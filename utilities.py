@@ -30,17 +30,10 @@ from torch import nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from data import pictures
 from data.evaluate import dice_metric, list_overlaps, nan_mean, overlap_counts
 from data.files import InputError, atomic_write, find_checkpoint, write_csv
 from data.labels import IGNORED, IMAGE, LABEL, PRED
-from data.pictures import (
-    add_legend,
-    curves_figure,
-    find_best,
-    find_busiest_slice,
-    save_figure,
-    show_patient,
-)
 from data.settings import (
     Count,
     Device,
@@ -63,18 +56,18 @@ from data.splits import KNOWN
 def build_network(name: str, *, in_channels: int, out_channels: int, base_channels: int,
                   input_size: Sequence[int], dropout: float = 0.0,
                   projections: bool = False) -> nn.Module:  # fmt: skip
-    """Return a network by its name; the keyword arguments are a checkpoint's `network_args`.
+    """Return a network by its name, or raise InputError; the others are a checkpoint's arguments.
 
     `base_channels` scales the width: 32 is the paper's for unet3d and about MONAI's default for
     the others. `input_size` (X, Y, Z) in voxels is for transformers. `dropout` acts at the bottom
-    of unet3d, elsewhere where MONAI has it. `projections`: see `build_resnet34`. Raises InputError
-    for an unknown name.
+    of unet3d, elsewhere where MONAI has it. `projections`: see `build_resnet34`.
     """
     i, o, c, d, half = in_channels, out_channels, base_channels, dropout, max(base_channels // 2, 1)
     widths, strides = [half * 2**level for level in range(5)], (2, 2, 2, 2)
     filters, down = [c, 2 * c, 4 * c, 8 * c, 10 * c], [1, 2, 2, 2, 2]
     residual = functools.partial(nets.UNet, num_res_units=2, norm="batch")
-    v = d or 0.5  # MONAI's own dropout of vnet
+    dynamic = functools.partial(nets.DynUNet, filters=filters)
+    v, swin = d or 0.5, 12 * max(c // 16, 1)  # MONAI's own dropout of vnet, and width of swin_unetr
     factories: dict[str, Callable[[], nn.Module]] = {
         "unet3d": lambda: UNet3D(i, o, c, d),
         "unet": lambda: residual(3, i, o, widths, strides, dropout=d),
@@ -83,11 +76,9 @@ def build_network(name: str, *, in_channels: int, out_channels: int, base_channe
         "segresnet": lambda: nets.SegResNet(3, max(half, 8), i, o, dropout_prob=d or None),
         "vnet": lambda: nets.VNet(3, i, o, dropout_prob_down=v, dropout_prob_up=(v, v)),
         "unetr": lambda: nets.UNETR(i, o, tuple(input_size), feature_size=half, dropout_rate=d),
-        "dynunet": lambda: nets.DynUNet(
-            3, i, o, [3] * 5, down, [2] * 4, filters=filters, dropout=d or None
-        ),
+        "dynunet": lambda: dynamic(3, i, o, [3] * 5, down, [2] * 4, dropout=d or None),
         "swin_unetr": lambda: PaddedSlices(
-            nets.SwinUNETR(i, o, feature_size=12 * max(c // 16, 1), drop_rate=d), multiple=32
+            nets.SwinUNETR(i, o, feature_size=swin, drop_rate=d), 32
         ),
         "resnet34_unet": lambda: build_resnet34(i, o, d, projections),
     }
@@ -170,11 +161,8 @@ class SliceBySlice(nn.Module):
 
 
 def build_resnet34(inputs: int, outputs: int, dropout: float, projections: bool) -> nn.Module:
-    """Return MONAI's 2D U-Net with a ResNet-34 as encoder, applied slice by slice.
-
-    MONAI's shortcuts skip pixels and fill channels with zeros (option A of He et al. 2016,
-    arXiv:1512.03385). `projections` makes them torchvision's (option B), as in ImageNet weights.
-    """
+    """Return MONAI's 2D U-Net with a ResNet-34 as encoder, applied slice by slice; `projections`
+    makes its shortcuts torchvision's (option B of He et al. 2016, arXiv:1512.03385)."""
     network = nets.FlexibleUNet(inputs, outputs, "resnet34", spatial_dims=2, dropout=dropout)
     for layer in ("layer2", "layer3", "layer4") if projections else ():
         block = getattr(network.encoder, layer)[0]
@@ -225,11 +213,8 @@ def read_versions() -> dict[str, str]:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return what `save_checkpoint` wrote to a file, or to best.pt of a run's folder.
-
-    Raises InputError unless checksums, schema, types of the entries and ranges of the settings are
-    right and all weights are finite.
-    """
+    """Return what `save_checkpoint` wrote to a file, or to best.pt of a run's folder; InputError
+    unless checksums, schema, types, ranges of the settings and weights are right."""
     path = find_checkpoint(path)
     remedy = "the file is damaged or foreign, use another one"
     try:
@@ -264,10 +249,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         labels = checkpoint[entry] if entry == "declared" else checkpoint["preprocessing"][entry]
         for name, values in labels.items():
             if not (isinstance(name, str) and values and {type(v) for v in values} == {int}):
-                what = (
-                    f"its {entry} must be names of whole numbers, got {name!r:.30}: {values!r:.30}"
-                )
-                raise InputError(f"{path}: {what}; {remedy}")
+                what = f"its {entry} must be names of whole numbers"
+                raise InputError(f"{path}: {what}, got {name!r:.30}: {values!r:.30}; {remedy}")
     refuse_odd_weights(checkpoint["network_state"], path)
     return checkpoint
 
@@ -421,7 +404,7 @@ def train(run: Run, train_loader: Any, val_loader: Any, loss_function: nn.Module
             run.history.append(row | {"epoch_seconds": time.perf_counter() - begun})
             if is_first:
                 run.finish_epoch(val_loader, max_epochs)
-            if patience and find_best(run.history)[1] >= patience:
+            if patience and pictures.find_best(run.history)[1] >= patience:
                 print(f"no better Dice in {patience} validations: stopped after epoch {epoch}")
                 break
     return run.history
@@ -514,11 +497,8 @@ def predict_classes(logits: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float]:
-    """Return the mean loss of batches with foreground, and the Dice per class over the patients.
-
-    This Dice, at the network's resolution, chooses best.pt; the Dice to report is apply_model.py's,
-    on the scan's own grid. It is NaN for a class that no patient has.
-    """
+    """Return the mean loss of batches with foreground, and the Dice per class over the patients, at
+    the network's resolution: it chooses best.pt. It is NaN for a class that no patient has."""
     run.update_kept()
     run.kept.eval()
     names, losses, counts, voxels = run.class_names, [], [], []
@@ -590,18 +570,13 @@ class Run:
                 dist.broadcast(buffer, 0)
 
     def update_kept(self) -> None:
-        """Interpolate between the first weights and those learnt since.
-
-        Few patients then degrade less of the first ones: Wortsman et al. 2022, arXiv:2109.01903.
-        """
+        """Interpolate between the first weights and those learnt since, of which few patients then
+        degrade less: Wortsman et al. 2022, arXiv:2109.01903."""
         if self.first:
             share, state = self.pretrained_share, self.learnt.state_dict()
             pairs = zip(state.items(), self.first.state_dict().values(), strict=True)
-            mixed = {
-                n: v.lerp(old, share)
-                for (n, v), old in pairs
-                if v.is_floating_point() and n not in self.anew
-            }
+            known = [(n, v, old) for (n, v), old in pairs if n not in self.anew]
+            mixed = {n: v.lerp(old, share) for n, v, old in known if v.is_floating_point()}
             self.kept.load_state_dict(state | mixed)
 
     def ask(self, network: nn.Module, image: torch.Tensor) -> torch.Tensor:
@@ -612,11 +587,8 @@ class Run:
             return network(image).float()
 
     def predict(self, image: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, C, X, Y, Z) float32 of the network that is kept.
-
-        Those of a whole case are blended from windows, as in inference, and stay where the case
-        lies: a large one may not fit on a GPU.
-        """
+        """Return the logits (B, C, X, Y, Z) float32 of the network that is kept; those of a whole
+        case are blended from windows, and stay where it lies: a GPU may be too small for them."""
         ask = functools.partial(self.ask, self.kept)
         if tuple(image.shape[2:]) == (window := tuple(self.carried["inference"]["window"])):
             return ask(image)
@@ -630,10 +602,9 @@ class Run:
         values = torch.stack([loss for _, loss, _ in pending]).tolist() if pending else []
         for (cases, _, counts), value in zip(pending, values, strict=True):
             if not math.isfinite(value):
-                raise InputError(
-                    f"the loss became {value} in a batch of {', '.join(cases)}; look at these "
-                    "cases (preprocess.png), lower --learning-rate, or use --precision fp32"
-                )
+                what = f"the loss became {value} in a batch of {', '.join(cases)}"
+                remedy = "look at them, lower --learning-rate, or use --precision fp32"
+                raise InputError(f"{what}; {remedy}")
             self.losses.append(value)
             self.counts = self.counts + counts.cpu().numpy()
         pending.clear()
@@ -641,12 +612,13 @@ class Run:
     def finish_epoch(self, val_loader: Any, max_epochs: int) -> None:
         """Write what an epoch leaves; last.pt at the end, so that a killed run lacks nothing."""
         row, epoch = self.history[-1], len(self.history)
-        if is_best := find_best(self.history)[0] == epoch:
+        if is_best := pictures.find_best(self.history)[0] == epoch:
             self.save("best.pt")
         write_csv(self.history, self.folder / "metrics.csv")
-        save_figure(curves_figure(self.history, self.class_names), self.folder / "curves.png")
+        curves = pictures.curves_figure(self.history, self.class_names)
+        pictures.save_figure(curves, self.folder / "curves.png")
         if "val_dice" in row:
-            save_figure(preview_figure(self, val_loader), self.folder / "preview.png")
+            pictures.save_figure(preview_figure(self, val_loader), self.folder / "preview.png")
         if self.tensorboard:  # a file per epoch: a crash tears none
             from torch.utils.tensorboard import SummaryWriter
 
@@ -674,10 +646,8 @@ class Run:
         )  # fmt: skip
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Put everything back as it was when a last.pt was written.
-
-        The learning rate is that of the schedule as it is now: its length may be another.
-        """
+        """Put everything back as it was when a last.pt was written, but the learning rate, which is
+        that of the schedule as it is now."""
         if not (resume := saved.get("resume")):
             raise InputError("a best.pt cannot be resumed; give the run's last.pt")
         path = self.folder / "last.pt"
@@ -694,9 +664,8 @@ class Run:
             what = f"its state cannot be resumed ({reason:.100})"
             raise InputError(f"{path}: {what}; begin anew with --pretrained {path}") from error
         given: Any = self.scheduler
-        rates = [
-            b * f(given.last_epoch) for b, f in zip(given.base_lrs, given.lr_lambdas, strict=True)
-        ]
+        pairs = zip(given.base_lrs, given.lr_lambdas, strict=True)
+        rates = [base * factor(given.last_epoch) for base, factor in pairs]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         given._last_lr = rates
@@ -707,10 +676,8 @@ class Run:
 
 @torch.no_grad()
 def preview_figure(run: Run, loader: Any) -> Any:
-    """Return the figure of the same few validation slices each time, reference and prediction.
-
-    Of each sub-volume it shows the slice with most of its last class: the tumour, if there is one.
-    """
+    """Return the figure of the same few validation slices each time, reference and prediction: of
+    each sub-volume the slice with most of its last class, the tumour if there is one."""
     run.kept.eval()
     examples = loader.dataset.examples(6, run.carried["inference"]["window"])
     rows = math.ceil(len(examples) / 3)
@@ -720,10 +687,10 @@ def preview_figure(run: Run, loader: Any) -> Any:
         axes.axis("off")
     for axes, item in zip(grid, examples, strict=False):
         truth = item[LABEL][0].masked_fill(item[LABEL][0] == IGNORED, 0)
-        middle = find_busiest_slice((truth == max(int(truth.max()), 1)).cpu().numpy())
+        middle = pictures.find_busiest_slice((truth == max(int(truth.max()), 1)).cpu().numpy())
         found = predict_classes(run.predict(item[IMAGE][None]))[0]
         title = f"{item['case']}, slice {item['first_slice'] + middle + 1}"
         how = {"axes": axes, "names": run.class_names, "title": title}
-        show_patient({IMAGE: item[IMAGE], LABEL: truth, PRED: found}, middle, **how)
-    add_legend(figure, run.class_names, truth=True)
+        pictures.show_patient({IMAGE: item[IMAGE], LABEL: truth, PRED: found}, middle, **how)
+    pictures.add_legend(figure, run.class_names, truth=True)
     return figure

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
+from data import pictures, scans
 from data.datasets import Case, describe_data_set, find_pairs
 from data.files import InputError, write_csv
 from data.labels import (
@@ -40,23 +41,6 @@ from data.labels import (
     list_values,
     parse_values,
 )
-from data.pictures import (
-    PLANES,
-    choose_hu_window,
-    draw_outlines,
-    find_busiest_slice,
-    flatten,
-    save_figure,
-    show_patient,
-)
-from data.scans import (
-    describe_label,
-    find_others,
-    name_label,
-    read_label_map,
-    read_scan,
-    restore_label,
-)
 from data.settings import Count, Whole, read_settings, run_script, show_progress
 from data.volumes import AIR_HU, Volume, find_bounding_box
 
@@ -71,10 +55,7 @@ RULES = {  # kind of finding → (level, remedy); an error stops its case, a not
     "shape": ("error", "export the label map again on the grid of its scan"),
     "grid": ("error", "export the label map again, or trust its scan: --trust-image-grid CASES"),
     "values": ("error", "correct the label map, or declare its values in dataset.json"),
-    "empty": (
-        "error",
-        "annotate it, name its label by --foreground or --values, or --accept empty",
-    ),
+    "empty": ("error", "annotate it, name its label by --foreground or --values; --accept empty"),
     "nan": ("error", "convert the file again; every voxel needs a number"),
     "small": ("error", "get the scan in its full size"),
     "hu": ("error", "convert to HU as int16; for MR: --modality MR; to keep it: --accept hu"),
@@ -114,6 +95,7 @@ RIGHT_SIDED = ("liver",)  # organs on the patient's right
 SMALLEST_MM3, POINTS, DOUBTFUL, WRONG = 100_000, 2000, 1.15, 1.4
 EVEN_HU = 5  # lower HU ranges are counted as this one
 MOVES_MM = (-25.0, -12.5, 0.0, 12.5, 25.0)  # along each axis
+SIDES = (("left", "right"), ("back", "front"), ("feet", "head"))  # where each axis ends
 TURNS: dict[Turn, str] = {  # (order of the axes, axes whose direction is reversed) → name
     ((0, 1, 2), ()): "",
     ((0, 1, 2), (0,)): "mirrored left-right",
@@ -146,22 +128,18 @@ def read_data_set(config: Any) -> tuple[list[Case], Terms]:
 
     `config` has the settings of this file's `Config`.
     """
-    named, values = (
-        {"images": config.images, "labels": config.labels},
-        parse_values(config.values, "--values"),
-    )
-    data = find_pairs(config.source, **named, exclude=config.destination, values=values or None)
+    values = parse_values(config.values, "--values")
+    named = {"images": config.images, "labels": config.labels, "exclude": config.destination}
+    data = find_pairs(config.source, **named, values=values or None)
     print(*describe_data_set(data), sep="\n")
     ignore, paired = data.ignore, [case.label for case in data.cases if case.image and case.label]
-    if values and paired and (others := find_others(paired[0], data.declared)):
+    if values and paired and (others := scans.find_others(paired[0], data.declared)):
         data.declared |= {"others": others}
-        print(f"{name_label(paired[0])}: values that --values does not name are background")
+        print(f"{scans.name_label(paired[0])}: values that --values does not name are background")
     if config.label_every > 1:
         if IGNORED in list_values(data.declared):
-            raise InputError(
-                f"--label-every: marks slices without annotation with {IGNORED}, which is a label "
-                "of these data; give that label another value"
-            )
+            what = f"{IGNORED} marks slices without annotation, and is a label of these data"
+            raise InputError(f"--label-every: {what}; give that label another value")
         ignore = tuple(dict.fromkeys([*ignore, IGNORED]))
     foreground = choose_foreground(config.foreground, data.declared)
     if missing := set(config.trust_image_grid or ()) - {case.name for case in data.cases}:
@@ -171,10 +149,8 @@ def read_data_set(config: Any) -> tuple[list[Case], Terms]:
 
 
 def choose_foreground(names: Sequence[str], labels: Labels) -> tuple[int, ...]:
-    """Return the raw values of the labels (by name or value) that must not be lost.
-
-    The default, liver with tumours, takes tumours as far as the data declare them.
-    """
+    """Return the raw values of the labels (by name or value) that must not be lost; the default,
+    liver with tumours, takes tumours as far as the data declare them."""
     if tuple(names) == FOREGROUND and find_label("tumour", labels) is None:
         names = ("liver",)
     if not (values := find_values(names, labels, "--foreground")) or 0 in values:
@@ -188,23 +164,21 @@ def choose_foreground(names: Sequence[str], labels: Labels) -> tuple[int, ...]:
 
 
 def check_case(case: Case, terms: Terms, folder: Path) -> dict[str, Any]:
-    """Return the record of a case with its findings and draw `folder/<case>.png`.
-
-    A fault of the case is a finding. Raises InputError only where the picture cannot be written.
-    """
+    """Return the record of a case with its findings and draw `folder/<case>.png`; raise InputError
+    only where that cannot be written."""
     findings = [("ambiguous", fault) for fault in case.faults]
     if not findings and (case.image is None or case.label is None):
         missing = "scan" if case.image is None else "label map"
         findings.append(("orphan", f"{case.image or case.label} has no {missing}"))
     record: dict[str, Any] = {"case": case.name, "patient": case.patient, "findings": findings}
-    record |= {IMAGE: str(case.image), LABEL: describe_label(case.label)}
+    record |= {IMAGE: str(case.image), LABEL: scans.describe_label(case.label)}
     figure = None
     try:
         figure = None if findings else inspect_case(record, terms)
     except Exception as error:
         findings.append(describe_fault(error))
     if figure:
-        save_figure(figure, folder / f"{case.name}.png")
+        pictures.save_figure(figure, folder / f"{case.name}.png")
     return record
 
 
@@ -218,10 +192,8 @@ def describe_fault(error: Exception) -> Finding:
 
 
 def inspect_case(record: dict[str, Any], terms: Terms) -> Any:
-    """Add grid, voxel counts and findings to `record`; return the picture of the case.
-
-    `record["slice_sums"]`, the checksums of its slices, is there if the case was read to its end.
-    """
+    """Add grid, voxel counts and findings to `record`, and last `slice_sums`, the checksums of its
+    slices; return the picture of the case."""
     scan, label = read_pair(record, terms)
     hu, outline, findings = scan.ras.data, label.data, record["findings"]
     record["shape"], record["orientation"] = list(scan.shape), scan.axcodes
@@ -240,7 +212,9 @@ def inspect_case(record: dict[str, Any], terms: Terms) -> Any:
     # an array in one piece is masked 10 times faster than a view
     coarse, small = (np.ascontiguousarray(array[::step, ::step]) for array in (hu, outline))
     faults = judge_hu(coarse, scan.dtype) if terms.modality == "CT" else []
-    findings += faults + judge_slices(coarse)
+    findings += faults
+    if blank := int(np.sum(coarse.min(axis=(0, 1)) == coarse.max(axis=(0, 1)))):
+        findings.append(("blank", f"{blank} of {coarse.shape[2]} slices hold no data"))
     inside, better = mask_values(small, terms.foreground), None
     if "hu" not in dict(faults):  # else the scan is wrong, not the label map
         spacing = tuple(np.multiply(scan.ras.spacing_mm, (step, step, 1)))
@@ -250,7 +224,7 @@ def inspect_case(record: dict[str, Any], terms: Terms) -> Any:
     record["hu_range"] = [round(float(low)), round(float(high))]
     record["foreground_voxels"] = sum(voxels.get(value, 0) for value in terms.foreground)
     record["voxels_per_label"] = {str(value): number for value, number in voxels.items()}
-    x, y, z = (find_busiest_slice(inside, axis) for axis in range(3))
+    x, y, z = (pictures.find_busiest_slice(inside, axis) for axis in range(3))
     middle = (x * step, y * step, z)
     dotted = better and move_mask(mask_values(outline, terms.foreground), better, step)
     figure = draw_overlay(record["case"], scan.ras, outline, middle, terms.labels, dotted)
@@ -261,15 +235,14 @@ def inspect_case(record: dict[str, Any], terms: Terms) -> Any:
 def read_pair(record: dict[str, Any], terms: Terms) -> tuple[Volume, Volume]:
     """Return a scan and its label map (RAS, of the smallest type, slice by slice in memory).
 
-    `--trust-image-grid` lays the label maps of the cases that it names on their scans voxel on
-    voxel; without names, those whose headers disagree. `record["trust_image_grid"]` tells it.
+    `record["trust_image_grid"]` tells whether --trust-image-grid laid it on voxel on voxel.
     """
-    scan, trusted = read_scan(Path(record[IMAGE])), terms.trust_grid
+    scan, trusted = scans.read_scan(Path(record[IMAGE])), terms.trust_grid
     for trust in (record["case"] in (trusted or ()), True):
         try:
-            where = restore_label(record[LABEL])
+            where = scans.restore_label(record[LABEL])
             how: dict[str, Any] = {"trust_grid": trust, "ignore": terms.ignore}
-            label = read_label_map(where, scan, terms.labels, **how)
+            label = scans.read_label_map(where, scan, terms.labels, **how)
             break
         except InputError as error:
             if trust or trusted != () or error.kind != "grid":
@@ -317,24 +290,23 @@ def join_sums(sums: Sequence[int]) -> str:
 def draw_overlay(
     name: str, scan: Volume, outline: np.ndarray, middle: Sequence[int], labels: Labels, dotted: Any
 ) -> Any:
-    """Return a figure: three planes of a scan (RAS) through `middle` with each label's outline.
-
-    `dotted` is None or the mask of a place where the foreground fits better.
-    """
+    """Return a figure: three planes of a scan (RAS) through `middle` with each label's outline, and
+    `dotted`, the mask of a place where the foreground fits better, or None."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.6))  # no layout engine: it would draw everything twice
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.87, wspace=0.02)
-    window = choose_hu_window(scan.data[:, :, middle[2], None])
+    window = pictures.choose_hu_window(scan.data[:, :, middle[2], None])
     classes = {"": (0,)} | {label: values for label, values in labels.items() if values != (0,)}
-    for axes, (plane, (cut, _)) in zip(figure.subplots(1, 3), PLANES.items(), strict=True):
+    for axes, (plane, (cut, _)) in zip(figure.subplots(1, 3), pictures.PLANES.items(), strict=True):
         part = [slice(None)] * 3
         part[cut] = slice(middle[cut], middle[cut] + 1)
         shown = {IMAGE: scan.crop(part), LABEL: index_classes(outline[tuple(part)], classes)}
         title = f"{plane}, slice {middle[cut] + 1} of {outline.shape[cut]}"
-        show_patient(shown, 0, axes=axes, plane=plane, hu_window=window, title=title)
+        pictures.show_patient(shown, 0, axes=axes, plane=plane, hu_window=window, title=title)
         if dotted is not None:
-            draw_outlines(axes, flatten(dotted.view(np.uint8), cut, middle[cut]), None, "dotted")
+            flat = pictures.flatten(dotted.view(np.uint8), cut, middle[cut])
+            pictures.draw_outlines(axes, flat, None, "dotted")
     figure.suptitle(name, fontsize=11)
     return figure
 
@@ -402,10 +374,8 @@ def judge_gaps(annotated: np.ndarray, every: int) -> list[Finding]:
 
 
 def judge_hu(array: np.ndarray, stored: np.dtype) -> list[Finding]:
-    """Return what speaks against Hounsfield units of a CT, from every 8th voxel of (X, Y, Z).
-
-    Kind "hu" says why they cannot be, "air" what is unusual; `stored` is the file's data type.
-    """
+    """Return what speaks against Hounsfield units of a CT (X, Y, Z), of the file's type `stored`:
+    kind "hu" says why they cannot be, "air" what is unusual."""
     sample = array[::2, ::2, ::2].ravel("K")
     sample = sample[np.isfinite(sample)]
     if not sample.size:
@@ -428,30 +398,21 @@ def judge_hu(array: np.ndarray, stored: np.dtype) -> list[Finding]:
     return [(kind, f"{span}: {text}") for kind, wrong, text in rules if wrong][:1]
 
 
-def judge_slices(coarse: np.ndarray) -> list[Finding]:
-    """Return how many slices hold a single value."""
-    blank = int(np.sum(coarse.min(axis=(0, 1)) == coarse.max(axis=(0, 1))))
-    return [("blank", f"{blank} of {coarse.shape[2]} slices hold no data")] * (blank > 0)
-
-
 def judge_outline(
     coarse: np.ndarray, small: np.ndarray, spacing_mm: Spacing, terms: Terms
 ) -> tuple[list[Finding], Place | None]:
-    """Return what is odd about the foreground of a label map, and where it fits better.
-
-    `coarse` (HU) and `small` (raw values) are RAS and have voxels of `spacing_mm`.
-    """
+    """Return what is odd about the foreground of a label map (`small`, raw values) in HU (`coarse`;
+    both RAS with voxels of `spacing_mm`), and where it fits better."""
     inside = mask_values(small, terms.foreground)
     if not inside.any():
         return [], None
-    in_air = float(np.mean(coarse[inside] < -300))
-    kind = "outside" if in_air > 0.3 else "partly_outside"
-    text = f"{in_air:.0%} of the foreground lies in air or lung"
-    findings = [(kind, text)] * bool(in_air > 0.05)
+    findings, more, better = list[Finding](), list[Finding](), None
+    if (in_air := float(np.mean(coarse[inside] < -300))) > 0.05:
+        kind = "outside" if in_air > 0.3 else "partly_outside"
+        findings = [(kind, f"{in_air:.0%} of the foreground lies in air or lung")]
     organ, tumour = (mask_values(small, values) for values in find_liver(terms))
     if not organ.any():
         return findings, None
-    more, better = list[Finding](), None
     if terms.modality == "CT":
         more, better = judge_fit(coarse, organ | tumour, spacing_mm)
     whole = (*spacing_mm[:2], spacing_mm[2] * terms.label_every)
@@ -470,10 +431,8 @@ def find_liver(terms: Terms) -> tuple[set[int], set[int]]:
 def doubt_organ(
     name: str, organ: np.ndarray, tumour: np.ndarray, hu: np.ndarray, spacing_mm: Spacing
 ) -> list[Finding]:
-    """Return what is implausible about an organ: its volume, side, number of parts, its tumours.
-
-    The masks of the organ and of its tumours and the HU are (X, Y, Z) on one RAS grid.
-    """
+    """Return what is implausible about an organ: its volume, side, number of parts, its tumours;
+    the masks of both and the HU are (X, Y, Z) on one RAS grid."""
     import cc3d
 
     ml, body = math.prod(spacing_mm) / 1000, organ | tumour
@@ -532,7 +491,9 @@ def judge_fit(
     own = spreads[(0, 1, 2), ()][len(moves) // 2]
     if (ratio := own / spreads[turn][best]) < DOUBTFUL:
         return [], None
-    place = " and ".join([*filter(None, [TURNS[turn]]), *name_moves(moves[best] * spacing_mm)])
+    pairs = zip(moves[best] * spacing_mm, SIDES, strict=True)
+    moved = [f"{abs(mm):.0f} mm to the {two[int(mm > 0)]}" for mm, two in pairs if mm]
+    place = " and ".join([*filter(None, [TURNS[turn]]), *moved])
     text = f"the outline fits better {place}: the HU in it differ {ratio:.1f} times as much here"
     return [("outline" if ratio >= WRONG else "outline_off", text)], (*turn, tuple(moves[best]))
 
@@ -543,13 +504,6 @@ def measure_spread(values: np.ndarray) -> np.ndarray:
     values.partition(quarters, axis=1)
     low, middle, high = values[:, quarters].T.astype(float)
     return np.maximum(high - low, EVEN_HU) + 1000 * ((middle < -50) | (middle > 300))
-
-
-def name_moves(mm: np.ndarray) -> list[str]:
-    """[12.0, 0.0, -25.0] → ["12 mm to the right", "25 mm to the feet"]."""
-    sides = (("left", "right"), ("back", "front"), ("feet", "head"))
-    pairs = zip(mm, sides, strict=True)
-    return [f"{abs(along):.0f} mm to the {two[int(along > 0)]}" for along, two in pairs if along]
 
 
 def move_mask(mask: np.ndarray, place: Place, step: int) -> np.ndarray:
@@ -644,10 +598,8 @@ def count_words(number: int, word: str) -> str:
 def report_cases(
     records: Iterable[dict[str, Any]], of_set: list[Finding], accept: Sequence[str], path: Path
 ) -> None:
-    """Print a line per case, then every finding with its remedy, errors first; write all as CSV.
-
-    A finding that several cases share is one line, with their names; `of_set` are the whole set's.
-    """
+    """Print a line per case, then every finding (`of_set`: the whole set's) with its remedy and the
+    names of its cases, errors first; write all as CSV."""
     rows, told = [], defaultdict[tuple[str, str, str], list[str]](list)
     for finding in of_set:
         told[find_level(finding, accept), finding[1], RULES[finding[0]][1]] = ["all cases"]

@@ -53,11 +53,8 @@ KNOWN = ("patient", "case", "split", "content")
 
 
 def name_patients(cases: Sequence[Case], config: Any) -> None:
-    """Set the patient of each case: from --patients, --patient-pattern or PatientIDs.
-
-    A PatientID of NOBODY, or one ID of all scans, is none: each case is a patient then. Prints
-    this, and whether case names look like several scans of a patient.
-    """
+    """Set the patient of each case: from --patients, --patient-pattern or PatientIDs. An ID of
+    NOBODY, or one of all scans, is none; print this, and names like several scans of a patient."""
     if config.patients:
         table = read_patients(config.patients)
         if missing := [case.name for case in cases if case.name not in table]:
@@ -72,10 +69,8 @@ def name_patients(cases: Sequence[Case], config: Any) -> None:
         elif config.patient_pattern:
             match = re.search(config.patient_pattern, case.name)
             if not match or not match.groups() or match[1] is None:
-                raise InputError(
-                    f"--patient-pattern {config.patient_pattern}: finds no group in {case.name}; "
-                    r"give a pattern like (patient_\d+) that fits every case"
-                )
+                what = f"--patient-pattern {config.patient_pattern}: finds no group in {case.name}"
+                raise InputError(rf"{what}; give a pattern like (patient_\d+) for every case")
             case.patient = match[1]
         elif one and one not in nobody:
             case.patient = first.setdefault(one, case.name)
@@ -83,10 +78,8 @@ def name_patients(cases: Sequence[Case], config: Any) -> None:
         return
     if len(nobody) > 1:
         shown = f'"{nobody[0]}"' if nobody[0].lower() in NOBODY else "the same"
-        print(
-            f"{len(nobody)} series have {shown} as PatientID, which tells no patients apart: each "
-            "is a patient of its own; else give --patients or --patient-pattern"
-        )
+        told = f"{len(nobody)} series have {shown} as PatientID, which tells no patients apart"
+        print(f"{told}: each is a patient of its own; else give --patients or --patient-pattern")
     if not first and (pattern := guess_pattern([case.name for case in cases])):
         print(
             f"case names such as {cases[0].name} look like several scans of one patient; if they "
@@ -122,17 +115,16 @@ def read_patients(path: Path) -> dict[str, str]:
 def split_patients(records: Sequence[dict[str, Any]], config: Any) -> dict[str, str]:
     """Return patient → "training", "validation" or "test"; drawn from seed and names alone.
 
-    Rounding: largest remainder, in a tie the earlier split; a split with a fraction above 0 gets at
-    least one patient. So 130 patients at 70/15/15 give 91 / 20 / 19.
+    Rounding: largest remainder, in a tie the earlier split, at least one patient for a fraction
+    above 0. So 130 patients at 70/15/15 give 91 / 20 / 19.
     """
     if config.split:
         return _take_split(records, config.split)
     patients = _order_patients(records, config)
     if config.folds:
         if not 2 <= config.folds <= len(patients):
-            raise InputError(
-                f"--folds {config.folds}: must be 2 to {len(patients)}, one patient each at least"
-            )
+            most = f"must be 2 to {len(patients)}, one patient each at least"
+            raise InputError(f"--folds {config.folds}: {most}")
         return {name: SPLITS[part == 0] for name, part in divide_patients(records, config).items()}
     fractions = np.array([config.training, config.validation, config.test])
     if (fractions < 0).any() or not np.isclose(fractions.sum(), 1) or fractions[0] == 0:
@@ -198,11 +190,10 @@ def _take_split(records: Sequence[dict[str, Any]], path: Path) -> dict[str, str]
 
 
 def read_split(path: Path, names: Sequence[str]) -> dict[str, str]:
-    """Return case or patient of `names` → "training", "validation" or "test".
+    """Return case or patient of `names` → "training", "validation" or "test"; else InputError.
 
     Reads lists of names under these words, nnU-Net's `splits_final.json` (fold 0) and MONAI's lists
-    ({"training": [{"image": …}]}; `fold` 0 is the validation). Other names are left out. Raises
-    InputError for other content and for a name in two splits.
+    ({"training": [{"image": …}]}; `fold` 0 is the validation). Other names are left out.
     """
     content = read_json(path)
     if isinstance(content, list) and content and isinstance(content[0], dict):
@@ -258,10 +249,8 @@ def _match_path(text: str, known: dict[str, set[str]]) -> set[str]:
 
 
 def read_prepared(folder: Path) -> dict[str, Any]:
-    """Return the verified `dataset.json` of a folder that prepare.py has completed.
-
-    Raises InputError where it is missing, of another version, or not as prepare.py writes it.
-    """
+    """Return the verified `dataset.json` of a folder that prepare.py has completed; InputError
+    where it is missing, of another version, or not as prepare.py writes it."""
     path, remedy = folder / "dataset.json", "prepare the data again"
     if not path.is_file():
         raise InputError(
@@ -275,9 +264,8 @@ def read_prepared(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: schema must be {PREPARED_SCHEMA}, got {found}; {later}")
     check_types(prepared, PREPARED, str(path), remedy)
     try:
-        as_labels(prepared["labels"])
+        as_labels(got := prepared["labels"])
     except (TypeError, ValueError) as error:
-        got = prepared["labels"]
         raise InputError(f"{path}: labels must be whole numbers, got {got}; {remedy}") from error
     for kind, schema in (("cases", CASE), ("subvolumes", SUBVOLUME)):
         for record in prepared[kind]:
@@ -298,23 +286,20 @@ def find_fault(record: dict[str, Any]) -> str:
     """Return what is wrong with an entry of `dataset.json`, whose types are right; or nothing."""
     counts, steps = record["voxels_per_label"], record["spacing_mm"]
     whole = [record.get("first_slice", 0), *record.get("shape", [1, 1, 1]), *counts.values()]
-    if record["split"] not in SPLITS:
-        return f"split must be one of {', '.join(SPLITS)}, got {record['split']!r:.60}"
-    if not all(type(number) is int and number >= 0 for number in whole):
-        return "slices, sizes and counts must be whole numbers from 0"
-    if not all(type(step) in (int, float) and 0 < step < math.inf for step in steps):
-        return f"spacing_mm must be numbers above 0, got {steps!r:.60}"
-    if len(steps) != 3 or len(record.get("shape", steps)) != 3:
-        return "shape and spacing_mm must have three numbers"
-    if not all(name.isdecimal() for name in counts):
-        return "voxels_per_label must count label values"
+    positive = all(type(step) in (int, float) and 0 < step < math.inf for step in steps)
+    rules = [
+        (record["split"] in SPLITS, f"split must be one of {', '.join(SPLITS)}"),
+        (all(type(n) is int and n >= 0 for n in whole), "sizes must be whole numbers from 0"),
+        (positive, f"spacing_mm must be numbers above 0, got {steps!r:.60}"),
+        (len(steps) == len(record.get("shape", steps)) == 3, "shape and spacing_mm: three numbers"),
+        (all(name.isdecimal() for name in counts), "voxels_per_label must count label values"),
+    ]
     for key in (IMAGE, LABEL) if "first_slice" in record else ():
         file = PureWindowsPath(record[key])  # takes / and \\
-        if file.root or file.drive or ".." in file.parts:
-            return f"{record[key]} lies outside of its folder"
-        if not file.name.startswith(key):
-            return f"{key} must name a file {key}_…, got {file.name}"
-    return ""
+        inside = not (file.root or file.drive or ".." in file.parts)
+        rules.append((inside, f"{record[key]} lies outside of its folder"))
+        rules.append((file.name.startswith(key), f"{key} must name a file {key}_…"))
+    return next((text for right, text in rules if not right), "")
 
 
 def list_patients(prepared: dict[str, Any]) -> list[dict[str, str]]:
@@ -327,17 +312,14 @@ def list_patients(prepared: dict[str, Any]) -> list[dict[str, str]]:
 def find_seen(
     folder: Path, fold: int | str, split: str, known: Sequence[dict[str, str]]
 ) -> dict[str, str]:
-    """Return case → "seen in training" of the cases of a split that made a checkpoint.
-
-    A patient is seen if a scan of theirs has the voxels of one that the checkpoint knows
-    (`known`), or if data of the same source gave them the same name. Patients who chose the
-    checkpoint are "seen in validation", unless validation is what is asked for.
-    """
+    """Return case → "seen in training" (or validation, unless `split` is that) of the cases of a
+    split whose patients made a checkpoint: one of its `known` scans has the same voxels, or data of
+    the same source gave the same name."""
     mine, seen = list_patients(read_fold(folder, fold)), dict[str, str]()
     for where in SPLITS[: 1 if split == "validation" else 2][::-1]:
         theirs = [record for record in known if record["split"] == where]
-        contents = {record["content"] for record in theirs} - {""}
-        names = {(record["source"], record["patient"]) for record in theirs}
+        contents = {r["content"] for r in theirs} - {""}
+        names = {(r["source"], r["patient"]) for r in theirs}
         same = [r["content"] in contents or (r["source"], r["patient"]) in names for r in mine]
         patients = {record["patient"] for record, one in zip(mine, same, strict=True) if one}
         here = [r["case"] for r in mine if r["split"] == split and r["patient"] in patients]
@@ -358,11 +340,9 @@ def refuse_other_data(saved: dict[str, str], prepared: dict[str, Any], folder: P
     changed = sorted(key for key in saved | now if saved.get(key) != now.get(key))
     if changed:
         was, became = (content.get(changed[0], "missing") for content in (saved, now))
-        raise InputError(
-            f"{folder}: not the data that this run began with, {len(changed)} entries differ: "
-            f"{changed[0]} was {was}, is {became}; give --data of the same content, or start "
-            "another --run-folder with --pretrained"
-        )
+        what = f"{len(changed)} entries differ: {changed[0]} was {was}, is {became}"
+        remedy = "give the same --data, or start another --run-folder with --pretrained"
+        raise InputError(f"{folder}: not the data that this run began with, {what}; {remedy}")
 
 
 def refuse_damaged(prepared: dict[str, Any], folder: Path, rank: int = 0, size: int = 1) -> None:
@@ -371,10 +351,8 @@ def refuse_damaged(prepared: dict[str, Any], folder: Path, rank: int = 0, size: 
     for record in show_progress(used, desc="verifying", unit="file"):
         for key in (IMAGE, LABEL):
             path, expected = folder / record[key], record[f"{key}_crc32"]
-            try:
-                found = f"{isal_zlib.crc32(path.read_bytes()):08x}"
-            except OSError as error:
-                found = error.strerror or str(error)
+            content = path.read_bytes() if path.is_file() else None
+            found = "missing" if content is None else f"{isal_zlib.crc32(content):08x}"
             if found != expected:
                 what = f"was changed after prepare.py wrote it ({found}, expected {expected})"
                 raise InputError(f"{path}: {what}; prepare it again")
@@ -395,10 +373,8 @@ def choose_fold(prepared: dict[str, Any], fold: int | str, folder: Path) -> dict
     parts = [record.get("fold") for record in prepared["subvolumes"]]
     if not everything and (fold not in range(count) or None in parts):
         has = f"folds 0 to {count - 1}" if count and None not in parts else "no folds"
-        raise InputError(
-            f"--fold must be one of the data's, or all, got {fold}; {folder} has {has}, "
-            "prepare.py --folds 5 makes five"
-        )
+        what = f"--fold must be one of the data's, or all, got {fold}"
+        raise InputError(f"{what}; {folder} has {has}, prepare.py --folds 5 makes five")
     split = {
         key: [record | {"split": SPLITS[record.get("fold") == fold]} for record in prepared[key]]
         for key in ("cases", "subvolumes")
@@ -432,22 +408,17 @@ def check_splits(prepared: dict[str, Any], labels: Labels, folder: Path) -> bool
 def count_voxels(prepared: dict[str, Any], labels: Labels, split: str) -> np.ndarray:
     """Return the annotated voxels of each class in the sub-volumes of a split."""
     counts, unknown = np.zeros(len(labels)), {IGNORED, *prepared.get("ignore", ())}
-    for record in prepared["subvolumes"]:
-        if record["split"] == split:
-            judged = {int(raw): n for raw, n in record["voxels_per_label"].items()}
-            for raw, voxels in judged.items():
-                if raw in unknown:
-                    continue
-                classes = [i for i, values in enumerate(labels.values()) if raw in values]
-                counts[classes[0] if classes else 0] += voxels
+    for record in [r for r in prepared["subvolumes"] if r["split"] == split]:
+        judged = {int(raw): n for raw, n in record["voxels_per_label"].items()}
+        for raw in judged.keys() - unknown:
+            classes = (i for i, values in enumerate(labels.values()) if raw in values)
+            counts[next(classes, 0)] += judged[raw]
     return counts
 
 
 def read_cases(folder: Path, split: str, fold: int | str) -> list[Case]:
-    """Return the cases of one split of prepared data, with what prepare.py was told about them.
-
-    Of data with folds, `fold` is the one that is validated.
-    """
+    """Return the cases of one split of prepared data, with what prepare.py was told about them; of
+    data with folds, `fold` is the one that is validated."""
     prepared, path = read_fold(folder, fold), folder / "dataset.json"
     settings = prepared["settings"]
     try:
@@ -467,9 +438,8 @@ def read_cases(folder: Path, split: str, fold: int | str) -> list[Case]:
             for record in chosen
         ]  # fmt: skip
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}: must be as prepare.py writes it, got {error!r}; prepare the data again"
-        ) from error
+        what = f"must be as prepare.py writes it, got {error!r}"
+        raise InputError(f"{path}: {what}; prepare the data again") from error
     if not cases:
         raise InputError(f"{path}: no case in the {split} split; choose another split")
     if odd := [case.name for case in cases if make_safe(case.name) != case.name]:

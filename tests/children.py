@@ -104,7 +104,7 @@ def draw_nothing(set_attribute: Callable[[object, str, object], None] = setattr)
     set_attribute(Figure, "savefig", write_blank)
     set_attribute(apply_model, "draw_planes", lambda *_, **__: Figure())
     set_attribute(data.evaluate, "draw_summary", lambda *_: Figure())
-    set_attribute(utilities, "curves_figure", lambda *_: Figure())
+    set_attribute(utilities.pictures, "curves_figure", lambda *_: Figure())
     set_attribute(utilities, "preview_figure", lambda *_: Figure())
 
 

@@ -20,7 +20,6 @@ import apply_model
 import prepare
 import preprocess
 import train
-import utilities
 import visualize_3d
 from data import check, evaluate
 from data.files import InputError, atomic_write, lock_folder, read_record, stamp_files, write_csv
@@ -125,9 +124,7 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own(machine):
 def test_apples_gpus_are_tried_in_a_process_of_their_own(code, reason, machine, monkeypatch):
     machine(mps=True)
     run = subprocess.run
-    monkeypatch.setattr(
-        utilities.subprocess, "run", lambda command, **how: run([*command[:2], code], **how)
-    )
+    monkeypatch.setattr(subprocess, "run", lambda command, **how: run([*command[:2], code], **how))
     if not reason:
         assert pick_device("mps").type == "mps"
         return
