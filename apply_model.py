@@ -106,7 +106,7 @@ from data.evaluate import (
     tell_row,
 )
 from data.files import lock_folder, read_record, write_json
-from data.labels import group_tumours, translate_classes
+from data.labels import as_plain, describe_truths, group_tumours, translate_classes
 from data.pictures import draw_planes, save_figure
 from data.seg import write_seg
 from data.volumes import AIR_HU, Volume, find_bounding_box, write_masked
@@ -476,6 +476,8 @@ def apply_to_case(model: Model, case: datasets.Case, config: Config, seen: str) 
         "seconds": round(time.perf_counter() - begin, 2),
         "seconds_network": round(found.network_seconds, 2),
         "classes": found.label.classes,
+        "labels": as_plain(model.chain.labels),
+        "declared": as_plain(model.declared),
         "trust_image_grid": case.trust_grid,
         "warnings": "; ".join(notes),
     }
@@ -525,7 +527,7 @@ def list_cases(paths: Sequence[Path], truth: Sequence[Path]) -> list[datasets.Ca
     return [
         datasets.Case(
             name, name, scan, label, alone=len(found) == 1,
-            described=datasets.describe_truths(label) if label else None,
+            described=describe_truths(label) if label else None,
         )
         for name, scan, label in zip(names, found, datasets.pair_truths(found, truth), strict=True)
     ]  # fmt: skip

@@ -49,7 +49,14 @@ from data.pictures import (
     save_figure,
     show_patient,
 )
-from data.scans import describe_label, read_label_map, read_scan, restore_label
+from data.scans import (
+    describe_label,
+    find_others,
+    name_label,
+    read_label_map,
+    read_scan,
+    restore_label,
+)
 from data.settings import Count, Whole, read_settings, run_script, show_progress
 from data.volumes import AIR_HU, Volume, find_bounding_box
 
@@ -145,7 +152,10 @@ def read_data_set(config: Any) -> tuple[list[Case], Terms]:
     )
     data = find_pairs(config.source, **named, exclude=config.destination, values=values or None)
     print(*describe_data_set(data), sep="\n")
-    ignore = data.ignore
+    ignore, paired = data.ignore, [case.label for case in data.cases if case.image and case.label]
+    if values and paired and (others := find_others(paired[0], data.declared)):
+        data.declared |= {"others": others}
+        print(f"{name_label(paired[0])}: values that --values does not name are background")
     if config.label_every > 1:
         if IGNORED in list_values(data.declared):
             raise InputError(

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
+from unicodedata import normalize
 
 from data.dicom import DicomItem, find_dicom, is_dicom
 from data.files import InputError, list_below, list_plain_files, make_safe, natural, read_json
@@ -77,7 +78,7 @@ Kind = Literal["scan", "label", ""]
 def read_name(text: str) -> tuple[Kind, tuple[str, ...], frozenset[str]]:
     """Return what a name says (a label map wins over a scan), the words that remain without those
     of the tables, and all its words in small letters."""
-    pieces = [PLACES.split(piece) for piece in SEPARATORS.split(text) if piece]
+    pieces = [PLACES.split(piece) for piece in SEPARATORS.split(normalize("NFC", text)) if piece]
     words = frozenset(word.lower() for piece in pieces for word in piece)
     kind: Kind = "label" if words & LABEL else "scan" if words & SCAN else ""
     known = SCAN | LABEL
@@ -438,6 +439,7 @@ def find_pairs(
             f"{show(source)}: no scans with label maps among {len(seen)} volumes and series; "
             "expected names that differ by words such as images / labels alone, or DICOM series "
             "with SEG, NIfTI label maps or masks; or give --images FOLDER --labels FOLDER"
+            + "".join(f"; {note}" for note in pairing.notes[:3])
         )
     used = {path for case in data.cases for path in (case.image, *list_paths(case.label))}
     data.unused = [one.path for one in seen if one.path not in used and one.form != "stack"]
@@ -446,12 +448,13 @@ def find_pairs(
 
 
 def find_items(
-    root: Path, notes: list[str], kind: Kind = "", exclude: Path | None = None, drafts: bool = False
-) -> list[Item]:
+    root: Path, notes: list[str], kind: Kind = "", exclude: Path | None = None,
+    drafts: bool = False, broken: bool = False,
+) -> list[Item]:  # fmt: skip
     """Return the volumes, series, SEGs and stacks of PNGs below a folder; add notes on them.
 
     Left out are cases that this program wrote; with `drafts`, or of kind "label", all but their
-    label maps. A series that a SEG names is a scan.
+    label maps. A series that a SEG names is a scan, and with `broken` one that cannot be read.
     """
     if not root.is_dir():
         raise InputError(f"{show(root)}: no such folder; give the one with the scans")
@@ -461,7 +464,8 @@ def find_items(
     pictures = {file.parent for file in files if file.suffix.lower() == ".png"}
     dicom = find_dicom([f for f in files if f not in known and f.suffix.lower() != ".png"])
     notes += [f"cannot be used: {item.fault}" for item in dicom if item.fault]
-    series = {item.path: item for item in dicom if item.is_seg or not item.fault}
+    broken_too = (one for one in dicom if one.is_seg or not one.fault or (broken and one.broken))
+    series = {item.path: item for item in broken_too}
     drawn = {item.uid for item in dicom if item.is_seg}
     items = []
     for item in read_paths([*volumes, *series, *sorted(pictures - series.keys())], root, kind):
@@ -594,12 +598,6 @@ def declare(data: DataSet, segs: Sequence[Item], values: Labels | None) -> None:
         )
 
 
-def describe_truths(path: Path | Masks) -> Description | None:
-    """Return what describes a label map, beside it or in its header; None where nothing does."""
-    described, usual = describe([path])
-    return described if described.path and not usual else None
-
-
 def describe_data_set(data: DataSet) -> list[str]:
     """Return the first lines that a user sees: three pairs, labels, what is unclear or unused."""
     pairs = [case for case in data.cases if case.image and case.label and not case.faults]
@@ -650,7 +648,7 @@ def find_scans(*paths: Path) -> list[Path]:
 def _find_below(folder: Path) -> list[Path]:
     """Return the volumes, then the series, in and below a folder."""
     notes: list[str] = []
-    items = find_items(folder, notes)
+    items = find_items(folder, notes, broken=True)
     slices = {item.folders[0] for item in items if item.form == "series"}
     volumes = [item for item in items if item.form in ("file", "series")]
     scans = [item for item in volumes if item.kind != "label"] or volumes

@@ -6,12 +6,14 @@ A series is read in these steps: headers, images of one series, slices, order, a
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import logging
 import math
 import os
 import re
+import runpy
 import shutil
 import warnings
 from collections import Counter, defaultdict
@@ -25,7 +27,7 @@ import numpy as np
 from nibabel.orientations import inv_ornt_aff
 from tqdm import tqdm
 
-from data.files import InputError, list_below, one_error
+from data.files import InputError, list_below, list_plain_files, one_error
 from data.labels import WORD, name_words
 from data.volumes import AIR_HU, TO_LPS, Volume
 
@@ -41,6 +43,7 @@ SAME = ("PatientID", "StudyInstanceUID", "FrameOfReferenceUID")
 PARTING = ("AcquisitionNumber", "ConvolutionKernel", "ImageType")
 TIMES = ("AcquisitionTime", "TriggerTime")  # of CT; MR interleaves the slices of one scan in time
 REMEDY = "export the series again from its source, or leave this file out"
+NEAR = 10  # folders before and after that of a series, in which it may go on
 CONTOURS = "convert its contours to DICOM SEG or NIfTI (3D Slicer, dcmrtstruct2nii)"
 # pydicom logs doubts about every tag; this module checks each tag that it uses
 logging.getLogger("pydicom").setLevel(logging.ERROR)
@@ -79,6 +82,7 @@ class DicomItem:
     files: tuple[Path, ...] = ()
     fault: str = ""  # why it cannot be used
     is_seg: bool = False
+    broken: bool = False  # the fault hides a scan, or a part of one
 
 
 def find_dicom(files: Iterable[Path]) -> list[DicomItem]:
@@ -111,7 +115,8 @@ def find_dicom(files: Iterable[Path]) -> list[DicomItem]:
         except InputError as error:  # one bad file never stops the others
             is_seg = is_seg_header(header)
             uid = "" if is_seg else read_text(header, "SeriesInstanceUID")
-            items.append(DicomItem(path, uid, "", 0, {}, (path,), str(error), is_seg))
+            broken = CONTOURS not in str(error)
+            items.append(DicomItem(path, uid, "", 0, {}, (path,), str(error), is_seg, broken))
     return [*items, *_place_series(series)]
 
 
@@ -150,7 +155,8 @@ def _place_series(series: dict[tuple[str, ...], dict[Path, int]]) -> Iterator[Di
             fault = f"its series lies in {where}, beside others; move it to a folder of its own"
         path = files[0] if shared or fault else path
         fault = fault and f"{path}: {fault}"
-        yield DicomItem(path, key[0], key[1], len(files), {}, files, fault)
+        broken = bool(fault) and sum(slices.values()) > 1
+        yield DicomItem(path, key[0], key[1], len(files), {}, files, fault, broken=broken)
 
 
 def find_series(path: Path, notes: list[str]) -> DicomItem:
@@ -198,11 +204,45 @@ def read_series(path: Path) -> Volume:
     with one_error(path, "cannot be read as DICOM series"):
         item = find_series(path, notes)
         slices = [one for file in item.files for one in list_slices(file)]
+        refuse_part(item, {tuple(one.position) for one in slices})
         ordered = order_slices(path, slices, notes)
         affine = build_affine(path, ordered, notes)
         voxels = _read_voxels(ordered, notes)
     files = tuple(dict.fromkeys(one.file for one in ordered))
     return Volume(voxels, affine, str(path), notes=tuple(notes), files=files)
+
+
+def refuse_part(item: DicomItem, positions: set[tuple[float, ...]]) -> None:
+    """Raise InputError if the series goes on in a folder beside its own: half a scan is none.
+
+    `positions` are those of its slices; a copy of the series has the same ones. Only the NEAR
+    folders before and after its own, by name, are looked at.
+    """
+    own = {file.parent for file in item.files}
+    near: set[Path] = set()
+    for folder in own if item.uid else ():
+        with contextlib.suppress(OSError):  # of a folder that may not be listed
+            places = sorted(place for place in folder.parent.iterdir() if place.is_dir())
+            at = places.index(folder)
+            near |= {*places[max(at - NEAR, 0) : at + NEAR + 1]}
+    for folder in sorted(near - own):
+        uid, first = _read_first(folder)
+        if uid == item.uid and first and first not in positions:
+            raise InputError(
+                f"{item.path}: its series goes on in {folder}; give the folder that holds both, or "
+                "put all files into one"
+            )
+
+
+@functools.cache
+def _read_first(folder: Path) -> tuple[str, tuple[float, ...]]:
+    """Return SeriesInstanceUID and position (LPS mm) of the first DICOM file in a folder."""
+    with contextlib.suppress(InputError, OSError):
+        if file := next(filter(is_dicom, list_plain_files(folder)), None):
+            header = read_header(file)
+            place = read_numbers(header, file, "ImagePositionPatient", 3, default=[])
+            return read_text(header, "SeriesInstanceUID"), tuple(place)
+    return "", ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -638,3 +678,7 @@ def list_segments(header: Any, file: Path) -> list[tuple[int, str, int]]:
     if not segments:
         raise wrong_tag(file, "SegmentSequence", "a description of the segments", "nothing")
     return segments
+
+
+if __name__ == "__main__":  # the commands on series and label maps
+    runpy.run_module("data.seg", run_name="__main__", alter_sys=True)

@@ -4,7 +4,8 @@
     python -m data.evaluate nnunet/test labelsTs --labels liver=1,2 tumour=2
 
 A prediction of any program is laid on the grid of its reference. Classes are those of a
-`dataset.json` beside the references, or given by `--labels`, or liver = 1 and tumour = 2.
+`dataset.json` beside the references, or given by `--labels`; results of apply_model.py have those
+of their network; else liver = 1 and tumour = 2.
 """
 
 from __future__ import annotations
@@ -25,11 +26,22 @@ from scipy.ndimage import binary_erosion
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
-from data.datasets import describe_truths, find_labels, name_scans, pair_truths
+from data.datasets import find_labels, name_scans, pair_truths
 from data.files import InputError, atomic_write, read_record, write_csv, write_json
-from data.labels import BACKGROUND, IGNORED, USUAL_LABELS, Description, find_values, is_tumour
+from data.labels import (
+    BACKGROUND,
+    IGNORED,
+    USUAL_LABELS,
+    Description,
+    Labels,
+    as_labels,
+    describe_truths,
+    is_tumour,
+    parse_values,
+    translate_classes,
+)
 from data.pictures import class_colour, save_figure
-from data.scans import Masks, read_label_map, read_volume
+from data.scans import Masks, find_others, read_label_map, read_volume
 from data.settings import Classes, read_settings, run_script, show_progress
 from data.volumes import Volume, enclose, find_bounding_box
 
@@ -49,7 +61,7 @@ LESION_OVERLAP = 0.1  # a lesion is found if the other mask covers this fraction
 LESION_SIZES = {"_0_to_10_mm": (0, 10), "_10_to_20_mm": (10, 20), "_from_20_mm": (20, math.inf)}
 WORST_SHOWN = 3  # cases named, and previews in worst.png
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet runs a text that begins so
-UNLISTED = ("files", "classes", "trust_image_grid")  # of a record: for programs alone
+UNLISTED = ("files", "classes", "labels", "declared", "trust_image_grid")  # of a record
 
 T = TypeVar("T")
 
@@ -400,7 +412,8 @@ class Config:
     truths: tyro.conf.Positional[Path]  # the reference: a label map, or a folder of equal names
     destination: Path = Path("results/evaluation")  # the table, the summary and its picture
     # Classes as NAME=VALUES, such as liver=1,2 tumour=2 (they may overlap), or NAME=NAMES of a
-    # dataset.json beside the truths. Without: what that file declares, else liver=1 tumour=2.
+    # dataset.json beside the truths. Without: those of the network that made the predictions,
+    # else what that file declares, else liver=1 tumour=2.
     labels: Classes = field(default_factory=dict)
     predicted: Classes = field(default_factory=dict)  # the same of predictions numbered otherwise
     others: tuple[int, ...] = ()  # values that may occur beside the classes; they are background
@@ -445,8 +458,11 @@ def evaluate_files(prediction: Path, truth: Path | Masks, config: Config) -> dic
     """
     known = describe_truths(truth) or Description({})
     asked = find_class_values(config.labels, known.labels, "--labels")
+    theirs = find_class_values(config.predicted, {}, "--predicted")
+    if not asked and not theirs:
+        asked, theirs = find_network_classes(prediction, known.labels or USUAL_LABELS)
     asked = asked or known.labels or USUAL_LABELS
-    theirs = find_class_values(config.predicted, {}, "--predicted") or asked
+    theirs = theirs or asked
     if missing := set(asked) - set(theirs):
         raise InputError(f"--predicted: lacks {', '.join(sorted(missing))}; name them too")
     try:
@@ -460,7 +476,8 @@ def evaluate_files(prediction: Path, truth: Path | Masks, config: Config) -> dic
         maps = []
         for path, classes in ((prediction, theirs), (truth, asked)):
             wanted = {BACKGROUND: (0,), **{name: classes[name] for name in group}}
-            declared = {**known.labels, **classes, "others": config.others}
+            more = find_others(path, classes) if config.labels or config.predicted else ()
+            declared = {**known.labels, **classes, "others": (*config.others, *more)}
             maps.append(read_label_map(path, grid, declared, classes=wanted, ignore=known.ignore,
                                        trust_grid=config.trust_grid))  # fmt: skip
         row = evaluate(maps[0], maps[1], group) | row
@@ -468,16 +485,25 @@ def evaluate_files(prediction: Path, truth: Path | Masks, config: Config) -> dic
     return row
 
 
-def find_class_values(
-    asked: Mapping[str, Sequence[str]], declared: Mapping[str, Any], setting: str
-) -> dict[str, tuple[int, ...]]:
-    """Return class name → raw values, background first, of class name → values or names."""
-    numbers = {word: (int(word),) for words in asked.values() for word in words if word.isdigit()}
-    known = {**declared, **numbers}
-    classes = {name: find_values(words, known, setting) for name, words in asked.items()}
-    if "" in classes or any(0 in values for values in classes.values()):
-        raise InputError(f"{setting}: each class needs a name and values other than 0 (background)")
+def find_class_values(asked: Mapping[str, Sequence[str]], declared: Labels, setting: str) -> Labels:
+    """Return class name → raw values, background first, of class name → values or names.
+
+    Raises InputError where a name contradicts what the label map declares.
+    """
+    words = [f"{name}={','.join(values)}" for name, values in asked.items()]
+    classes = parse_values(words, setting, declared, overlap=True)
     return {BACKGROUND: (0,), **classes} if classes else {}
+
+
+def find_network_classes(prediction: Path, declared: Labels) -> tuple[Labels, Labels]:
+    """Return the classes of the network that made a result, in values of the truth and of the
+    result; empty where apply_model.py wrote no record beside it. A liver network counts tumours
+    as liver, so its truth does too."""
+    record = read_record(prediction.with_name(f"{prediction.parent.name}.json")) or {}
+    if not {"labels", "declared", "classes"} <= record.keys():
+        return {}, {}
+    own, meant = (as_labels(record[key]) for key in ("declared", "labels"))
+    return translate_classes(meant, own, declared), as_labels(record["classes"])
 
 
 if __name__ == "__main__":

@@ -42,9 +42,25 @@ def find_checkpoint(path: Path, names: Sequence[str] = ("best.pt", "last.pt")) -
 def read_json(path: Path, what: str = "a JSON object") -> Any:
     """Return the content of a JSON file, with or without a byte order mark."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(_read_text(path), object_pairs_hook=_refuse_twice)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: must be {what}, got {error}; correct it or remove it") from error
+
+
+def _read_text(path: Path) -> str:
+    """Return a file's text without byte order mark; OSError for a pipe, which would never end."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is no plain file")
+    return path.read_text(encoding="utf-8-sig")
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the entries of a JSON object; ValueError where a name comes twice."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        twice = next(name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1)
+        raise ValueError(f"{twice!r} twice")
+    return entries
 
 
 def write_json(content: Any, path: Path) -> None:
@@ -56,12 +72,12 @@ def write_json(content: Any, path: Path) -> None:
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Return the rows of a CSV file with these columns; commas, semicolons or tabs part them."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
+        text = _read_text(path)
+        first = text.partition("\n")[0]
+        separator = max(",;\t", key=first.count)
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
+    except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error}); save it as CSV in UTF-8") from error
-    first = text.partition("\n")[0]
-    separator = max(",;\t", key=first.count)
-    rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
     if not rows or not set(columns) <= set(rows[0]):
         raise InputError(f"{path}: must have the columns {','.join(columns)}, got {first!r}")
     return rows
@@ -87,8 +103,12 @@ def one_error(path: Path, what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # damaged bytes lead a library to anything
-        told = f"{what} ({type(error).__name__}: {error}); the file is cut off or damaged, copy or"
-        raise InputError(f"{path}: {told} export it again, or convert it to .nii.gz") from error
+        remedy = "the file is cut off or damaged, copy or export it again, or convert it to .nii.gz"
+        if isinstance(error, MemoryError):
+            remedy = "the memory is too small, free some or crop the volume"
+        if isinstance(error, PermissionError):
+            remedy = "ask its owner"
+        raise InputError(f"{path}: {what} ({type(error).__name__}: {error}); {remedy}") from error
 
 
 @contextlib.contextmanager
@@ -179,8 +199,13 @@ def natural(name: str) -> list[tuple[bool, int, str]]:
 def list_plain_files(folder: Path) -> list[Path]:
     """Return the files of a folder that are not hidden, by name; broken links too."""
     with os.scandir(folder) as entries:
-        names = [e.name for e in entries if not e.name.startswith(".") and not _is_folder(e)]
+        names = [e.name for e in entries if not _is_hidden(e.name) and not _is_folder(e)]
     return [folder / name for name in sorted(names)]
+
+
+def _is_hidden(name: str) -> bool:
+    """Return whether a name begins with one dot; `..a.nii` is a file as any other."""
+    return name.startswith(".") and not name.startswith("..")
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -204,9 +229,9 @@ def list_below(folder: Path, exclude: Path | None = None) -> list[Path]:
             subfolders.clear()
             continue
         seen.add(real)
-        kept = (n for n in sorted(subfolders) if not n.startswith("."))
+        kept = (n for n in sorted(subfolders) if not _is_hidden(n))
         subfolders[:] = [n for n in kept if Path(place, n) != exclude]
-        files += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+        files += [Path(place, name) for name in sorted(names) if not _is_hidden(name)]
     return files
 
 

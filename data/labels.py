@@ -112,8 +112,8 @@ def as_plain(labels: Labels) -> dict[str, int | list[int]]:
 
 def describe_labels(labels: Labels) -> str:
     """Return `background = 0; liver = 1, 2` for messages."""
-    pairs = (f"{name} = {', '.join(map(str, values))}" for name, values in labels.items())
-    return "; ".join(pairs)
+    known = {n: (*v[:3], "…", *v[-1:]) if len(v) > 20 else v for n, v in labels.items()}
+    return "; ".join(f"{name} = {', '.join(map(str, v))}" for name, v in known.items())
 
 
 def list_values(labels: Labels) -> list[int]:
@@ -294,6 +294,12 @@ def describe(
         if one.announced is not None:
             total.announced = (total.announced or 0) + one.announced
     return total, usual
+
+
+def describe_truths(path: Path | Masks) -> Description | None:
+    """Return what describes a label map, beside it or in its header; None where nothing does."""
+    described, usual = describe([path])
+    return described if described.path and not usual else None
 
 
 def _look(folder: Path) -> Description | None:

@@ -28,6 +28,7 @@ from data.volumes import Volume, list_parts, list_slabs, read_file
 
 GRID_TOLERANCE = 0.5  # voxels that scan and label map may lie apart, at the worst corner
 GRID_NOTICE = 0.01  # voxels from which on a note reports it
+MANY = 8  # values that a label map of many organs holds more than are named
 ROUNDING = 0.01  # label values that are nearer to a whole number are that number
 # Grey values of the organs in one stack of PNGs, as CHAOS draws them on MR.
 GREY_VALUES = {"liver": 63, "right kidney": 126, "left kidney": 189, "spleen": 252}
@@ -130,6 +131,22 @@ def _check_values(label: Volume, allowed: set[int], declared: Labels, scan: Volu
     return replace(label, data=whole, notes=(*label.notes, *notes), convert=None)
 
 
+def find_others(label: Path | Masks, named: Labels) -> tuple[int, ...]:
+    """Return the values that may occur beside those that a user named, in a map of many organs.
+
+    They are all up to 254 if more than MANY others occur, as in TotalSegmentator's maps; else none,
+    because a single other value is a mistake.
+    """
+    if isinstance(label, tuple) or label.is_dir() or dicom.is_dicom_input(label):
+        return ()
+    values = np.unique(read_volume(label).read()[::2, ::2, ::2])
+    known = list_values(named)
+    whole = values.min() >= 0 and values.max() < IGNORED and not (values % 1).any()
+    if not whole or not MANY < len(np.setdiff1d(values, known)) <= IGNORED // 2:
+        return ()
+    return tuple(value for value in range(1, IGNORED) if value not in known)
+
+
 def lay_on_grid(label: Volume, scan: Volume, trust: bool = False) -> Volume:
     """Return `label` with the scan's own geometry, if both describe the same grid.
 
@@ -219,7 +236,8 @@ def read_png_stack(folder: Path, name: str, scan: Volume) -> Volume:
     if len(pictures) != len(scan.files):
         raise InputError(
             f"{folder}: must hold a PNG for each file of a DICOM series, got {len(pictures)} for "
-            f"{len(scan.files)} files of {scan.name}; give the label map as NIfTI",
+            f"{len(scan.files)} files of {scan.name}; give the label map as NIfTI, which says how "
+            "it lies on its scan",
             kind="shape",
         )
     array, greys = np.zeros(shape, np.uint8, order="F"), set[int]()

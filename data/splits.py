@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 from isal import isal_zlib
@@ -110,7 +111,7 @@ def read_patients(path: Path) -> dict[str, str]:
     """Return case → patient of a CSV with the columns case,patient, also as Excel writes it."""
     table: dict[str, str] = {}
     for row in read_csv(path, ("case", "patient")):
-        case, patient = ((row[key] or "").strip() for key in ("case", "patient"))
+        case, patient = (normalize("NFC", row[k] or "").strip() for k in ("case", "patient"))
         if not case or not patient:
             raise InputError(f"{show_path(path)}: a row lacks case or patient: {row}; fill it in")
         if table.setdefault(case, patient) != patient:
@@ -228,7 +229,7 @@ def read_split(path: Path, names: Sequence[str]) -> dict[str, str]:
                 entry = entry[0] if isinstance(entry, list) and entry else entry
             if not isinstance(entry, str):
                 raise InputError(f"{expected}, got {str(entry)[:60]!r} under {key}")
-            for name in {entry} & {*names} or _match_path(entry, known):
+            for name in {normalize("NFC", entry)} & {*names} or _match_path(entry, known):
                 if split.setdefault(name, where) != where:
                     raise InputError(f"{path}: names {name} in two splits; keep it in one")
     return split

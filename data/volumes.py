@@ -283,7 +283,11 @@ def read_nifti(path: Path) -> Volume:
 def open_stream(path: Path) -> Any:
     """Open a file for reading, decompressed where its name ends in .gz."""
     with path.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
+        begin = file.read(6)
+    zipped = begin.startswith(b"\x1f\x8b")
+    for other, sign in {"zip": b"PK\3\4", "xz": b"\xfd7zXZ", "bzip2": b"BZh"}.items():
+        if begin.startswith(sign):
+            raise InputError(f"{path}: is a {other} file; unpack it, and compress it with gzip")
     if zipped != path.name.lower().endswith(".gz"):
         what, name = ("is", f"{path.name}.gz") if zipped else ("is not", path.name[:-3])
         raise InputError(f"{path}: its content {what} gzip, against its name; rename it {name}")

@@ -25,8 +25,8 @@ read -r code < "$ANSWER"; exit $code
 """
 # sbatch runs the script once for each index of its array.
 SBATCH = """#!/bin/bash
-array=$(grep -o -- '--array=[0-9]*-[0-9]*' "$1" | grep -o '[0-9]*-[0-9]*')
-for index in $(seq ${array/-/ }); do SLURM_ARRAY_TASK_ID=$index bash -e "$1" || exit; done
+array=$(sed -n 's/.*--array=\\([0-9]*\\)-\\([0-9]*\\).*/\\1 \\2/p' "$1")
+for index in $(seq $array); do SLURM_ARRAY_TASK_ID=$index bash -e "$1" || exit; done
 """
 TORCHRUN = {"--standalone": 1, "--nproc-per-node": 2}  # its options, and the words they take
 

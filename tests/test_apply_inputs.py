@@ -184,17 +184,11 @@ def test_where_memory_is_short_a_scan_is_done_with_less(shortages, device, sizes
     assert [shape[0] for shape in model.network.shapes] == sizes
     assert capsys.readouterr().out.count("out of memory") == shortages
     model.network.shapes.clear()
-    with pytest.raises(torch.OutOfMemoryError):  # not even one window on the CPU
+    with pytest.raises(RuntimeError, match="out of memory"):  # not even one window on the CPU
         apply_model.predict(known_model(network=Threshold(shortages=2)), volume, Options())
     model.network.shortages = 0
     apply_model.predict(model, volume, Options())
     assert [shape[0] for shape in model.network.shapes] == [4, 1], "the next scan begins anew"
-
-
-def test_a_scan_for_which_no_memory_suffices_fails_alone():
-    model = known_model(network=Threshold(shortages=2))
-    with pytest.raises(RuntimeError, match="out of memory"):
-        apply_model.predict(model, torch.rand(1, 48, 48, 20), Options())
 
 
 def test_a_scan_whose_resampling_lacks_memory_is_resampled_on_the_cpu(monkeypatch):
@@ -235,14 +229,16 @@ def long_scan(low: int, high: int) -> Volume:
 @pytest.mark.parametrize("sampling", ["subvolumes", "patches"])
 @pytest.mark.parametrize("ends", [(50, 60), (0, 20), (104, 120)])
 def test_all_of_an_organ_is_found_in_the_box_that_another_network_finds(ends, sampling):
-    window = (48, 48, 16) if sampling == "subvolumes" else (24, 24, 16)
+    window = (48, 48, 32) if sampling == "subvolumes" else (24, 24, 32)
     model, scan = known_model(sampling, window, finder=known_model()), long_scan(*ends)
-    assert np.array_equal(apply_model.segment(model, scan).label.data > 0, scan.data == 200)
+    found = apply_model.segment(model, scan)
+    assert np.array_equal(found.label.data > 0, scan.data == 200)
     asked = sum(shape[0] for shape in model.network.shapes)
     everywhere = known_model(sampling, window)
     apply_model.segment(everywhere, scan)
     assert asked < 0.6 * sum(shape[0] for shape in everywhere.network.shapes)
-    assert {shape[2:] for shape in model.network.shapes} == {window}
+    seen = (found.scores[0] > apply_model.OUTSIDE).any(dim=0).any(dim=0).sum()
+    assert 32 <= seen < 60, "a window is filled by the scan, not by padding"
 
 
 @pytest.mark.parametrize("limit", [2.0, 0.6], ids=["nothing", "a part"])
@@ -263,7 +259,8 @@ def write_prepared(folder: Path, label: np.ndarray, scan=None, **changes) -> Non
     """A `dataset.json` with one test case, as prepare.py writes it."""
     scan = patient(0)[0] if scan is None else scan
     record = {
-        "case": "a", "patient": "a", "split": "test", "warnings": [],
+        "case": "a", "patient": "a", "split": "test", "warnings": [], "voxels_per_label": {},
+        "spacing_mm": [3.0, 3.0, 5.0],
         "image": str(save(scan, folder / "raw" / "a.nii.gz")),
         "label": str(save(label, folder / "raw" / "a_seg.nii.gz", changes.pop("affine", AFFINE))),
     }  # fmt: skip
@@ -279,7 +276,7 @@ def test_the_trust_of_prepare_holds_for_its_test_split(use, tmp_path):
     write_prepared(data, label, affine=moved)
     with pytest.raises(InputError, match="voxels apart"):
         apply(use, split="test", data=data)
-    write_prepared(data, label, affine=moved, settings={"trust_image_grid": True})
+    write_prepared(data, label, affine=moved, record={"trust_image_grid": True})
     assert float(apply(use, split="test", data=data)["a"]["liver_dice"]) > 0.98
     case = find_case(use["destination"] / "a", View())
     assert case.reference.data.any(), "3D reads it although its header lies elsewhere"

@@ -31,7 +31,6 @@ from utilities import (
     load_network,
     on_device,
     train_step,
-    try_device,
 )
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -153,7 +152,7 @@ def check_step(name: str = "dice_ce", ignoring: bool = True) -> None:
 
 
 def check_probe() -> None:
-    assert try_device(CUDA, "fp32") == ""
+    assert preprocess.try_device(CUDA, "fp32") == ""
 
 
 @ON_GPU

@@ -2,16 +2,21 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
-from helpers import build_field_case, field_patient, run
+from helpers import build_field_case, field_patient, run, save
 
 import apply_model
+from data import evaluate
+from data.datasets import find_pairs, find_scans
 from data.files import InputError
-from data.scans import read_scan
+from data.scans import find_others, read_scan
+from data.seg import convert_to_seg, convert_to_series
 from data.volumes import read_file
 
 
@@ -53,6 +58,9 @@ def label_of(folder: Path, case: str) -> np.ndarray:
     ("name", "settings", "foreground", "cases"),
     [
         ("json_bom", {}, [1, 2], 3),
+        ("03_series_in_two_folders_seg", {}, [1, 2], 3),
+        ("10_seg_of_original_uids", {"trust_image_grid": ()}, [1, 2], 3),
+        ("55_trust_turns_sound_labels", {"trust_image_grid": ()}, [1, 2], 3),
         ("nnunet_regions", {}, [1, 2], 3),
         ("seg_no_reference", {}, [1, 2], 3),
         ("units_metres", {}, [1, 2], 3),
@@ -86,6 +94,10 @@ def test_sets_are_prepared_with_their_own_liver(name, settings, foreground, case
     [
         ("53_seg_default_names", "Segment_1 = .*Segment_2 = .*name one of them"),
         ("80_one_json_for_two_sets", "lits/segmentation-0.nii, which no dataset.json describes"),
+        (
+            "13_rtstruct_only",
+            r"RS\.dcm: .*got RTSTRUCT.*convert its contours to DICOM SEG or NIfTI",
+        ),
     ],
 )
 def test_sets_whose_liver_nobody_names_are_refused(name, message, tmp_path):
@@ -99,6 +111,9 @@ def test_sets_whose_liver_nobody_names_are_refused(name, message, tmp_path):
         ("43_tumour_only_as_1", {}, "p0, p1, p2: liver of 13.5 ml, expected 500 to 4000"),
         ("76_values_swapped_without_json", {}, "of liver: values exchanged?"),
         ("06_intercept_twice_nifti", {}, "applied twice?"),
+        ("10_seg_of_original_uids", {}, "FrameOfReferenceUID"),
+        ("34_png_stack_beside_nifti", {}, "says how it lies on its scan"),
+        ("71_phases_by_trigger_interleaved_seg", {}, "AcquisitionNumber of a0018.dcm: 1; b0018"),
         ("44_spacing_reversed", {}, "1536 × 320 × 30 mm is no body"),
         ("55_trust_turns_sound_labels", {"trust_image_grid": ()}, "note: liver_0: the label map"),
     ],
@@ -107,6 +122,67 @@ def test_what_cannot_be_is_told(name, settings, text, tmp_path, capsys):
     with contextlib.suppress(InputError):
         run(build_field_case(name, tmp_path / "raw"), **settings)
     assert text in capsys.readouterr().out
+
+
+def test_unicode_names(tmp_path):
+    """Composed and decomposed letters are the same, in folders and in files of names."""
+    source = build_field_case("56_unicode_names", tmp_path / "raw")
+    apart = run(source, images=source / "images", labels=source / "labels")
+    assert len(apart["cases"]) == 4
+    split = {
+        row["case"]: row["split"] for row in run(source / "b", split=source / "split.json")["cases"]
+    }
+    asked = json.loads((source / "split.json").read_text())
+    assert {normalize("NFC", n): s for s, names in asked.items() for n in names} == split
+    patients = {
+        row["patient"] for row in run(source / "b", patients=source / "patients.csv")["cases"]
+    }
+    assert patients == {"P0", "P2", "P3"}
+
+
+def test_own_series_are_several_patients(tmp_path, capsys):
+    source = build_field_case("90_own_series_are_one_patient", tmp_path / "raw")
+    for name in ("p0", "p1", "p2"):
+        place = source / "d" / name
+        convert_to_series(source / f"nii/{name}.nii.gz", place / "ct")
+        convert_to_seg(source / f"lab/{name}.nii.gz", place / "ct", place / "seg.dcm")
+    patients = {row["patient"] for row in run(source / "d")["cases"]}
+    assert patients == {"p0", "p1", "p2"}
+    assert '3 series have "anonymous" as PatientID' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("dataset.json", '{"labels": {"1": "spleen", "1": "liver"}}', "'1' twice"),
+        ("patients.csv", "case,patient\n" + "a" * 140_000 + ",p\n", "field limit"),
+        ("patients.csv", None, "no plain file"),
+    ],
+)
+def test_odd_files_beside_a_set_end_in_one_line(name, content, message, tmp_path):
+    """None is a named pipe, which would be read for ever."""
+    source = build_field_case("17_case_numbers_from_0000", tmp_path / "raw")
+    file = source / name
+    os.mkfifo(file) if content is None else file.write_text(content)
+    with pytest.raises(InputError, match=message):
+        run(source, patients=file if name == "patients.csv" else None)
+
+
+@pytest.mark.parametrize("begin", [b"PK\3\4", b"\xfd7zXZ\0", b"BZh9"], ids=["zip", "xz", "bzip2"])
+def test_other_archives_are_unpacked_first(begin, tmp_path):
+    (tmp_path / "a.nii.gz").write_bytes(begin + bytes(400))
+    with pytest.raises(InputError, match=r"a\.nii\.gz: is a (zip|xz|bzip2) file; unpack it"):
+        read_scan(tmp_path / "a.nii.gz")
+
+
+def test_a_name_of_two_dots_is_taken(tmp_path):
+    source = build_field_case("17_case_numbers_from_0000", tmp_path / "raw")
+    for folder in ("imagesTr", "labelsTr"):
+        (source / folder / "case_0000.nii.gz").rename(source / folder / "..a.nii.gz")
+        (source / folder / "._case_0001.nii.gz").write_text("of a Mac")
+    assert [case.name for case in find_pairs(source).cases] == ["a"] + [
+        f"case_000{n}" for n in (1, 2, 3, 4)
+    ]
 
 
 def test_split_nnunet(built):
@@ -166,6 +242,86 @@ def test_mhd_raw_changed(built, segment, tmp_path):
 # ---------------------------------------------------------------------------------------
 # apply_model.py
 # ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "places", "found"),
+    [
+        ("01_series_in_two_folders", "export", 1),
+        ("01_series_in_two_folders", "export/DIR000", "its series goes on in .*DIR001"),
+        ("01_series_in_two_folders", "export/DIR001", "its series goes on in .*DIR000"),
+        ("02_series_one_slice_per_folder", "export", 1),
+        ("04_slices_given_by_glob", "ct/*.dcm", 1),
+        ("05_two_phases_interleaved", "ct", "AcquisitionNumber of a0018.dcm: 1; b0018.dcm: 2"),
+        ("28_no_transfer_syntax", "ct", 1),
+        ("30_modality_lut", "ct", "ModalityLUTSequence"),
+        ("41_multiframe_without_groups", "ct", "NumberOfFrames .*PerFrameFunctionalGroupsSequence"),
+        ("51_two_patients_one_series", "ct", "PatientID, StudyInstanceUID, FrameOfReferenceUID"),
+        ("82_nifti_at_depth", "set", 2),
+    ],
+)
+def test_paths_stand_for_whole_scans(name, places, found, tmp_path):
+    """`found` is how many scans of all slices there are, or why there is none."""
+    paths = sorted(build_field_case(name, tmp_path / "raw").glob(places))
+    if isinstance(found, int):
+        slices = 6 if "glob" in name else 24
+        assert [read_scan(path).shape[2] for path in find_scans(*paths)] == [slices] * found
+        return
+    with pytest.raises(InputError, match=found):
+        read_scan(find_scans(*paths)[0])
+
+
+def test_a_damaged_file_stops_no_series(segment, tmp_path):
+    built = build_field_case("69_bad_file_beside_two_series", tmp_path / "raw")
+    with pytest.raises(InputError, match=r"1 of 3 scans failed:\n.*z_damaged\.dcm"):
+        segment(built / "dicom")
+    assert len(list((tmp_path / "results").glob("*/*_label.nii.gz"))) == 2
+
+
+def test_names_in_a_truth_are_not_contradicted(tmp_path, blank_pictures):
+    """Its header says tumour = 1, liver = 2, and its prediction liver = 1, tumour = 2."""
+    built = build_field_case("48_labels_swapped_in_truth", tmp_path / "raw")
+    files = (built / "pred.nii.gz", built / "truth.seg.nrrd", tmp_path / "out")
+    classes = {"liver": ("1",), "tumour": ("2",)}
+    with pytest.raises(InputError, match=r"contradicts the data, which declare .*tumour = 1"):
+        evaluate.main(evaluate.Config(*files, labels=classes))
+    evaluate.main(evaluate.Config(*files, predicted=classes))
+    assert json.loads((tmp_path / "out/results.json").read_text())[0]["liver_dice"] == 1
+
+
+def test_classes_are_those_of_the_network(built_patient, segment, tmp_path):
+    """A liver network counts tumours as liver; `--truth` and data.evaluate agree on it."""
+    scan, truth = built_patient
+    (row,) = segment(scan, truth=(truth,)).values()
+    evaluate.main(
+        evaluate.Config(tmp_path / "results/scan/scan_label.nii.gz", truth, tmp_path / "out")
+    )
+    (again,) = json.loads((tmp_path / "out/results.json").read_text())
+    assert again["liver_dice"] == row["liver_dice"] > 0 and "tumour_dice" not in again
+
+
+@pytest.fixture
+def built_patient(tmp_path) -> tuple[Path, Path]:
+    """Scan and label map, with tumours, of one patient."""
+    built = build_field_case("truth_values", tmp_path / "raw")
+    return built / "scan.nii.gz", built / "truth_ok.nii.gz"
+
+
+def test_maps_of_many_organs(tmp_path, capsys):
+    """Of a map with 40 structures, `--values liver=5` takes the liver alone."""
+    folders = [tmp_path / "raw" / name for name in ("images", "labels")]
+    for index in range(3):
+        hu, label = field_patient(index)
+        many = np.where(label > 0, 5, 0).astype(np.uint8)
+        many[2:42, 2, 2] = np.arange(6, 46)
+        for folder, array in zip(folders, (hu, many), strict=True):
+            save(array, np.diag([5.0, 5, 6, 1]), folder / f"p{index}.nii.gz")
+    dataset = run(tmp_path / "raw", values=("liver=5",), foreground=("liver",))
+    assert (dataset["foreground"], len(dataset["cases"])) == ([5], 3)
+    assert "values that --values does not name are background" in capsys.readouterr().out
+    with pytest.raises(InputError, match="cases have errors"):
+        run(tmp_path / "raw")
+    assert find_others(folders[1] / "p0.nii.gz", {"liver": (5,), "b": (*range(6, 38),)}) == ()
 
 
 def test_dicom_batch_one_bad(built, segment, tmp_path, capsys):

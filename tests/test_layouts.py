@@ -20,7 +20,6 @@ from data.datasets import (
     Case,
     DataSet,
     describe_data_set,
-    describe_truths,
     find_pairs,
     find_scans,
     name_scans,
@@ -29,6 +28,7 @@ from data.datasets import (
 )
 from data.dicom import write_series
 from data.files import InputError
+from data.labels import describe_truths
 from data.scans import read_label_map, read_scan, stamp_inputs
 from data.seg import write_seg
 from data.splits import guess_pattern, name_patients, read_patients, read_split

@@ -43,7 +43,7 @@ def make_small(config):
     if "max_epochs" in names:
         small |= RUN | (PATCHES if config.sampling == "patches" else SUBVOLUMES)
         small |= {"patches_per_case": 1, "learning_rate": 5e-3}
-        if config.pretrained:  # whose network is as wide as it is
+        if config.pretrained and config.pretrained.name == "starter.pt":  # it has a width
             del small["base_channels"]
         if config.resume:
             small = {"device": "cpu"}
@@ -75,10 +75,10 @@ def world(tmp_path, monkeypatch, blank_pictures, raw_phantoms):
 
 
 @pytest.fixture
-def trained(world, raw_phantoms, prepared, whole_cases, checkpoint):
+def trained(world, raw_phantoms, prepared, checkpoint):
     """The same with data, prepared data and a checkpoint, as the five steps leave them."""
     for source, place in (
-        (raw_phantoms, "data/raw"), (prepared, "data/prepared"), (whole_cases, "data/whole"),
+        (raw_phantoms, "data/raw"), (prepared, "data/prepared"),
         (checkpoint.parent, "checkpoints/liver"),
     ):  # fmt: skip
         shutil.copytree(source, world / place)

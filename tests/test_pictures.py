@@ -121,7 +121,7 @@ def test_grey_values_of_ct_of_a_network_and_of_mr():
 
 
 def test_curves_mark_the_best_epoch():
-    keys = ("val_dice", "val_dice_liver", "train_loss", "val_loss")
+    keys = ("val_dice", "val_dice_liver", "train_loss", "val_loss", "learning_rate", "val_chance")
     dice = enumerate((0.5, 0.8, 0.7), start=1)
     figure = curves_figure([{"epoch": n, **dict.fromkeys(keys, v)} for n, v in dice], ["liver"])
     labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
