@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -34,9 +35,8 @@ def test_results_lie_on_the_scan_and_say_what_they_hold(results, prepared):
     rows = {row["case"]: row for row in csv.DictReader((results / "results.csv").open())}
     assert set(rows) == {record["case"] for record in tested} != set()
     same = json.loads((results / "results.json").read_text())
-    assert [{k: "" if v is None else str(v) for k, v in r.items()} for r in same] == [
-        *rows.values()
-    ]
+    as_text = [{k: "" if v is None else str(v) for k, v in row.items()} for row in same]
+    assert as_text == [*rows.values()]
     for record in tested:
         case = record["case"]
         folder = results / case
@@ -77,10 +77,7 @@ def scans(prepared, tmp_path_factory):
 def test_a_broken_scan_stops_nothing_and_finished_ones_are_skipped(
     scans, checkpoint, tmp_path, capsys
 ):
-    images, out = tmp_path / "images", tmp_path / "out"
-    images.mkdir()
-    for path in (scans / "images").iterdir():
-        (images / path.name).write_bytes(path.read_bytes())
+    images, out = shutil.copytree(scans / "images", tmp_path / "images"), tmp_path / "out"
     first, second = sorted(images.iterdir())
     whole = first.read_bytes()
     first.write_bytes(whole[: len(whole) // 2])
@@ -144,21 +141,13 @@ def test_networks_are_averaged_and_probabilities_written(scans, checkpoint, tmp_
     assert values[~label].max() <= 0.501
 
 
-# ---------------------------------------------------------------------------------------
-# Killed
-# ---------------------------------------------------------------------------------------
-
-
-def _outputs(folder: Path) -> dict[str, object]:
-    """Everything under a final name, whole: voxels as bytes, records without their seconds."""
+def read_outputs(folder: Path) -> dict[str, object]:
+    """Read all under a final name: voxels as bytes, records without their seconds."""
     found: dict[str, object] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(folder.rglob("[!.]*.*")):
         name = path.relative_to(folder).as_posix()
-        if path.name.startswith(".") or path.is_dir():
-            continue
         if path.suffix == ".json":
-            content = json.loads(path.read_text())
-            rows = content if isinstance(content, list) else [content]
+            rows = np.atleast_1d(json.loads(path.read_text()))
             found[name] = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
         elif path.suffix == ".gz":
             found[name] = path.read_bytes()
@@ -170,29 +159,20 @@ def _outputs(folder: Path) -> dict[str, object]:
 
 def test_killed_at_any_moment_the_same_command_finishes_the_rest(scans, checkpoint, tmp_path):
     """SIGKILL within writes: no torn file, and at the end the undisturbed bytes."""
-    unbroken, broken = (
-        {
-            "paths": (scans / "images",), "truth": (scans / "labels",), "checkpoint": checkpoint,
-            "destination": tmp_path / name, "device": "cpu", "precision": "fp32",
-            "accept": ("seen",),
-        }
-        for name in ("unbroken", "broken")
-    )  # fmt: skip
+    how = {"truth": (scans / "labels",), "checkpoint": checkpoint, "accept": ("seen",)}
+    unbroken = how | {"paths": (scans / "images",), "destination": tmp_path / "a"}
+    unbroken |= {"device": "cpu", "precision": "fp32"}
+    broken = unbroken | {"destination": tmp_path / "b"}
     assert run_child(children.apply, unbroken) == 0
-    expected = _outputs(unbroken["destination"])
+    expected = read_outputs(unbroken["destination"])
     for write in (1, 2, 3, 4, 6):
         assert run_child(children.apply, broken, ("write", write)) == -signal.SIGKILL
-        for name, content in _outputs(broken["destination"]).items():
+        for name, content in read_outputs(broken["destination"]).items():
             if "/" in name:  # of a case; the tables grow with the cases
                 assert content == expected[name], name
     assert run_child(children.apply, broken) == 0
-    assert _outputs(broken["destination"]) == expected
+    assert read_outputs(broken["destination"]) == expected
     assert not list(broken["destination"].glob("*/.*"))
-
-
-# ---------------------------------------------------------------------------------------
-# Refused
-# ---------------------------------------------------------------------------------------
 
 
 def test_bad_input_is_named(tmp_path, checkpoint):

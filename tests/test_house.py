@@ -4,7 +4,6 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,15 +49,8 @@ def name_module(path: Path) -> str:
     return f"data.{path.stem}" if path.parent.name == "data" else path.stem
 
 
-def functions_of(path: Path) -> Iterator[ast.FunctionDef]:
-    for node in ast.walk(parse(path)):
-        if isinstance(node, ast.FunctionDef):
-            yield node
-
-
-# ---------------------------------------------------------------------------------------
-# Rooms and arrows
-# ---------------------------------------------------------------------------------------
+def functions_of(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(parse(path)) if isinstance(node, ast.FunctionDef)]
 
 
 def test_only_the_six_modules_and_the_store_room():
@@ -76,12 +68,6 @@ def test_imports_run_down_only(path):
     mine, imported = FLOOR[name_module(path)], imported_modules(path) & set(FLOOR)
     assert all(FLOOR[other] < mine for other in imported), imported
     assert "vedo" not in imported_modules(path) or path.stem == "visualize_3d"
-
-
-def test_no_test_imports_another():
-    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
-    for path in (ROOT / "tests").glob("*.py"):
-        assert not imported_modules(path) & tests, path.name
 
 
 IMPORTING = """
@@ -111,11 +97,6 @@ def test_importing_does_no_work(tmp_path):
     assert done.stdout == ""
 
 
-# ---------------------------------------------------------------------------------------
-# Sizes
-# ---------------------------------------------------------------------------------------
-
-
 def count_lines(*paths: Path) -> int:
     return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
 
@@ -142,11 +123,8 @@ def test_the_house_stays_small():
 
 
 def test_functions_stay_short():
-    lengths = {
-        f"{path.name}:{node.name}": node.end_lineno - node.lineno + 1
-        for path in SOURCES
-        for node in functions_of(path)
-    }
+    nodes = [(path.name, node) for path in SOURCES for node in functions_of(path)]
+    lengths = {f"{file}:{n.name}": n.end_lineno - n.lineno + 1 for file, n in nodes}
     long = {name: length for name, length in lengths.items() if length > 40}
     assert len(long) <= 0.02 * len(lengths), long
     assert max(lengths.values()) <= 60, long
@@ -160,10 +138,6 @@ def test_functions_take_few_parameters():
             count = len([argument for argument in given if argument.arg not in ("self", "cls")])
             assert count <= 8 or node.name == "save_checkpoint", f"{path.name}:{node.name}"
 
-
-# ---------------------------------------------------------------------------------------
-# One home for each thing
-# ---------------------------------------------------------------------------------------
 
 HOMES = {  # what → (pattern of its definition or use, the only files that may hold it)
     "asking whether something is DICOM": (r"b\"DICM\"", {"dicom.py"}),
@@ -198,9 +172,3 @@ def test_no_affine_stands_beside_an_array():
             names = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
             if "affine" in names and path.name not in inside:
                 assert node.name in ("__init__", "_with_grid"), f"{path.name}:{node.name}"
-
-
-def test_the_functions_that_the_pipeline_is_known_for_are_in_use():
-    for name in ("show_patient", "dice_metric"):
-        users = [path.name for path in SOURCES if re.search(rf"\b{name}\(", path.read_text())]
-        assert len(users) > 1, f"{name} is used in {users}"

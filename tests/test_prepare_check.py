@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import make_phantoms
 import nibabel as nib
 import numpy as np
 import pytest
@@ -59,19 +60,13 @@ PLANTED = {
     "padding read as HU": ("hu", lambda s, m: (np.where(s < -900, 62512, s.astype("i4")), m)),
     "slices without data": ("blank", lambda s, m: (np.where(at(s)[2] // 3 == 1, -1024, s), m)),
     "empty label": ("empty", lambda s, m: (s, np.zeros_like(m))),
-    "fractions": ("values", lambda s, m: (s, m * np.float32(0.9))),
-    "NaN in the label": ("nan", lambda s, m: (s, np.where(m > 0, np.nan, 0).astype("f4"))),
     "undeclared value": ("values", lambda s, m: (s, m * 7)),
-    "negative value": ("values", lambda s, m: (s, -m.astype(np.int16))),
     "mirrored label": ("outline", lambda s, m: (s, m[::-1])),
     "scan and label mirrored": ("left_right", lambda s, m: (s[::-1], m[::-1])),
     "label in the air": ("outside", lambda s, m: (s, np.roll(m, 16, axis=0))),
     "tumour in a corner": ("tumour_apart", lambda s, m: (s, np.where(at(m).max(0) < 4, 2, m > 0))),
     "only tumour asked, none there": ("empty", lambda s, m: (s, m * 0 + (m > 0))),
     "too few slices": ("thin", lambda s, m: (s[:, :, 22:30], m[:, :, 22:30])),
-    "one column": ("small", lambda s, m: (s[24:25], m[24:25])),
-    "other shape": ("shape", lambda s, m: (s, m[:-2])),
-    "swapped": ("values", lambda s, m: (m.astype(np.int16), s)),
 }
 
 
@@ -101,12 +96,6 @@ def test_a_label_map_beside_its_scan_is_found(kind, affine, tmp_path):
         image = nib.Nifti1Image(array[::-1, ::-1], where)  # stored as LPS
         nib.save(image, tmp_path / "raw" / folder / "case.nii.gz")
     assert kind in findings(tmp_path / "raw")
-    if kind == "grid":
-        trusted = run(tmp_path / "raw", trust_image_grid=(), training=1, validation=0, test=0)
-        entry = trusted["subvolumes"][0]
-        piece = nib.load(tmp_path / "prepared" / entry["label"])
-        expected = ras_arrays(1)[1][:, :, entry["first_slice"] :][:, :, :16]
-        assert np.array_equal(np.asanyarray(piece.dataobj), expected)
 
 
 def make_liver() -> tuple[np.ndarray, np.ndarray]:
@@ -127,11 +116,8 @@ def make_liver() -> tuple[np.ndarray, np.ndarray]:
         (lambda m: m[:, :, ::-1], "upside down"),
         (lambda m: m[::-1, ::-1], "turned by 180°"),
         (lambda m: m.transpose(1, 0, 2), "with rows and columns exchanged"),
-        (lambda m: m.transpose(1, 0, 2)[::-1, ::-1], "with rows and columns exchanged"),
         (lambda m: m.transpose(1, 0, 2)[::-1], "turned by 90°"),
         (lambda m: np.roll(m, -5, 0), "25 mm to the right"),
-        (lambda m: np.roll(m, 5, 0), "25 mm to the left"),
-        (lambda m: np.roll(m, 5, 1), "25 mm to the back"),
         (lambda m: np.roll(m, (5, -5), (1, 2)), "25 mm to the back and 25 mm to the head"),
         (lambda m: np.roll(m[:, :, ::-1], 5, 0), "upside down and 25 mm to the left"),
     ],
@@ -150,19 +136,20 @@ def test_an_outline_that_fits_is_left_alone():
     small = mask & (np.indices(mask.shape)[2] < 16)  # 5 of 12 slices, 88 ml
     for outline in (mask, np.roll(small, 5, 0)):
         assert judge_fit(hu, outline, (5.0, 5.0, 5.0)) == ([], None)
-    wide = np.pad(hu, ((0, 4), (0, 0), (0, 0)), constant_values=-1000)  # no square
-    ((kind, _),), _ = judge_fit(wide, np.pad(mask[::-1], ((0, 4), (0, 0), (0, 0))), (5, 5, 5))
-    assert kind == "outline"
+    edge = ((0, 4), (0, 0), (0, 0))  # no square
+    wide = np.pad(hu, edge, constant_values=-1000)
+    assert judge_fit(wide, np.pad(mask[::-1], edge), (5, 5, 5))[0][0][0] == "outline"
 
 
-def test_outlines_of_real_livers_fit_and_turned_ones_do_not(tmp_path, real_ct):
+def test_six_real_cases_raise_no_alarm_and_their_turned_outlines_do(tmp_path, real_ct):
     cases, terms = prepare.read_data_set(Config(source=real_ct, destination=tmp_path))
-    for case in cases[3:]:  # the small files
-        record = {"case": case.name, "image": str(case.image), "label": str(case.label)}
+    records = [check_case(case, terms, tmp_path) for case in cases]
+    compare_cases(records, terms)
+    assert [record["findings"] for record in records] == [[]] * 6
+    for record in records[3:]:  # the small files
         scan, label = read_pair(record, terms)
         hu, mask = scan.ras.data[::4, ::4], label.data[::4, ::4] > 0
         mm = tuple(np.multiply(scan.ras.spacing_mm, (4, 4, 1)))
-        assert judge_fit(hu, mask, mm) == ([], None)
         for wrong in (mask[::-1], mask[:, ::-1], mask[:, :, ::-1], mask.transpose(1, 0, 2)):
             assert dict(judge_fit(hu, wrong, mm)[0]).keys() == {"outline"}
         assert judge_fit(hu, np.roll(mask, 8, 0), mm)[0]  # 24 mm
@@ -187,37 +174,30 @@ def test_organs_are_doubted_by_volume_side_parts_and_tumours():
     assert "on the patient's left" in doubt((5, 15))
 
 
-@pytest.mark.parametrize(
-    ("drawn", "every", "text"),
-    [
+def test_slices_that_nobody_annotated_are_noticed():
+    for drawn, every, text in (
         (range(3, 20), 1, ""),
-        (range(3, 20, 2), 1, "--label-every 2?"),
         (range(4, 20, 3), 1, "--label-every 3?"),
         (range(3, 20, 4), 2, "--label-every 4?"),
         (range(3, 20, 4), 4, ""),
         ([3, 4, 5, 12, 13, 14], 1, ""),  # two lesions
         (range(3, 20), 4, "but slices 4 and 5 are annotated"),
         ([], 1, ""),
-    ],
-)
-def test_slices_that_nobody_annotated_are_noticed(drawn, every, text):
-    found = judge_gaps(np.isin(np.arange(24), drawn), every)
-    assert [text in told for _, told in found] == [True] * bool(text)
+    ):
+        found = judge_gaps(np.isin(np.arange(24), drawn), every)
+        assert [text in told for _, told in found] == [True] * bool(text)
 
 
-@pytest.mark.parametrize(
-    ("shape", "affine", "kinds"),
-    [
-        ((512, 512, 100), np.eye(4), ["identity"]),
-        ((512, 512, 100), np.diag([-1.0, -1, 1, 1]), ["identity"]),
-        ((512, 512, 100), np.eye(4) + 50 * SHIFT, []),  # resampled to 1 mm
-        ((512, 512, 100), np.diag([5.0, 0.7, 0.7, 1]), ["turned"]),  # 2560 mm from side to side
-        ((512, 512, 400), np.diag([-0.97, -0.97, 5, 1]), []),  # 2 m from head to feet
-    ],
-)
-def test_geometry_that_no_patient_has_is_noticed(shape, affine, kinds):
-    scan = Volume(np.broadcast_to(np.int16(0), shape), affine)
-    assert [kind for kind, _ in judge_geometry(scan)] == kinds
+def test_geometry_that_no_patient_has_is_noticed():
+    for slices, affine, kinds in (
+        (100, np.eye(4), ["identity"]),
+        (100, np.diag([-1.0, -1, 1, 1]), ["identity"]),
+        (100, np.eye(4) + 50 * SHIFT, []),  # resampled to 1 mm
+        (100, np.diag([5.0, 0.7, 0.7, 1]), ["turned"]),  # 2560 mm from side to side
+        (400, np.diag([-0.97, -0.97, 5, 1]), []),  # 2 m from head to feet
+    ):
+        scan = Volume(np.broadcast_to(np.int16(0), (512, 512, slices)), affine)
+        assert [kind for kind, _ in judge_geometry(scan)] == kinds
 
 
 def test_a_set_that_lacks_an_organ_is_told_with_names():
@@ -230,9 +210,8 @@ def test_a_set_that_lacks_an_organ_is_told_with_names():
     told = compare_cases(records, terms)
     assert told == [("lacking", "2 of 3 cases hold no voxel of spleen: b, c")]
     compare_cases(records[1:], terms)
-    assert [dict(record["findings"]) for record in records] == [
-        {}, *[{"empty": "2 of 2 cases hold no voxel of spleen"}] * 2,
-    ]  # fmt: skip
+    lacking = ("empty", "2 of 2 cases hold no voxel of spleen")
+    assert [[*map(tuple, r["findings"])] for r in records] == [[], [lacking], [lacking]]
 
 
 def test_identity_affine_and_odd_spacing_are_told(tmp_path):
@@ -270,32 +249,21 @@ def test_orphans_and_broken_files_stop_their_case_only(tmp_path):
     for text in ("1: .* has no scan", "2: .* has no label map", "3: .*case_3.nii.gz"):
         assert re.search(f"error: case_{text}", result.stdout)
     dataset = json.loads((tmp_path / "out/dataset.json").read_text())
-    assert [case["case"] for case in dataset["cases"]] == ["case_0", "case_4", "case_5"]
-    faulty = ["case_1", "case_2", "case_3"]
-    assert [case["case"] for case in dataset["left_out"]] == faulty
+    faulty = [case["case"] for case in dataset["left_out"]]
+    assert faulty == ["case_1", "case_2", "case_3"] and len(dataset["cases"]) == 3
     run(raw, destination=tmp_path / "out", leave_out=faulty)  # known: no error any more
 
 
 def test_clean_phantoms_raise_no_alarm(tmp_path, raw_phantoms):
-    import make_phantoms
-
-    make_phantoms.main(
-        make_phantoms.Config(destination=tmp_path / "spleen", cases=4, size=48, organ="spleen")
-    )
-    for source, organ in ((raw_phantoms, {}), (tmp_path / "spleen", {"foreground": ("spleen",)})):
+    spleens = tmp_path / "spleen"
+    make_phantoms.main(make_phantoms.Config(spleens, cases=4, size=48, organ="spleen"))
+    for source, organ in ((raw_phantoms, {}), (spleens, {"foreground": ("spleen",)})):
         cases, terms = prepare.read_data_set(Config(source, tmp_path / "out", **organ))
         for case in cases:
             assert check_case(case, terms, tmp_path)["findings"] == []
 
 
-def test_six_real_cases_raise_no_alarm(tmp_path, real_ct):
-    cases, terms = prepare.read_data_set(Config(source=real_ct, destination=tmp_path))
-    records = [check_case(case, terms, tmp_path) for case in cases]
-    compare_cases(records, terms)
-    assert [record["findings"] for record in records] == [[]] * 6
-
-
-AWKWARD = {  # file → part of the one message; None: read, and no CT of a liver for another reason
+AWKWARD = {  # file → part of the one message
     "5D_small.nii": "one 3D volume, got shape (1, 2, 3, 1, 3)",
     "functional.nii": "one 3D volume, got shape (17, 21, 3, 20)",
     "nifti1.hdr": "nifti1.img",

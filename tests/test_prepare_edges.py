@@ -28,16 +28,10 @@ def raw(tmp_path):
     return write_patients(tmp_path / "raw")
 
 
-def replace_case(raw, index: int, scan: np.ndarray, label: np.ndarray) -> None:
+def replace_case(raw, index, scan, label):
     """Write other arrays (RAS) as one of the cases."""
     save(scan, AFFINE, raw / f"imagesTr/case_{index}.nii.gz")
     save(label, AFFINE, raw / f"labelsTr/case_{index}.nii.gz")
-
-
-def test_copies_share_two_slices_and_a_tenth_of_the_shorter_scan():
-    whole = list(range(100))
-    scans = [whole, whole[40:50], [*whole[:1], *range(200, 204)], [*whole[:9], *range(300, 400)]]
-    assert check.find_duplicates(scans) == [(0, 1, 10)]
 
 
 def test_mr_is_said_once_and_kept(tmp_path):
@@ -70,46 +64,44 @@ def test_the_check_works_alone(raw, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"check.csv", "case_0.png", "case_1.png", "case_2.png"}
-    table = (tmp_path / "out/check.csv").read_text().splitlines()
-    assert len(table) == 4 and table[0].startswith("case,shape,spacing mm")
+    assert (tmp_path / "out/check.csv").read_text().startswith("case,shape,spacing mm")
     replace_case(raw, 1, *(array[24:25] for array in ras_arrays(1)))
     done = call_script(*command)
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert "1 of 3 cases with errors" in done.stderr
 
 
-@pytest.mark.parametrize("fault", [MemoryError("huge"), UnicodeError("name")])
 @pytest.mark.parametrize("stage", [check, prepare], ids=["check", "cut"])
-def test_whatever_a_case_raises_the_others_are_done(fault, stage, raw, monkeypatch, capsys):
+def test_whatever_a_case_raises_the_others_are_done(stage, raw, monkeypatch, capsys):
     real = check.read_pair
 
     def broken(record, terms):
         if record["case"] == "case_1":
-            raise fault
+            raise MemoryError("huge")
         return real(record, terms)
 
     monkeypatch.setattr(stage, "read_pair", broken)
     with pytest.raises(InputError, match="1 of 3 cases have errors"):
         run(raw, **TWO)
-    assert f"error: case_1: {type(fault).__name__}: {fault}" in capsys.readouterr().out
+    assert "error: case_1: MemoryError: huge" in capsys.readouterr().out
     written = json.loads((raw.parent / "prepared/dataset.json").read_text())
     assert [case["case"] for case in written["cases"]] == ["case_0", "case_2"]
     monkeypatch.undo()
     assert len(run(raw, **TWO)["cases"]) == 3  # no verdict on the scan was remembered
 
 
-@pytest.mark.parametrize("function", ["save_figure", "write_json"])
-def test_a_full_disk_is_no_verdict_on_a_scan(function, raw, monkeypatch):
+def test_a_full_disk_is_no_verdict_on_a_scan(raw, monkeypatch):
     def fill(*_, **__):
         raise InputError("case_0.png: No space left on device")
 
-    module = check if function == "save_figure" else prepare
-    real = getattr(module, function)
-    monkeypatch.setattr(module, function, lambda x, p: (fill if "case_" in p.name else real)(x, p))
-    with pytest.raises(InputError, match="No space left on device"):
-        run(raw, pictures=True)
-    assert not list((raw.parent / "prepared").rglob("case_*.json"))
-    monkeypatch.undo()
+    for module, function in ((check, "save_figure"), (prepare, "write_json")):
+        real = getattr(module, function)
+        fail = lambda x, p, real=real: (fill if "case_" in p.name else real)(x, p)  # noqa: E731
+        monkeypatch.setattr(module, function, fail)
+        with pytest.raises(InputError, match="No space left on device"):
+            run(raw, pictures=True)
+        assert not list((raw.parent / "prepared").rglob("case_*.json"))
+        monkeypatch.undo()
     assert len(run(raw)["cases"]) == 3
 
 
@@ -135,14 +127,14 @@ def test_another_source_is_refused_and_overwrite_removes_only_ours(raw, tmp_path
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_folder_that_is_not_ours_is_not_replaced(finished, raw):
-    folder = raw.parent / "prepared/subvolumes/case_1"
+    precious = raw.parent / "prepared/subvolumes/case_1/precious.txt"
     if finished:  # by an earlier run, with another setting
         run(raw, compress=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "precious.txt").write_text("")
+    precious.parent.mkdir(parents=True, exist_ok=True)
+    precious.write_text("")
     with pytest.raises(InputError, match="did not write"):
         run(raw)
-    assert (folder / "precious.txt").is_file()
+    assert precious.is_file()
 
 
 def test_only_leftovers_of_killed_runs_are_removed(raw, tmp_path):
@@ -164,11 +156,11 @@ def test_a_second_prepare_into_a_folder_is_refused(raw):
         run(raw)
 
 
-def start(raw, out, *words: object, **environment: str) -> subprocess.Popen:
-    """prepare.py as a user starts it, in a process group of its own."""
-    command = [sys.executable, "prepare.py", raw, "--destination", out, *words]
+def start(raw, out, workers, **environment: str) -> subprocess.Popen:
+    """Start prepare.py as a user does, in a process group of its own."""
+    command = [sys.executable, "prepare.py", raw, "--destination", out, "--workers", str(workers)]
     return subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
         text=True, start_new_session=True, env=os.environ | environment,
     )  # fmt: skip
 
@@ -176,7 +168,7 @@ def start(raw, out, *words: object, **environment: str) -> subprocess.Popen:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_signal_ends_in_a_command_without_tracebacks(workers, tmp_path):
     raw, out = write_patients(tmp_path / "raw", affines=(None,) * 6), tmp_path / "out"
-    process = start(raw, out, "--workers", workers)
+    process = start(raw, out, workers)
     while not list(out.glob("check/*.png")) and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT if workers == 2 else signal.SIGTERM)  # as a terminal does
@@ -189,7 +181,7 @@ def test_a_signal_ends_in_a_command_without_tracebacks(workers, tmp_path):
 
 def test_where_no_process_can_be_started_one_does_all(raw, tmp_path):
     (place := tmp_path / ("long" * 30)).mkdir()  # the path of a socket has 108 letters at most
-    process = start(raw, tmp_path / "out", "--workers", 2, TMPDIR=str(place))
+    process = start(raw, tmp_path / "out", 2, TMPDIR=str(place))
     assert "AF_UNIX path too long" in process.communicate(timeout=300)[0]
 
 
@@ -252,9 +244,8 @@ def test_slices_between_the_annotated_ones_are_ignored(raw, capsys):
     assert "--label-every 4, but slices" in capsys.readouterr().out
     for index in range(3):
         scan, label = ras_arrays(index)
-        sparse = np.zeros_like(label)
-        sparse[:, :, index::4] = label[:, :, index::4]
-        replace_case(raw, index, scan, sparse)
+        drawn = np.arange(label.shape[2]) % 4 == index
+        replace_case(raw, index, scan, label * drawn)
     dataset = run(raw, label_every=4)
     assert dataset["ignore"] == [255]
     for entry in dataset["subvolumes"]:

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ import preprocess
 import train
 import visualize_3d
 from data import check, evaluate
-from data.files import InputError, atomic_write, lock_folder, read_record, stamp_files, write_csv
+from data.files import InputError, atomic_write, lock_folder, read_record, write_csv
 from data.settings import check_settings, format_seconds
 from data.settings import run_script as start_script
 from preprocess import pick_device
@@ -34,17 +33,12 @@ CONFIGS = [m.Config for m in (train, prepare, apply_model, visualize_3d, check, 
     ("setting", "value", "message"),
     [
         ("hu_window", (250.0, -200.0), "low, then high"),
-        ("hu_window", (-200.0, math.nan), "low, then high"),
         ("spacing", (0.0, 0.0), "a number 0.05 <= x <= 50"),
         ("input_size", (256, 0), "a number 1 <= x"),
         ("ema_decay", math.nan, "a number 0 <= x < 1"),
-        ("overlap", 1.0, "a number 0 <= x < 1"),
         ("flip_probability", 1.01, "a number 0 <= x <= 1"),
         ("noise_sd", math.inf, "a number 0 <= x"),
-        ("rotation_degrees", -1, "a number 0 <= x <= 180"),
-        ("batch_size", 0, "a number 1 <= x"),
         ("batch_size", True, "a number"),
-        ("learning_rate", 0.0, "a number 0 < x"),
         ("seed", 2**32, "a number 0 <= x < 4294967296"),
         ("loss", "dicee", "as --help says"),
         ("device", "gpu", "auto, cpu, cuda, cuda:1 or mps"),
@@ -59,7 +53,7 @@ def test_a_wrong_setting_is_one_line_before_anything_is_read(setting, value, mes
 def test_ranges_let_the_defaults_and_recipes_through():
     for config in [*(recipe for _, recipe in train.RECIPES.values()), *(c() for c in CONFIGS[:5])]:
         check_settings(config)
-    check_settings(apply_model.Config(folds=(Path("a.pt"), Path("b.pt")), background=-32768))
+    check_settings(apply_model.Config(background=-32768))
     for wrong in ({"background": 2**15}, {"overlap": -0.1}, {"windows": -1}):
         with pytest.raises(InputError, match="must be a number"):
             check_settings(apply_model.Config(**wrong))
@@ -115,41 +109,28 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own(machine):
         pick_device("auto")
 
 
-@pytest.mark.parametrize(
-    "code, reason", [
-        ("import os; os.abort()", "ended its process"), ("print('half is no type')", "half is no"),
-        ("print()", ""),
-    ],
-)  # fmt: skip
-def test_apples_gpus_are_tried_in_a_process_of_their_own(code, reason, machine, monkeypatch):
+def test_apples_gpus_are_tried_in_a_process_of_their_own(machine, monkeypatch):
     machine(mps=True)
-    run = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda command, **how: run([*command[:2], code], **how))
-    if not reason:
-        assert pick_device("mps").type == "mps"
-        return
-    with pytest.raises(InputError, match=reason):
-        pick_device("mps", "bf16")
-
-
-def test_a_build_of_torch_without_cuda_fails_the_probe():
-    if not torch.backends.cuda.is_built():
-        assert "CUDA" in preprocess.try_device(torch.device("cuda:0"), "fp16")
-
-
-# ---------------------------------------------------------------------------------------
-# Files and locks
-# ---------------------------------------------------------------------------------------
+    run, code = subprocess.run, ["print()"]
+    monkeypatch.setattr(subprocess, "run", lambda command, **how: run([*command[:2], *code], **how))
+    assert pick_device("mps").type == "mps"
+    for code[0], reason in (
+        ("import os; os.abort()", "ended its process"), ("print('half is no type')", "half is no"),
+    ):  # fmt: skip
+        preprocess.find_fault.cache_clear()
+        with pytest.raises(InputError, match=reason):
+            pick_device("mps", "bf16")
 
 
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left"), RuntimeError("full"), ValueError(), None]
 )
 def test_any_writers_failure_is_one_message_and_leaves_what_was_there(tmp_path, error):
-    target = tmp_path / "a.nii.gz"
-    target.write_text("before")
+    target = tmp_path / f"{'n' * 240}.nii.gz"  # as long as a name may be
+    with atomic_write(target) as temporary:
+        temporary.write_text("before")
     with (
-        pytest.raises(InputError, match=r"a\.nii\.gz: cannot be written"),
+        pytest.raises(InputError, match=r"n\.nii\.gz: cannot be written"),
         atomic_write(target) as temporary,
     ):
         temporary.write_text("half" if error else "")  # an empty file is a silent failure
@@ -157,13 +138,6 @@ def test_any_writers_failure_is_one_message_and_leaves_what_was_there(tmp_path, 
             raise error
     assert target.read_text() == "before"
     assert list(tmp_path.iterdir()) == [target]
-
-
-def test_long_names_are_written(tmp_path):
-    with atomic_write(tmp_path / f"{'n' * 240}.nii.gz") as temporary:
-        assert temporary.name.endswith(".nii.gz")
-        temporary.write_text("whole")
-    assert [path.name for path in tmp_path.iterdir()] == [f"{'n' * 240}.nii.gz"]
 
 
 def test_a_folder_is_for_one_process_until_it_ends(prepared, tmp_path):
@@ -182,9 +156,6 @@ def test_a_folder_is_for_one_process_until_it_ends(prepared, tmp_path):
     with lock_folder(folder):
         assert [path.name for path in folder.iterdir()] == [".lock"]
     assert not list(folder.iterdir())
-    with lock_folder(tmp_path / "new"):
-        pass
-    assert not (tmp_path / "new").exists()  # nothing came to stand in it
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file: cannot be written"), lock_folder(tmp_path / "file"):
         pass
@@ -199,15 +170,6 @@ def test_a_record_is_read_by_its_mark_or_not_at_all(tmp_path):
     for damaged in ('{"mark": "m"', "[1]", '{"n": 1}', ""):
         path.write_text(damaged)
         assert read_record(path) is None
-
-
-def test_the_stamp_of_a_file_is_its_name_size_and_time(tmp_path):
-    path = tmp_path / "a.nii"
-    path.write_bytes(b"abc")
-    os.utime(path, ns=(0, 1_500_000_000_000_000_001))
-    assert stamp_files([path]) == [[str(path), 3, 1_500_000_000_000_000_001]]
-    with pytest.raises(InputError, match=r"b\.nii: cannot be read"):
-        stamp_files([tmp_path / "b.nii"])
 
 
 def test_times_are_readable():
@@ -231,19 +193,15 @@ run_script(main, sys.argv[1])
 
 def test_an_unexpected_error_is_one_line_and_a_traceback_when_asked():
     done = run_script("-c", SCRIPT, "fail")
-    assert done.returncode == 1
-    assert done.stderr.strip() == (
-        "error: KeyError: 'odd'; run again with LIVER_DEBUG=1 for the traceback"
-    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: KeyError: 'odd'; run again with LIVER_DEBUG=1 for")
     assert "Traceback" in run_script("-c", SCRIPT, "fail", "--debug").stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_script_with_130_and_what_to_do(number):
-    child = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, "wait"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command, pipe = [sys.executable, "-c", SCRIPT, "wait"], subprocess.PIPE
+    child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
     assert child.stdout.readline() == "begun\n"
     child.send_signal(number)
     _, errors = child.communicate(timeout=HANGS)
@@ -257,9 +215,8 @@ def test_the_first_signal_lets_a_step_finish_and_the_next_one_ends_the_process(n
     child, said = start_busy()
     try:
         os.kill(child.pid, number)
-        assert [said.readline(), said.readline()] == [
-            "\n", "finishing this step; Ctrl-C again stops at once\n"
-        ]  # fmt: skip
+        assert said.readline() == "\n"
+        assert said.readline() == "finishing this step; Ctrl-C again stops at once\n"
         os.kill(child.pid, signal.SIGTERM)
         child.join(1.1)
         assert child.exitcode is None
