@@ -199,20 +199,13 @@ def natural(name: str) -> list[tuple[bool, int, str]]:
 def list_plain_files(folder: Path) -> list[Path]:
     """Return the files of a folder that are not hidden, by name; broken links too."""
     with os.scandir(folder) as entries:
-        names = [e.name for e in entries if not _is_hidden(e.name) and not _is_folder(e)]
+        names = [e.name for e in entries if not _is_hidden(e.name) and not Path(e).is_dir()]
     return [folder / name for name in sorted(names)]
 
 
 def _is_hidden(name: str) -> bool:
     """Return whether a name begins with one dot; `..a.nii` is a file as any other."""
     return name.startswith(".") and not name.startswith("..")
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
 
 
 def list_below(folder: Path, exclude: Path | None = None) -> list[Path]:

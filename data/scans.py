@@ -302,13 +302,6 @@ def restore_label(content: str | list[list[str]]) -> Path | Masks:
     return tuple((str(name), Path(path)) for name, path in content)
 
 
-def resolve_label(label: Path | Masks) -> Path | Masks:
-    """Return a case's label map with absolute paths."""
-    if isinstance(label, tuple):
-        return tuple((name, path.resolve()) for name, path in label)
-    return label.resolve()
-
-
 def name_label(label: Path | Masks | None) -> str:
     """Return a case's label map for messages: its path, or those of its masks."""
     return ", ".join(str(p) for _, p in label) if isinstance(label, tuple) else str(label)

@@ -10,7 +10,7 @@ import contextlib
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -142,13 +142,6 @@ class Volume:
         """The volume, converted, with axes nearest to R, A, S; every voxel keeps its position."""
         array = apply_orientation(self.read(), self.orientation)  # a view
         return replace(self, data=array, affine=self.ras_affine, header=None, convert=None)
-
-    def slabs(self, wanted: Iterable[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first, RAS array (X, Y, last − first)) for RAS slice ranges, each converted."""
-        array = apply_orientation(self.data, self.orientation)  # a view
-        for first, last in wanted:
-            slab = array[:, :, first:last]
-            yield first, self.convert(slab) if self.convert else slab
 
     def like(self, array: np.ndarray) -> Volume:
         """Return `array`, in the stored axes, on exactly this grid: shape, affine, form codes."""
