@@ -94,6 +94,11 @@ def test_a_thin_scan_is_padded_with_air_and_says_so(tmp_path):
     assert all("11 slices" in " ".join(case["warnings"]) for case in dataset["cases"])
 
 
+def test_keep_empty_keeps_the_asked_fraction(raw):
+    everything = run(raw, keep_empty=1.0)
+    assert len(everything["subvolumes"]) == sum(-(-c["slices"] // 16) for c in everything["cases"])
+
+
 def test_scaled_images_become_float32_in_hu(raw):
     for path in (raw / "imagesTr").iterdir():
         stored = nib.load(path)

@@ -34,6 +34,12 @@ def replace_case(raw, index, scan, label):
     save(label, AFFINE, raw / f"labelsTr/case_{index}.nii.gz")
 
 
+def test_copies_share_two_slices_and_a_tenth_of_the_shorter_scan():
+    whole = list(range(100))
+    scans = [whole, whole[40:50], [*whole[:1], *range(200, 204)], [*whole[:9], *range(300, 400)]]
+    assert check.find_duplicates(scans) == [(0, 1, 10)]
+
+
 def test_mr_is_said_once_and_kept(tmp_path):
     for index in range(3):
         scan, label = (array[:, :, 12:24] for array in ras_arrays(index))
