@@ -61,9 +61,9 @@ def test_a_missing_scan_or_checkpoint_is_told_at_once(tmp_path):
 
 @pytest.mark.parametrize("script", [*NEXT, "visualize_3d.py", "data/make_phantoms.py"])
 def test_a_missing_environment_is_one_line(script):
-    """A Python without packages (-S) names the environment to activate."""
+    """A Python without packages (-SE) names the environment to activate."""
     done = subprocess.run(
-        [sys.executable, "-S", ROOT / script], capture_output=True, text=True, check=False
+        [sys.executable, "-SE", ROOT / script], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1 and done.stderr.startswith("error: the packages of requirements")
     assert "source .venv/bin/activate" in done.stderr and done.stderr.count("\n") == 1
