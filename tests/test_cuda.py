@@ -73,6 +73,7 @@ def waiting_for_nothing(copies: int = 0):
 # ---------------------------------------------------------------------------------------
 
 
+@ON_GPU
 @MODES
 def test_cache_and_augmentation_lie_on_the_gpu_and_equal_the_cpus(name, few, whole_cases, tmp_path):
     config = tiny(name, few, whole_cases, tmp_path, augment_probability=1.0)

@@ -100,7 +100,7 @@ def test_a_full_disk_is_no_verdict_on_a_scan(raw, monkeypatch):
     def fill(*_, **__):
         raise InputError("case_0.png: No space left on device")
 
-    for module, function in ((check, "save_figure"), (prepare, "write_json")):
+    for module, function in ((check.pictures, "save_figure"), (prepare, "write_json")):
         real = getattr(module, function)
         fail = lambda x, p, real=real: (fill if "case_" in p.name else real)(x, p)  # noqa: E731
         monkeypatch.setattr(module, function, fail)
