@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import library
 from torch.utils import _pytree as pytree
 
 TORCH = "2.13."  # whose tables of functions `announce_device` writes to
@@ -256,7 +257,7 @@ def install(capability: tuple[int, int] = (9, 0), free: int = 80 << 30) -> None:
     if not torch.__version__.startswith(TORCH):
         raise RuntimeError(f"written for torch {TORCH}x, got {torch.__version__}: adapt TORCH")
     announce_device()
-    everything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    everything, aten = library.Library("_", "IMPL"), library.Library("aten", "IMPL")
     KEPT.extend([everything, aten])
     everything.fallback(run_on_cpu, "CUDA")
     aten.impl("copy_", copy_, "CUDA")
