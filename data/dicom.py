@@ -56,13 +56,16 @@ logging.getLogger("pydicom").setLevel(logging.ERROR)
 
 def is_dicom(path: Path) -> bool:
     """Return whether a path is a DICOM file: `DICM` after 128 bytes."""
-    try:
-        if not path.is_file():  # opening a pipe would wait for ever
-            return False
-        with path.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+    return _read_start(path)[128:] == b"DICM"
+
+
+def _read_start(path: Path) -> bytes:
+    """Return the first 132 bytes of a file; none of what cannot be read."""
+    with contextlib.suppress(OSError):
+        if path.is_file():  # opening a pipe would wait for ever
+            with path.open("rb") as stream:
+                return stream.read(132)
+    return b""
 
 
 def is_dicom_input(path: Path) -> bool:
@@ -93,7 +96,14 @@ def find_dicom(files: Iterable[Path]) -> list[DicomItem]:
     """
     series: defaultdict[tuple[str, ...], dict[Path, int]] = defaultdict(dict)
     items: list[DicomItem] = []
-    found = [path for path in sorted(set(files)) if is_dicom(path)]
+    given = set(files)
+    found = sorted(filter(is_dicom, given))
+    kinds = {(path.parent, path.suffix) for path in found}
+    for path in sorted(given - set(found)):  # a lost slice is named as its neighbours are
+        beside = (path.parent, path.suffix) in kinds and path.name[0] != "." and not path.is_dir()
+        if beside and not _read_start(path)[:128].strip(b"\0"):
+            fault = f"{path}: empty or unreadable beside DICOM files; copy it again, or remove it"
+            items.append(DicomItem(path, "", files=(path,), fault=fault, broken=True))
     for path in tqdm(found, desc="DICOM headers", disable=None, delay=1):
         header: Any = {}
         try:
@@ -174,7 +184,7 @@ def find_series(path: Path, notes: list[str]) -> DicomItem:
             f"{'; '.join(found[:5]) or 'no images'}; name one slice of the series"
         )
     for item in (item for item in items if item.fault and not item.is_seg):
-        if item.uid in ("", own[0].uid):  # this file may be a slice of the series
+        if own[0].uid.startswith(item.uid):  # cut off, perhaps in its UID: maybe a slice of this
             raise InputError(item.fault)
         if item.images:
             notes.append(f"left out: {item.fault}")

@@ -310,6 +310,29 @@ def test_everything_is_found_however_it_lies(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_cut_or_lost_last_slice_never_shortens_a_scan(tmp_path):
+    """Without its last slice a series is still regular; a readme beside it takes nothing away."""
+    write_phantom_series(tmp_path, small(4), name="x{:02d}.dcm")
+    last = tmp_path / "x03.dcm"
+    whole = last.read_bytes()
+    (tmp_path / "readme.txt").touch()
+    (tmp_path / "._x03.dcm").touch()  # macOS
+    assert read_series(tmp_path).shape[2] == 4
+    uid = whole.index(b"UI", whole.index(b"\x20\x00\x0e\x00"))  # of the series
+    for end in [*range(0, len(whole), 97), 129, *range(uid, uid + 60, 8)]:
+        last.write_bytes(whole[:end])
+        with pytest.raises(InputError, match=r"x03\.dcm"):
+            read_series(tmp_path)
+    last.write_bytes(bytes(len(whole)))  # of a copy without its blocks
+    with pytest.raises(InputError, match=r"x03\.dcm: empty or unreadable"):
+        read_series(tmp_path / "x00.dcm")
+    last.unlink()
+    last.symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"x03\.dcm: empty or unreadable"):
+        read_series(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_tag_of_nonsense_gives_the_right_result_or_one_input_error(tmp_path):
     counts = sweep_series(tmp_path, number=60)
     assert counts["right"] > 5 and counts["refused"] > 5, counts
