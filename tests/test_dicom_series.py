@@ -12,7 +12,7 @@ from conftest import SHARED_DATA, random_affine
 from helpers import SECRETS, call_script, ras_arrays, save, write_phantom_seg, write_phantom_series
 from pydicom.uid import generate_uid
 
-from benchmarks.sweeps import sweep_series
+from benchmarks.sweeps import sweep_seg, sweep_series
 from data.dicom import find_dicom, is_dicom_input, list_series_files, read_series, write_series
 from data.files import InputError
 from data.labels import USUAL_LABELS
@@ -40,13 +40,13 @@ def test_a_series_is_ordered_by_position_and_rescaled_to_hu(tmp_path):
 
 
 PLACE, PLANE = "ImagePositionPatient", "ImageOrientationPatient"
-ACROSS = [1, 0, 0, 0, 0, -1]
+AXIAL, ACROSS = [1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, -1]
 FAULTS = {  # what changes → what the message says
     "gaps of 5.00 to 10.00 mm": {"ImagePositionPatient": lambda z: [0, 0, 5 * z + 5 * (z > 3)]},
     "gantry tilt of 16.7°": {"tilt": 1.5},
     "9.00 mm beside the stack": {"ImagePositionPatient": lambda z: [9 * (z == 4), 0, 5 * z]},
     "share a position: several acquisitions": {"ImagePositionPatient": lambda z: [0, 0, z // 2]},
-    "must be one stack of parallel": {PLANE: lambda z: [1, 0, 0, 0, 1, 0] if z % 2 else ACROSS},
+    "must be one stack of parallel slices": {PLANE: lambda z: AXIAL if z % 2 else ACROSS},
     "must be or hold one DICOM series": {"SeriesInstanceUID": lambda z: f"1.2.{z % 2}"},
     "cannot be decoded": {"PixelData": b"\0" * 100},
     "PixelData must be 4608 bytes": {"PixelData": b"\0" * 5000},
@@ -73,7 +73,6 @@ def test_a_series_that_is_no_regular_grid_is_refused_with_the_reason(fault, tmp_
 
 
 def test_a_copy_a_stray_image_and_localisers_are_left_out_and_reported(tmp_path):
-    """The stray image says it is of the series; the two localisers are a series of their own."""
     slices = write_phantom_series(tmp_path, small())
     slices[3].save_as(tmp_path / "copy", enforce_file_format=True)
     planes = {"stray": ACROSS, "front": [0, 1, 0, 0, 0, -1], "side": ACROSS}
@@ -124,10 +123,8 @@ ODD = {
     "no SOP class, no modality": {"SOPClassUID": None, "Modality": None},
     "no series UID": {"SeriesInstanceUID": None},
     "inverted on screens": {"PhotometricInterpretation": "MONOCHROME1"},
-    "cosines of three digits": {
-        PLANE: [1, 0, 0, 0, 0.906, -0.423],
-        PLACE: lambda z: [0, 2.115 * z, 4.53 * z],
-    },
+    "cosines of three digits": {PLANE: [1, 0, 0, 0, 0.906, -0.423]}
+    | {PLACE: lambda z: [0, 2.115 * z, 4.53 * z]},
 }
 STORED = ("JPEGLSLossless", "12 bits signed", "overlay bits", "a slope for each slice", "no syntax")
 
@@ -208,19 +205,16 @@ def test_other_objects_are_no_scans_and_say_what_they_are(tmp_path):
     seg = write_phantom_seg(folder / "seg.dcm", slices, label)
     other = copy.deepcopy(slices[0])
     del other.ImagePositionPatient, other.ImageOrientationPatient
-    for name, sop, series in (
-        ("dose", "481.2", other.SeriesInstanceUID), ("screen", "7", other.SeriesInstanceUID),
-        ("rt", "481.3", generate_uid()),
-    ):  # fmt: skip
-        other.SOPInstanceUID, other.SeriesInstanceUID = generate_uid(), series
+    for name, sop in {"dose": "481.2", "screen": "7", "rt": "481.3"}.items():
+        other.SOPInstanceUID = generate_uid()
+        if name == "rt":  # the others say that they are of the series
+            other.SeriesInstanceUID = generate_uid()
         other.SOPClassUID = f"1.2.840.10008.5.1.4.1.1.{sop}"
         other.file_meta.MediaStorageSOPClassUID = other.SOPClassUID
         other.Modality = {"dose": "RTDOSE", "rt": "RTSTRUCT"}.get(name, "OT")
         other.save_as(folder / name, enforce_file_format=True)
-    for name, reason in (
-        ("seg.dcm", "got SEG .*seg.dcm"), ("rt", "RTSTRUCT .*convert its contours"),
-        ("dose", "got no"),
-    ):  # fmt: skip
+    told = {"seg.dcm": "got SEG .*seg.dcm", "rt": "RTSTRUCT .*convert its contours"}
+    for name, reason in (told | {"dose": "got no"}).items():
         with pytest.raises(InputError, match=reason):
             read_series(folder / name)
         assert list_series_files(folder / name) == [folder / name]
@@ -287,8 +281,9 @@ def test_everything_is_found_however_it_lies(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_tag_of_nonsense_gives_the_right_result_or_one_input_error(tmp_path):
-    counts = sweep_series(tmp_path, number=60)
+@pytest.mark.parametrize(("sweep", "number"), [(sweep_series, 60), (sweep_seg, 40)])
+def test_a_tag_of_nonsense_gives_the_right_result_or_one_input_error(sweep, number, tmp_path):
+    counts = sweep(tmp_path, number=number)
     assert counts["right"] > 5 and counts["refused"] > 5, counts
 
 
