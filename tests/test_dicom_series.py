@@ -9,18 +9,10 @@ import numpy as np
 import pydicom
 import pytest
 from conftest import SHARED_DATA, random_affine
-from helpers import (
-    SECRETS,
-    build_phantom_series,
-    call_script,
-    ras_arrays,
-    save,
-    write_phantom_seg,
-    write_phantom_series,
-)
+from helpers import SECRETS, call_script, ras_arrays, save, write_phantom_seg, write_phantom_series
 from pydicom.uid import generate_uid
 
-from benchmarks.sweeps import sweep_series
+from benchmarks.sweeps import sweep_seg, sweep_series
 from data.dicom import find_dicom, is_dicom_input, list_series_files, read_series, write_series
 from data.files import InputError
 from data.labels import USUAL_LABELS
@@ -47,15 +39,14 @@ def test_a_series_is_ordered_by_position_and_rescaled_to_hu(tmp_path):
     assert sorted(one.files) == list_series_files(tmp_path / "ct")
 
 
-ACROSS = [1, 0, 0, 0, 0, -1]
+PLACE, PLANE = "ImagePositionPatient", "ImageOrientationPatient"
+AXIAL, ACROSS = [1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, -1]
 FAULTS = {  # what changes → what the message says
     "gaps of 5.00 to 10.00 mm": {"ImagePositionPatient": lambda z: [0, 0, 5 * z + 5 * (z > 3)]},
     "gantry tilt of 16.7°": {"tilt": 1.5},
     "9.00 mm beside the stack": {"ImagePositionPatient": lambda z: [9 * (z == 4), 0, 5 * z]},
     "share a position: several acquisitions": {"ImagePositionPatient": lambda z: [0, 0, z // 2]},
-    "must be one stack of parallel slices": {
-        "ImageOrientationPatient": lambda z: [1, 0, 0, 0, 1, 0] if z % 2 else ACROSS
-    },
+    "must be one stack of parallel slices": {PLANE: lambda z: AXIAL if z % 2 else ACROSS},
     "must be or hold one DICOM series": {"SeriesInstanceUID": lambda z: f"1.2.{z % 2}"},
     "cannot be decoded": {"PixelData": b"\0" * 100},
     "PixelData must be 4608 bytes": {"PixelData": b"\0" * 5000},
@@ -82,12 +73,10 @@ def test_a_series_that_is_no_regular_grid_is_refused_with_the_reason(fault, tmp_
 
 
 def test_a_copy_a_stray_image_and_localisers_are_left_out_and_reported(tmp_path):
-    """The stray image says it is of the series; the two localisers are a series of their own."""
-    slices, across = write_phantom_series(tmp_path, small()), [1, 0, 0, 0, 0, -1]
+    slices = write_phantom_series(tmp_path, small())
     slices[3].save_as(tmp_path / "copy", enforce_file_format=True)
-    for z, (name, plane) in enumerate(
-        {"stray": across, "front": [0, 1, 0, 0, 0, -1], "side": across}.items()
-    ):
+    planes = {"stray": ACROSS, "front": [0, 1, 0, 0, 0, -1], "side": ACROSS}
+    for z, (name, plane) in enumerate(planes.items()):
         slices[z].ImageOrientationPatient = plane
         if z:
             slices[z].ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
@@ -127,51 +116,20 @@ ODD = {
     "one odd slice": {"ConvolutionKernel": lambda z: "B70f" if z == 3 else "B30f"},
     "MR interleaved in time": {"Modality": "MR", "AcquisitionTime": lambda z: f"12000{z % 2}"},
     "equal storage UIDs": {"SOPInstanceUID": "1.2.3"},
-    "cosines beside a rounding": {
-        "ImageOrientationPatient": lambda z: [1, 0.00049 + 2e-5 * (z % 2), 0, 0, 1, 0]
-    },
+    "cosines beside a rounding": {PLANE: lambda z: [1, 0.00049 + 2e-5 * (z % 2), 0, 0, 1, 0]},
     "spacing in six and seven digits": {"PixelSpacing": lambda z: [0.7421875 + 5e-7 * (z % 2)] * 2},
-    "positions rounded to 0.1 mm": {
-        "ImagePositionPatient": lambda z: [0.3, 0, round(30 + 0.625 * z, 1)]
-    },
+    "positions rounded to 0.1 mm": {PLACE: lambda z: [0.3, 0, round(30 + 0.625 * z, 1)]},
     "empty rescale": {"RescaleSlope": None, "RescaleIntercept": None, "signed": True},
     "no SOP class, no modality": {"SOPClassUID": None, "Modality": None},
     "no series UID": {"SeriesInstanceUID": None},
     "inverted on screens": {"PhotometricInterpretation": "MONOCHROME1"},
-    "cosines of three digits": {"ImageOrientationPatient": [1, 0, 0, 0, 0.906, -0.423]}
-    | {"ImagePositionPatient": lambda z: [0, 2.115 * z, 4.53 * z]},
+    "cosines of three digits": {PLANE: [1, 0, 0, 0, 0.906, -0.423]}
+    | {PLACE: lambda z: [0, 2.115 * z, 4.53 * z]},
 }
-
-
-@pytest.mark.parametrize("kind", ODD)
-def test_sound_series_that_look_odd_are_read_whole(kind, tmp_path):
-    intercept = 0 if "signed" in ODD[kind] else -1024
-    write_phantom_series(tmp_path / "ct", small(), intercept=intercept, **ODD[kind])
-    image = read_series(tmp_path / "ct")
-    assert np.array_equal(image.read(), small()[::-1, ::-1])
-    assert not any("left out" in note for note in image.notes)
-
-
-@pytest.mark.parametrize("signed", [False, True])
-def test_padding_brighter_than_tissue_becomes_air_and_is_reported(signed, tmp_path):
-    """−2000 declared in the other sign: 62,512 HU as it stands, in 6 × 6 voxels of 8 slices."""
-    for z, header in enumerate(build_phantom_series(small())):
-        stored = np.frombuffer(header.PixelData, np.uint16).reshape(48, 48).copy()
-        stored[:6, :6] = 63536
-        header.PixelData = stored.tobytes()
-        if signed:
-            header.add_new("PixelPaddingValue", "SS", -2000)
-        else:
-            header.PixelPaddingValue, header.PixelPaddingRangeLimit = 63530, 63540
-        header.save_as(tmp_path / f"{z}", enforce_file_format=True)
-    image, expected = read_series(tmp_path), small()[::-1, ::-1].copy()
-    expected[:6, :6] = -1024
-    assert np.array_equal(image.read(), expected)
-    assert image.notes == ("288 voxels of padding (PixelPaddingValue) are now air",)
+STORED = ("JPEGLSLossless", "12 bits signed", "overlay bits", "a slope for each slice", "no syntax")
 
 
 def encode(header: pydicom.Dataset, z: int, kind: str) -> None:
-    """Store a slice in another way: the same HU."""
     stored = np.frombuffer(header.PixelData, np.uint16).reshape(48, 48)
     if kind == "12 bits signed":
         header.BitsStored, header.HighBit, header.PixelRepresentation = 12, 11, 1
@@ -189,58 +147,74 @@ def encode(header: pydicom.Dataset, z: int, kind: str) -> None:
         header.compress(getattr(pydicom.uid, kind))
 
 
-STORED = ("JPEGLSLossless", "12 bits signed", "overlay bits", "a slope for each slice", "no syntax")
-
-
-@pytest.mark.parametrize("kind", STORED)
-def test_however_pixels_are_stored_hu_are_the_same(kind, tmp_path):
-    scan = np.clip(small(), -1024, 1000)
-    for z, header in enumerate(build_phantom_series(scan)):
+@pytest.mark.parametrize("kind", [*ODD, *STORED])
+def test_sound_series_that_look_odd_are_read_whole(kind, tmp_path):
+    scan, changes = np.clip(small(), -1024, 1000), ODD.get(kind, {})
+    intercept = 0 if "signed" in changes else -1024
+    slices = write_phantom_series(tmp_path, scan, "{}", intercept=intercept, **changes)
+    how = {"implicit_vr": False, "little_endian": True} if kind == "no syntax" else {}
+    for z, header in enumerate(slices if kind in STORED else ()):
         encode(header, z, kind)
         header.preamble = bytes(128)
-        how = {"implicit_vr": False, "little_endian": True} if "no " in kind else {}
         header.save_as(tmp_path / f"{z}", enforce_file_format=not how, **how)
-    assert np.array_equal(read_series(tmp_path).read(), scan[::-1, ::-1])
+    image = read_series(tmp_path)
+    assert np.array_equal(image.read(), scan[::-1, ::-1])
+    assert not any("left out" in note for note in image.notes)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_padding_brighter_than_tissue_becomes_air_and_is_reported(signed, tmp_path):
+    """−2000 declared in the other sign: 62,512 HU as it stands, in 6 × 6 voxels of 8 slices."""
+    for z, header in enumerate(write_phantom_series(tmp_path, small(), "{}")):
+        stored = np.frombuffer(header.PixelData, np.uint16).reshape(48, 48).copy()
+        stored[:6, :6] = 63536
+        header.PixelData = stored.tobytes()
+        if signed:
+            header.add_new("PixelPaddingValue", "SS", -2000)
+        else:
+            header.PixelPaddingValue, header.PixelPaddingRangeLimit = 63530, 63540
+        header.save_as(tmp_path / f"{z}", enforce_file_format=True)
+    image, expected = read_series(tmp_path), small()[::-1, ::-1].copy()
+    expected[:6, :6] = -1024
+    assert np.array_equal(image.read(), expected)
+    assert image.notes == ("288 voxels of padding (PixelPaddingValue) are now air",)
 
 
 def test_an_enhanced_multi_frame_file_is_a_series(tmp_path):
-    """Frames in random order; a frame without its position is refused."""
-    slices = build_phantom_series(small(), FrameOfReferenceUID="1.2.3")
+    folder = tmp_path / "new"
+    folder.mkdir()
+    slices = write_phantom_series(tmp_path / "old", small(), FrameOfReferenceUID="1.2.3")
     file = highdicom.legacy.LegacyConvertedEnhancedCTImage(
         [slices[z] for z in np.random.default_rng(1).permutation(DEPTH)],
         generate_uid(), 1, generate_uid(), 1,
     )  # fmt: skip
-    file.save_as(tmp_path / "one.dcm", enforce_file_format=True)
-    image = read_series(tmp_path)
+    file.save_as(folder / "one.dcm", enforce_file_format=True)
+    image = read_series(folder)
     assert np.array_equal(image.read(), small()[::-1, ::-1]) and image.spacing_mm == (5, 5, 5)
-    assert [(item.images, item.fault) for item in find_dicom(tmp_path.iterdir())] == [(1, "")]
+    assert [(item.images, item.fault) for item in find_dicom(folder.iterdir())] == [(1, "")]
     del file.PerFrameFunctionalGroupsSequence[3].PlanePositionSequence
-    file.save_as(tmp_path / "one.dcm", enforce_file_format=True)
+    file.save_as(folder / "one.dcm", enforce_file_format=True)
     with pytest.raises(InputError, match=r"one\.dcm: ImagePositionPatient must be 3 numbers"):
-        read_series(tmp_path)
+        read_series(folder)
 
 
 def test_other_objects_are_no_scans_and_say_what_they_are(tmp_path):
-    """A SEG, contours, a dose and a screenshot in the folder of a series."""
     scan, label = small(), ras_arrays(0)[1][:, :, :DEPTH]
     folder = tmp_path / "ct"
     slices = write_phantom_series(folder, scan)
     seg = write_phantom_seg(folder / "seg.dcm", slices, label)
     other = copy.deepcopy(slices[0])
     del other.ImagePositionPatient, other.ImageOrientationPatient
-    for name, sop, series in (
-        ("dose", "481.2", other.SeriesInstanceUID), ("screen", "7", other.SeriesInstanceUID),
-        ("rt", "481.3", generate_uid()),
-    ):  # fmt: skip
-        other.SOPInstanceUID, other.SeriesInstanceUID = generate_uid(), series
+    for name, sop in {"dose": "481.2", "screen": "7", "rt": "481.3"}.items():
+        other.SOPInstanceUID = generate_uid()
+        if name == "rt":  # the others say that they are of the series
+            other.SeriesInstanceUID = generate_uid()
         other.SOPClassUID = f"1.2.840.10008.5.1.4.1.1.{sop}"
         other.file_meta.MediaStorageSOPClassUID = other.SOPClassUID
         other.Modality = {"dose": "RTDOSE", "rt": "RTSTRUCT"}.get(name, "OT")
         other.save_as(folder / name, enforce_file_format=True)
-    for name, reason in (
-        ("seg.dcm", "got SEG .*seg.dcm"), ("rt", "RTSTRUCT .*convert its contours"),
-        ("dose", "got no"),
-    ):  # fmt: skip
+    told = {"seg.dcm": "got SEG .*seg.dcm", "rt": "RTSTRUCT .*convert its contours"}
+    for name, reason in (told | {"dose": "got no"}).items():
         with pytest.raises(InputError, match=reason):
             read_series(folder / name)
         assert list_series_files(folder / name) == [folder / name]
@@ -254,9 +228,7 @@ def test_other_objects_are_no_scans_and_say_what_they_are(tmp_path):
 
 
 def test_a_series_is_its_files_wherever_they_lie(tmp_path):
-    """Halves in two folders, a folder for each slice; beside another series it is refused."""
-    slices = build_phantom_series(small())
-    for z, header in enumerate(slices):
+    for z, header in enumerate(write_phantom_series(tmp_path / "one", small())):
         for form in (f"halves/{z // 4}", f"each/{z}"):
             (tmp_path / form).mkdir(parents=True, exist_ok=True)
             header.save_as(tmp_path / form / f"{z}.dcm", enforce_file_format=True)
@@ -286,7 +258,6 @@ def test_a_broken_file_stops_only_the_series_that_it_may_belong_to(tmp_path):
 
 
 def test_everything_is_found_however_it_lies(tmp_path):
-    """Two series in one folder, a SEG whole and cut, a torn file, no DICOM."""
     scan, label = small(8), ras_arrays(0)[1][:, :, :8]
     slices = write_phantom_series(tmp_path / "two", scan, name="x{:02d}", PatientID="B")
     write_phantom_series(tmp_path / "two", scan, name="y{:02d}", PatientID="C")
@@ -333,14 +304,14 @@ def test_a_cut_or_lost_last_slice_never_shortens_a_scan(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_tag_of_nonsense_gives_the_right_result_or_one_input_error(tmp_path):
-    counts = sweep_series(tmp_path, number=60)
+@pytest.mark.parametrize(("sweep", "number"), [(sweep_series, 60), (sweep_seg, 40)])
+def test_a_tag_of_nonsense_gives_the_right_result_or_one_input_error(sweep, number, tmp_path):
+    counts = sweep(tmp_path, number=number)
     assert counts["right"] > 5 and counts["refused"] > 5, counts
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])
 def test_a_scan_becomes_a_series_and_comes_back(dtype, tmp_path):
-    """Bit-identical voxels, affine within 1e-3 mm; the same scan gives the same series."""
     save(small(10)[:30, :40].astype(dtype), random_affine(4), tmp_path / "Doe^Jane.nii.gz")
     volume = read_file(tmp_path / "Doe^Jane.nii.gz")
     files = write_series(volume, tmp_path / "ct")

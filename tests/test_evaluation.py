@@ -8,11 +8,7 @@ import pytest
 import torch
 from conftest import run_script
 from helpers import as_volume
-from monai.metrics import (
-    compute_average_surface_distance,
-    compute_hausdorff_distance,
-    compute_surface_dice,
-)
+from monai import metrics
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 from scipy import ndimage
 
@@ -45,28 +41,22 @@ def one_hot(classes: np.ndarray) -> torch.Tensor:
 
 
 def score(predicted: np.ndarray, truth: np.ndarray, names=NAMES, affine=AFFINE) -> dict:
-    """The metrics of arrays on one grid."""
     return evaluate(as_volume(predicted, affine), as_volume(truth, affine), names)
 
 
-def test_surface_metrics_agree_with_monai():
+def test_metrics_agree_with_monai_and_the_confusion_matrix():
     predicted, truth = blobs(1), blobs(102)
     row = score(predicted, truth)
     pair, how = (one_hot(predicted), one_hot(truth)), {"include_background": True}
     how["spacing"] = SPACING
     found = {
-        "hd95_mm": compute_hausdorff_distance(*pair, percentile=95, **how),
-        "asd_mm": compute_average_surface_distance(*pair, symmetric=True, **how),
-        "nsd_2mm": compute_surface_dice(*pair, class_thresholds=[2.0, 2.0], **how),
+        "hd95_mm": metrics.compute_hausdorff_distance(*pair, percentile=95, **how),
+        "asd_mm": metrics.compute_average_surface_distance(*pair, symmetric=True, **how),
+        "nsd_2mm": metrics.compute_surface_dice(*pair, class_thresholds=[2.0, 2.0], **how),
     }
     for figure, values in found.items():
         ours = [row[f"{name}_{figure}"] for name in NAMES]
         assert ours == pytest.approx(values[0].tolist(), rel=1e-5), figure
-
-
-def test_overlap_metrics_agree_with_the_confusion_matrix():
-    predicted, truth = blobs(1), blobs(2)
-    row = score(predicted, truth)
     matrix = np.zeros((3, 3))
     np.add.at(matrix, (truth.ravel(), predicted.ravel()), 1)  # rows are the truth
     tp = matrix.diagonal()
@@ -203,7 +193,6 @@ def test_nothing_else_is_trimmed():
 
 
 def test_implausible_livers_are_reported():
-    """A liver of 1.4 l on the right is fine; on the left or cut off it is not."""
     shape, affine = (80, 60, 40), np.diag([4.0, 4.0, 5.0, 1.0])
     scan = np.where(ball(shape, (40, 30, 20), 28), 40, -1000).astype(np.int16)
     right = ball(shape, (52, 30, 20), 16).astype(np.uint8)
@@ -238,9 +227,6 @@ def test_the_summary_names_the_worst():
     assert describe_values({"a": 3.0, "b": 3.1}, "high")["worst_case"] == "b"
 
 
-# --- Run as a script: label maps of any program -----------------------------------------
-
-
 def write_maps(folder, maps, values=(0, 1, 2), dtype=np.uint8, suffix=".nii.gz"):
     for name, classes in maps.items():
         path = folder / f"{name}{suffix}"
@@ -251,7 +237,6 @@ def write_maps(folder, maps, values=(0, 1, 2), dtype=np.uint8, suffix=".nii.gz")
 
 @pytest.fixture
 def folders(tmp_path):
-    """Predictions and truths of three patients, liver = 1 and tumour = 2."""
     return [
         write_maps(tmp_path / kind, {f"liver_{n}": blobs(n + shift) for n in range(3)})
         for kind, shift in (("predictions", 0), ("truths", 10))
@@ -325,7 +310,6 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(folders, told):
 
 @BLANK
 def test_classes_may_overlap_and_be_numbered_otherwise(folders, tmp_path):
-    """A liver with its tumours, and the tumours: as LiTS counts; predictions of another program."""
     whole = run_evaluation(*folders, labels={"liver": ("1", "2")})["liver_0"]
     both = run_evaluation(*folders, labels={"liver": ("1", "2"), "tumour": ("2",)})["liver_0"]
     alone = run_evaluation(*folders)["liver_0"]

@@ -91,9 +91,6 @@ def no_display(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-# --- geometry ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_mesh_lies_where_the_mask_lies(seed):
     """Rotated, sheared, (two of them) mirrored: the surface ends at the faces of the voxels."""
@@ -122,7 +119,6 @@ def test_a_sphere_has_its_volume_surface_and_extent(spacing):
 
 
 def test_letters_say_what_lies_at_each_edge():
-    """Left, right, top, bottom, seen from the front and from above."""
     views = {"RLSI": ((0, 1, 0), (0, 0, 1)), "LRAP": ((0, 0, 1), (0, 1, 0))}
     for letters, (side, up) in views.items():
         panel = v.make_panel(config())
@@ -135,7 +131,6 @@ def test_letters_say_what_lies_at_each_edge():
 
 @pytest.mark.parametrize("radius", [15, 21])
 def test_the_comparison_tells_how_far_outside_or_inside_the_prediction_lies(radius, tmp_path):
-    """Balls of 18 mm (reference) and `radius` mm: 3 mm inside or outside everywhere."""
     affine = random_affine(2, spacing=(1, 1, 1.5))
     truth = save(sphere(affine, 18).astype(np.uint8), affine, tmp_path / "truth.nii.gz")
     path = save(sphere(affine, radius).astype(np.uint8), affine, tmp_path / "map.nii.gz")
@@ -146,9 +141,6 @@ def test_the_comparison_tells_how_far_outside_or_inside_the_prediction_lies(radi
     picture = draw(path, truth=truth, mode="compare")[150:250, 3 * SIZE[0] // 4 :]
     orange, purple = (share_of(picture, colour, 0.25) for colour in ("#b35806", "#542788"))
     assert orange > 0.1 > purple if radius > 18 else purple > 0.1 > orange
-
-
-# --- pictures without a display ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", v.SCENES)
@@ -180,7 +172,6 @@ def test_tumours_show_inside_the_liver_by_their_hu_alone(projection, results):
     [("PIR", "organs", "anterior"), ("LPS", "rays", "posterior"), ("LAS", "organs", "posterior")],
 )
 def test_the_patients_right_is_on_the_right_side(codes, mode, view, tmp_path):
-    """A liver with a long tail to the patient's left, stored in any orientation."""
     labels = np.zeros((60, 40, 30), np.uint8)  # RAS: first axis grows to the right
     labels[34:56, 10:30, 5:25] = 1
     labels[4:34, 17:23, 13:17] = 1
@@ -219,9 +210,6 @@ def test_slices_are_radiological(tmp_path):
     assert np.median(columns) < panel.shape[1] / 2
 
 
-# --- films, mesh, page ------------------------------------------------------------------
-
-
 def read_frames(path: Path) -> list[np.ndarray]:
     with Image.open(path) as film:
         frames = ImageSequence.Iterator(film)
@@ -237,7 +225,6 @@ def test_a_turntable_goes_round(results, tmp_path, monkeypatch):
 
 
 def test_a_film_goes_over_the_foreground_and_15_mm(tmp_path):
-    """Foreground in slices 8 to 11 of 30, 5 mm each: 3 slices more at both ends are shown."""
     labels = np.zeros((20, 20, 30), np.uint8)
     labels[4:16, 4:16, 8:12] = 1
     path = save(labels, np.diag([5, 5, 5, 1]), tmp_path / "map.nii.gz")
@@ -251,7 +238,6 @@ def test_a_film_goes_over_the_foreground_and_15_mm(tmp_path):
 
 @pytest.mark.parametrize("space", ["LPS", "RAS"])
 def test_mesh_in_millimetres_and_in_the_space_asked_for(space, results, tmp_path):
-    """By default the axes of 3D Slicer, which mirrors nothing then."""
     meshes = open_case(results).meshes
     sign = np.array([-1, -1, 1] if space == "LPS" else [1, 1, 1])
     for suffix in v.SUFFIXES["mesh"]:
@@ -296,9 +282,6 @@ for name in ("screenshot.png", "turntable.gif", "html.html", "mesh.stl", "mesh.o
     assert list((tmp_path / "out").iterdir()) == []
 
 
-# --- windows ----------------------------------------------------------------------------
-
-
 @pytest.fixture
 def screen():
     """A virtual screen; skips where it cannot be made."""
@@ -316,7 +299,6 @@ def screen():
 
 
 def test_views_turn_the_last_panel_and_every_slider_moves(results, monkeypatch):
-    """The window's logic, off screen; a scene that was made once comes again at once."""
     make = v.make_plotter
     monkeypatch.setattr(v, "make_plotter", lambda options, offscreen: make(options, True))
     window = v.Window([results], config(results))
@@ -337,7 +319,6 @@ def test_views_turn_the_last_panel_and_every_slider_moves(results, monkeypatch):
 
 
 def test_one_window_in_which_keys_change_the_mode_and_n_the_case(screen, results, tmp_path):
-    """A case that cannot be read is named, a mode that cannot be shown too; the window stays."""
     for name in ("a", "c"):
         shutil.copytree(results, tmp_path / "all" / name)
         for file in (tmp_path / "all" / name).iterdir():
@@ -363,9 +344,6 @@ def test_one_window_in_which_keys_change_the_mode_and_n_the_case(screen, results
             time.sleep(0.2)
         assert words in log.read_text(), log.read_text()
     assert viewer.wait(timeout=300) == 0
-
-
-# --- faults -----------------------------------------------------------------------------
 
 
 def test_an_empty_label_map_is_named_and_one_slice_is_drawn(tmp_path):
@@ -417,7 +395,6 @@ def test_of_several_cases_the_sound_ones_are_drawn(results, tmp_path):
 
 
 def test_a_case_is_drawn_without_the_files_that_are_gone(results, tmp_path, capsys):
-    """Moved to another computer: the masked volume takes the place of the scan."""
     folder = tmp_path / "case"
     shutil.copytree(results, folder)
     record = {"image": str(tmp_path / "gone.nii.gz"), "truth": [["liver", str(tmp_path / "gone")]]}
