@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pydicom
@@ -40,7 +41,6 @@ AFFINE = np.array([[-2.0, 0, 0, 30], [0, -2, 0, 20], [0, 0, 3, -7], [0, 0, 0, 1]
 
 
 def scan_of(patient: int) -> np.ndarray:
-    """HU of a patient; no two are alike."""
     return np.random.default_rng(patient).integers(-900, 900, SHAPE).astype(np.int16)
 
 
@@ -64,11 +64,9 @@ def save_series(array: np.ndarray, folder: Path, affine: np.ndarray = AFFINE) ->
     return write_series(Volume(array.astype(np.int16), affine), folder)
 
 
-def save_pngs(array: np.ndarray, folder: Path) -> None:
-    """A picture per slice, as CHAOS has them: rows down, named in the order of the slices."""
-    folder.mkdir(parents=True)
-    for z in range(array.shape[2]):
-        Image.fromarray(array[:, :, z].T).save(folder / f"liver_GT_{z:03d}.png")
+def save_pair(root: Path, image: str, label: str, patient: int = 1) -> None:
+    save(scan_of(patient), root / image)
+    save(label_of(patient), root / label)
 
 
 def paths(root: Path, *names: str) -> list[Path]:
@@ -76,7 +74,6 @@ def paths(root: Path, *names: str) -> list[Path]:
 
 
 def read_ras(data: DataSet, case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """RAS voxels of a case's scan and label map."""
     scan = read_scan(case.image)
     label = read_label_map(case.label, scan, data.declared, ignore=data.ignore)
     return scan.ras.data, label.ras.data
@@ -87,13 +84,10 @@ def check(data: DataSet, expected: dict[str, int]) -> None:
     assert [case.name for case in data.cases] == list(expected)  # in natural order
     for case, patient in zip(data.cases, expected.values(), strict=True):
         assert case.faults == ()
-        for found, array in zip(
-            read_ras(data, case), (scan_of(patient), label_of(patient)), strict=True
-        ):
-            assert np.array_equal(found, Volume(array, AFFINE).ras.data)
+        scan, label = read_ras(data, case)
+        assert np.array_equal(scan, Volume(scan_of(patient), AFFINE).ras.data)
+        assert np.array_equal(label, Volume(label_of(patient), AFFINE).ras.data)
 
-
-# --- Pairs of files ---------------------------------------------------------------------
 
 # (scan, label map, name of the case) with the number of the patient in it
 PAIRS = {
@@ -131,11 +125,11 @@ PAIRS = {
 
 @pytest.mark.parametrize("layout", PAIRS)
 def test_files_are_paired_by_what_remains_of_their_paths(layout, tmp_path):
-    image, label, name = PAIRS[layout]
+    names = {}
     for patient in (1, 2, 10):
-        save(scan_of(patient), tmp_path / image.replace("{}", str(patient)))
-        save(label_of(patient), tmp_path / label.replace("{}", str(patient)))
-    names = {name.replace("{}", str(patient)): patient for patient in (1, 2, 10)}
+        *files, name = (text.replace("{}", str(patient)) for text in PAIRS[layout])
+        save_pair(tmp_path, *files, patient)
+        names[name] = patient
     data = find_pairs(tmp_path)
     check(data, names)
     assert not data.unused
@@ -153,37 +147,32 @@ TREES = {
     "test/test-volume-0",
     "channels in one set, numbers from 0000 in another": "a/img/x_0000>a/gt/x a/img/x_0001 "
     "b/img/c_0000>b/gt/c_0000 b/img/c_0001>b/gt/c_0001",
-    "a channel with a label map of its own": "img/x_0000>label/x img/x_0001>label/x_0001 "
-    "img/x_0002",
+    "a channel's own label map": "img/x_0000>label/x img/x_0001>label/x_0001 img/x_0002",
     "numbers that end like channels": "img/g_0000_0000>label/g_0000 img/g_0001_0000>label/g_0001",
     "a label map is missing of scans with numbers": "img/c_0000>label/c_0000 img/c_0001>",
     "MONAI Label": "x>labels/final/x labels/original/x y>labels/original/y",
     "draft": "p/ct>p/liver_mask p/liver_draft_mask",
     "final in the names of scans too": "p_ct>p_label p_final_ct>p_final_label",
     "a whole label map beside masks": "p/ct>p/label p/segs/liver p/segs/hcc",
-    "tumours with numbers": "p/image>liver=p/liver+livertumor1=p/livertumor1"
-    "+livertumor2=p/livertumor2",
+    "numbers": "p/image>liver=p/liver+livertumor1=p/livertumor1+livertumor2=p/livertumor2",
     "a label word in some names": "images/a>labels/a_label images/b>labels/b",
 }
 
 
 @pytest.mark.parametrize("tree", TREES)
 def test_trees_of_files(tree, tmp_path):
-    files = {name for name in re.split(r"[ >+]|\w+=", TREES[tree]) if name}
-    for name in files:
+    for name in filter(None, re.split(r"[ >+]|\w+=", TREES[tree])):
         save(label_of(1), tmp_path / f"{name}.nii.gz")
     (tmp_path / "._hidden.nii.gz").write_bytes(b"macOS")
     data = find_pairs(tmp_path)
 
-    def shorten(path: Path | None) -> str:
+    def shorten(path: Path | tuple | None) -> str:
+        if isinstance(path, tuple):
+            return "+".join(f"{name}={shorten(mask)}" for name, mask in path)
         return path.relative_to(tmp_path).as_posix().removesuffix(".nii.gz") if path else ""
 
-    found = set()
-    for case in data.cases:
-        masks = isinstance(case.label, tuple)
-        label = "+".join(f"{n}={shorten(p)}" for n, p in case.label) if masks else None
-        found.add(f"{shorten(case.image)}>{label or shorten(case.label)}")
-        assert case.faults == ()
+    assert all(case.faults == () for case in data.cases)
+    found = {f"{shorten(case.image)}>{shorten(case.label)}" for case in data.cases}
     assert found == {word for word in TREES[tree].split() if ">" in word}
     told = {shorten(path) for path in data.unused}
     assert told >= {word for word in TREES[tree].split() if ">" not in word}  # nothing vanishes
@@ -232,41 +221,35 @@ def test_what_this_program_wrote_is_no_data_set(raw_phantoms, checkpoint, tmp_pa
     assert any("1 label maps are drafts" in line for line in describe_data_set(data))
 
 
-def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(InputError, match="cannot be listed"):
-        find_pairs(tmp_path)
-
-
 def test_two_folders_can_be_named(tmp_path):
     for patient in (0, 1):
-        save(scan_of(patient), tmp_path / f"a/anna/study {patient}.nii.gz")
-        save(label_of(patient), tmp_path / f"b/anna/study {patient}.nii.gz")
+        name = f"anna/study {patient}.nii.gz"
+        save_pair(tmp_path, f"a/{name}", f"b/{name}", patient)
     a, b = tmp_path / "a", tmp_path / "b"
     check(find_pairs(tmp_path, images=a, labels=b), {"study 0": 0, "study 1": 1})
     for named, told in (
-        ({}, "--images FOLDER --labels FOLDER"), ({"images": a}, "give both folders"),
+        ({}, "--images FOLDER --labels FOLDER"),
+        ({"images": a}, "give both folders"),
         ({"images": a, "labels": tmp_path / "c"}, "no such folder"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(InputError, match=told):
             find_pairs(tmp_path, **named)
 
 
-def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
-    save(scan_of(0), tmp_path / "p/ct.nii.gz")
-    save(label_of(0), tmp_path / "p/label.nii.gz")
+def test_a_folder_is_read_once_or_told_that_it_cannot_be_listed(tmp_path, monkeypatch):
+    save_pair(tmp_path, "p/ct.nii.gz", "p/label.nii.gz", 0)
     (tmp_path / "p" / "again").symlink_to(tmp_path, target_is_directory=True)
     check(find_pairs(tmp_path), {"p": 0})
+    refused = PermissionError(13, "Permission denied", str(tmp_path))
+    monkeypatch.setattr(os, "scandir", Mock(side_effect=refused))
+    with pytest.raises(InputError, match="cannot be listed"):
+        find_pairs(tmp_path)
 
 
 def test_names_are_safe_and_distinct_whatever_files_are_called(tmp_path):
     names = ("=1+1", "-x", "+y", "@z", "a..b", "w" * 180, "P1", "p1", "p1:", "p1*")
     for name in names:
-        save(scan_of(1), tmp_path / f"images/{name}.nii.gz")
-        save(label_of(1), tmp_path / f"labels/{name}.nii.gz")
+        save_pair(tmp_path, f"images/{name}.nii.gz", f"labels/{name}.nii.gz")
     cases = find_pairs(tmp_path).cases
     assert {"1+1", "x", "y", "z", "a.b"} < {case.name for case in cases}
     assert max(len(case.name) for case in cases) <= 100
@@ -275,17 +258,14 @@ def test_names_are_safe_and_distinct_whatever_files_are_called(tmp_path):
 
 
 def test_a_name_that_is_not_utf8_is_a_fault_of_its_case(tmp_path):
-    for index, name in enumerate((b"caf\xe9", b"sound")):
-        for kind, array in (("images", scan_of(index)), ("labels", label_of(index))):
-            written = save(array, tmp_path / kind / "x.nii.gz")
-            written.rename(written.with_name(os.fsdecode(name) + ".nii.gz"))
+    for name in (b"caf\xe9", b"sound"):
+        save_pair(tmp_path, "images/x.nii.gz", "labels/x.nii.gz")
+        for kind in ("images", "labels"):
+            (tmp_path / kind / "x.nii.gz").rename(tmp_path / kind / f"{os.fsdecode(name)}.nii.gz")
     bad, sound = find_pairs(tmp_path).cases
     assert "is not UTF-8; rename it" in bad.faults[0]
     assert sound.faults == ()
     "\n".join([*describe_data_set(find_pairs(tmp_path)), bad.name]).encode()
-
-
-# --- Series and masks -------------------------------------------------------------------
 
 
 def as_seg(slices: list[Path], label: np.ndarray, path: Path, names=("liver", "tumour")) -> None:
@@ -297,7 +277,6 @@ def as_seg(slices: list[Path], label: np.ndarray, path: Path, names=("liver", "t
 
 
 def set_frame(files: list[Path], uid: str) -> None:
-    """Write another frame of reference into a series."""
     for file in files:
         header = pydicom.dcmread(file)
         header.FrameOfReferenceUID = uid
@@ -343,10 +322,8 @@ SERIES = {  # scan, and a structure for each file or series beside it; what has 
 def lay(layout: str, root: Path, patient: int) -> None:
     """Write a patient in a layout of SERIES; the masks of 3D-IRCADb are 0 and 255."""
     scan, labels = SERIES[layout]
-    where, packed = root / scan.format(patient), scan.endswith(".nii.gz")
-    files = [] if packed else save_series(scan_of(patient), where)
-    if packed:
-        save(scan_of(patient), where)
+    write = save if scan.endswith(".nii.gz") else save_series
+    files = write(scan_of(patient), root / scan.format(patient))
     for name, part in labels.items():
         path = root / name.format(patient)
         array = PARTS[part](label_of(patient)) if part else scan_of(patient + 9)
@@ -374,33 +351,29 @@ def test_series_and_masks_give_the_right_voxels(layout, tmp_path):
     assert all(stamp_inputs([case.image, case.label]) for case in data.cases)
 
 
-def lay_chaos(root: Path, patient: int, greys=(0, 255)) -> np.ndarray:
-    """CHAOS: a series and a stack of pictures; returns the liver (X, Y, Z) in stored axes."""
-    liver = (label_of(patient) > 0).astype(np.uint8)
-    folder = root / f"Train_Sets/CT/{patient}"
-    files = save_series(scan_of(patient), folder / "DICOM_anon")
-    read = read_scan(folder / "DICOM_anon")
-    stored = read.from_ras(Volume(liver, AFFINE).ras.data).data
-    by_name = stored[:, :, [read.files.index(file) for file in sorted(files)]]
-    save_pngs(np.asarray(greys, np.uint8)[by_name], folder / "Ground")
-    return stored
-
-
 @pytest.mark.parametrize("greys", [(0, 255), (126, 63)])
 def test_a_stack_of_pictures_is_a_label_map_that_fits_the_slices_or_is_refused(greys, tmp_path):
-    liver = lay_chaos(tmp_path, 1, greys)
+    """As CHAOS has them: rows down, named in the order of the slices."""
+    folder = tmp_path / "Train_Sets/CT/1"
+    files = save_series(scan_of(1), folder / "DICOM_anon")
+    scan = read_scan(folder / "DICOM_anon")
+    liver = scan.from_ras(Volume((label_of(1) > 0).astype(np.uint8), AFFINE).ras.data).data
+    path = folder / "Ground/liver_GT_002.png"
+    path.parent.mkdir()
+    for z, file in enumerate(sorted(files)):
+        picture = np.asarray(greys, np.uint8)[liver[:, :, scan.files.index(file)].T]
+        Image.fromarray(picture).save(path.with_name(f"liver_GT_{z:03d}.png"))
     data = find_pairs(tmp_path)
     (case,) = data.cases
-    scan = read_scan(case.image)
-    assert case.name == "1"
+    assert (case.name, case.image) == ("1", folder / "DICOM_anon")
     assert np.array_equal(read_label_map(case.label, scan, data.declared).read(), liver)
-    path = tmp_path / "Train_Sets/CT/1/Ground/liver_GT_002.png"
     odd = np.zeros((SHAPE[1], SHAPE[0]), np.uint8)
     odd[0, :3] = 10, 20, 30
     for picture, told in (
-        (odd, r"greys \[10, 20, 30, "), (odd[:4], r"must have \(12, 10\) pixels .* got \(12, 4\)"),
+        (odd, r"greys \[10, 20, 30, "),
+        (odd[:4], r"must have \(12, 10\) pixels .* got \(12, 4\)"),
         (None, "got 5 for 6 files"),
-    ):  # fmt: skip
+    ):
         path.unlink() if picture is None else Image.fromarray(picture).save(path)
         with pytest.raises(InputError, match=told):
             read_label_map(case.label, scan, data.declared)
@@ -472,7 +445,6 @@ def test_series_of_equal_names_in_two_folders_keep_their_own_label_maps(tmp_path
 
 
 def test_no_tree_of_files_joins_two_patients(tmp_path):
-    """Words, places and gaps at random: a pair is always one patient's."""
     rng, pairs = np.random.default_rng(0), 0
     styles = "{w}/{b}/{p}", "{b}/{w}/{p}", "{b}/{p}/{w}", "{b}/{p}_{w}", "{b}/{w}_{p}"
     for trial in range(60):
@@ -492,9 +464,6 @@ def test_no_tree_of_files_joins_two_patients(tmp_path):
                     pairs += 1
                     assert case.image.read_text() == case.label.read_text()
     assert pairs > 50
-
-
-# --- What the labels are called ---------------------------------------------------------
 
 
 @pytest.fixture
@@ -613,8 +582,6 @@ def test_of_segs_alone_only_their_own_names_stand(tmp_path):
         assert np.count_nonzero(label) == np.count_nonzero(label_of(1))
 
 
-# --- Splits and patients ----------------------------------------------------------------
-
 SPLIT = {"liver_0": "training", "liver_1": "training", "liver_2": "validation"}
 SPLIT_FILES = {
     "ours": {"training": ["liver_0", "liver_1"], "validation": ["liver_2"], "test": []},
@@ -707,9 +674,6 @@ def test_names_of_several_scans_are_noticed(names, patients):
     assert found == (set(patients.split()) if patients else None)
 
 
-# --- Scans and truths by name -----------------------------------------------------------
-
-
 BY_NAME = {  # scans, label maps, and for each scan which of them is its own
     "same": ("x y", "y x", [1, 0]),
     "nnU-Net": ("x_0000 y_0000", "x y", [0, 1]),
@@ -765,7 +729,6 @@ def test_a_folder_without_scan_and_a_seg_are_told(tmp_path):
 
 
 def test_what_is_no_scan_in_a_folder_is_left_out_and_printed(tmp_path, capsys):
-    """LiTS in one folder, and a label map among slices."""
     for patient in (1, 2):
         save(scan_of(patient), tmp_path / f"lits/volume-{patient}.nii")
         save(label_of(patient), tmp_path / f"lits/segmentation-{patient}.nii")
