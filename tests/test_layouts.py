@@ -379,39 +379,38 @@ def test_a_stack_of_pictures_is_a_label_map_that_fits_the_slices_or_is_refused(g
             read_label_map(case.label, scan, data.declared)
 
 
-def test_masks_of_another_scan_are_refused(tmp_path):
-    lay("3D-IRCADb", tmp_path, 1)
-    (case,) = find_pairs(tmp_path).cases
-    scan = read_scan(case.image)
-    set_frame(list((tmp_path / "p1/MASKS_DICOM/liver").iterdir()), "1.2.3")
-    with pytest.raises(InputError, match="another frame of reference"):
-        read_label_map(case.label, scan, {"liver": (1,)})
-
-
-def test_other_structures_are_used_when_they_are_named(tmp_path):
-    lay("TotalSegmentator", tmp_path, 1)
-    data = find_pairs(tmp_path)
-    assert "spleen" in " ".join(data.notes)
-    data = find_pairs(tmp_path, values={"liver": (6,), "spleen": (1,)})
+def test_other_structures_are_used_when_they_are_named_and_masks_of_another_scan_never(tmp_path):
+    lay("TotalSegmentator", tmp_path / "a", 1)
+    assert "spleen" in " ".join(find_pairs(tmp_path / "a").notes)
+    data = find_pairs(tmp_path / "a", values={"liver": (6,), "spleen": (1,)})
     assert data.declared == {"background": (0,), "liver": (6,), "spleen": (1,)}
     (case,) = data.cases
     _, label = read_ras(data, case)
     expected = np.where(label_of(1) > 0, 6, 1).astype(np.uint8)
     assert np.array_equal(label, Volume(expected, AFFINE).ras.data)
+    lay("3D-IRCADb", tmp_path / "b", 1)
+    (case,) = find_pairs(tmp_path / "b").cases
+    set_frame(list((tmp_path / "b/p1/MASKS_DICOM/liver").iterdir()), "1.2.3")
+    with pytest.raises(InputError, match="another frame of reference"):
+        read_label_map(case.label, read_scan(case.image), {"liver": (1,)})
 
 
-def test_two_series_in_one_folder_have_names_by_their_uids(tmp_path):
-    (tmp_path / "mixed").mkdir()
+def test_two_series_of_one_folder_or_of_one_name_keep_their_own_label_maps(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    (one / "mixed").mkdir(parents=True)
     for patient in (1, 2):
-        slices = save_series(scan_of(patient), tmp_path / f"{patient}")
-        as_seg(slices, label_of(patient), tmp_path / f"segs/{patient}.dcm")
+        slices = save_series(scan_of(patient), one / f"{patient}")
+        as_seg(slices, label_of(patient), one / f"segs/{patient}.dcm")
         for file in slices:
-            file.rename(tmp_path / "mixed" / f"{patient}{file.name}")
-    data = find_pairs(tmp_path)
+            file.rename(one / "mixed" / f"{patient}{file.name}")
+        save_series(scan_of(patient), other / f"{patient}/p1")
+        save(label_of(patient), other / f"labels/{patient}/p1.nii.gz")
+    data = find_pairs(one)  # names by their UIDs
     assert [(case.name[:7], len(case.name)) for case in data.cases] == [("series_", 17)] * 2
     first = Volume(scan_of(1), AFFINE).ras.data
     order = (1, 2) if np.array_equal(read_ras(data, data.cases[0])[0], first) else (2, 1)
     check(data, dict(zip([case.name for case in data.cases], order, strict=True)))
+    check(find_pairs(other), {"1_p1": 1, "2_p1": 2})
 
 
 def test_a_series_that_a_seg_names_is_a_scan_and_two_segs_of_it_are_told(tmp_path):
@@ -437,21 +436,14 @@ def test_series_without_label_map_and_torn_files_are_told_and_no_cases(tmp_path)
     assert "cut.dcm" in " ".join(data.notes)
 
 
-def test_series_of_equal_names_in_two_folders_keep_their_own_label_maps(tmp_path):
-    for patient, folder in ((1, "A"), (2, "B")):
-        save_series(scan_of(patient), tmp_path / f"{folder}/p1")
-        save(label_of(patient), tmp_path / f"labels/{folder}/p1.nii.gz")
-    check(find_pairs(tmp_path), {"A_p1": 1, "B_p1": 2})
-
-
 def test_no_tree_of_files_joins_two_patients(tmp_path):
     rng, pairs = np.random.default_rng(0), 0
     styles = "{w}/{b}/{p}", "{b}/{w}/{p}", "{b}/{p}/{w}", "{b}/{p}_{w}", "{b}/{w}_{p}"
+    kinds = (["images", "img", "ct", "volumes"], ["labels", "seg", "mask", "truth"])
     for trial in range(60):
         root = tmp_path / str(trial)
         for index in rng.permutation(4)[:3]:
             batch, patient = rng.choice(["A", "B"]), f"p{index}"
-            kinds = (["images", "img", "ct", "volumes"], ["labels", "seg", "mask", "truth"])
             for words in kinds:
                 name = styles[trial % 5].format(w=rng.choice(words), b=batch, p=patient)
                 if rng.random() < 0.75:
@@ -464,13 +456,6 @@ def test_no_tree_of_files_joins_two_patients(tmp_path):
                     pairs += 1
                     assert case.image.read_text() == case.label.read_text()
     assert pairs > 50
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> Path:
-    save(scan_of(1), tmp_path / "imagesTr/x.nii.gz")
-    save(label_of(1), tmp_path / "labelsTr/x.nii.gz")
-    return tmp_path
 
 
 BTCV = {"0": "background", "1": "spleen", "2": "right kidney", "6": "liver"}
@@ -489,39 +474,37 @@ DECLARED = {  # labels in dataset.json → values of each class
 
 
 @pytest.mark.parametrize("form", DECLARED)
-def test_descriptions_name_the_values(form, pair):
+def test_descriptions_name_the_values(form, tmp_path):
     content, declared = DECLARED[form]
+    save_pair(tmp_path, "imagesTr/x.nii.gz", "labelsTr/x.nii.gz")
     text = json.dumps({"labels": content, "numTraining": 3})
-    (pair / "dataset.json").write_text(text, encoding="utf-8-sig" if "r" in form else "utf-8")
-    data = find_pairs(pair)
+    encoding = "utf-8-sig" if "r" in form else "utf-8"
+    (tmp_path / "dataset.json").write_text(text, encoding=encoding)
+    data = find_pairs(tmp_path)
     assert data.declared == {"background": (0,), **declared}
     assert (data.announced, data.ignore) == (3, (7,) if "ignore" in content else ())
     assert any("announces 3 cases" in line for line in describe_data_set(data))
-    assert find_pairs(pair, values={"liver": (1, 2)}).declared["liver"] == (1, 2)
+    assert find_pairs(tmp_path, values={"liver": (1, 2)}).declared["liver"] == (1, 2)
 
 
-def test_a_description_of_another_form_is_refused_with_the_form(pair):
-    labels = [["background", "liver"], {"liver": "one"}, {"liver": -1}, {"liver": 1.5},
-              {"liver": 10**9}, {"1": None}, {"background": 0}]  # fmt: skip
-    for content in [{"classes": ["liver"]}, [1, 2], *({"labels": form} for form in labels)]:
-        (pair / "dataset.json").write_text(json.dumps(content))
-        with pytest.raises(InputError, match=r"dataset\.json.*must have .labels. as Decathlon"):
-            find_pairs(pair)
-    labels = {"background": 0, "liver": 1, "tumour": 2, "ignore": 2}
-    (pair / "dataset.json").write_text(json.dumps({"labels": labels}))
-    with pytest.raises(InputError, match="ignore=2"):
-        find_pairs(pair)
-    for text in ("", "{", "[" * 100000):
-        (pair / "dataset.json").write_text(text)
-        with pytest.raises(InputError, match=r"dataset\.json: must be a JSON object"):
-            find_pairs(pair)
+def test_a_description_of_another_form_is_refused_with_the_form(tmp_path):
+    save_pair(tmp_path, "imagesTr/x.nii.gz", "labelsTr/x.nii.gz")
+    labels = [["background", "liver"], {"liver": "one"}, {"liver": -1}, {"liver": 1.5}]
+    labels += [{"liver": 10**9}, {"1": None}, {"background": 0}]
+    forms = [{"classes": ["liver"]}, [1, 2], *({"labels": form} for form in labels)]
+    twice = {"labels": {"background": 0, "liver": 1, "tumour": 2, "ignore": 2}}
+    must = r"dataset\.json.*must have .labels. as Decathlon"
+    rows = [(json.dumps(form), must) for form in forms] + [(json.dumps(twice), "ignore=2")]
+    rows += [(text, r"dataset\.json: must be a JSON object") for text in ("", "{", "[" * 100000)]
+    for text, told in rows:
+        (tmp_path / "dataset.json").write_text(text)
+        with pytest.raises(InputError, match=told):
+            find_pairs(tmp_path)
 
 
 def test_a_description_reaches_no_neighbouring_set(tmp_path):
-    for name in ("lits/volume-1", "btcv/img/1"):
-        save(scan_of(1), tmp_path / f"{name}.nii")
-    for name in ("lits/segmentation-1", "btcv/label/1"):
-        save(label_of(1), tmp_path / f"{name}.nii")
+    save_pair(tmp_path / "lits", "volume-1.nii", "segmentation-1.nii")
+    save_pair(tmp_path / "btcv", "img/1.nii", "label/1.nii")
     assert any("no dataset.json describes" in note for note in find_pairs(tmp_path).notes)
     (tmp_path / "btcv/dataset.json").write_text(json.dumps({"labels": BTCV}))
     with pytest.raises(InputError, match=r"btcv/dataset.json says .*spleen.*lits/segmentation-1.*"):
@@ -538,34 +521,30 @@ def test_a_description_reaches_no_neighbouring_set(tmp_path):
     assert find_pairs(tmp_path).declared == {"background": (0,), "liver": (1,), "cancer": (2,)}
 
 
-def write_segnrrd(path: Path, *segments: tuple[str, int]) -> None:
+def write_segnrrd(path: Path, **segments: int) -> None:
     """The header of a .seg.nrrd of 3D Slicer; who pairs files reads no voxels."""
     lines = ["NRRD0004", "type: unsigned char", "dimension: 3"]
-    for number, (name, value) in enumerate(segments):
+    for number, (name, value) in enumerate(segments.items()):
         lines += [f"Segment{number}_LabelValue:={value}", f"Segment{number}_Name:={name}"]
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes("\n".join(lines).encode() + b"\n\nvoxels")
 
 
-def test_segments_of_slicer_have_the_names_of_their_own_file(tmp_path):
-    for patient, segments in (("a", [("tumour", 1), ("liver", 2)]), ("b", [("Liver", 2)])):
-        save(scan_of(1), tmp_path / patient / "ct.nii.gz")
-        write_segnrrd(tmp_path / patient / "Segmentation.seg.nrrd", *segments)
-    assert find_pairs(tmp_path).declared == {"background": (0,), "tumour": (1,), "liver": (2,)}
-    described = describe_truths(tmp_path / "b/Segmentation.seg.nrrd")
-    assert described.labels == {"background": (0,), "Liver": (2,)}
-    write_segnrrd(tmp_path / "b/Segmentation.seg.nrrd", ("liver", 1))
-    with pytest.raises(InputError, match="one data set at a time"):
-        find_pairs(tmp_path)
-
-
-def test_label_info_of_monai_label_names_the_values(tmp_path):
-    save(scan_of(1), tmp_path / "x.nii.gz")
-    save(label_of(1), tmp_path / "labels/final/x.nii.gz")
+def test_segments_of_slicer_and_label_info_of_monai_label_name_the_values(tmp_path):
+    slicer, monai = tmp_path / "slicer", tmp_path / "monai"
+    for patient, segments in (("a", {"tumour": 1, "liver": 2}), ("b", {"Liver": 2})):
+        save(scan_of(1), slicer / patient / "ct.nii.gz")
+        write_segnrrd(slicer / patient / "Segmentation.seg.nrrd", **segments)
+    save_pair(monai, "x.nii.gz", "labels/final/x.nii.gz")
     info = {"params": {"label_info": [{"name": "tumour", "idx": 1}, {"name": "liver", "idx": 2}]}}
-    store = tmp_path / "datastore_v2.json"
-    store.write_text(json.dumps({"objects": {"x": {"labels": {"final": {"info": info}}}}}))
-    assert find_pairs(tmp_path).declared == {"background": (0,), "tumour": (1,), "liver": (2,)}
+    store = {"objects": {"x": {"labels": {"final": {"info": info}}}}}
+    (monai / "datastore_v2.json").write_text(json.dumps(store))
+    for root in (slicer, monai):
+        assert find_pairs(root).declared == {"background": (0,), "tumour": (1,), "liver": (2,)}
+    described = describe_truths(slicer / "b/Segmentation.seg.nrrd")
+    assert described.labels == {"background": (0,), "Liver": (2,)}  # of their own file
+    write_segnrrd(slicer / "b/Segmentation.seg.nrrd", liver=1)
+    with pytest.raises(InputError, match="one data set at a time"):
+        find_pairs(slicer)
 
 
 def test_of_segs_alone_only_their_own_names_stand(tmp_path):
@@ -582,16 +561,13 @@ def test_of_segs_alone_only_their_own_names_stand(tmp_path):
         assert np.count_nonzero(label) == np.count_nonzero(label_of(1))
 
 
-SPLIT = {"liver_0": "training", "liver_1": "training", "liver_2": "validation"}
+TWO_CASES, LAST = ["liver_0", "liver_1"], ["liver_2"]
 SPLIT_FILES = {
-    "ours": {"training": ["liver_0", "liver_1"], "validation": ["liver_2"], "test": []},
-    "nnU-Net": [
-        {"train": ["liver_0", "liver_1"], "val": ["liver_2"]},
-        {"train": ["liver_2"], "val": ["liver_0", "liver_1"]},
-    ],
+    "ours": {"training": TWO_CASES, "validation": LAST, "test": []},
+    "nnU-Net": [{"train": TWO_CASES, "val": LAST}, {"train": LAST, "val": TWO_CASES}],
     "monai": {
         "name": "liver",
-        "training": [{"image": f"imagesTr/liver_{i}.nii.gz", "label": "x"} for i in (0, 1)],
+        "training": [{"image": f"imagesTr/{name}.nii.gz", "label": "x"} for name in TWO_CASES],
         "validation": [{"image": ["./imagesTr/liver_2_0000.nii.gz"]}],
         "test": ["./imagesTs/liver_9.nii.gz"],
     },
@@ -603,15 +579,12 @@ SPLIT_FILES = {
 }
 
 
-@pytest.mark.parametrize("form", SPLIT_FILES)
-def test_splits_of_other_programs_are_read(form, tmp_path):
-    path = tmp_path / "split.json"
-    path.write_text(json.dumps(SPLIT_FILES[form]), encoding="utf-8-sig")
-    assert read_split(path, list(SPLIT)) == SPLIT
-
-
-def test_a_split_of_another_form_or_of_two_meanings_is_refused(tmp_path):
+def test_splits_of_other_programs_are_read_and_other_forms_or_two_meanings_refused(tmp_path):
     path, form = tmp_path / "split.json", "must be JSON with lists of cases under training"
+    split = {"liver_0": "training", "liver_1": "training", "liver_2": "validation"}
+    for kind, content in SPLIT_FILES.items():
+        path.write_text(json.dumps(content), encoding="utf-8-sig")
+        assert read_split(path, list(split)) == split, kind
     rows = [(content, form) for content in ([], {}, 3, "x", [1], {"training": [[]]})]
     rows += [({"train_cases": ["a"]}, form), ({"training": [1]}, form)]
     rows += [({"training": ["a"], "test": ["a"]}, "two splits")]
@@ -625,8 +598,8 @@ def test_a_split_of_another_form_or_of_two_meanings_is_refused(tmp_path):
 def test_patients_are_read_as_spreadsheets_write_them(tmp_path):
     path = tmp_path / "patients.csv"
     for separator in ",;\t":
-        rows = [("case", "patient"), ("a", "anna"), ("b", "bert")]
-        path.write_text("\r\n".join(map(separator.join, rows)), encoding="utf-8-sig")
+        text = "case,patient\r\na,anna\r\nb,bert".replace(",", separator)
+        path.write_text(text, encoding="utf-8-sig")
         assert read_patients(path) == {"a": "anna", "b": "bert"}
     for rows, told in (("a,anna\na,bert", "two patients"), ("a,", "lacks case or patient")):
         path.write_text(f"case,patient\n{rows}\n")
@@ -634,44 +607,38 @@ def test_patients_are_read_as_spreadsheets_write_them(tmp_path):
             read_patients(path)
 
 
-@pytest.mark.parametrize(
-    ("ids", "patients", "printed"),
-    [
-        ([None, None], ["a", "b"], ""),
-        (["1", "2", "1"], ["a", "b", "a"], ""),
-        (["Anonymous", "Anonymous", "7"], ["a", "b", "c"], '2 series have "Anonymous"'),
-        (["secret", "secret"], ["a", "b"], "2 series have the same as PatientID"),
-        (["", ""], ["a", "b"], "--patients or --patient-pattern"),
-    ],
-)
-def test_a_patient_id_of_nobody_joins_no_scans(ids, patients, printed, capsys):
-    cases = [Case(name, name, patient_id=one) for name, one in zip("abc", ids, strict=False)]
-    name_patients(cases, SimpleNamespace(patients=None, patient_pattern=""))
-    assert [case.patient for case in cases] == patients
-    out = capsys.readouterr().out
-    assert printed in out and bool(out) == bool(printed) and "secret" not in out
-    name_patients(cases, SimpleNamespace(patients=None, patient_pattern="(.)"))
-    assert capsys.readouterr().out == ""
+def test_a_patient_id_of_nobody_joins_no_scans(capsys):
+    for ids, patients, printed in (
+        ([None, None], "ab", ""),
+        (["1", "2", "1"], "aba", ""),
+        (["Anonymous", "Anonymous", "7"], "abc", '2 series have "Anonymous"'),
+        (["secret", "secret"], "ab", "2 series have the same as PatientID"),
+        (["", ""], "ab", "--patients or --patient-pattern"),
+    ):
+        cases = [Case(name, name, patient_id=one) for name, one in zip("abc", ids, strict=False)]
+        name_patients(cases, SimpleNamespace(patients=None, patient_pattern=""))
+        assert [case.patient for case in cases] == list(patients)
+        out = capsys.readouterr().out
+        assert printed in out and bool(out) == bool(printed) and "secret" not in out
+        name_patients(cases, SimpleNamespace(patients=None, patient_pattern="(.)"))
+        assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(
-    ("names", "patients"),
-    [
+def test_names_of_several_scans_are_noticed():
+    for names, patients in (
         ("P01_t1 P01_t2 P02_t1 P02_t2", "P01 P02"),
         ("g_0000 g_0001 g_0100 g_0101 g_0102", "g_00 g_01"),
         ("P1_2020-01-31 P1_2021-02-01 P2_20200301 P2_20210401", "P1 P2"),
         ("P1a P1b P2a P2b", "P1 P2"),
         ("p1_portal p1_venous p2_portal p2_venous", "p1 p2"),
-        ("volume-0 volume-1 volume-2 volume-10", None),
-        ("p1_portal p2_portal p3_portal", None),
-        ("case_0000 case_0001 case_0002 case_0003 case_0004", None),
-        ("img0001 img0002 img0010 img0021 img0022 img0031", None),
-    ],
-)
-def test_names_of_several_scans_are_noticed(names, patients):
-    pattern = guess_pattern(names.split())
-    found = {re.search(pattern, name)[1] for name in names.split()} if pattern else None
-    assert found == (set(patients.split()) if patients else None)
+        ("volume-0 volume-1 volume-2 volume-10", ""),
+        ("p1_portal p2_portal p3_portal", ""),
+        ("case_0000 case_0001 case_0002 case_0003 case_0004", ""),
+        ("img0001 img0002 img0010 img0021 img0022 img0031", ""),
+    ):
+        pattern = guess_pattern(names.split())
+        found = {re.search(pattern, name)[1] for name in names.split()} if pattern else set()
+        assert bool(pattern) == bool(patients) and found == set(patients.split()), names
 
 
 BY_NAME = {  # scans, label maps, and for each scan which of them is its own
@@ -689,11 +656,9 @@ BY_NAME = {  # scans, label maps, and for each scan which of them is its own
 
 @pytest.mark.parametrize("kind", BY_NAME)
 def test_label_maps_are_found_by_name_or_it_is_told(kind, tmp_path):
-    *names, expected = BY_NAME[kind]
-    scans, truths = (
-        [tmp_path / f"{place}/{name}.nii.gz" for name in side.split()]
-        for place, side in zip(("scans", "truths"), names, strict=True)
-    )
+    scans, truths, expected = BY_NAME[kind]
+    scans = [tmp_path / f"scans/{name}.nii.gz" for name in scans.split()]
+    truths = [tmp_path / f"truths/{name}.nii.gz" for name in truths.split()]
     if isinstance(expected, str):
         with pytest.raises(InputError, match=expected):
             pair_by_name(scans, truths)
@@ -711,13 +676,6 @@ def test_scans_are_named_by_their_last_names_or_whole_paths(tmp_path):
     assert name_scans(words[:1], words[0]) == name_scans(words[:1]) == ["ct"]
 
 
-def test_scans_are_found_at_any_depth_and_in_any_letters(tmp_path):
-    save(scan_of(0), tmp_path / "X.NII.GZ")
-    save_series(scan_of(1), tmp_path / "a/b/c/series")
-    assert {*find_scans(tmp_path)} == {tmp_path / "X.NII.GZ", tmp_path / "a/b/c/series"}
-    assert find_scans(tmp_path / "a/b/c/series") == [tmp_path / "a/b/c/series"]
-
-
 def test_a_folder_without_scan_and_a_seg_are_told(tmp_path):
     with pytest.raises(InputError, match="holds no scan; expected"):
         find_scans(tmp_path)
@@ -729,25 +687,27 @@ def test_a_folder_without_scan_and_a_seg_are_told(tmp_path):
 
 
 def test_what_is_no_scan_in_a_folder_is_left_out_and_printed(tmp_path, capsys):
+    lits = tmp_path / "lits"
     for patient in (1, 2):
-        save(scan_of(patient), tmp_path / f"lits/volume-{patient}.nii")
-        save(label_of(patient), tmp_path / f"lits/segmentation-{patient}.nii")
+        save_pair(lits, f"volume-{patient}.nii", f"segmentation-{patient}.nii", patient)
     save_series(scan_of(3), tmp_path / "series")
     save(label_of(3), tmp_path / "series/liver.nii.gz")
-    assert find_scans(tmp_path / "lits") == paths(tmp_path / "lits", "volume-1.nii", "volume-2.nii")
+    assert find_scans(lits) == paths(lits, "volume-1.nii", "volume-2.nii")
     assert "left out: 2 label maps" in capsys.readouterr().out
     assert find_scans(tmp_path / "series") == [tmp_path / "series"]
     assert "liver.nii.gz" in capsys.readouterr().out
-    truths = pair_truths(find_scans(tmp_path / "lits"), [tmp_path / "lits"])
-    assert truths == paths(tmp_path / "lits", "segmentation-1.nii", "segmentation-2.nii")
+    truths = pair_truths(find_scans(lits), [lits])
+    assert truths == paths(lits, "segmentation-1.nii", "segmentation-2.nii")
 
 
-def test_slices_given_one_by_one_are_their_series_once(tmp_path):
-    slices = save_series(scan_of(1), tmp_path / "a")
-    volume = save(scan_of(2), tmp_path / "x.nii.gz")
-    assert find_scans(*slices, volume) == [tmp_path / "a", volume]
+def test_scans_are_found_at_any_depth_in_any_letters_and_by_their_slices_once(tmp_path):
+    series = tmp_path / "a/b/c/series"
+    slices, volume = save_series(scan_of(1), series), save(scan_of(2), tmp_path / "X.NII.GZ")
+    assert {*find_scans(tmp_path)} == {volume, series}
+    assert find_scans(series) == [series]
+    assert find_scans(*slices, volume) == [series, volume]
     assert find_scans(slices[3]) == [slices[3]]  # one slice names its series
-    others = [f.rename(tmp_path / f"a/x{f.name}") for f in save_series(scan_of(2), tmp_path / "b")]
+    others = [f.rename(series / f"x{f.name}") for f in save_series(scan_of(2), tmp_path / "b")]
     assert find_scans(slices[3], others[3]) == [slices[3], others[3]]  # so does one of each
     assert len(find_scans(*slices, *others)) == 2
 
