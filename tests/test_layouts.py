@@ -193,10 +193,10 @@ def test_what_is_ambiguous_is_told_with_both_paths(tree, tmp_path):
         save(label_of(1), tmp_path / f"{name}.nii.gz")
     data = find_pairs(tmp_path)
     (fault,) = [fault for case in data.cases for fault in case.faults]
-    two = "2 scans for one label map" if len(scans) > 1 else "2 label maps for one scan"
-    assert two in fault
-    for name in scans if len(scans) > 1 else labels:
-        assert str(tmp_path / f"{name}.nii.gz") in fault
+    several = len(scans) > 1
+    told = "2 scans for one label map" if several else "2 label maps for one scan"
+    files = [str(tmp_path / f"{name}.nii.gz") for name in (scans if several else labels)]
+    assert all(words in fault for words in (told, *files))
     assert fault in "\n".join(describe_data_set(data))
     (sound,) = [case for case in data.cases if not case.faults]
     assert (sound.name, sound.image) == ("sound", tmp_path / "sound_ct.nii.gz")
@@ -246,26 +246,24 @@ def test_a_folder_is_read_once_or_told_that_it_cannot_be_listed(tmp_path, monkey
         find_pairs(tmp_path)
 
 
-def test_names_are_safe_and_distinct_whatever_files_are_called(tmp_path):
+def test_names_are_safe_and_distinct_whatever_files_are_called_or_not_utf8_is_told(tmp_path):
     names = ("=1+1", "-x", "+y", "@z", "a..b", "w" * 180, "P1", "p1", "p1:", "p1*")
     for name in names:
-        save_pair(tmp_path, f"images/{name}.nii.gz", f"labels/{name}.nii.gz")
-    cases = find_pairs(tmp_path).cases
+        save_pair(tmp_path / "safe", f"images/{name}.nii.gz", f"labels/{name}.nii.gz")
+    cases = find_pairs(tmp_path / "safe").cases
     assert {"1+1", "x", "y", "z", "a.b"} < {case.name for case in cases}
     assert max(len(case.name) for case in cases) <= 100
     assert len({case.name.casefold() for case in cases}) == len(names)
     assert all(case.image.name == case.label.name for case in cases)
-
-
-def test_a_name_that_is_not_utf8_is_a_fault_of_its_case(tmp_path):
     for name in (b"caf\xe9", b"sound"):
-        save_pair(tmp_path, "images/x.nii.gz", "labels/x.nii.gz")
-        for kind in ("images", "labels"):
-            (tmp_path / kind / "x.nii.gz").rename(tmp_path / kind / f"{os.fsdecode(name)}.nii.gz")
-    bad, sound = find_pairs(tmp_path).cases
+        save_pair(tmp_path / "odd", "images/x.nii.gz", "labels/x.nii.gz")
+        for file in paths(tmp_path / "odd", "images/x.nii.gz", "labels/x.nii.gz"):
+            file.rename(file.with_name(f"{os.fsdecode(name)}.nii.gz"))
+    data = find_pairs(tmp_path / "odd")
+    bad, sound = data.cases
     assert "is not UTF-8; rename it" in bad.faults[0]
     assert sound.faults == ()
-    "\n".join([*describe_data_set(find_pairs(tmp_path)), bad.name]).encode()
+    "\n".join([*describe_data_set(data), bad.name]).encode()
 
 
 def as_seg(slices: list[Path], label: np.ndarray, path: Path, names=("liver", "tumour")) -> None:
@@ -398,42 +396,36 @@ def test_other_structures_are_used_when_they_are_named_and_masks_of_another_scan
 def test_two_series_of_one_folder_or_of_one_name_keep_their_own_label_maps(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     (one / "mixed").mkdir(parents=True)
-    for patient in (1, 2):
+    for patient, batch in ((1, "A"), (2, "B")):
         slices = save_series(scan_of(patient), one / f"{patient}")
         as_seg(slices, label_of(patient), one / f"segs/{patient}.dcm")
         for file in slices:
             file.rename(one / "mixed" / f"{patient}{file.name}")
-        save_series(scan_of(patient), other / f"{patient}/p1")
-        save(label_of(patient), other / f"labels/{patient}/p1.nii.gz")
+        save_series(scan_of(patient), other / f"{batch}/p1")
+        save(label_of(patient), other / f"labels/{batch}/p1.nii.gz")
     data = find_pairs(one)  # names by their UIDs
     assert [(case.name[:7], len(case.name)) for case in data.cases] == [("series_", 17)] * 2
     first = Volume(scan_of(1), AFFINE).ras.data
     order = (1, 2) if np.array_equal(read_ras(data, data.cases[0])[0], first) else (2, 1)
     check(data, dict(zip([case.name for case in data.cases], order, strict=True)))
-    check(find_pairs(other), {"1_p1": 1, "2_p1": 2})
+    check(find_pairs(other), {"A_p1": 1, "B_p1": 2})
 
 
-def test_a_series_that_a_seg_names_is_a_scan_and_two_segs_of_it_are_told(tmp_path):
+def test_a_series_that_a_seg_names_is_a_scan_and_two_segs_none_or_torn_files_are_told(tmp_path):
     slices = save_series(scan_of(1), tmp_path / "masks/p1")
     as_seg(slices, label_of(1), tmp_path / "masks/x.dcm")
-    (case,) = find_pairs(tmp_path).cases
-    assert (case.image, case.label) == (tmp_path / "masks/p1", tmp_path / "masks/x.dcm")
+    save_series(scan_of(2), tmp_path / "p2/scan")
+    (tmp_path / "p3").mkdir()
+    (tmp_path / "p3/cut.dcm").write_bytes(slices[0].read_bytes()[:400])
+    data = find_pairs(tmp_path)
+    (case,) = data.cases
+    assert (case.name, case.image, case.label) == ("p1", *paths(tmp_path / "masks", "p1", "x.dcm"))
+    assert "p2/scan, a series of 6 images without a label map" in " ".join(data.notes)
+    assert "cut.dcm" in " ".join(data.notes)
     as_seg(slices, label_of(2), tmp_path / "masks/other.dcm", names=("liver", "cyst"))
     (case,) = find_pairs(tmp_path).cases
     told = ("2 label maps for one scan", "other.dcm", "x.dcm")
     assert all(words in case.faults[0] for words in told)
-
-
-def test_series_without_label_map_and_torn_files_are_told_and_no_cases(tmp_path):
-    lay("SEG", tmp_path, 1)
-    save_series(scan_of(2), tmp_path / "p2/scan")
-    (tmp_path / "p3").mkdir()
-    whole = next((tmp_path / "p1/scan").iterdir()).read_bytes()
-    (tmp_path / "p3/cut.dcm").write_bytes(whole[:400])
-    data = find_pairs(tmp_path)
-    assert [case.name for case in data.cases] == ["p1"]
-    assert "p2/scan, a series of 6 images without a label map" in " ".join(data.notes)
-    assert "cut.dcm" in " ".join(data.notes)
 
 
 def test_no_tree_of_files_joins_two_patients(tmp_path):
@@ -676,17 +668,7 @@ def test_scans_are_named_by_their_last_names_or_whole_paths(tmp_path):
     assert name_scans(words[:1], words[0]) == name_scans(words[:1]) == ["ct"]
 
 
-def test_a_folder_without_scan_and_a_seg_are_told(tmp_path):
-    with pytest.raises(InputError, match="holds no scan; expected"):
-        find_scans(tmp_path)
-    lay("SEG", tmp_path, 1)
-    (tmp_path / "only").mkdir()
-    (tmp_path / "p1/seg.dcm").rename(tmp_path / "only/seg.dcm")
-    with pytest.raises(InputError, match="holds only DICOM SEGs"):
-        find_scans(tmp_path / "only")
-
-
-def test_what_is_no_scan_in_a_folder_is_left_out_and_printed(tmp_path, capsys):
+def test_what_is_no_scan_in_a_folder_is_left_out_and_told(tmp_path, capsys):
     lits = tmp_path / "lits"
     for patient in (1, 2):
         save_pair(lits, f"volume-{patient}.nii", f"segmentation-{patient}.nii", patient)
@@ -698,6 +680,13 @@ def test_what_is_no_scan_in_a_folder_is_left_out_and_printed(tmp_path, capsys):
     assert "liver.nii.gz" in capsys.readouterr().out
     truths = pair_truths(find_scans(lits), [lits])
     assert truths == paths(lits, "segmentation-1.nii", "segmentation-2.nii")
+    (tmp_path / "only").mkdir()
+    with pytest.raises(InputError, match="holds no scan; expected"):
+        find_scans(tmp_path / "only")
+    lay("SEG", tmp_path, 1)
+    (tmp_path / "p1/seg.dcm").rename(tmp_path / "only/seg.dcm")
+    with pytest.raises(InputError, match="holds only DICOM SEGs"):
+        find_scans(tmp_path / "only")
 
 
 def test_scans_are_found_at_any_depth_in_any_letters_and_by_their_slices_once(tmp_path):
