@@ -45,7 +45,6 @@ def scan_of(patient: int) -> np.ndarray:
 
 
 def label_of(patient: int) -> np.ndarray:
-    """Liver 1 and tumour 2 of a patient; no two are alike."""
     label = np.zeros(SHAPE, np.uint8)
     label[2 : 6 + patient % 5, 2:8, 1:5] = 1
     label[3, 3 : 4 + patient % 5, 2:4] = 2
@@ -80,7 +79,6 @@ def read_ras(data: DataSet, case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check(data: DataSet, expected: dict[str, int]) -> None:
-    """Every case is sound and has its patient's own voxels."""
     assert [case.name for case in data.cases] == list(expected)  # in natural order
     for case, patient in zip(data.cases, expected.values(), strict=True):
         assert case.faults == ()
@@ -221,29 +219,26 @@ def test_what_this_program_wrote_is_no_data_set(raw_phantoms, checkpoint, tmp_pa
     assert any("1 label maps are drafts" in line for line in describe_data_set(data))
 
 
-def test_two_folders_can_be_named(tmp_path):
+def test_folders_can_be_named_are_read_once_and_told_where_unlisted(tmp_path, monkeypatch):
     for patient in (0, 1):
         name = f"anna/study {patient}.nii.gz"
         save_pair(tmp_path, f"a/{name}", f"b/{name}", patient)
-    a, b = tmp_path / "a", tmp_path / "b"
+    a, b, c = paths(tmp_path, "a", "b", "c")
     check(find_pairs(tmp_path, images=a, labels=b), {"study 0": 0, "study 1": 1})
     for named, told in (
         ({}, "--images FOLDER --labels FOLDER"),
         ({"images": a}, "give both folders"),
-        ({"images": a, "labels": tmp_path / "c"}, "no such folder"),
+        ({"images": a, "labels": c}, "no such folder"),
     ):
         with pytest.raises(InputError, match=told):
             find_pairs(tmp_path, **named)
-
-
-def test_a_folder_is_read_once_or_told_that_it_cannot_be_listed(tmp_path, monkeypatch):
-    save_pair(tmp_path, "p/ct.nii.gz", "p/label.nii.gz", 0)
-    (tmp_path / "p" / "again").symlink_to(tmp_path, target_is_directory=True)
-    check(find_pairs(tmp_path), {"p": 0})
-    refused = PermissionError(13, "Permission denied", str(tmp_path))
+    save_pair(c, "p/ct.nii.gz", "p/label.nii.gz", 0)
+    (c / "p/again").symlink_to(c, target_is_directory=True)
+    check(find_pairs(c), {"p": 0})
+    refused = PermissionError(13, "Permission denied", str(c))
     monkeypatch.setattr(os, "scandir", Mock(side_effect=refused))
     with pytest.raises(InputError, match="cannot be listed"):
-        find_pairs(tmp_path)
+        find_pairs(c)
 
 
 def test_names_are_safe_and_distinct_whatever_files_are_called_or_not_utf8_is_told(tmp_path):
@@ -351,7 +346,6 @@ def test_series_and_masks_give_the_right_voxels(layout, tmp_path):
 
 @pytest.mark.parametrize("greys", [(0, 255), (126, 63)])
 def test_a_stack_of_pictures_is_a_label_map_that_fits_the_slices_or_is_refused(greys, tmp_path):
-    """As CHAOS has them: rows down, named in the order of the slices."""
     folder = tmp_path / "Train_Sets/CT/1"
     files = save_series(scan_of(1), folder / "DICOM_anon")
     scan = read_scan(folder / "DICOM_anon")
@@ -360,7 +354,7 @@ def test_a_stack_of_pictures_is_a_label_map_that_fits_the_slices_or_is_refused(g
     path.parent.mkdir()
     for z, file in enumerate(sorted(files)):
         picture = np.asarray(greys, np.uint8)[liver[:, :, scan.files.index(file)].T]
-        Image.fromarray(picture).save(path.with_name(f"liver_GT_{z:03d}.png"))
+        Image.fromarray(picture).save(path.with_name(f"liver_GT_{z:03d}.png"))  # as in CHAOS
     data = find_pairs(tmp_path)
     (case,) = data.cases
     assert (case.name, case.image) == ("1", folder / "DICOM_anon")
@@ -521,8 +515,8 @@ def write_segnrrd(path: Path, **segments: int) -> None:
     path.write_bytes("\n".join(lines).encode() + b"\n\nvoxels")
 
 
-def test_segments_of_slicer_and_label_info_of_monai_label_name_the_values(tmp_path):
-    slicer, monai = tmp_path / "slicer", tmp_path / "monai"
+def test_segments_of_slicer_label_info_of_monai_label_and_segs_name_the_values(tmp_path):
+    slicer, monai, segs = paths(tmp_path, "slicer", "monai", "segs")
     for patient, segments in (("a", {"tumour": 1, "liver": 2}), ("b", {"Liver": 2})):
         save(scan_of(1), slicer / patient / "ct.nii.gz")
         write_segnrrd(slicer / patient / "Segmentation.seg.nrrd", **segments)
@@ -537,23 +531,21 @@ def test_segments_of_slicer_and_label_info_of_monai_label_name_the_values(tmp_pa
     write_segnrrd(slicer / "b/Segmentation.seg.nrrd", liver=1)
     with pytest.raises(InputError, match="one data set at a time"):
         find_pairs(slicer)
-
-
-def test_of_segs_alone_only_their_own_names_stand(tmp_path):
-    slices = save_series(scan_of(1), tmp_path / "p1/scan")
+    slices = save_series(scan_of(1), segs / "p1/scan")
     for names, declared in (
         (("Segment_1", "Segment_2"), {"Segment_1", "Segment_2"}),
         (("Whole liver", "tumour"), {"liver", "tumour"}),
         (("liver", "Cyst"), {"liver", "Cyst"}),
     ):
-        as_seg(slices, label_of(1), tmp_path / "p1/seg.dcm", names=names)
-        data = find_pairs(tmp_path)
+        as_seg(slices, label_of(1), segs / "p1/seg.dcm", names=names)
+        data = find_pairs(segs)
         assert {*data.declared} == {"background", *declared}
         _, label = read_ras(data, data.cases[0])
         assert np.count_nonzero(label) == np.count_nonzero(label_of(1))
 
 
 TWO_CASES, LAST = ["liver_0", "liver_1"], ["liver_2"]
+FOLDS = [{"image": rf"C:\data\imagesTr\liver_{i}.nii.gz", "fold": int(i < 2)} for i in range(3)]
 SPLIT_FILES = {
     "ours": {"training": TWO_CASES, "validation": LAST, "test": []},
     "nnU-Net": [{"train": TWO_CASES, "val": LAST}, {"train": LAST, "val": TWO_CASES}],
@@ -563,11 +555,7 @@ SPLIT_FILES = {
         "validation": [{"image": ["./imagesTr/liver_2_0000.nii.gz"]}],
         "test": ["./imagesTs/liver_9.nii.gz"],
     },
-    "monai folds": {
-        "training": [
-            {"image": f"C:\\data\\imagesTr\\liver_{i}.nii.gz", "fold": int(i < 2)} for i in range(3)
-        ]
-    },
+    "monai folds": {"training": FOLDS},
 }
 
 
@@ -587,19 +575,7 @@ def test_splits_of_other_programs_are_read_and_other_forms_or_two_meanings_refus
             read_split(path, ["a", "img3", "volume-3"])
 
 
-def test_patients_are_read_as_spreadsheets_write_them(tmp_path):
-    path = tmp_path / "patients.csv"
-    for separator in ",;\t":
-        text = "case,patient\r\na,anna\r\nb,bert".replace(",", separator)
-        path.write_text(text, encoding="utf-8-sig")
-        assert read_patients(path) == {"a": "anna", "b": "bert"}
-    for rows, told in (("a,anna\na,bert", "two patients"), ("a,", "lacks case or patient")):
-        path.write_text(f"case,patient\n{rows}\n")
-        with pytest.raises(InputError, match=told):
-            read_patients(path)
-
-
-def test_a_patient_id_of_nobody_joins_no_scans(capsys):
+def test_patients_are_read_from_spreadsheets_and_an_id_of_nobody_joins_no_scans(tmp_path, capsys):
     for ids, patients, printed in (
         ([None, None], "ab", ""),
         (["1", "2", "1"], "aba", ""),
@@ -614,6 +590,15 @@ def test_a_patient_id_of_nobody_joins_no_scans(capsys):
         assert printed in out and bool(out) == bool(printed) and "secret" not in out
         name_patients(cases, SimpleNamespace(patients=None, patient_pattern="(.)"))
         assert capsys.readouterr().out == ""
+    path = tmp_path / "patients.csv"
+    for separator in ",;\t":
+        text = "case,patient\r\na,anna\r\nb,bert".replace(",", separator)
+        path.write_text(text, encoding="utf-8-sig")
+        assert read_patients(path) == {"a": "anna", "b": "bert"}
+    for rows, told in (("a,anna\na,bert", "two patients"), ("a,", "lacks case or patient")):
+        path.write_text(f"case,patient\n{rows}\n")
+        with pytest.raises(InputError, match=told):
+            read_patients(path)
 
 
 def test_names_of_several_scans_are_noticed():
@@ -659,15 +644,6 @@ def test_label_maps_are_found_by_name_or_it_is_told(kind, tmp_path):
         assert found == [None if index is None else truths[index] for index in expected]
 
 
-def test_scans_are_named_by_their_last_names_or_whole_paths(tmp_path):
-    names = ("A/x.nii.gz", "B/x.NII.GZ", "y.mha", "..z.nii")
-    assert name_scans(paths(tmp_path, *names), tmp_path) == ["A_x", "B_x", "y", "z"]
-    assert name_scans(paths(tmp_path, "A/x.nii")) == ["x"]
-    words = paths(tmp_path, "1/ct.nii.gz", "2/ct.nii.gz", "2/scan.nii.gz", "3/image")
-    assert name_scans(words, tmp_path) == ["1", "ct", "scan", "3"]
-    assert name_scans(words[:1], words[0]) == name_scans(words[:1]) == ["ct"]
-
-
 def test_what_is_no_scan_in_a_folder_is_left_out_and_told(tmp_path, capsys):
     lits = tmp_path / "lits"
     for patient in (1, 2):
@@ -689,7 +665,9 @@ def test_what_is_no_scan_in_a_folder_is_left_out_and_told(tmp_path, capsys):
         find_scans(tmp_path / "only")
 
 
-def test_scans_are_found_at_any_depth_in_any_letters_and_by_their_slices_once(tmp_path):
+def test_scans_are_found_at_any_depth_by_their_slices_once_and_named_by_last_names_or_paths(
+    tmp_path,
+):
     series = tmp_path / "a/b/c/series"
     slices, volume = save_series(scan_of(1), series), save(scan_of(2), tmp_path / "X.NII.GZ")
     assert {*find_scans(tmp_path)} == {volume, series}
@@ -699,6 +677,12 @@ def test_scans_are_found_at_any_depth_in_any_letters_and_by_their_slices_once(tm
     others = [f.rename(series / f"x{f.name}") for f in save_series(scan_of(2), tmp_path / "b")]
     assert find_scans(slices[3], others[3]) == [slices[3], others[3]]  # so does one of each
     assert len(find_scans(*slices, *others)) == 2
+    names = ("A/x.nii.gz", "B/x.NII.GZ", "y.mha", "..z.nii")
+    assert name_scans(paths(tmp_path, *names), tmp_path) == ["A_x", "B_x", "y", "z"]
+    assert name_scans(paths(tmp_path, "A/x.nii")) == ["x"]
+    words = paths(tmp_path, "1/ct.nii.gz", "2/ct.nii.gz", "2/scan.nii.gz", "3/image")
+    assert name_scans(words, tmp_path) == ["1", "ct", "scan", "3"]
+    assert name_scans(words[:1], words[0]) == name_scans(words[:1]) == ["ct"]
 
 
 def test_truths_may_be_segs_or_masks(tmp_path):
