@@ -313,7 +313,6 @@ SERIES = {  # scan, and a structure for each file or series beside it; what has 
 
 
 def lay(layout: str, root: Path, patient: int) -> None:
-    """Write a patient in a layout of SERIES; the masks of 3D-IRCADb are 0 and 255."""
     scan, labels = SERIES[layout]
     write = save if scan.endswith(".nii.gz") else save_series
     files = write(scan_of(patient), root / scan.format(patient))
@@ -376,8 +375,7 @@ def test_other_structures_are_used_when_they_are_named_and_masks_of_another_scan
     assert "spleen" in " ".join(find_pairs(tmp_path / "a").notes)
     data = find_pairs(tmp_path / "a", values={"liver": (6,), "spleen": (1,)})
     assert data.declared == {"background": (0,), "liver": (6,), "spleen": (1,)}
-    (case,) = data.cases
-    _, label = read_ras(data, case)
+    _, label = read_ras(data, *data.cases)
     expected = np.where(label_of(1) > 0, 6, 1).astype(np.uint8)
     assert np.array_equal(label, Volume(expected, AFFINE).ras.data)
     lay("3D-IRCADb", tmp_path / "b", 1)
@@ -445,14 +443,12 @@ def test_no_tree_of_files_joins_two_patients(tmp_path):
 
 
 BTCV = {"0": "background", "1": "spleen", "2": "right kidney", "6": "liver"}
+WHOLE = {"background": 0, "whole": [1, 2, 3], "liver": [1, 2], "tumour": 2}
 DECLARED = {  # labels in dataset.json → values of each class
     "Decathlon": (BTCV, {"spleen": (1,), "right kidney": (2,), "liver": (6,)}),
     "nnU-Net": ({"background": 0, "tumour": 1, "liver": 2}, {"tumour": (1,), "liver": (2,)}),
     "regions": ({"background": 0, "liver": [1, 2], "tumour": [2]}, {"liver": (1,), "tumour": (2,)}),
-    "region with a number": (
-        {"background": 0, "whole": [1, 2, 3], "liver": [1, 2], "tumour": 2},
-        {"whole": (3,), "liver": (1,), "tumour": (2,)},
-    ),
+    "region with a number": (WHOLE, {"whole": (3,), "liver": (1,), "tumour": (2,)}),
     "two values": ({"0": "background", "1": "liver", "2": "liver"}, {"liver": (1, 2)}),
     "no background": ({"liver": 1}, {"liver": (1,)}),
     "a value to ignore": ({"background": 0, "liver": 1, "ignore": 7}, {"liver": (1,)}),
@@ -464,8 +460,7 @@ def test_descriptions_name_the_values(form, tmp_path):
     content, declared = DECLARED[form]
     save_pair(tmp_path, "imagesTr/x.nii.gz", "labelsTr/x.nii.gz")
     text = json.dumps({"labels": content, "numTraining": 3})
-    encoding = "utf-8-sig" if "r" in form else "utf-8"
-    (tmp_path / "dataset.json").write_text(text, encoding=encoding)
+    (tmp_path / "dataset.json").write_text(text, encoding="utf-8-sig" if "r" in form else "utf-8")
     data = find_pairs(tmp_path)
     assert data.declared == {"background": (0,), **declared}
     assert (data.announced, data.ignore) == (3, (7,) if "ignore" in content else ())
@@ -665,9 +660,7 @@ def test_what_is_no_scan_in_a_folder_is_left_out_and_told(tmp_path, capsys):
         find_scans(tmp_path / "only")
 
 
-def test_scans_are_found_at_any_depth_by_their_slices_once_and_named_by_last_names_or_paths(
-    tmp_path,
-):
+def test_scans_are_found_at_any_depth_and_named_by_last_names_or_whole_paths(tmp_path):
     series = tmp_path / "a/b/c/series"
     slices, volume = save_series(scan_of(1), series), save(scan_of(2), tmp_path / "X.NII.GZ")
     assert {*find_scans(tmp_path)} == {volume, series}
