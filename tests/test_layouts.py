@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pydicom
@@ -40,12 +41,10 @@ AFFINE = np.array([[-2.0, 0, 0, 30], [0, -2, 0, 20], [0, 0, 3, -7], [0, 0, 0, 1]
 
 
 def scan_of(patient: int) -> np.ndarray:
-    """HU of a patient; no two are alike."""
     return np.random.default_rng(patient).integers(-900, 900, SHAPE).astype(np.int16)
 
 
 def label_of(patient: int) -> np.ndarray:
-    """Liver 1 and tumour 2 of a patient; no two are alike."""
     label = np.zeros(SHAPE, np.uint8)
     label[2 : 6 + patient % 5, 2:8, 1:5] = 1
     label[3, 3 : 4 + patient % 5, 2:4] = 2
@@ -64,11 +63,9 @@ def save_series(array: np.ndarray, folder: Path, affine: np.ndarray = AFFINE) ->
     return write_series(Volume(array.astype(np.int16), affine), folder)
 
 
-def save_pngs(array: np.ndarray, folder: Path) -> None:
-    """A picture per slice, as CHAOS has them: rows down, named in the order of the slices."""
-    folder.mkdir(parents=True)
-    for z in range(array.shape[2]):
-        Image.fromarray(array[:, :, z].T).save(folder / f"liver_GT_{z:03d}.png")
+def save_pair(root: Path, image: str, label: str, patient: int = 1) -> None:
+    save(scan_of(patient), root / image)
+    save(label_of(patient), root / label)
 
 
 def paths(root: Path, *names: str) -> list[Path]:
@@ -76,24 +73,19 @@ def paths(root: Path, *names: str) -> list[Path]:
 
 
 def read_ras(data: DataSet, case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """RAS voxels of a case's scan and label map."""
     scan = read_scan(case.image)
     label = read_label_map(case.label, scan, data.declared, ignore=data.ignore)
     return scan.ras.data, label.ras.data
 
 
 def check(data: DataSet, expected: dict[str, int]) -> None:
-    """Every case is sound and has its patient's own voxels."""
     assert [case.name for case in data.cases] == list(expected)  # in natural order
     for case, patient in zip(data.cases, expected.values(), strict=True):
         assert case.faults == ()
-        for found, array in zip(
-            read_ras(data, case), (scan_of(patient), label_of(patient)), strict=True
-        ):
-            assert np.array_equal(found, Volume(array, AFFINE).ras.data)
+        scan, label = read_ras(data, case)
+        assert np.array_equal(scan, Volume(scan_of(patient), AFFINE).ras.data)
+        assert np.array_equal(label, Volume(label_of(patient), AFFINE).ras.data)
 
-
-# --- Pairs of files ---------------------------------------------------------------------
 
 # (scan, label map, name of the case) with the number of the patient in it
 PAIRS = {
@@ -131,11 +123,11 @@ PAIRS = {
 
 @pytest.mark.parametrize("layout", PAIRS)
 def test_files_are_paired_by_what_remains_of_their_paths(layout, tmp_path):
-    image, label, name = PAIRS[layout]
+    names = {}
     for patient in (1, 2, 10):
-        save(scan_of(patient), tmp_path / image.replace("{}", str(patient)))
-        save(label_of(patient), tmp_path / label.replace("{}", str(patient)))
-    names = {name.replace("{}", str(patient)): patient for patient in (1, 2, 10)}
+        *files, name = (text.replace("{}", str(patient)) for text in PAIRS[layout])
+        save_pair(tmp_path, *files, patient)
+        names[name] = patient
     data = find_pairs(tmp_path)
     check(data, names)
     assert not data.unused
@@ -153,37 +145,32 @@ TREES = {
     "test/test-volume-0",
     "channels in one set, numbers from 0000 in another": "a/img/x_0000>a/gt/x a/img/x_0001 "
     "b/img/c_0000>b/gt/c_0000 b/img/c_0001>b/gt/c_0001",
-    "a channel with a label map of its own": "img/x_0000>label/x img/x_0001>label/x_0001 "
-    "img/x_0002",
+    "a channel's own label map": "img/x_0000>label/x img/x_0001>label/x_0001 img/x_0002",
     "numbers that end like channels": "img/g_0000_0000>label/g_0000 img/g_0001_0000>label/g_0001",
     "a label map is missing of scans with numbers": "img/c_0000>label/c_0000 img/c_0001>",
     "MONAI Label": "x>labels/final/x labels/original/x y>labels/original/y",
     "draft": "p/ct>p/liver_mask p/liver_draft_mask",
     "final in the names of scans too": "p_ct>p_label p_final_ct>p_final_label",
     "a whole label map beside masks": "p/ct>p/label p/segs/liver p/segs/hcc",
-    "tumours with numbers": "p/image>liver=p/liver+livertumor1=p/livertumor1"
-    "+livertumor2=p/livertumor2",
+    "numbers": "p/image>liver=p/liver+livertumor1=p/livertumor1+livertumor2=p/livertumor2",
     "a label word in some names": "images/a>labels/a_label images/b>labels/b",
 }
 
 
 @pytest.mark.parametrize("tree", TREES)
 def test_trees_of_files(tree, tmp_path):
-    files = {name for name in re.split(r"[ >+]|\w+=", TREES[tree]) if name}
-    for name in files:
+    for name in filter(None, re.split(r"[ >+]|\w+=", TREES[tree])):
         save(label_of(1), tmp_path / f"{name}.nii.gz")
     (tmp_path / "._hidden.nii.gz").write_bytes(b"macOS")
     data = find_pairs(tmp_path)
 
-    def shorten(path: Path | None) -> str:
+    def shorten(path: Path | tuple | None) -> str:
+        if isinstance(path, tuple):
+            return "+".join(f"{name}={shorten(mask)}" for name, mask in path)
         return path.relative_to(tmp_path).as_posix().removesuffix(".nii.gz") if path else ""
 
-    found = set()
-    for case in data.cases:
-        masks = isinstance(case.label, tuple)
-        label = "+".join(f"{n}={shorten(p)}" for n, p in case.label) if masks else None
-        found.add(f"{shorten(case.image)}>{label or shorten(case.label)}")
-        assert case.faults == ()
+    assert all(case.faults == () for case in data.cases)
+    found = {f"{shorten(case.image)}>{shorten(case.label)}" for case in data.cases}
     assert found == {word for word in TREES[tree].split() if ">" in word}
     told = {shorten(path) for path in data.unused}
     assert told >= {word for word in TREES[tree].split() if ">" not in word}  # nothing vanishes
@@ -204,10 +191,10 @@ def test_what_is_ambiguous_is_told_with_both_paths(tree, tmp_path):
         save(label_of(1), tmp_path / f"{name}.nii.gz")
     data = find_pairs(tmp_path)
     (fault,) = [fault for case in data.cases for fault in case.faults]
-    two = "2 scans for one label map" if len(scans) > 1 else "2 label maps for one scan"
-    assert two in fault
-    for name in scans if len(scans) > 1 else labels:
-        assert str(tmp_path / f"{name}.nii.gz") in fault
+    several = len(scans) > 1
+    told = "2 scans for one label map" if several else "2 label maps for one scan"
+    files = [str(tmp_path / f"{name}.nii.gz") for name in (scans if several else labels)]
+    assert all(words in fault for words in (told, *files))
     assert fault in "\n".join(describe_data_set(data))
     (sound,) = [case for case in data.cases if not case.faults]
     assert (sound.name, sound.image) == ("sound", tmp_path / "sound_ct.nii.gz")
@@ -232,60 +219,46 @@ def test_what_this_program_wrote_is_no_data_set(raw_phantoms, checkpoint, tmp_pa
     assert any("1 label maps are drafts" in line for line in describe_data_set(data))
 
 
-def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(InputError, match="cannot be listed"):
-        find_pairs(tmp_path)
-
-
-def test_two_folders_can_be_named(tmp_path):
+def test_folders_can_be_named_are_read_once_and_told_where_unlisted(tmp_path, monkeypatch):
     for patient in (0, 1):
-        save(scan_of(patient), tmp_path / f"a/anna/study {patient}.nii.gz")
-        save(label_of(patient), tmp_path / f"b/anna/study {patient}.nii.gz")
-    a, b = tmp_path / "a", tmp_path / "b"
+        name = f"anna/study {patient}.nii.gz"
+        save_pair(tmp_path, f"a/{name}", f"b/{name}", patient)
+    a, b, c = paths(tmp_path, "a", "b", "c")
     check(find_pairs(tmp_path, images=a, labels=b), {"study 0": 0, "study 1": 1})
     for named, told in (
-        ({}, "--images FOLDER --labels FOLDER"), ({"images": a}, "give both folders"),
-        ({"images": a, "labels": tmp_path / "c"}, "no such folder"),
-    ):  # fmt: skip
+        ({}, "--images FOLDER --labels FOLDER"),
+        ({"images": a}, "give both folders"),
+        ({"images": a, "labels": c}, "no such folder"),
+    ):
         with pytest.raises(InputError, match=told):
             find_pairs(tmp_path, **named)
+    save_pair(c, "p/ct.nii.gz", "p/label.nii.gz", 0)
+    (c / "p/again").symlink_to(c, target_is_directory=True)
+    check(find_pairs(c), {"p": 0})
+    refused = PermissionError(13, "Permission denied", str(c))
+    monkeypatch.setattr(os, "scandir", Mock(side_effect=refused))
+    with pytest.raises(InputError, match="cannot be listed"):
+        find_pairs(c)
 
 
-def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
-    save(scan_of(0), tmp_path / "p/ct.nii.gz")
-    save(label_of(0), tmp_path / "p/label.nii.gz")
-    (tmp_path / "p" / "again").symlink_to(tmp_path, target_is_directory=True)
-    check(find_pairs(tmp_path), {"p": 0})
-
-
-def test_names_are_safe_and_distinct_whatever_files_are_called(tmp_path):
+def test_names_are_safe_and_distinct_whatever_files_are_called_or_not_utf8_is_told(tmp_path):
     names = ("=1+1", "-x", "+y", "@z", "a..b", "w" * 180, "P1", "p1", "p1:", "p1*")
     for name in names:
-        save(scan_of(1), tmp_path / f"images/{name}.nii.gz")
-        save(label_of(1), tmp_path / f"labels/{name}.nii.gz")
-    cases = find_pairs(tmp_path).cases
+        save_pair(tmp_path / "safe", f"images/{name}.nii.gz", f"labels/{name}.nii.gz")
+    cases = find_pairs(tmp_path / "safe").cases
     assert {"1+1", "x", "y", "z", "a.b"} < {case.name for case in cases}
     assert max(len(case.name) for case in cases) <= 100
     assert len({case.name.casefold() for case in cases}) == len(names)
     assert all(case.image.name == case.label.name for case in cases)
-
-
-def test_a_name_that_is_not_utf8_is_a_fault_of_its_case(tmp_path):
-    for index, name in enumerate((b"caf\xe9", b"sound")):
-        for kind, array in (("images", scan_of(index)), ("labels", label_of(index))):
-            written = save(array, tmp_path / kind / "x.nii.gz")
-            written.rename(written.with_name(os.fsdecode(name) + ".nii.gz"))
-    bad, sound = find_pairs(tmp_path).cases
+    for name in (b"caf\xe9", b"sound"):
+        save_pair(tmp_path / "odd", "images/x.nii.gz", "labels/x.nii.gz")
+        for file in paths(tmp_path / "odd", "images/x.nii.gz", "labels/x.nii.gz"):
+            file.rename(file.with_name(f"{os.fsdecode(name)}.nii.gz"))
+    data = find_pairs(tmp_path / "odd")
+    bad, sound = data.cases
     assert "is not UTF-8; rename it" in bad.faults[0]
     assert sound.faults == ()
-    "\n".join([*describe_data_set(find_pairs(tmp_path)), bad.name]).encode()
-
-
-# --- Series and masks -------------------------------------------------------------------
+    "\n".join([*describe_data_set(data), bad.name]).encode()
 
 
 def as_seg(slices: list[Path], label: np.ndarray, path: Path, names=("liver", "tumour")) -> None:
@@ -297,7 +270,6 @@ def as_seg(slices: list[Path], label: np.ndarray, path: Path, names=("liver", "t
 
 
 def set_frame(files: list[Path], uid: str) -> None:
-    """Write another frame of reference into a series."""
     for file in files:
         header = pydicom.dcmread(file)
         header.FrameOfReferenceUID = uid
@@ -341,12 +313,9 @@ SERIES = {  # scan, and a structure for each file or series beside it; what has 
 
 
 def lay(layout: str, root: Path, patient: int) -> None:
-    """Write a patient in a layout of SERIES; the masks of 3D-IRCADb are 0 and 255."""
     scan, labels = SERIES[layout]
-    where, packed = root / scan.format(patient), scan.endswith(".nii.gz")
-    files = [] if packed else save_series(scan_of(patient), where)
-    if packed:
-        save(scan_of(patient), where)
+    write = save if scan.endswith(".nii.gz") else save_series
+    files = write(scan_of(patient), root / scan.format(patient))
     for name, part in labels.items():
         path = root / name.format(patient)
         array = PARTS[part](label_of(patient)) if part else scan_of(patient + 9)
@@ -374,112 +343,91 @@ def test_series_and_masks_give_the_right_voxels(layout, tmp_path):
     assert all(stamp_inputs([case.image, case.label]) for case in data.cases)
 
 
-def lay_chaos(root: Path, patient: int, greys=(0, 255)) -> np.ndarray:
-    """CHAOS: a series and a stack of pictures; returns the liver (X, Y, Z) in stored axes."""
-    liver = (label_of(patient) > 0).astype(np.uint8)
-    folder = root / f"Train_Sets/CT/{patient}"
-    files = save_series(scan_of(patient), folder / "DICOM_anon")
-    read = read_scan(folder / "DICOM_anon")
-    stored = read.from_ras(Volume(liver, AFFINE).ras.data).data
-    by_name = stored[:, :, [read.files.index(file) for file in sorted(files)]]
-    save_pngs(np.asarray(greys, np.uint8)[by_name], folder / "Ground")
-    return stored
-
-
 @pytest.mark.parametrize("greys", [(0, 255), (126, 63)])
 def test_a_stack_of_pictures_is_a_label_map_that_fits_the_slices_or_is_refused(greys, tmp_path):
-    liver = lay_chaos(tmp_path, 1, greys)
+    folder = tmp_path / "Train_Sets/CT/1"
+    files = save_series(scan_of(1), folder / "DICOM_anon")
+    scan = read_scan(folder / "DICOM_anon")
+    liver = scan.from_ras(Volume((label_of(1) > 0).astype(np.uint8), AFFINE).ras.data).data
+    path = folder / "Ground/liver_GT_002.png"
+    path.parent.mkdir()
+    for z, file in enumerate(sorted(files)):
+        picture = np.asarray(greys, np.uint8)[liver[:, :, scan.files.index(file)].T]
+        Image.fromarray(picture).save(path.with_name(f"liver_GT_{z:03d}.png"))  # as in CHAOS
     data = find_pairs(tmp_path)
     (case,) = data.cases
-    scan = read_scan(case.image)
-    assert case.name == "1"
+    assert (case.name, case.image) == ("1", folder / "DICOM_anon")
     assert np.array_equal(read_label_map(case.label, scan, data.declared).read(), liver)
-    path = tmp_path / "Train_Sets/CT/1/Ground/liver_GT_002.png"
     odd = np.zeros((SHAPE[1], SHAPE[0]), np.uint8)
     odd[0, :3] = 10, 20, 30
     for picture, told in (
-        (odd, r"greys \[10, 20, 30, "), (odd[:4], r"must have \(12, 10\) pixels .* got \(12, 4\)"),
+        (odd, r"greys \[10, 20, 30, "),
+        (odd[:4], r"must have \(12, 10\) pixels .* got \(12, 4\)"),
         (None, "got 5 for 6 files"),
-    ):  # fmt: skip
+    ):
         path.unlink() if picture is None else Image.fromarray(picture).save(path)
         with pytest.raises(InputError, match=told):
             read_label_map(case.label, scan, data.declared)
 
 
-def test_masks_of_another_scan_are_refused(tmp_path):
-    lay("3D-IRCADb", tmp_path, 1)
-    (case,) = find_pairs(tmp_path).cases
-    scan = read_scan(case.image)
-    set_frame(list((tmp_path / "p1/MASKS_DICOM/liver").iterdir()), "1.2.3")
-    with pytest.raises(InputError, match="another frame of reference"):
-        read_label_map(case.label, scan, {"liver": (1,)})
-
-
-def test_other_structures_are_used_when_they_are_named(tmp_path):
-    lay("TotalSegmentator", tmp_path, 1)
-    data = find_pairs(tmp_path)
-    assert "spleen" in " ".join(data.notes)
-    data = find_pairs(tmp_path, values={"liver": (6,), "spleen": (1,)})
+def test_other_structures_are_used_when_they_are_named_and_masks_of_another_scan_never(tmp_path):
+    lay("TotalSegmentator", tmp_path / "a", 1)
+    assert "spleen" in " ".join(find_pairs(tmp_path / "a").notes)
+    data = find_pairs(tmp_path / "a", values={"liver": (6,), "spleen": (1,)})
     assert data.declared == {"background": (0,), "liver": (6,), "spleen": (1,)}
-    (case,) = data.cases
-    _, label = read_ras(data, case)
+    _, label = read_ras(data, *data.cases)
     expected = np.where(label_of(1) > 0, 6, 1).astype(np.uint8)
     assert np.array_equal(label, Volume(expected, AFFINE).ras.data)
+    lay("3D-IRCADb", tmp_path / "b", 1)
+    (case,) = find_pairs(tmp_path / "b").cases
+    set_frame(list((tmp_path / "b/p1/MASKS_DICOM/liver").iterdir()), "1.2.3")
+    with pytest.raises(InputError, match="another frame of reference"):
+        read_label_map(case.label, read_scan(case.image), {"liver": (1,)})
 
 
-def test_two_series_in_one_folder_have_names_by_their_uids(tmp_path):
-    (tmp_path / "mixed").mkdir()
-    for patient in (1, 2):
-        slices = save_series(scan_of(patient), tmp_path / f"{patient}")
-        as_seg(slices, label_of(patient), tmp_path / f"segs/{patient}.dcm")
+def test_two_series_of_one_folder_or_of_one_name_keep_their_own_label_maps(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    (one / "mixed").mkdir(parents=True)
+    for patient, batch in ((1, "A"), (2, "B")):
+        slices = save_series(scan_of(patient), one / f"{patient}")
+        as_seg(slices, label_of(patient), one / f"segs/{patient}.dcm")
         for file in slices:
-            file.rename(tmp_path / "mixed" / f"{patient}{file.name}")
-    data = find_pairs(tmp_path)
+            file.rename(one / "mixed" / f"{patient}{file.name}")
+        save_series(scan_of(patient), other / f"{batch}/p1")
+        save(label_of(patient), other / f"labels/{batch}/p1.nii.gz")
+    data = find_pairs(one)  # names by their UIDs
     assert [(case.name[:7], len(case.name)) for case in data.cases] == [("series_", 17)] * 2
     first = Volume(scan_of(1), AFFINE).ras.data
     order = (1, 2) if np.array_equal(read_ras(data, data.cases[0])[0], first) else (2, 1)
     check(data, dict(zip([case.name for case in data.cases], order, strict=True)))
+    check(find_pairs(other), {"A_p1": 1, "B_p1": 2})
 
 
-def test_a_series_that_a_seg_names_is_a_scan_and_two_segs_of_it_are_told(tmp_path):
+def test_a_series_that_a_seg_names_is_a_scan_and_two_segs_none_or_torn_files_are_told(tmp_path):
     slices = save_series(scan_of(1), tmp_path / "masks/p1")
     as_seg(slices, label_of(1), tmp_path / "masks/x.dcm")
-    (case,) = find_pairs(tmp_path).cases
-    assert (case.image, case.label) == (tmp_path / "masks/p1", tmp_path / "masks/x.dcm")
+    save_series(scan_of(2), tmp_path / "p2/scan")
+    (tmp_path / "p3").mkdir()
+    (tmp_path / "p3/cut.dcm").write_bytes(slices[0].read_bytes()[:400])
+    data = find_pairs(tmp_path)
+    (case,) = data.cases
+    assert (case.name, case.image, case.label) == ("p1", *paths(tmp_path / "masks", "p1", "x.dcm"))
+    assert "p2/scan, a series of 6 images without a label map" in " ".join(data.notes)
+    assert "cut.dcm" in " ".join(data.notes)
     as_seg(slices, label_of(2), tmp_path / "masks/other.dcm", names=("liver", "cyst"))
     (case,) = find_pairs(tmp_path).cases
     told = ("2 label maps for one scan", "other.dcm", "x.dcm")
     assert all(words in case.faults[0] for words in told)
 
 
-def test_series_without_label_map_and_torn_files_are_told_and_no_cases(tmp_path):
-    lay("SEG", tmp_path, 1)
-    save_series(scan_of(2), tmp_path / "p2/scan")
-    (tmp_path / "p3").mkdir()
-    whole = next((tmp_path / "p1/scan").iterdir()).read_bytes()
-    (tmp_path / "p3/cut.dcm").write_bytes(whole[:400])
-    data = find_pairs(tmp_path)
-    assert [case.name for case in data.cases] == ["p1"]
-    assert "p2/scan, a series of 6 images without a label map" in " ".join(data.notes)
-    assert "cut.dcm" in " ".join(data.notes)
-
-
-def test_series_of_equal_names_in_two_folders_keep_their_own_label_maps(tmp_path):
-    for patient, folder in ((1, "A"), (2, "B")):
-        save_series(scan_of(patient), tmp_path / f"{folder}/p1")
-        save(label_of(patient), tmp_path / f"labels/{folder}/p1.nii.gz")
-    check(find_pairs(tmp_path), {"A_p1": 1, "B_p1": 2})
-
-
 def test_no_tree_of_files_joins_two_patients(tmp_path):
-    """Words, places and gaps at random: a pair is always one patient's."""
     rng, pairs = np.random.default_rng(0), 0
     styles = "{w}/{b}/{p}", "{b}/{w}/{p}", "{b}/{p}/{w}", "{b}/{p}_{w}", "{b}/{w}_{p}"
+    kinds = (["images", "img", "ct", "volumes"], ["labels", "seg", "mask", "truth"])
     for trial in range(60):
         root = tmp_path / str(trial)
         for index in rng.permutation(4)[:3]:
             batch, patient = rng.choice(["A", "B"]), f"p{index}"
-            kinds = (["images", "img", "ct", "volumes"], ["labels", "seg", "mask", "truth"])
             for words in kinds:
                 name = styles[trial % 5].format(w=rng.choice(words), b=batch, p=patient)
                 if rng.random() < 0.75:
@@ -494,25 +442,13 @@ def test_no_tree_of_files_joins_two_patients(tmp_path):
     assert pairs > 50
 
 
-# --- What the labels are called ---------------------------------------------------------
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> Path:
-    save(scan_of(1), tmp_path / "imagesTr/x.nii.gz")
-    save(label_of(1), tmp_path / "labelsTr/x.nii.gz")
-    return tmp_path
-
-
 BTCV = {"0": "background", "1": "spleen", "2": "right kidney", "6": "liver"}
+WHOLE = {"background": 0, "whole": [1, 2, 3], "liver": [1, 2], "tumour": 2}
 DECLARED = {  # labels in dataset.json → values of each class
     "Decathlon": (BTCV, {"spleen": (1,), "right kidney": (2,), "liver": (6,)}),
     "nnU-Net": ({"background": 0, "tumour": 1, "liver": 2}, {"tumour": (1,), "liver": (2,)}),
     "regions": ({"background": 0, "liver": [1, 2], "tumour": [2]}, {"liver": (1,), "tumour": (2,)}),
-    "region with a number": (
-        {"background": 0, "whole": [1, 2, 3], "liver": [1, 2], "tumour": 2},
-        {"whole": (3,), "liver": (1,), "tumour": (2,)},
-    ),
+    "region with a number": (WHOLE, {"whole": (3,), "liver": (1,), "tumour": (2,)}),
     "two values": ({"0": "background", "1": "liver", "2": "liver"}, {"liver": (1, 2)}),
     "no background": ({"liver": 1}, {"liver": (1,)}),
     "a value to ignore": ({"background": 0, "liver": 1, "ignore": 7}, {"liver": (1,)}),
@@ -520,39 +456,36 @@ DECLARED = {  # labels in dataset.json → values of each class
 
 
 @pytest.mark.parametrize("form", DECLARED)
-def test_descriptions_name_the_values(form, pair):
+def test_descriptions_name_the_values(form, tmp_path):
     content, declared = DECLARED[form]
+    save_pair(tmp_path, "imagesTr/x.nii.gz", "labelsTr/x.nii.gz")
     text = json.dumps({"labels": content, "numTraining": 3})
-    (pair / "dataset.json").write_text(text, encoding="utf-8-sig" if "r" in form else "utf-8")
-    data = find_pairs(pair)
+    (tmp_path / "dataset.json").write_text(text, encoding="utf-8-sig" if "r" in form else "utf-8")
+    data = find_pairs(tmp_path)
     assert data.declared == {"background": (0,), **declared}
     assert (data.announced, data.ignore) == (3, (7,) if "ignore" in content else ())
     assert any("announces 3 cases" in line for line in describe_data_set(data))
-    assert find_pairs(pair, values={"liver": (1, 2)}).declared["liver"] == (1, 2)
+    assert find_pairs(tmp_path, values={"liver": (1, 2)}).declared["liver"] == (1, 2)
 
 
-def test_a_description_of_another_form_is_refused_with_the_form(pair):
-    labels = [["background", "liver"], {"liver": "one"}, {"liver": -1}, {"liver": 1.5},
-              {"liver": 10**9}, {"1": None}, {"background": 0}]  # fmt: skip
-    for content in [{"classes": ["liver"]}, [1, 2], *({"labels": form} for form in labels)]:
-        (pair / "dataset.json").write_text(json.dumps(content))
-        with pytest.raises(InputError, match=r"dataset\.json.*must have .labels. as Decathlon"):
-            find_pairs(pair)
-    labels = {"background": 0, "liver": 1, "tumour": 2, "ignore": 2}
-    (pair / "dataset.json").write_text(json.dumps({"labels": labels}))
-    with pytest.raises(InputError, match="ignore=2"):
-        find_pairs(pair)
-    for text in ("", "{", "[" * 100000):
-        (pair / "dataset.json").write_text(text)
-        with pytest.raises(InputError, match=r"dataset\.json: must be a JSON object"):
-            find_pairs(pair)
+def test_a_description_of_another_form_is_refused_with_the_form(tmp_path):
+    save_pair(tmp_path, "imagesTr/x.nii.gz", "labelsTr/x.nii.gz")
+    labels = [["background", "liver"], {"liver": "one"}, {"liver": -1}, {"liver": 1.5}]
+    labels += [{"liver": 10**9}, {"1": None}, {"background": 0}]
+    forms = [{"classes": ["liver"]}, [1, 2], *({"labels": form} for form in labels)]
+    twice = {"labels": {"background": 0, "liver": 1, "tumour": 2, "ignore": 2}}
+    must = r"dataset\.json.*must have .labels. as Decathlon"
+    rows = [(json.dumps(form), must) for form in forms] + [(json.dumps(twice), "ignore=2")]
+    rows += [(text, r"dataset\.json: must be a JSON object") for text in ("", "{", "[" * 100000)]
+    for text, told in rows:
+        (tmp_path / "dataset.json").write_text(text)
+        with pytest.raises(InputError, match=told):
+            find_pairs(tmp_path)
 
 
 def test_a_description_reaches_no_neighbouring_set(tmp_path):
-    for name in ("lits/volume-1", "btcv/img/1"):
-        save(scan_of(1), tmp_path / f"{name}.nii")
-    for name in ("lits/segmentation-1", "btcv/label/1"):
-        save(label_of(1), tmp_path / f"{name}.nii")
+    save_pair(tmp_path / "lits", "volume-1.nii", "segmentation-1.nii")
+    save_pair(tmp_path / "btcv", "img/1.nii", "label/1.nii")
     assert any("no dataset.json describes" in note for note in find_pairs(tmp_path).notes)
     (tmp_path / "btcv/dataset.json").write_text(json.dumps({"labels": BTCV}))
     with pytest.raises(InputError, match=r"btcv/dataset.json says .*spleen.*lits/segmentation-1.*"):
@@ -569,82 +502,64 @@ def test_a_description_reaches_no_neighbouring_set(tmp_path):
     assert find_pairs(tmp_path).declared == {"background": (0,), "liver": (1,), "cancer": (2,)}
 
 
-def write_segnrrd(path: Path, *segments: tuple[str, int]) -> None:
+def write_segnrrd(path: Path, **segments: int) -> None:
     """The header of a .seg.nrrd of 3D Slicer; who pairs files reads no voxels."""
     lines = ["NRRD0004", "type: unsigned char", "dimension: 3"]
-    for number, (name, value) in enumerate(segments):
+    for number, (name, value) in enumerate(segments.items()):
         lines += [f"Segment{number}_LabelValue:={value}", f"Segment{number}_Name:={name}"]
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes("\n".join(lines).encode() + b"\n\nvoxels")
 
 
-def test_segments_of_slicer_have_the_names_of_their_own_file(tmp_path):
-    for patient, segments in (("a", [("tumour", 1), ("liver", 2)]), ("b", [("Liver", 2)])):
-        save(scan_of(1), tmp_path / patient / "ct.nii.gz")
-        write_segnrrd(tmp_path / patient / "Segmentation.seg.nrrd", *segments)
-    assert find_pairs(tmp_path).declared == {"background": (0,), "tumour": (1,), "liver": (2,)}
-    described = describe_truths(tmp_path / "b/Segmentation.seg.nrrd")
-    assert described.labels == {"background": (0,), "Liver": (2,)}
-    write_segnrrd(tmp_path / "b/Segmentation.seg.nrrd", ("liver", 1))
-    with pytest.raises(InputError, match="one data set at a time"):
-        find_pairs(tmp_path)
-
-
-def test_label_info_of_monai_label_names_the_values(tmp_path):
-    save(scan_of(1), tmp_path / "x.nii.gz")
-    save(label_of(1), tmp_path / "labels/final/x.nii.gz")
+def test_segments_of_slicer_label_info_of_monai_label_and_segs_name_the_values(tmp_path):
+    slicer, monai, segs = paths(tmp_path, "slicer", "monai", "segs")
+    for patient, segments in (("a", {"tumour": 1, "liver": 2}), ("b", {"Liver": 2})):
+        save(scan_of(1), slicer / patient / "ct.nii.gz")
+        write_segnrrd(slicer / patient / "Segmentation.seg.nrrd", **segments)
+    save_pair(monai, "x.nii.gz", "labels/final/x.nii.gz")
     info = {"params": {"label_info": [{"name": "tumour", "idx": 1}, {"name": "liver", "idx": 2}]}}
-    store = tmp_path / "datastore_v2.json"
-    store.write_text(json.dumps({"objects": {"x": {"labels": {"final": {"info": info}}}}}))
-    assert find_pairs(tmp_path).declared == {"background": (0,), "tumour": (1,), "liver": (2,)}
-
-
-def test_of_segs_alone_only_their_own_names_stand(tmp_path):
-    slices = save_series(scan_of(1), tmp_path / "p1/scan")
+    store = {"objects": {"x": {"labels": {"final": {"info": info}}}}}
+    (monai / "datastore_v2.json").write_text(json.dumps(store))
+    for root in (slicer, monai):
+        assert find_pairs(root).declared == {"background": (0,), "tumour": (1,), "liver": (2,)}
+    described = describe_truths(slicer / "b/Segmentation.seg.nrrd")
+    assert described.labels == {"background": (0,), "Liver": (2,)}  # of their own file
+    write_segnrrd(slicer / "b/Segmentation.seg.nrrd", liver=1)
+    with pytest.raises(InputError, match="one data set at a time"):
+        find_pairs(slicer)
+    slices = save_series(scan_of(1), segs / "p1/scan")
     for names, declared in (
         (("Segment_1", "Segment_2"), {"Segment_1", "Segment_2"}),
         (("Whole liver", "tumour"), {"liver", "tumour"}),
         (("liver", "Cyst"), {"liver", "Cyst"}),
     ):
-        as_seg(slices, label_of(1), tmp_path / "p1/seg.dcm", names=names)
-        data = find_pairs(tmp_path)
+        as_seg(slices, label_of(1), segs / "p1/seg.dcm", names=names)
+        data = find_pairs(segs)
         assert {*data.declared} == {"background", *declared}
         _, label = read_ras(data, data.cases[0])
         assert np.count_nonzero(label) == np.count_nonzero(label_of(1))
 
 
-# --- Splits and patients ----------------------------------------------------------------
-
-SPLIT = {"liver_0": "training", "liver_1": "training", "liver_2": "validation"}
+TWO_CASES, LAST = ["liver_0", "liver_1"], ["liver_2"]
+FOLDS = [{"image": rf"C:\data\imagesTr\liver_{i}.nii.gz", "fold": int(i < 2)} for i in range(3)]
 SPLIT_FILES = {
-    "ours": {"training": ["liver_0", "liver_1"], "validation": ["liver_2"], "test": []},
-    "nnU-Net": [
-        {"train": ["liver_0", "liver_1"], "val": ["liver_2"]},
-        {"train": ["liver_2"], "val": ["liver_0", "liver_1"]},
-    ],
+    "ours": {"training": TWO_CASES, "validation": LAST, "test": []},
+    "nnU-Net": [{"train": TWO_CASES, "val": LAST}, {"train": LAST, "val": TWO_CASES}],
     "monai": {
         "name": "liver",
-        "training": [{"image": f"imagesTr/liver_{i}.nii.gz", "label": "x"} for i in (0, 1)],
+        "training": [{"image": f"imagesTr/{name}.nii.gz", "label": "x"} for name in TWO_CASES],
         "validation": [{"image": ["./imagesTr/liver_2_0000.nii.gz"]}],
         "test": ["./imagesTs/liver_9.nii.gz"],
     },
-    "monai folds": {
-        "training": [
-            {"image": f"C:\\data\\imagesTr\\liver_{i}.nii.gz", "fold": int(i < 2)} for i in range(3)
-        ]
-    },
+    "monai folds": {"training": FOLDS},
 }
 
 
-@pytest.mark.parametrize("form", SPLIT_FILES)
-def test_splits_of_other_programs_are_read(form, tmp_path):
-    path = tmp_path / "split.json"
-    path.write_text(json.dumps(SPLIT_FILES[form]), encoding="utf-8-sig")
-    assert read_split(path, list(SPLIT)) == SPLIT
-
-
-def test_a_split_of_another_form_or_of_two_meanings_is_refused(tmp_path):
+def test_splits_of_other_programs_are_read_and_other_forms_or_two_meanings_refused(tmp_path):
     path, form = tmp_path / "split.json", "must be JSON with lists of cases under training"
+    split = {"liver_0": "training", "liver_1": "training", "liver_2": "validation"}
+    for kind, content in SPLIT_FILES.items():
+        path.write_text(json.dumps(content), encoding="utf-8-sig")
+        assert read_split(path, list(split)) == split, kind
     rows = [(content, form) for content in ([], {}, 3, "x", [1], {"training": [[]]})]
     rows += [({"train_cases": ["a"]}, form), ({"training": [1]}, form)]
     rows += [({"training": ["a"], "test": ["a"]}, "two splits")]
@@ -655,11 +570,25 @@ def test_a_split_of_another_form_or_of_two_meanings_is_refused(tmp_path):
             read_split(path, ["a", "img3", "volume-3"])
 
 
-def test_patients_are_read_as_spreadsheets_write_them(tmp_path):
+def test_patients_are_read_from_spreadsheets_and_an_id_of_nobody_joins_no_scans(tmp_path, capsys):
+    for ids, patients, printed in (
+        ([None, None], "ab", ""),
+        (["1", "2", "1"], "aba", ""),
+        (["Anonymous", "Anonymous", "7"], "abc", '2 series have "Anonymous"'),
+        (["secret", "secret"], "ab", "2 series have the same as PatientID"),
+        (["", ""], "ab", "--patients or --patient-pattern"),
+    ):
+        cases = [Case(name, name, patient_id=one) for name, one in zip("abc", ids, strict=False)]
+        name_patients(cases, SimpleNamespace(patients=None, patient_pattern=""))
+        assert [case.patient for case in cases] == list(patients)
+        out = capsys.readouterr().out
+        assert printed in out and bool(out) == bool(printed) and "secret" not in out
+        name_patients(cases, SimpleNamespace(patients=None, patient_pattern="(.)"))
+        assert capsys.readouterr().out == ""
     path = tmp_path / "patients.csv"
     for separator in ",;\t":
-        rows = [("case", "patient"), ("a", "anna"), ("b", "bert")]
-        path.write_text("\r\n".join(map(separator.join, rows)), encoding="utf-8-sig")
+        text = "case,patient\r\na,anna\r\nb,bert".replace(",", separator)
+        path.write_text(text, encoding="utf-8-sig")
         assert read_patients(path) == {"a": "anna", "b": "bert"}
     for rows, told in (("a,anna\na,bert", "two patients"), ("a,", "lacks case or patient")):
         path.write_text(f"case,patient\n{rows}\n")
@@ -667,47 +596,21 @@ def test_patients_are_read_as_spreadsheets_write_them(tmp_path):
             read_patients(path)
 
 
-@pytest.mark.parametrize(
-    ("ids", "patients", "printed"),
-    [
-        ([None, None], ["a", "b"], ""),
-        (["1", "2", "1"], ["a", "b", "a"], ""),
-        (["Anonymous", "Anonymous", "7"], ["a", "b", "c"], '2 series have "Anonymous"'),
-        (["secret", "secret"], ["a", "b"], "2 series have the same as PatientID"),
-        (["", ""], ["a", "b"], "--patients or --patient-pattern"),
-    ],
-)
-def test_a_patient_id_of_nobody_joins_no_scans(ids, patients, printed, capsys):
-    cases = [Case(name, name, patient_id=one) for name, one in zip("abc", ids, strict=False)]
-    name_patients(cases, SimpleNamespace(patients=None, patient_pattern=""))
-    assert [case.patient for case in cases] == patients
-    out = capsys.readouterr().out
-    assert printed in out and bool(out) == bool(printed) and "secret" not in out
-    name_patients(cases, SimpleNamespace(patients=None, patient_pattern="(.)"))
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize(
-    ("names", "patients"),
-    [
+def test_names_of_several_scans_are_noticed():
+    for names, patients in (
         ("P01_t1 P01_t2 P02_t1 P02_t2", "P01 P02"),
         ("g_0000 g_0001 g_0100 g_0101 g_0102", "g_00 g_01"),
         ("P1_2020-01-31 P1_2021-02-01 P2_20200301 P2_20210401", "P1 P2"),
         ("P1a P1b P2a P2b", "P1 P2"),
         ("p1_portal p1_venous p2_portal p2_venous", "p1 p2"),
-        ("volume-0 volume-1 volume-2 volume-10", None),
-        ("p1_portal p2_portal p3_portal", None),
-        ("case_0000 case_0001 case_0002 case_0003 case_0004", None),
-        ("img0001 img0002 img0010 img0021 img0022 img0031", None),
-    ],
-)
-def test_names_of_several_scans_are_noticed(names, patients):
-    pattern = guess_pattern(names.split())
-    found = {re.search(pattern, name)[1] for name in names.split()} if pattern else None
-    assert found == (set(patients.split()) if patients else None)
-
-
-# --- Scans and truths by name -----------------------------------------------------------
+        ("volume-0 volume-1 volume-2 volume-10", ""),
+        ("p1_portal p2_portal p3_portal", ""),
+        ("case_0000 case_0001 case_0002 case_0003 case_0004", ""),
+        ("img0001 img0002 img0010 img0021 img0022 img0031", ""),
+    ):
+        pattern = guess_pattern(names.split())
+        found = {re.search(pattern, name)[1] for name in names.split()} if pattern else set()
+        assert bool(pattern) == bool(patients) and found == set(patients.split()), names
 
 
 BY_NAME = {  # scans, label maps, and for each scan which of them is its own
@@ -725,11 +628,9 @@ BY_NAME = {  # scans, label maps, and for each scan which of them is its own
 
 @pytest.mark.parametrize("kind", BY_NAME)
 def test_label_maps_are_found_by_name_or_it_is_told(kind, tmp_path):
-    *names, expected = BY_NAME[kind]
-    scans, truths = (
-        [tmp_path / f"{place}/{name}.nii.gz" for name in side.split()]
-        for place, side in zip(("scans", "truths"), names, strict=True)
-    )
+    scans, truths, expected = BY_NAME[kind]
+    scans = [tmp_path / f"scans/{name}.nii.gz" for name in scans.split()]
+    truths = [tmp_path / f"truths/{name}.nii.gz" for name in truths.split()]
     if isinstance(expected, str):
         with pytest.raises(InputError, match=expected):
             pair_by_name(scans, truths)
@@ -738,55 +639,43 @@ def test_label_maps_are_found_by_name_or_it_is_told(kind, tmp_path):
         assert found == [None if index is None else truths[index] for index in expected]
 
 
-def test_scans_are_named_by_their_last_names_or_whole_paths(tmp_path):
+def test_what_is_no_scan_in_a_folder_is_left_out_and_told(tmp_path, capsys):
+    lits = tmp_path / "lits"
+    for patient in (1, 2):
+        save_pair(lits, f"volume-{patient}.nii", f"segmentation-{patient}.nii", patient)
+    save_series(scan_of(3), tmp_path / "series")
+    save(label_of(3), tmp_path / "series/liver.nii.gz")
+    assert find_scans(lits) == paths(lits, "volume-1.nii", "volume-2.nii")
+    assert "left out: 2 label maps" in capsys.readouterr().out
+    assert find_scans(tmp_path / "series") == [tmp_path / "series"]
+    assert "liver.nii.gz" in capsys.readouterr().out
+    truths = pair_truths(find_scans(lits), [lits])
+    assert truths == paths(lits, "segmentation-1.nii", "segmentation-2.nii")
+    (tmp_path / "only").mkdir()
+    with pytest.raises(InputError, match="holds no scan; expected"):
+        find_scans(tmp_path / "only")
+    lay("SEG", tmp_path, 1)
+    (tmp_path / "p1/seg.dcm").rename(tmp_path / "only/seg.dcm")
+    with pytest.raises(InputError, match="holds only DICOM SEGs"):
+        find_scans(tmp_path / "only")
+
+
+def test_scans_are_found_at_any_depth_and_named_by_last_names_or_whole_paths(tmp_path):
+    series = tmp_path / "a/b/c/series"
+    slices, volume = save_series(scan_of(1), series), save(scan_of(2), tmp_path / "X.NII.GZ")
+    assert {*find_scans(tmp_path)} == {volume, series}
+    assert find_scans(series) == [series]
+    assert find_scans(*slices, volume) == [series, volume]
+    assert find_scans(slices[3]) == [slices[3]]  # one slice names its series
+    others = [f.rename(series / f"x{f.name}") for f in save_series(scan_of(2), tmp_path / "b")]
+    assert find_scans(slices[3], others[3]) == [slices[3], others[3]]  # so does one of each
+    assert len(find_scans(*slices, *others)) == 2
     names = ("A/x.nii.gz", "B/x.NII.GZ", "y.mha", "..z.nii")
     assert name_scans(paths(tmp_path, *names), tmp_path) == ["A_x", "B_x", "y", "z"]
     assert name_scans(paths(tmp_path, "A/x.nii")) == ["x"]
     words = paths(tmp_path, "1/ct.nii.gz", "2/ct.nii.gz", "2/scan.nii.gz", "3/image")
     assert name_scans(words, tmp_path) == ["1", "ct", "scan", "3"]
     assert name_scans(words[:1], words[0]) == name_scans(words[:1]) == ["ct"]
-
-
-def test_scans_are_found_at_any_depth_and_in_any_letters(tmp_path):
-    save(scan_of(0), tmp_path / "X.NII.GZ")
-    save_series(scan_of(1), tmp_path / "a/b/c/series")
-    assert {*find_scans(tmp_path)} == {tmp_path / "X.NII.GZ", tmp_path / "a/b/c/series"}
-    assert find_scans(tmp_path / "a/b/c/series") == [tmp_path / "a/b/c/series"]
-
-
-def test_a_folder_without_scan_and_a_seg_are_told(tmp_path):
-    with pytest.raises(InputError, match="holds no scan; expected"):
-        find_scans(tmp_path)
-    lay("SEG", tmp_path, 1)
-    (tmp_path / "only").mkdir()
-    (tmp_path / "p1/seg.dcm").rename(tmp_path / "only/seg.dcm")
-    with pytest.raises(InputError, match="holds only DICOM SEGs"):
-        find_scans(tmp_path / "only")
-
-
-def test_what_is_no_scan_in_a_folder_is_left_out_and_printed(tmp_path, capsys):
-    """LiTS in one folder, and a label map among slices."""
-    for patient in (1, 2):
-        save(scan_of(patient), tmp_path / f"lits/volume-{patient}.nii")
-        save(label_of(patient), tmp_path / f"lits/segmentation-{patient}.nii")
-    save_series(scan_of(3), tmp_path / "series")
-    save(label_of(3), tmp_path / "series/liver.nii.gz")
-    assert find_scans(tmp_path / "lits") == paths(tmp_path / "lits", "volume-1.nii", "volume-2.nii")
-    assert "left out: 2 label maps" in capsys.readouterr().out
-    assert find_scans(tmp_path / "series") == [tmp_path / "series"]
-    assert "liver.nii.gz" in capsys.readouterr().out
-    truths = pair_truths(find_scans(tmp_path / "lits"), [tmp_path / "lits"])
-    assert truths == paths(tmp_path / "lits", "segmentation-1.nii", "segmentation-2.nii")
-
-
-def test_slices_given_one_by_one_are_their_series_once(tmp_path):
-    slices = save_series(scan_of(1), tmp_path / "a")
-    volume = save(scan_of(2), tmp_path / "x.nii.gz")
-    assert find_scans(*slices, volume) == [tmp_path / "a", volume]
-    assert find_scans(slices[3]) == [slices[3]]  # one slice names its series
-    others = [f.rename(tmp_path / f"a/x{f.name}") for f in save_series(scan_of(2), tmp_path / "b")]
-    assert find_scans(slices[3], others[3]) == [slices[3], others[3]]  # so does one of each
-    assert len(find_scans(*slices, *others)) == 2
 
 
 def test_truths_may_be_segs_or_masks(tmp_path):
