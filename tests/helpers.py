@@ -11,6 +11,7 @@ import runpy
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,9 @@ import pydicom
 import pytest
 import torch
 from conftest import ROOT, SHARED_DATA, run_here, without_pictures
+from pydicom.dataelem import RawDataElement
+from pydicom.sr.codedict import codes as known
+from pydicom.tag import Tag
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 import prepare
@@ -34,7 +38,7 @@ from data.volumes import Volume
 from preprocess import Augment, Chain
 from utilities import load_checkpoint
 
-# --- Phantoms ---------------------------------------------------------------------------
+LPS = np.diag([-5.0, -5, 5, 1])
 
 
 def as_volume(array: np.ndarray, affine: np.ndarray | None = None) -> Volume:
@@ -73,14 +77,34 @@ def save(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
     nib.save(nib.Nifti1Image(nib.apply_orientation(array, axes), affine), path)
 
 
+def save_case(root: Path, name: str, scan: np.ndarray, label: np.ndarray, affine=LPS) -> None:
+    """Write two RAS arrays as a case of a Decathlon folder."""
+    save(scan, affine, root / "imagesTr" / f"{name}.nii.gz")
+    save(label, affine, root / "labelsTr" / f"{name}.nii.gz")
+
+
 def write_patients(root: Path, slices: slice = slice(None), affines=(None,) * 3) -> Path:
     """Decathlon folder with one phantom per affine (None: its own)."""
     for index, affine in enumerate(affines):
         scan, label = (array[:, :, slices] for array in ras_arrays(index))
         own = nib.as_closest_canonical(phantom(index)[0]).affine if affine is None else affine
-        save(scan, own, root / "imagesTr" / f"case_{index}.nii.gz")
-        save(label, own, root / "labelsTr" / f"case_{index}.nii.gz")
+        save_case(root, f"case_{index}", scan, label, own)
     return root
+
+
+def copy_prepared(source: Path, folder: Path, edit: Callable[[dict], object]) -> Path:
+    """Prepared data in another folder, whose dataset.json `edit` changes in place."""
+    content = read_prepared(source)
+    edit(content)
+    folder.mkdir()
+    (folder / "subvolumes").symlink_to(source / "subvolumes")
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def read_voxels(path: Path) -> np.ndarray:
+    """The values of a NIfTI file, as it stores them."""
+    return np.asanyarray(nib.load(path).dataobj)
 
 
 def run(source: Path, pictures: bool = False, **settings) -> dict:
@@ -111,8 +135,6 @@ def list_differences(one: Path, other: Path) -> list[str]:
     changed = (f for f in files[0] & files[1] if not filecmp.cmp(one / f, other / f, shallow=False))
     return sorted({*(files[0] ^ files[1]), *changed})
 
-
-# --- DICOM ------------------------------------------------------------------------------
 
 SECRETS = {"PatientName": "Doe^Jane", "PatientID": "ID-4711", "StudyDate": "19991231"}
 SERIES_SPACING = (5.0, 5.0, 5.0)
@@ -171,7 +193,6 @@ def build_phantom_seg(
     codes=(), masks=None, **settings,
 ) -> pydicom.Dataset:  # fmt: skip
     """A DICOM SEG of a RAS label map 1, 2, … (or of boolean `masks`, which may overlap)."""
-    from pydicom.sr.codedict import codes as known
 
     def describe(number: int, name: str) -> highdicom.seg.SegmentDescription:
         code = codes[number - 1] if codes else known.SCT.Organ
@@ -198,15 +219,10 @@ def write_phantom_seg(path: Path, slices: list[pydicom.Dataset], label: np.ndarr
 
 def put_raw(header: pydicom.Dataset, tag: str, vr: str, value: bytes) -> None:
     """Set a tag to bytes that pydicom would refuse to make."""
-    from pydicom.dataelem import RawDataElement
-    from pydicom.tag import Tag
-
     number = Tag(tag)
     value += b" " * (len(value) % 2)
     header._dict[number] = RawDataElement(number, vr, len(value), value, 0, False, True)
 
-
-# --- Inputs that reproduce trouble reported in public -----------------------------------
 
 FIELD_CASES = SHARED_DATA / "field_cases"
 
@@ -227,8 +243,6 @@ def field_patient(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """HU and label map (64, 64, 24) in RAS of a patient of the field cases."""
     return runpy.run_path(str(FIELD_CASES / "base.py"))["abdomen"](seed=seed)
 
-
-# --- Training ---------------------------------------------------------------------------
 
 TIMING = {"samples_per_s", "data_wait_percent", "peak_memory_mb", "epoch_seconds"}
 SMALL = {

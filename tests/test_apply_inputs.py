@@ -63,11 +63,11 @@ def patient(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return scan.astype(np.int16), liver.astype(np.uint8)
 
 
-def save(array: np.ndarray, path: Path, affine: np.ndarray = AFFINE, code: int = 1) -> Path:
+def save(array: np.ndarray, path: Path, affine: np.ndarray = AFFINE) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(array, affine, dtype=array.dtype)
-    image.set_qform(affine, code)
-    image.set_sform(affine, code)
+    image.set_qform(affine, 1)
+    image.set_sform(affine, 1)
     nib.save(image, path)
     return path
 
@@ -117,9 +117,6 @@ def apply(use, *paths: Path, **more):
     return {row["case"]: row for row in csv.DictReader(text.splitlines())}
 
 
-# --- Truths and scans -------------------------------------------------------------------
-
-
 def test_a_truth_of_other_data_is_read_by_its_names(use, tmp_path):
     scan, label = patient(0)
     scans = save(scan, tmp_path / "images" / "a.nii.gz").parent
@@ -165,9 +162,6 @@ def test_mr_needs_no_force_and_is_black_outside(use, tmp_path, model):
     apply(use, save(scan, tmp_path / "mr.nii.gz"))
     outside = read_volume(use["destination"] / "mr" / "mr_masked.nii.gz").read()
     assert outside.min() == outside[0, 0, 0] == 0
-
-
-# --- Network: averages, memory, and the box that another network finds ------------------
 
 
 def test_several_networks_give_the_mean_of_their_logits():
@@ -267,9 +261,6 @@ def test_where_the_other_network_misses_the_organ_it_is_found_all_the_same(limit
     assert np.array_equal(found > 0, scan.data > 0)
 
 
-# --- Prepared data: what prepare.py decided holds ---------------------------------------
-
-
 def test_the_trust_of_prepare_holds_for_its_test_split(use, segment_case):
     label, moved = patient(0)[1], AFFINE + 30 * np.eye(4, k=3)
     with pytest.raises(InputError, match="voxels apart"):
@@ -316,9 +307,6 @@ def test_a_foreign_dataset_json_and_a_case_that_is_a_path_are_refused(segment_ca
             segment_case(patient(0)[1], **changes)
 
 
-# --- Finished cases, and what is written ------------------------------------------------
-
-
 def test_a_missing_result_is_made_again_and_a_corrected_one_stays(use, tmp_path, capsys):
     scan, result = save(patient(0)[0], tmp_path / "a.nii.gz"), use["destination"] / "a"
     apply(use, scan, probability=True)
@@ -351,9 +339,6 @@ def test_a_foreign_record_is_no_finished_case(use, tmp_path):
 def test_two_processes_do_not_write_into_one_folder(use, tmp_path):
     with apply_model.lock_folder(use["destination"]), pytest.raises(InputError, match="process"):
         apply(use, save(patient(0)[0], tmp_path / "a.nii.gz"))
-
-
-# --- Checkpoints ------------------------------------------------------------------------
 
 
 def write_checkpoint(path: Path, **changes) -> Path:

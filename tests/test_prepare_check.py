@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import SHARED_DATA, without_pictures
-from helpers import call_script, ras_arrays, run, save, write_patients
+from helpers import LPS, call_script, ras_arrays, run, save_case, write_patients
 
 import prepare
 from data.check import (
@@ -27,7 +27,6 @@ from data.check import (
 from data.volumes import Volume
 from prepare import Config
 
-AFFINE = np.diag([-5.0, -5, 5, 1])
 SHIFT = np.outer([1.0, 0, 0, 0], [0, 0, 0, 1])  # by 1 mm along x
 
 
@@ -73,9 +72,9 @@ PLANTED = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_fault_in_the_voxels_is_found(name, tmp_path):
     kind, plant = PLANTED[name]
-    for folder, array in zip(("imagesTr", "labelsTr"), plant(*ras_arrays(1)), strict=True):
-        stored = array.astype(np.int32) if array.dtype == np.int64 else array
-        save(stored, AFFINE, tmp_path / "raw" / folder / "case.nii.gz")
+    scan, label = plant(*ras_arrays(1))
+    scan = scan.astype(np.int32) if scan.dtype == np.int64 else scan
+    save_case(tmp_path / "raw", "case", scan, label.astype(np.uint8))
     asked = {"foreground": ("tumour",)} if "asked" in name else {}
     assert kind in findings(tmp_path / "raw", **asked)
 
@@ -83,14 +82,14 @@ def test_a_planted_fault_in_the_voxels_is_found(name, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "affine"),
     [
-        ("grid", AFFINE + 3 * SHIFT),
+        ("grid", LPS + 3 * SHIFT),
         ("grid", np.diag([-5.0, -5, 4.8, 1])),
         ("grid", np.diag([5.0, -5, 5, 1])),  # the label map says its first axis runs the other way
-        ("near_grid", AFFINE + SHIFT),
+        ("near_grid", LPS + SHIFT),
     ],
 )
 def test_a_label_map_beside_its_scan_is_found(kind, affine, tmp_path):
-    affines = {"imagesTr": AFFINE, "labelsTr": affine}
+    affines = {"imagesTr": LPS, "labelsTr": affine}
     for (folder, where), array in zip(affines.items(), ras_arrays(1), strict=True):
         (tmp_path / "raw" / folder).mkdir(parents=True)
         image = nib.Nifti1Image(array[::-1, ::-1], where)  # stored as LPS
@@ -215,7 +214,7 @@ def test_a_set_that_lacks_an_organ_is_told_with_names():
 
 
 def test_identity_affine_and_odd_spacing_are_told(tmp_path):
-    affines = (np.eye(4), AFFINE, np.diag([5.0, 5, 45, 1]), None)
+    affines = (np.eye(4), LPS, np.diag([5.0, 5, 45, 1]), None)
     write_patients(tmp_path / "raw", affines=affines)
     dataset = run(tmp_path / "raw", accept=("identity",))
     warnings = {case["case"]: " ".join(case["warnings"]) for case in dataset["cases"]}
@@ -227,8 +226,7 @@ def test_identity_affine_and_odd_spacing_are_told(tmp_path):
 @pytest.mark.parametrize("first", [0, 6], ids=["the same file", "a part of its slices"])
 def test_one_scan_under_two_names_becomes_one_patient(first, tmp_path):
     write_patients(tmp_path / "raw", affines=(None,) * 4)
-    for folder, array in zip(("imagesTr", "labelsTr"), ras_arrays(0), strict=True):
-        save(array[:, :, first:], AFFINE, tmp_path / "raw" / folder / "other.nii.gz")
+    save_case(tmp_path / "raw", "other", *(array[:, :, first:] for array in ras_arrays(0)))
     dataset = run(tmp_path / "raw")
     case = {c["case"]: c for c in dataset["cases"]}
     for key in ("patient", "split"):

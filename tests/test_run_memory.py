@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import small_config, tiny
+from helpers import copy_prepared, small_config, tiny
 
 import apply_model
 import train
@@ -20,16 +20,6 @@ from data.splits import count_voxels, find_seen, list_patients, read_prepared
 from utilities import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
-
-
-def copy_prepared(source, folder, edit):
-    """Prepared data in another folder, whose dataset.json `edit` changes in place."""
-    content = json.loads((source / "dataset.json").read_text())
-    edit(content)
-    folder.mkdir()
-    (folder / "subvolumes").symlink_to(source / "subvolumes")
-    (folder / "dataset.json").write_text(json.dumps(content))
-    return folder
 
 
 def swap_splits(content, one="training", other="test"):
@@ -116,9 +106,8 @@ def test_other_data_are_refused_at_resume_and_the_same_elsewhere_taken(
         data = copy_prepared(few, tmp_path / name, edit)
         with pytest.raises(InputError, match=f"not the data that this run began with.*{told}"):
             train.main(train.Config(resume=finished, data=data, max_epochs=2))
-    run, data = tmp_path / "run", tmp_path / "moved"
-    shutil.copytree(finished, run)
-    shutil.copytree(few, data)
+    run = shutil.copytree(finished, tmp_path / "run")
+    data = shutil.copytree(few, tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     train.main(train.Config(resume=run, data=data, max_epochs=2, device="cpu"))
     assert load_checkpoint(run / "last.pt")["epoch"] == 2
@@ -134,8 +123,7 @@ def test_a_run_finds_its_data_from_any_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["voxels", "truncated", "missing"])
 def test_a_prepared_file_that_was_changed_is_named(few, tmp_path, damage):
-    data = tmp_path / "data"
-    shutil.copytree(few, data)
+    data = shutil.copytree(few, tmp_path / "data")
     record = next(r for r in read_prepared(data)["subvolumes"] if r["split"] == "training")
     path = data / record["image"]
     whole = path.read_bytes()
@@ -160,8 +148,7 @@ def test_more_epochs_go_on_at_the_rate_of_their_schedule(few, tmp_path, schedule
 def test_an_edited_config_is_used_or_refused_and_other_versions_are_named(
     finished, tmp_path, capsys
 ):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
+    run = shutil.copytree(finished, tmp_path / "run")
     settings = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(settings | {"learning_rate": 0.5}))
     with pytest.raises(InputError, match="but learning_rate differ"):
@@ -294,8 +281,7 @@ def test_checkpoints_with_other_content_are_one_message(finished, tmp_path):
 
 @pytest.mark.parametrize("key", ["random", "optimizer", "counts", "losses", "model"])
 def test_a_damaged_state_is_one_message_at_resume(finished, tmp_path, key):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
+    run = shutil.copytree(finished, tmp_path / "run")
     saved = torch.load(run / "last.pt", weights_only=True)
     damaged = {"random": torch.zeros(3), "counts": "x", "losses": ["x"]}.get(key, {})
     torch.save(saved | {"resume": saved["resume"] | {key: damaged}}, run / "last.pt")

@@ -5,12 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import without_pictures
-from helpers import chain_of, small_config
+from helpers import chain_of, copy_prepared, small_config
+from helpers import run as prepare
 from monai.networks import nets
 
 import apply_model
-import prepare
 import train
 import utilities
 from data.files import InputError, read_json
@@ -26,8 +25,7 @@ ARGUMENTS = {"in_channels": 1, "out_channels": 2, "base_channels": 16, "input_si
 def test_a_network_of_cropped_slices_crops_what_it_is_applied_to(raw_phantoms, tmp_path):
     """The checkpoint says so; the result lies on the whole scan, with the organ in its place."""
     data, run = tmp_path / "prepared", tmp_path / "run"
-    with without_pictures():
-        prepare.main(prepare.Config(raw_phantoms, data, workers=1, crop_to_body=True))
+    prepare(raw_phantoms, destination=data, crop_to_body=True)
     train.main(small_config(data, run, max_epochs=1))
     model = apply_model.load_model(run / "last.pt", "cpu", "fp32")
     assert model.chain.crop_to_body
@@ -40,27 +38,22 @@ def test_a_network_of_cropped_slices_crops_what_it_is_applied_to(raw_phantoms, t
     assert apply_model.segment(model, scan).label.shape == scan.shape
 
 
-def edit_spacing(source, folder):
-    """The data with other spacings; the median of the training patients."""
-    content = read_prepared(source)
-    folder.mkdir()
-    (folder / "subvolumes").symlink_to(source / "subvolumes")
+def edit_spacing(content):
+    """Other spacings; keeps the median of the training patients in `content`."""
     steps = {}
     for number, case in enumerate(content["cases"]):
         far = 100.0 if case["split"] == "training" else 10.0  # the others must not count
         steps[case["case"]] = [4.0 + number, 5.0 + 2 * number, far - number]
     for record in content["subvolumes"]:
         record["spacing_mm"] = steps[record["case"]]
-    (folder / "dataset.json").write_text(json.dumps(content))
     chosen = {r["case"] for r in content["subvolumes"] if r["split"] == "training"}
-    return np.median([steps[case] for case in chosen], axis=0)
+    content["middle"] = np.median([steps[case] for case in chosen], axis=0).tolist()
 
 
-def test_spacing_median_is_that_of_the_training_scans_and_kept_as_numbers(
-    few, tmp_path, capsys, monkeypatch
-):
-    middle = edit_spacing(few, tmp_path / "data")
-    config = small_config(tmp_path / "data", tmp_path / "run", spacing="median", max_epochs=1)
+def test_spacing_median_is_that_of_the_training_scans_and_kept_as_numbers(few, tmp_path, capsys):
+    data = copy_prepared(few, tmp_path / "data", edit_spacing)
+    middle = read_prepared(data)["middle"]
+    config = small_config(data, tmp_path / "run", spacing="median", max_epochs=1)
     train.main(config)
     assert f"--spacing median: {middle[0]} × {middle[1]} mm" in capsys.readouterr().out
     saved = load_checkpoint(tmp_path / "run" / "last.pt")
@@ -69,9 +62,8 @@ def test_spacing_median_is_that_of_the_training_scans_and_kept_as_numbers(
     resumed = train.resume_settings(train.Config(resume=tmp_path), tmp_path, saved)
     assert resumed.spacing == saved["config"]["spacing"]
     patches = train.Config(sampling="patches", spacing="median")
-    assert train.choose_spacing(patches, read_prepared(tmp_path / "data")).spacing == (
-        pytest.approx(middle)
-    )
+    chosen = train.choose_spacing(patches, read_prepared(data)).spacing
+    assert chosen == pytest.approx(middle)
     with pytest.raises(InputError, match="--spacing must be"):
         check_settings(train.Config(spacing="mean"))
 
@@ -80,10 +72,7 @@ def test_single_slices_with_liver_train_the_2d_network_and_are_applied(
     raw_phantoms, tmp_path, monkeypatch
 ):
     data, run, results = (tmp_path / name for name in ("slices", "run", "results"))
-    with without_pictures():
-        prepare.main(prepare.Config(
-            source=raw_phantoms, destination=data, subvolume_depth=1, workers=1
-        ))  # fmt: skip
+    prepare(raw_phantoms, destination=data, subvolume_depth=1)
     content = read_prepared(data)
     for record in content["subvolumes"]:  # only slices with liver
         assert record["shape"][2] == 1 and record["voxels_per_label"].keys() > {"0"}
