@@ -1,7 +1,5 @@
 """What several tests share: building inputs from phantoms, small trainings, comparing runs."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import filecmp
@@ -103,7 +101,6 @@ def copy_prepared(source: Path, folder: Path, edit: Callable[[dict], object]) ->
 
 
 def read_voxels(path: Path) -> np.ndarray:
-    """The values of a NIfTI file, as it stores them."""
     return np.asanyarray(nib.load(path).dataobj)
 
 
@@ -140,9 +137,7 @@ SECRETS = {"PatientName": "Doe^Jane", "PatientID": "ID-4711", "StudyDate": "1999
 SERIES_SPACING = (5.0, 5.0, 5.0)
 
 
-def build_phantom_series(
-    scan: np.ndarray, tilt=0.0, intercept=-1024, signed=False, **changes
-) -> list[pydicom.Dataset]:
+def build_phantom_series(scan, tilt=0.0, intercept=-1024, signed=False, **changes) -> list:
     """CT slices of a RAS array (X, Y, Z), feet to head; `changes` of tags."""
     kind = np.int16 if signed else np.uint16
     stored = np.rint(scan[::-1, ::-1].astype(float) - intercept).astype(kind)  # LPS
@@ -156,8 +151,6 @@ def build_phantom_series(
         header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID = generate_uid()
         header.SeriesInstanceUID, header.StudyInstanceUID = series, study
         header.FrameOfReferenceUID, header.Modality, header.InstanceNumber = frame, "CT", int(z)
-        for key, value in SECRETS.items():
-            setattr(header, key, value)
         header.PatientBirthDate, header.PatientSex, header.StudyTime = "19700101", "F", "120000"
         header.AccessionNumber, header.StudyID, header.Manufacturer = "1", "1", "none"
         header.Rows, header.Columns = stored.shape[1], stored.shape[0]
@@ -170,15 +163,13 @@ def build_phantom_series(
         header.PixelRepresentation = int(signed)
         header.RescaleSlope, header.RescaleIntercept = 1, intercept
         header.PixelData = np.ascontiguousarray(stored[:, :, z].T).tobytes()
-        for key, value in changes.items():
+        for key, value in (SECRETS | changes).items():
             setattr(header, key, value(z) if callable(value) else value)
         slices.append(header)
     return slices
 
 
-def write_phantom_series(
-    folder: Path, scan: np.ndarray, name="{:03d}", **changes
-) -> list[pydicom.Dataset]:
+def write_phantom_series(folder: Path, scan: np.ndarray, name="{:03d}", **changes) -> list:
     """The slices of `build_phantom_series` as files, whose names are in random order."""
     folder.mkdir(parents=True, exist_ok=True)
     slices = build_phantom_series(scan, **changes)
@@ -211,7 +202,6 @@ def build_phantom_seg(
 
 
 def write_phantom_seg(path: Path, slices: list[pydicom.Dataset], label: np.ndarray, **how) -> Path:
-    """The SEG of `build_phantom_seg` as a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     build_phantom_seg(slices, label, **how).save_as(path)
     return path
@@ -219,9 +209,8 @@ def write_phantom_seg(path: Path, slices: list[pydicom.Dataset], label: np.ndarr
 
 def put_raw(header: pydicom.Dataset, tag: str, vr: str, value: bytes) -> None:
     """Set a tag to bytes that pydicom would refuse to make."""
-    number = Tag(tag)
     value += b" " * (len(value) % 2)
-    header._dict[number] = RawDataElement(number, vr, len(value), value, 0, False, True)
+    header._dict[Tag(tag)] = RawDataElement(Tag(tag), vr, len(value), value, 0, False, True)
 
 
 FIELD_CASES = SHARED_DATA / "field_cases"

@@ -1,7 +1,5 @@
 """Scans and label maps are read right, or one `InputError` says why not."""
 
-from __future__ import annotations
-
 import gzip
 import itertools
 import os

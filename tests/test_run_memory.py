@@ -23,7 +23,6 @@ pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 
 def swap_splits(content, one="training", other="test"):
-    """Exchange the patients of two splits."""
     for record in [*content["cases"], *content["subvolumes"]]:
         record["split"] = {one: other, other: one}.get(record["split"], record["split"])
 
@@ -37,8 +36,6 @@ def finished(few, tmp_path_factory):
 
 
 def test_a_training_patient_is_never_reported_as_test(checkpoint, prepared, tmp_path):
-    """Whatever the patient is called now, and wherever the data lie."""
-
     def rename(content):
         swap_splits(content)
         content["source"] = "elsewhere"
@@ -79,7 +76,6 @@ def test_a_training_scan_with_a_truth_is_refused_by_its_voxels(checkpoint, prepa
 
 
 def test_averaged_folds_know_all_their_patients(prepared):
-    """A validation patient of one fold was trained on in another."""
     own = list_patients(read_prepared(prepared))
     other = [r | {"split": "training"} for r in own if r["split"] == "validation"]
     (case,) = [record["case"] for record in own if record["split"] == "validation"]
@@ -96,9 +92,7 @@ def test_pretrained_weights_bring_their_patients(finished, prepared, few, tmp_pa
     assert {*known[0]} == {"patient", "case", "split", "content", "source"}
 
 
-def test_other_data_are_refused_at_resume_and_the_same_elsewhere_taken(
-    finished, few, tmp_path, monkeypatch
-):
+def test_a_resume_takes_the_same_data_alone_from_anywhere(finished, few, tmp_path, monkeypatch):
     for name, edit, told in (
         ("thin", lambda content: content["subvolumes"].pop(), "is missing"),
         ("other", lambda content: swap_splits(content, "training", "validation"), "is validation"),
@@ -145,9 +139,7 @@ def test_more_epochs_go_on_at_the_rate_of_their_schedule(few, tmp_path, schedule
     assert rates[1] > 6e-3
 
 
-def test_an_edited_config_is_used_or_refused_and_other_versions_are_named(
-    finished, tmp_path, capsys
-):
+def test_an_edited_config_is_used_or_refused_and_versions_named(finished, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
     settings = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(settings | {"learning_rate": 0.5}))

@@ -68,9 +68,7 @@ def test_spacing_median_is_that_of_the_training_scans_and_kept_as_numbers(few, t
         check_settings(train.Config(spacing="mean"))
 
 
-def test_single_slices_with_liver_train_the_2d_network_and_are_applied(
-    raw_phantoms, tmp_path, monkeypatch
-):
+def test_single_slices_train_the_2d_network_and_are_applied(raw_phantoms, tmp_path, monkeypatch):
     data, run, results = (tmp_path / name for name in ("slices", "run", "results"))
     prepare(raw_phantoms, destination=data, subvolume_depth=1)
     content = read_prepared(data)
@@ -128,9 +126,7 @@ def test_an_encoder_with_given_weights_is_that_resnet34(resnet34, encoder, tmp_p
     assert "left out: decoder.weight" in capsys.readouterr().out
 
 
-def test_a_run_begins_with_the_encoder_and_its_checkpoint_knows_its_shape(
-    few, resnet34, tmp_path, monkeypatch
-):
+def test_a_run_begins_with_the_encoder_and_keeps_its_shape(few, resnet34, tmp_path, monkeypatch):
     torch.save(resnet34.state_dict(), tmp_path / "a.pth")
     how = {"network": "resnet34_unet", "encoder_weights": tmp_path / "a.pth"}
     config = small_config(few, tmp_path, **how)
