@@ -43,7 +43,6 @@ NAMES = ("a.nii", "A.NII.GZ", "a.hdr", "a.mhd", "a.nrrd")
 
 
 def write(name: str, folder: Path, array: np.ndarray) -> Path:
-    """Write an array in the format that the name says."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     if path.suffix == ".hdr":

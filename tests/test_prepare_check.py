@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import SHARED_DATA, without_pictures
-from helpers import LPS, call_script, ras_arrays, run, save_case, write_patients
+from helpers import LPS, call_script, ras_arrays, read_voxels, run, save_case, write_patients
 
 import prepare
 from data import check
@@ -77,11 +77,9 @@ def test_a_planted_fault_in_the_voxels_is_found(name, tmp_path):
     ],
 )
 def test_a_label_map_beside_its_scan_is_found(kind, affine, tmp_path):
-    affines = {"imagesTr": LPS, "labelsTr": affine}
-    for (folder, where), array in zip(affines.items(), ras_arrays(1), strict=True):
-        (tmp_path / "raw" / folder).mkdir(parents=True)
-        image = nib.Nifti1Image(array[::-1, ::-1], where)  # stored as LPS
-        nib.save(image, tmp_path / "raw" / folder / "case.nii.gz")
+    save_case(tmp_path / "raw", "case", *ras_arrays(1))
+    path = tmp_path / "raw/labelsTr/case.nii.gz"
+    nib.save(nib.Nifti1Image(read_voxels(path), affine), path)  # stored as LPS
     assert kind in findings(tmp_path / "raw")
 
 

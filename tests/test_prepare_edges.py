@@ -55,8 +55,7 @@ def test_an_accepted_finding_is_repeated(raw):
 
 
 def test_the_check_works_alone(raw, tmp_path):
-    """A scan of one slice is drawn too; slices of one column are refused."""
-    save_case(raw, "case_1", *(array[:, :, 20:21] for array in ras_arrays(1)))
+    save_case(raw, "case_1", *(array[:, :, 20:21] for array in ras_arrays(1)))  # drawn too
     command = ("-m", "data.check", raw, "--destination", tmp_path / "out")
     done = call_script(*command)
     assert (done.returncode, done.stderr) == (0, "")

@@ -159,7 +159,6 @@ def test_an_edited_config_is_used_or_refused_and_versions_named(finished, tmp_pa
 
 
 def histories(losses, dice, rate=1e-3, chance=0.15):
-    """Rows of epochs with these training losses and validation Dice."""
     return [
         {"epoch": n, "train_loss": loss, "val_loss": loss, "val_dice": d, "val_chance": chance,
          "learning_rate": rate}
@@ -222,8 +221,7 @@ def test_voxels_that_nobody_judged_are_no_background():
 @pytest.mark.parametrize("classes", [{"liver": ("liver",), "tumour": ("tumour",)}, {"all": ("1",)}])
 def test_the_recipe_laptop_starts_with_other_classes(classes, whole_cases, tmp_path):
     """Half of the starter's weights are kept, but for a head of another number of classes."""
-    config = tiny("laptop", None, whole_cases, tmp_path, max_epochs=1, labels=classes)
-    train.main(config)
+    train.main(tiny("laptop", None, whole_cases, tmp_path, max_epochs=1, labels=classes))
     saved = load_checkpoint(tmp_path / "last.pt")
     first, learnt = load_checkpoint(ROOT / "checkpoints" / "starter.pt"), saved["resume"]["model"]
     head = set(saved["begun"]["anew"])
@@ -238,16 +236,11 @@ def test_checkpoints_with_other_content_are_one_message(finished, tmp_path):
     saved, path = torch.load(finished / "last.pt", weights_only=True), tmp_path / "last.pt"
     state, bias = saved["network_state"], "head.bias"
     variance = next(name for name in state if name.endswith("running_var"))
-    chain = saved["preprocessing"]
-    cases = [
-        ({"network_state": state | {bias: value}}, "not numbers")
-        for value in (torch.tensor([1.0, np.nan]), torch.tensor([1.0, np.inf]))
-    ]
-    cases += [
-        ({"network_state": state | {bias: value}}, "no plain tensors")
-        for value in (torch.zeros(2).to_sparse(), torch.zeros(2, device="meta"), "text",
-                      torch.zeros(2).to(torch.float8_e4m3fn))
-    ]  # fmt: skip
+    two, chain = torch.zeros(2), saved["preprocessing"]
+    odd = (two.to_sparse(), two.to("meta"), "text", two.to(torch.float8_e4m3fn))
+    biases = [(value, "no plain tensors") for value in odd]
+    biases += [(torch.tensor([1.0, value]), "not numbers") for value in (np.nan, np.inf)]
+    cases = [({"network_state": state | {bias: value}}, told) for value, told in biases]
     cases += [
         ({"schema": 1}, "schema must be 2, got 1; train it again"),
         ({"schema": 3}, "schema must be 2, got 3; update this program"),

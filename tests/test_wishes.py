@@ -23,7 +23,6 @@ ARGUMENTS = {"in_channels": 1, "out_channels": 2, "base_channels": 16, "input_si
 
 
 def test_a_network_of_cropped_slices_crops_what_it_is_applied_to(raw_phantoms, tmp_path):
-    """The checkpoint says so; the result lies on the whole scan, with the organ in its place."""
     data, run = tmp_path / "prepared", tmp_path / "run"
     prepare(raw_phantoms, destination=data, crop_to_body=True)
     train.main(small_config(data, run, max_epochs=1))
@@ -31,8 +30,7 @@ def test_a_network_of_cropped_slices_crops_what_it_is_applied_to(raw_phantoms, t
     assert model.chain.crop_to_body
     scan = read_volume(min((raw_phantoms / "imagesTr").iterdir()))
     tensor, to_network = apply_model.preprocess_volume(scan, model.chain, "cpu")
-    box = find_body(scan)
-    edges = np.array([[part.start, part.stop - 1] for part in box])
+    edges = np.array([[part.start, part.stop - 1] for part in find_body(scan)])
     ends = np.diag(to_network)[:2, None] * edges + to_network[:2, 3, None]
     assert np.abs(ends - [[0, n - 1] for n in tensor.shape[1:3]]).max() < 1  # network voxels
     assert apply_model.segment(model, scan).label.shape == scan.shape
@@ -53,8 +51,7 @@ def edit_spacing(content):
 def test_spacing_median_is_that_of_the_training_scans_and_kept_as_numbers(few, tmp_path, capsys):
     data = copy_prepared(few, tmp_path / "data", edit_spacing)
     middle = read_prepared(data)["middle"]
-    config = small_config(data, tmp_path / "run", spacing="median", max_epochs=1)
-    train.main(config)
+    train.main(small_config(data, tmp_path / "run", spacing="median", max_epochs=1))
     assert f"--spacing median: {middle[0]} × {middle[1]} mm" in capsys.readouterr().out
     saved = load_checkpoint(tmp_path / "run" / "last.pt")
     for content in (saved["config"], saved["preprocessing"]):
@@ -79,11 +76,10 @@ def test_single_slices_train_the_2d_network_and_are_applied(raw_phantoms, tmp_pa
     monkeypatch.setattr(  # of 23 million parameters
         utilities, "build_resnet34", lambda i, o, *_: SliceBySlice(nets.UNet(2, i, o, (4, 8), (2,)))
     )
-    config = small_config(
+    train.main(small_config(
         data, run, network="resnet34_unet", overlap=0.0, batch_size=4, max_epochs=1,
         input_size=(64, 32), spacing=(4.0, 4.0),
-    )  # fmt: skip
-    train.main(config)
+    ))  # fmt: skip
     assert load_checkpoint(run)["inference"]["window"] == (64, 32, 1)
     apply_model.main(apply_model.Config(
         split="test", data=data, checkpoint=run, destination=results, device="cpu", precision="fp32"
@@ -105,7 +101,6 @@ def encoder():
 
 
 def test_an_encoder_with_given_weights_is_that_resnet34(resnet34, encoder, tmp_path, capsys):
-    """Also where they lie in a whole U-Net of segmentation_models_pytorch."""
     state, path = resnet34.state_dict(), tmp_path / "torchvision.pth"
     torch.save(state, path)
     train.begin_with_encoder(encoder, path)
