@@ -1,7 +1,5 @@
 """What several tests share: building inputs from phantoms, small trainings, comparing runs."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import filecmp
@@ -11,6 +9,7 @@ import runpy
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +21,9 @@ import pydicom
 import pytest
 import torch
 from conftest import ROOT, SHARED_DATA, run_here, without_pictures
+from pydicom.dataelem import RawDataElement
+from pydicom.sr.codedict import codes as known
+from pydicom.tag import Tag
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 import prepare
@@ -34,7 +36,7 @@ from data.volumes import Volume
 from preprocess import Augment, Chain
 from utilities import load_checkpoint
 
-# --- Phantoms ---------------------------------------------------------------------------
+LPS = np.diag([-5.0, -5, 5, 1])
 
 
 def as_volume(array: np.ndarray, affine: np.ndarray | None = None) -> Volume:
@@ -73,14 +75,33 @@ def save(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
     nib.save(nib.Nifti1Image(nib.apply_orientation(array, axes), affine), path)
 
 
+def save_case(root: Path, name: str, scan: np.ndarray, label: np.ndarray, affine=LPS) -> None:
+    """Write two RAS arrays as a case of a Decathlon folder."""
+    save(scan, affine, root / "imagesTr" / f"{name}.nii.gz")
+    save(label, affine, root / "labelsTr" / f"{name}.nii.gz")
+
+
 def write_patients(root: Path, slices: slice = slice(None), affines=(None,) * 3) -> Path:
     """Decathlon folder with one phantom per affine (None: its own)."""
     for index, affine in enumerate(affines):
         scan, label = (array[:, :, slices] for array in ras_arrays(index))
         own = nib.as_closest_canonical(phantom(index)[0]).affine if affine is None else affine
-        save(scan, own, root / "imagesTr" / f"case_{index}.nii.gz")
-        save(label, own, root / "labelsTr" / f"case_{index}.nii.gz")
+        save_case(root, f"case_{index}", scan, label, own)
     return root
+
+
+def copy_prepared(source: Path, folder: Path, edit: Callable[[dict], object]) -> Path:
+    """Prepared data in another folder, whose dataset.json `edit` changes in place."""
+    content = read_prepared(source)
+    edit(content)
+    folder.mkdir()
+    (folder / "subvolumes").symlink_to(source / "subvolumes")
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def read_voxels(path: Path) -> np.ndarray:
+    return np.asanyarray(nib.load(path).dataobj)
 
 
 def run(source: Path, pictures: bool = False, **settings) -> dict:
@@ -112,15 +133,11 @@ def list_differences(one: Path, other: Path) -> list[str]:
     return sorted({*(files[0] ^ files[1]), *changed})
 
 
-# --- DICOM ------------------------------------------------------------------------------
-
 SECRETS = {"PatientName": "Doe^Jane", "PatientID": "ID-4711", "StudyDate": "19991231"}
 SERIES_SPACING = (5.0, 5.0, 5.0)
 
 
-def build_phantom_series(
-    scan: np.ndarray, tilt=0.0, intercept=-1024, signed=False, **changes
-) -> list[pydicom.Dataset]:
+def build_phantom_series(scan, tilt=0.0, intercept=-1024, signed=False, **changes) -> list:
     """CT slices of a RAS array (X, Y, Z), feet to head; `changes` of tags."""
     kind = np.int16 if signed else np.uint16
     stored = np.rint(scan[::-1, ::-1].astype(float) - intercept).astype(kind)  # LPS
@@ -134,8 +151,6 @@ def build_phantom_series(
         header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID = generate_uid()
         header.SeriesInstanceUID, header.StudyInstanceUID = series, study
         header.FrameOfReferenceUID, header.Modality, header.InstanceNumber = frame, "CT", int(z)
-        for key, value in SECRETS.items():
-            setattr(header, key, value)
         header.PatientBirthDate, header.PatientSex, header.StudyTime = "19700101", "F", "120000"
         header.AccessionNumber, header.StudyID, header.Manufacturer = "1", "1", "none"
         header.Rows, header.Columns = stored.shape[1], stored.shape[0]
@@ -148,15 +163,13 @@ def build_phantom_series(
         header.PixelRepresentation = int(signed)
         header.RescaleSlope, header.RescaleIntercept = 1, intercept
         header.PixelData = np.ascontiguousarray(stored[:, :, z].T).tobytes()
-        for key, value in changes.items():
+        for key, value in (SECRETS | changes).items():
             setattr(header, key, value(z) if callable(value) else value)
         slices.append(header)
     return slices
 
 
-def write_phantom_series(
-    folder: Path, scan: np.ndarray, name="{:03d}", **changes
-) -> list[pydicom.Dataset]:
+def write_phantom_series(folder: Path, scan: np.ndarray, name="{:03d}", **changes) -> list:
     """The slices of `build_phantom_series` as files, whose names are in random order."""
     folder.mkdir(parents=True, exist_ok=True)
     slices = build_phantom_series(scan, **changes)
@@ -171,7 +184,6 @@ def build_phantom_seg(
     codes=(), masks=None, **settings,
 ) -> pydicom.Dataset:  # fmt: skip
     """A DICOM SEG of a RAS label map 1, 2, … (or of boolean `masks`, which may overlap)."""
-    from pydicom.sr.codedict import codes as known
 
     def describe(number: int, name: str) -> highdicom.seg.SegmentDescription:
         code = codes[number - 1] if codes else known.SCT.Organ
@@ -190,7 +202,6 @@ def build_phantom_seg(
 
 
 def write_phantom_seg(path: Path, slices: list[pydicom.Dataset], label: np.ndarray, **how) -> Path:
-    """The SEG of `build_phantom_seg` as a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     build_phantom_seg(slices, label, **how).save_as(path)
     return path
@@ -198,15 +209,9 @@ def write_phantom_seg(path: Path, slices: list[pydicom.Dataset], label: np.ndarr
 
 def put_raw(header: pydicom.Dataset, tag: str, vr: str, value: bytes) -> None:
     """Set a tag to bytes that pydicom would refuse to make."""
-    from pydicom.dataelem import RawDataElement
-    from pydicom.tag import Tag
-
-    number = Tag(tag)
     value += b" " * (len(value) % 2)
-    header._dict[number] = RawDataElement(number, vr, len(value), value, 0, False, True)
+    header._dict[Tag(tag)] = RawDataElement(Tag(tag), vr, len(value), value, 0, False, True)
 
-
-# --- Inputs that reproduce trouble reported in public -----------------------------------
 
 FIELD_CASES = SHARED_DATA / "field_cases"
 
@@ -227,8 +232,6 @@ def field_patient(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """HU and label map (64, 64, 24) in RAS of a patient of the field cases."""
     return runpy.run_path(str(FIELD_CASES / "base.py"))["abdomen"](seed=seed)
 
-
-# --- Training ---------------------------------------------------------------------------
 
 TIMING = {"samples_per_s", "data_wait_percent", "peak_memory_mb", "epoch_seconds"}
 SMALL = {

@@ -63,11 +63,14 @@ def patient(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return scan.astype(np.int16), liver.astype(np.uint8)
 
 
-def save(array: np.ndarray, path: Path, affine: np.ndarray = AFFINE, code: int = 1) -> Path:
+SCAN, LABEL = patient(0)
+
+
+def save(array: np.ndarray, path: Path, affine: np.ndarray = AFFINE) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(array, affine, dtype=array.dtype)
-    image.set_qform(affine, code)
-    image.set_sform(affine, code)
+    image.set_qform(affine, 1)
+    image.set_sform(affine, 1)
     nib.save(image, path)
     return path
 
@@ -91,9 +94,8 @@ def use(tmp_path, model):
 def segment_case(use, tmp_path):
     """Segment the one test case of prepared data, written as prepare.py does; its row."""
 
-    def segment(label: np.ndarray, scan=None, affine=AFFINE, record=(), **changes) -> dict:
+    def segment(label: np.ndarray, scan=SCAN, affine=AFFINE, record=(), **changes) -> dict:
         folder = tmp_path / "data"
-        scan = patient(0)[0] if scan is None else scan
         case = {
             "case": "a", "patient": "a", "split": "test", "warnings": [],
             "spacing_mm": [3.0, 3.0, 5.0], "voxels_per_label": {},
@@ -117,13 +119,9 @@ def apply(use, *paths: Path, **more):
     return {row["case"]: row for row in csv.DictReader(text.splitlines())}
 
 
-# --- Truths and scans -------------------------------------------------------------------
-
-
 def test_a_truth_of_other_data_is_read_by_its_names(use, tmp_path):
-    scan, label = patient(0)
-    scans = save(scan, tmp_path / "images" / "a.nii.gz").parent
-    truth = save(label * 6, tmp_path / "labels" / "a.nii.gz").parent
+    scans = save(SCAN, tmp_path / "images" / "a.nii.gz").parent
+    truth = save(LABEL * 6, tmp_path / "labels" / "a.nii.gz").parent
     (tmp_path / "dataset.json").write_text('{"labels": {"0": "background", "6": "Liver"}}')
     assert float(apply(use, scans, truth=(truth,))["a"]["liver_dice"]) > 0.98
     (tmp_path / "dataset.json").write_text('{"labels": {"0": "background", "6": "spleen"}}')
@@ -161,13 +159,10 @@ def test_scans_of_one_name_in_two_folders_are_both_done(use, tmp_path):
 
 def test_mr_needs_no_force_and_is_black_outside(use, tmp_path, model):
     model.modality = "MR"
-    scan = (patient(0)[0].astype(np.int32) + 1000).astype(np.uint16)
+    scan = (SCAN.astype(np.int32) + 1000).astype(np.uint16)
     apply(use, save(scan, tmp_path / "mr.nii.gz"))
     outside = read_volume(use["destination"] / "mr" / "mr_masked.nii.gz").read()
     assert outside.min() == outside[0, 0, 0] == 0
-
-
-# --- Network: averages, memory, and the box that another network finds ------------------
 
 
 def test_several_networks_give_the_mean_of_their_logits():
@@ -177,7 +172,6 @@ def test_several_networks_give_the_mean_of_their_logits():
 
 
 def test_mirroring_is_front_to_back_alone(checkpoint):
-    """What is symmetric front to back is predicted so, and left and right keep their difference."""
     model = apply_model.load_model(checkpoint, "cpu", "fp32")
     half = torch.rand(1, 32, 16, 16, generator=torch.Generator().manual_seed(0))
     scores = apply_model.predict(model, torch.cat([half, half.flip(2)], 2), Options(mirror=True))
@@ -267,44 +261,33 @@ def test_where_the_other_network_misses_the_organ_it_is_found_all_the_same(limit
     assert np.array_equal(found > 0, scan.data > 0)
 
 
-# --- Prepared data: what prepare.py decided holds ---------------------------------------
-
-
-def test_the_trust_of_prepare_holds_for_its_test_split(use, segment_case):
-    label, moved = patient(0)[1], AFFINE + 30 * np.eye(4, k=3)
+def test_what_prepare_trusted_or_accepted_is_done_and_told(use, segment_case):
+    moved = AFFINE + 30 * np.eye(4, k=3)
     with pytest.raises(InputError, match="voxels apart"):
-        segment_case(label, affine=moved)
-    row = segment_case(label, affine=moved, record={"trust_image_grid": True})
+        segment_case(LABEL, affine=moved)
+    row = segment_case(LABEL, affine=moved, record={"trust_image_grid": True})
     assert float(row["liver_dice"]) > 0.98
     case = find_case(use["destination"] / "a", View())
     assert case.reference.data.any(), "3D reads it although its header lies elsewhere"
-
-
-def test_what_prepare_accepted_is_done_and_told(segment_case):
-    scan, label = patient(0)
     found = {"accepted": ["hu"], "warnings": ["values from 24 to 1124, no fat or air below 0"]}
-    row = segment_case(label, scan + 1024, record=found)
+    row = segment_case(LABEL, SCAN + 1024, record=found)
     assert "prepare.py: values from 24 to 1124" in row["warnings"]
 
 
 def test_masks_of_prepared_data_are_one_truth(use, segment_case, tmp_path):
-    """As prepare.py notes them: the name and the path of each structure's mask."""
-    label = patient(0)[1]
-    tumour = np.zeros_like(label)
+    tumour = np.zeros_like(LABEL)
     tumour[18:22, 16:20, 11:13] = 1
-    masks = {"liver": label, "liver tumour": tumour}
+    masks = {"liver": LABEL, "liver tumour": tumour}
     paths = [[n, str(save(a, tmp_path / "masks" / f"{n}.nii.gz"))] for n, a in masks.items()]
-    assert float(segment_case(label, record={"label": paths})["liver_dice"]) > 0.98
+    assert float(segment_case(LABEL, record={"label": paths})["liver_dice"]) > 0.98
     case = find_case(use["destination"] / "a", View())
-    assert np.count_nonzero(case.reference.data == 1) == np.count_nonzero(label)
+    assert np.count_nonzero(case.reference.data == 1) == np.count_nonzero(LABEL)
 
 
 def test_what_nobody_judged_in_prepared_data_counts_nowhere(segment_case):
-    """Values that dataset.json ignores, and slices between those that were annotated."""
-    label = patient(0)[1]
-    unknown = np.where(np.arange(SHAPE[0])[:, None, None] < 20, 9 * label, label)
+    unknown = np.where(np.arange(SHAPE[0])[:, None, None] < 20, 9 * LABEL, LABEL)
     assert float(segment_case(unknown, ignore=[9])["liver_dice"]) > 0.96
-    drawn = label * (np.arange(SHAPE[2]) % 4 == 2)
+    drawn = LABEL * (np.arange(SHAPE[2]) % 4 == 2)
     found = {"settings": {"label_every": 4}, "record": {"drawn_slice": 10}}
     assert float(segment_case(drawn, **found)["liver_dice"]) > 0.96
 
@@ -313,14 +296,11 @@ def test_a_foreign_dataset_json_and_a_case_that_is_a_path_are_refused(segment_ca
     names = [{"record": {"case": name}} for name in ("..", "../a", "/tmp/a", "a/b", "=1+1")]
     for changes in (*names, {"cases": [{}]}, {"cases": [1]}, {"cases": 1}, {"labels": 1}):
         with pytest.raises(InputError, match=r"dataset\.json"):
-            segment_case(patient(0)[1], **changes)
-
-
-# --- Finished cases, and what is written ------------------------------------------------
+            segment_case(LABEL, **changes)
 
 
 def test_a_missing_result_is_made_again_and_a_corrected_one_stays(use, tmp_path, capsys):
-    scan, result = save(patient(0)[0], tmp_path / "a.nii.gz"), use["destination"] / "a"
+    scan, result = save(SCAN, tmp_path / "a.nii.gz"), use["destination"] / "a"
     apply(use, scan, probability=True)
     for output in ("label", "masked", "probability"):
         path = result / f"a_{output}.nii.gz"
@@ -336,7 +316,7 @@ def test_a_missing_result_is_made_again_and_a_corrected_one_stays(use, tmp_path,
 
 
 def test_a_foreign_record_is_no_finished_case(use, tmp_path):
-    scan = save(patient(0)[0], tmp_path / "a.nii.gz")
+    scan = save(SCAN, tmp_path / "a.nii.gz")
     record, other = (use["destination"] / name / f"{name}.json" for name in ("a", "other"))
     for path in (record, other):
         path.parent.mkdir(parents=True)
@@ -350,10 +330,7 @@ def test_a_foreign_record_is_no_finished_case(use, tmp_path):
 
 def test_two_processes_do_not_write_into_one_folder(use, tmp_path):
     with apply_model.lock_folder(use["destination"]), pytest.raises(InputError, match="process"):
-        apply(use, save(patient(0)[0], tmp_path / "a.nii.gz"))
-
-
-# --- Checkpoints ------------------------------------------------------------------------
+        apply(use, save(SCAN, tmp_path / "a.nii.gz"))
 
 
 def write_checkpoint(path: Path, **changes) -> Path:
@@ -379,7 +356,7 @@ def test_a_checkpoint_says_how_it_is_used_and_the_overlap_may_be_another(tmp_pat
     for overlap in (None, 0.0, 0.75):
         model = apply_model.load_model(path, "cpu", "fp32", overlap)
         model.network = Threshold()
-        apply_model.segment(model, Volume(patient(0)[0], AFFINE), Options(windows=1))
+        apply_model.segment(model, Volume(SCAN, AFFINE), Options(windows=1))
         calls.append(len(model.network.shapes))
     assert calls == [2, 2, 3]  # of 24 slices, 16 at a time
 

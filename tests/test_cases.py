@@ -1,7 +1,5 @@
 """Scans and label maps are read right, or one `InputError` says why not."""
 
-from __future__ import annotations
-
 import gzip
 import itertools
 import os
@@ -45,7 +43,6 @@ NAMES = ("a.nii", "A.NII.GZ", "a.hdr", "a.mhd", "a.nrrd")
 
 
 def write(name: str, folder: Path, array: np.ndarray) -> Path:
-    """Write an array in the format that the name says."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     if path.suffix == ".hdr":

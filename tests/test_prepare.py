@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import run_script
-from helpers import list_differences, ras_arrays, run, write_patients
+from helpers import list_differences, ras_arrays, read_voxels, run, write_patients
 from monai.data import load_decathlon_datalist
 
 import prepare
@@ -47,18 +47,20 @@ def test_every_voxel_keeps_its_value_and_its_place_in_the_patient(tmp_path, crop
             assert np.array_equal(np.asanyarray(piece.dataobj).ravel(), expected)
 
 
-@pytest.mark.parametrize(("names", "values"), [(("liver", "tumour"), (1, 2)), (("tumour",), (2,))])
-def test_no_foreground_is_lost_and_subvolumes_without_it_are_dropped(names, values, raw):
-    dataset = run(raw, foreground=names)
+@pytest.mark.parametrize(
+    ("names", "values", "keep"),
+    [(("liver", "tumour"), (1, 2), 0.0), (("tumour",), (2,), 0.0), (("tumour",), (2,), 1.0)],
+)
+def test_no_foreground_is_lost_and_subvolumes_without_it_are_dropped(names, values, keep, raw):
+    dataset = run(raw, foreground=names, keep_empty=keep)
     for case in dataset["cases"]:
         label = nib.as_closest_canonical(nib.load(case["label"]))
         inside = np.isin(np.asanyarray(label.dataobj), values)
-        voxels = np.count_nonzero(inside)
-        assert case["covered_foreground_voxels"] == case["foreground_voxels"] == voxels
-        firsts = {e["first_slice"] for e in dataset["subvolumes"] if e["case"] == case["case"]}
+        assert case["covered_foreground_voxels"] == case["foreground_voxels"] == inside.sum()
+        firsts = [e["first_slice"] for e in dataset["subvolumes"] if e["case"] == case["case"]]
         depth = inside.shape[2]
-        wanted = {min(first, depth - 16) for first in range(0, depth, 16)}
-        assert firsts == {first for first in wanted if inside[:, :, first : first + 16].any()}
+        wanted = [min(first, depth - 16) for first in range(0, depth, 16)]
+        assert firsts == [z for z in wanted if keep or inside[:, :, z : z + 16].any()]
 
 
 def test_cropped_to_the_body_no_foreground_is_lost(raw):
@@ -73,30 +75,22 @@ def test_cropped_to_the_body_no_foreground_is_lost(raw):
     assert all(max(sizes[case]) < 48 for case in ("case_0", "case_2"))
     assert sizes["case_1"] > sizes["case_0"]
     for case in dataset["cases"]:
-        inside = np.count_nonzero(np.asanyarray(nib.load(case["label"]).dataobj))
+        inside = np.count_nonzero(read_voxels(case["label"]))
         assert case["covered_foreground_voxels"] == case["foreground_voxels"] == inside
 
 
-def test_the_last_subvolume_reaches_back_over_its_neighbour(tmp_path):
+def test_the_last_subvolume_reaches_back_and_a_thin_scan_is_padded_with_air(tmp_path):
     top = int(np.flatnonzero(ras_arrays(0)[1].any(axis=(0, 1)))[-1])
     dataset = run(write_patients(tmp_path / "raw", slices=slice(top - 20, top + 1)))
     firsts = [e["first_slice"] for e in dataset["subvolumes"] if e["case"] == "case_0"]
     assert (dataset["cases"][0]["slices"], firsts) == (21, [0, 5])
-
-
-def test_a_thin_scan_is_padded_with_air_and_says_so(tmp_path):
     middle = int(ras_arrays(0)[1].sum(axis=(0, 1)).argmax())
-    dataset = run(write_patients(tmp_path / "raw", slices=slice(middle - 5, middle + 6)))
+    thin = write_patients(tmp_path / "thin/raw", slices=slice(middle - 5, middle + 6))
+    dataset = run(thin)
     assert [e["padded_slices"] for e in dataset["subvolumes"]] == [5, 5, 5]
-    piece = nib.load(tmp_path / "prepared" / dataset["subvolumes"][0]["image"])
-    assert piece.shape == (48, 48, 16)
-    assert (np.asanyarray(piece.dataobj)[:, :, 11:] == -1024).all()
+    piece = read_voxels(tmp_path / "thin/prepared" / dataset["subvolumes"][0]["image"])
+    assert piece.shape == (48, 48, 16) and (piece[:, :, 11:] == -1024).all()
     assert all("11 slices" in " ".join(case["warnings"]) for case in dataset["cases"])
-
-
-def test_keep_empty_keeps_the_asked_fraction(raw):
-    everything = run(raw, keep_empty=1.0)
-    assert len(everything["subvolumes"]) == sum(-(-c["slices"] // 16) for c in everything["cases"])
 
 
 def test_scaled_images_become_float32_in_hu(raw):

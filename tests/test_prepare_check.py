@@ -9,31 +9,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import SHARED_DATA, without_pictures
-from helpers import call_script, ras_arrays, run, save, write_patients
+from helpers import LPS, call_script, ras_arrays, read_voxels, run, save_case, write_patients
 
 import prepare
-from data.check import (
-    Terms,
-    check_case,
-    compare_cases,
-    doubt_organ,
-    judge_fit,
-    judge_gaps,
-    judge_geometry,
-    list_errors,
-    move_mask,
-    read_pair,
-)
+from data import check
 from data.volumes import Volume
 from prepare import Config
 
-AFFINE = np.diag([-5.0, -5, 5, 1])
 SHIFT = np.outer([1.0, 0, 0, 0], [0, 0, 0, 1])  # by 1 mm along x
 
 
 @pytest.fixture(autouse=True)
 def plain():
-    """No pictures, but where the script itself is called."""
     with without_pictures():
         yield
 
@@ -41,7 +28,7 @@ def plain():
 def findings(case: Path, **settings) -> dict[str, str]:
     """Kind → text for the only case of a Decathlon folder."""
     cases, terms = prepare.read_data_set(Config(case, case.parent / "checked", **settings))
-    return dict(check_case(cases[0], terms, case.parent)["findings"])
+    return dict(check.check_case(cases[0], terms, case.parent)["findings"])
 
 
 at = lambda array: np.indices(array.shape)  # noqa: E731
@@ -73,9 +60,9 @@ PLANTED = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_fault_in_the_voxels_is_found(name, tmp_path):
     kind, plant = PLANTED[name]
-    for folder, array in zip(("imagesTr", "labelsTr"), plant(*ras_arrays(1)), strict=True):
-        stored = array.astype(np.int32) if array.dtype == np.int64 else array
-        save(stored, AFFINE, tmp_path / "raw" / folder / "case.nii.gz")
+    scan, label = plant(*ras_arrays(1))
+    scan = scan.astype(np.int32) if scan.dtype == np.int64 else scan
+    save_case(tmp_path / "raw", "case", scan, label.astype(np.uint8))
     asked = {"foreground": ("tumour",)} if "asked" in name else {}
     assert kind in findings(tmp_path / "raw", **asked)
 
@@ -83,18 +70,16 @@ def test_a_planted_fault_in_the_voxels_is_found(name, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "affine"),
     [
-        ("grid", AFFINE + 3 * SHIFT),
+        ("grid", LPS + 3 * SHIFT),
         ("grid", np.diag([-5.0, -5, 4.8, 1])),
         ("grid", np.diag([5.0, -5, 5, 1])),  # the label map says its first axis runs the other way
-        ("near_grid", AFFINE + SHIFT),
+        ("near_grid", LPS + SHIFT),
     ],
 )
 def test_a_label_map_beside_its_scan_is_found(kind, affine, tmp_path):
-    affines = {"imagesTr": AFFINE, "labelsTr": affine}
-    for (folder, where), array in zip(affines.items(), ras_arrays(1), strict=True):
-        (tmp_path / "raw" / folder).mkdir(parents=True)
-        image = nib.Nifti1Image(array[::-1, ::-1], where)  # stored as LPS
-        nib.save(image, tmp_path / "raw" / folder / "case.nii.gz")
+    save_case(tmp_path / "raw", "case", *ras_arrays(1))
+    path = tmp_path / "raw/labelsTr/case.nii.gz"
+    nib.save(nib.Nifti1Image(read_voxels(path), affine), path)  # stored as LPS
     assert kind in findings(tmp_path / "raw")
 
 
@@ -123,36 +108,34 @@ def make_liver() -> tuple[np.ndarray, np.ndarray]:
     ],
 )
 def test_an_outline_that_fits_elsewhere_is_found_there(change, where):
-    """In another place a part of the outline lies in the uneven body; the best one is named."""
     hu, mask = make_liver()
-    ((kind, text),), place = judge_fit(hu, change(mask), (5.0, 5.0, 5.0))
+    ((kind, text),), place = check.judge_fit(hu, change(mask), (5.0, 5.0, 5.0))
     assert (kind, where in text) == ("outline", True), text
-    assert np.array_equal(move_mask(change(mask), place, 1), mask)
+    assert np.array_equal(check.move_mask(change(mask), place, 1), mask)
 
 
 def test_an_outline_that_fits_is_left_alone():
-    """In its place, or too small to judge."""
     hu, mask = make_liver()
     small = mask & (np.indices(mask.shape)[2] < 16)  # 5 of 12 slices, 88 ml
     for outline in (mask, np.roll(small, 5, 0)):
-        assert judge_fit(hu, outline, (5.0, 5.0, 5.0)) == ([], None)
+        assert check.judge_fit(hu, outline, (5.0, 5.0, 5.0)) == ([], None)
     edge = ((0, 4), (0, 0), (0, 0))  # no square
     wide = np.pad(hu, edge, constant_values=-1000)
-    assert judge_fit(wide, np.pad(mask[::-1], edge), (5, 5, 5))[0][0][0] == "outline"
+    assert check.judge_fit(wide, np.pad(mask[::-1], edge), (5, 5, 5))[0][0][0] == "outline"
 
 
 def test_six_real_cases_raise_no_alarm_and_their_turned_outlines_do(tmp_path, real_ct):
     cases, terms = prepare.read_data_set(Config(source=real_ct, destination=tmp_path))
-    records = [check_case(case, terms, tmp_path) for case in cases]
-    compare_cases(records, terms)
+    records = [check.check_case(case, terms, tmp_path) for case in cases]
+    check.compare_cases(records, terms)
     assert [record["findings"] for record in records] == [[]] * 6
     for record in records[3:]:  # the small files
-        scan, label = read_pair(record, terms)
+        scan, label = check.read_pair(record, terms)
         hu, mask = scan.ras.data[::4, ::4], label.data[::4, ::4] > 0
         mm = tuple(np.multiply(scan.ras.spacing_mm, (4, 4, 1)))
         for wrong in (mask[::-1], mask[:, ::-1], mask[:, :, ::-1], mask.transpose(1, 0, 2)):
-            assert dict(judge_fit(hu, wrong, mm)[0]).keys() == {"outline"}
-        assert judge_fit(hu, np.roll(mask, 8, 0), mm)[0]  # 24 mm
+            assert dict(check.judge_fit(hu, wrong, mm)[0]).keys() == {"outline"}
+        assert check.judge_fit(hu, np.roll(mask, 8, 0), mm)[0]  # 24 mm
 
 
 def test_organs_are_doubted_by_volume_side_parts_and_tumours():
@@ -164,7 +147,7 @@ def test_organs_are_doubted_by_volume_side_parts_and_tumours():
         for first, last in boxes:
             organ[first:last, :, 2:8] = True
         inside[boxes[0][0] : boxes[0][0] + tumour, :, 2:8] = True
-        found = doubt_organ(name, organ & ~inside, inside, hu, (10.0, 10.0, 10.0))
+        found = check.doubt_organ(name, organ & ~inside, inside, hu, (10.0, 10.0, 10.0))
         return "; ".join(text for _, text in found)
 
     assert doubt((25, 35)) == doubt((25, 35), tumour=5) == doubt((5, 15), name="spleen") == ""
@@ -184,7 +167,7 @@ def test_slices_that_nobody_annotated_are_noticed():
         (range(3, 20), 4, "but slices 4 and 5 are annotated"),
         ([], 1, ""),
     ):
-        found = judge_gaps(np.isin(np.arange(24), drawn), every)
+        found = check.judge_gaps(np.isin(np.arange(24), drawn), every)
         assert [text in told for _, told in found] == [True] * bool(text)
 
 
@@ -197,25 +180,25 @@ def test_geometry_that_no_patient_has_is_noticed():
         (400, np.diag([-0.97, -0.97, 5, 1]), []),  # 2 m from head to feet
     ):
         scan = Volume(np.broadcast_to(np.int16(0), (512, 512, slices)), affine)
-        assert [kind for kind, _ in judge_geometry(scan)] == kinds
+        assert [kind for kind, _ in check.judge_geometry(scan)] == kinds
 
 
 def test_a_set_that_lacks_an_organ_is_told_with_names():
-    terms = Terms({"background": (0,), "liver": (1,), "spleen": (3,)}, (1, 3))
+    terms = check.Terms({"background": (0,), "liver": (1,), "spleen": (3,)}, (1, 3))
     same = {"slice_sums": [], "patient": "", "spacing_mm": [1, 1, 1], "orientation": "RAS"}
     records = [
         same | {"case": name, "findings": [], "voxels_per_label": {"1": 9, "3": spleen}}
         for name, spleen in (("a", 5), ("b", 0), ("c", 0))
     ]
-    told = compare_cases(records, terms)
+    told = check.compare_cases(records, terms)
     assert told == [("lacking", "2 of 3 cases hold no voxel of spleen: b, c")]
-    compare_cases(records[1:], terms)
+    check.compare_cases(records[1:], terms)
     lacking = ("empty", "2 of 2 cases hold no voxel of spleen")
     assert [[*map(tuple, r["findings"])] for r in records] == [[], [lacking], [lacking]]
 
 
 def test_identity_affine_and_odd_spacing_are_told(tmp_path):
-    affines = (np.eye(4), AFFINE, np.diag([5.0, 5, 45, 1]), None)
+    affines = (np.eye(4), LPS, np.diag([5.0, 5, 45, 1]), None)
     write_patients(tmp_path / "raw", affines=affines)
     dataset = run(tmp_path / "raw", accept=("identity",))
     warnings = {case["case"]: " ".join(case["warnings"]) for case in dataset["cases"]}
@@ -227,8 +210,7 @@ def test_identity_affine_and_odd_spacing_are_told(tmp_path):
 @pytest.mark.parametrize("first", [0, 6], ids=["the same file", "a part of its slices"])
 def test_one_scan_under_two_names_becomes_one_patient(first, tmp_path):
     write_patients(tmp_path / "raw", affines=(None,) * 4)
-    for folder, array in zip(("imagesTr", "labelsTr"), ras_arrays(0), strict=True):
-        save(array[:, :, first:], AFFINE, tmp_path / "raw" / folder / "other.nii.gz")
+    save_case(tmp_path / "raw", "other", *(array[:, :, first:] for array in ras_arrays(0)))
     dataset = run(tmp_path / "raw")
     case = {c["case"]: c for c in dataset["cases"]}
     for key in ("patient", "split"):
@@ -260,7 +242,7 @@ def test_clean_phantoms_raise_no_alarm(tmp_path, raw_phantoms):
     for source, organ in ((raw_phantoms, {}), (spleens, {"foreground": ("spleen",)})):
         cases, terms = prepare.read_data_set(Config(source, tmp_path / "out", **organ))
         for case in cases:
-            assert check_case(case, terms, tmp_path)["findings"] == []
+            assert check.check_case(case, terms, tmp_path)["findings"] == []
 
 
 AWKWARD = {  # file → part of the one message
@@ -289,5 +271,5 @@ def test_awkward_files_get_one_clear_error(name, tmp_path):
     stem = name.removesuffix(".gz").removesuffix(".nii").removesuffix(".hdr")
     nib.save(nib.Nifti1Image(label, affine), tmp_path / "raw/labelsTr" / f"{stem}.nii.gz")
     cases, terms = prepare.read_data_set(Config(tmp_path / "raw", tmp_path / "out"))
-    ((_, text),) = list_errors(check_case(cases[0], terms, tmp_path / "out"), ())
+    ((_, text),) = check.list_errors(check.check_case(cases[0], terms, tmp_path / "out"), ())
     assert AWKWARD[name] in text

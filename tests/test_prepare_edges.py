@@ -8,30 +8,22 @@ import subprocess
 import sys
 import time
 
-import nibabel as nib
 import numpy as np
 import pytest
-from conftest import ROOT
-from helpers import call_script, ras_arrays, run, save, write_patients
+from conftest import ROOT, run_script
+from helpers import call_script, ras_arrays, read_voxels, run, save_case, write_patients
 
 import prepare
 from data import check
 from data.files import InputError, lock_folder
 from prepare import Config
 
-AFFINE = np.diag([-5.0, -5, 5, 1])
 TWO = {"training": 0.5, "validation": 0.5, "test": 0.0}  # splits for two patients
 
 
 @pytest.fixture
 def raw(tmp_path):
     return write_patients(tmp_path / "raw")
-
-
-def replace_case(raw, index, scan, label):
-    """Write other arrays (RAS) as one of the cases."""
-    save(scan, AFFINE, raw / f"imagesTr/case_{index}.nii.gz")
-    save(label, AFFINE, raw / f"labelsTr/case_{index}.nii.gz")
 
 
 def test_copies_share_two_slices_and_a_tenth_of_the_shorter_scan():
@@ -43,16 +35,16 @@ def test_copies_share_two_slices_and_a_tenth_of_the_shorter_scan():
 def test_mr_is_said_once_and_kept(tmp_path):
     for index in range(3):
         scan, label = (array[:, :, 12:24] for array in ras_arrays(index))
-        replace_case(tmp_path / "raw", index, np.abs(scan) % 255, label)
+        save_case(tmp_path / "raw", f"case_{index}", np.abs(scan) % 255, label)
     dataset = run(tmp_path / "raw", modality="MR", accept=("outline",))
     assert dataset["settings"]["modality"] == "MR"
     assert "−1000" not in str(dataset["cases"])
-    piece = nib.load(tmp_path / "prepared" / dataset["subvolumes"][0]["image"])
-    assert not np.asanyarray(piece.dataobj)[:, :, 12:].any()  # padded with 0, not with air's HU
+    piece = read_voxels(tmp_path / "prepared" / dataset["subvolumes"][0]["image"])
+    assert not piece[:, :, 12:].any()  # padded with 0, not with air's HU
 
 
 def test_an_accepted_finding_is_repeated(raw):
-    replace_case(raw, 0, ras_arrays(0)[0], ras_arrays(0)[1][::-1])
+    save_case(raw, "case_0", ras_arrays(0)[0], ras_arrays(0)[1][::-1])
     out = raw.parent / "prepared"
     prepare.main(Config(raw, out, workers=1, check_only=True, accept=("outline",)))
     assert len(list((out / "check").glob("*.png"))) == 3
@@ -63,15 +55,14 @@ def test_an_accepted_finding_is_repeated(raw):
 
 
 def test_the_check_works_alone(raw, tmp_path):
-    """A scan of one slice is drawn too; slices of one column are refused."""
-    replace_case(raw, 1, *(array[:, :, 20:21] for array in ras_arrays(1)))
+    save_case(raw, "case_1", *(array[:, :, 20:21] for array in ras_arrays(1)))  # drawn too
     command = ("-m", "data.check", raw, "--destination", tmp_path / "out")
     done = call_script(*command)
     assert (done.returncode, done.stderr) == (0, "")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"check.csv", "case_0.png", "case_1.png", "case_2.png"}
     assert (tmp_path / "out/check.csv").read_text().startswith("case,shape,spacing mm")
-    replace_case(raw, 1, *(array[24:25] for array in ras_arrays(1)))
+    save_case(raw, "case_1", *(array[24:25] for array in ras_arrays(1)))
     done = call_script(*command)
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert "1 of 3 cases with errors" in done.stderr
@@ -162,19 +153,12 @@ def test_a_second_prepare_into_a_folder_is_refused(raw):
         run(raw)
 
 
-def start(raw, out, workers, **environment: str) -> subprocess.Popen:
-    """Start prepare.py as a user does, in a process group of its own."""
-    command = [sys.executable, "prepare.py", raw, "--destination", out, "--workers", str(workers)]
-    return subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True, start_new_session=True, env=os.environ | environment,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_signal_ends_in_a_command_without_tracebacks(workers, tmp_path):
     raw, out = write_patients(tmp_path / "raw", affines=(None,) * 6), tmp_path / "out"
-    process = start(raw, out, workers)
+    command = [sys.executable, "prepare.py", raw, "--destination", out, "--workers", str(workers)]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipe)
     while not list(out.glob("check/*.png")) and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT if workers == 2 else signal.SIGTERM)  # as a terminal does
@@ -185,10 +169,11 @@ def test_a_signal_ends_in_a_command_without_tracebacks(workers, tmp_path):
     assert not list(out.rglob("*partial*"))
 
 
-def test_where_no_process_can_be_started_one_does_all(raw, tmp_path):
+def test_where_no_process_can_be_started_one_does_all(raw, tmp_path, monkeypatch):
     (place := tmp_path / ("long" * 30)).mkdir()  # the path of a socket has 108 letters at most
-    process = start(raw, tmp_path / "out", 2, TMPDIR=str(place))
-    assert "AF_UNIX path too long" in process.communicate(timeout=300)[0]
+    monkeypatch.setenv("TMPDIR", str(place))
+    done = run_script("prepare.py", raw, "--destination", tmp_path / "out", "--workers", 2)
+    assert "AF_UNIX path too long" in done.stdout
 
 
 def test_a_worker_that_the_system_ends_is_told(raw, monkeypatch):
@@ -197,19 +182,16 @@ def test_a_worker_that_the_system_ends_is_told(raw, monkeypatch):
         run(raw, workers=2)
 
 
-IMPOSSIBLE = [
-    ({"workers": -1}, "--workers"), ({"folds": 1}, "--folds must be 2 or more, got 1"),
-    ({"training": 0.5}, "add up to 1"), ({"training": float("nan")}, "--training"),
-    ({"patient_pattern": "("}, "--patient-pattern"), ({"values": ("liver=x",)}, "--values"),
-    ({"values": ("a=1", "b=1")}, "--values"), ({"values": ("a=70000",)}, "--values"),
-    ({"crop_to_body": True, "modality": "MR"}, "--crop-to-body"),
-    ({"crop_to_body": True, "subvolume_depth": 0}, "--crop-to-body"),
-]  # fmt: skip
-
-
 def test_settings_that_cannot_be_are_refused_before_anything_is_read(tmp_path):
     source, out = tmp_path / "missing", tmp_path / "out"
-    for settings, text in IMPOSSIBLE:
+    for settings, text in (
+        ({"workers": -1}, "--workers"), ({"folds": 1}, "--folds must be 2 or more, got 1"),
+        ({"training": 0.5}, "add up to 1"), ({"training": float("nan")}, "--training"),
+        ({"patient_pattern": "("}, "--patient-pattern"), ({"values": ("liver=x",)}, "--values"),
+        ({"values": ("a=1", "b=1")}, "--values"), ({"values": ("a=70000",)}, "--values"),
+        ({"crop_to_body": True, "modality": "MR"}, "--crop-to-body"),
+        ({"crop_to_body": True, "subvolume_depth": 0}, "--crop-to-body"),
+    ):  # fmt: skip
         with pytest.raises(InputError, match=re.escape(text)):
             prepare.main(Config(source=source, destination=out, **settings))
 
@@ -233,14 +215,14 @@ def test_names_decide_what_is_liver_and_what_is_ignored(by, raw):
     for index in range(3):
         label = np.array([0, 6, 1], np.uint8)[ras_arrays(index)[1]]
         label[:4] = 3
-        replace_case(raw, index, ras_arrays(index)[0], label)
+        save_case(raw, f"case_{index}", ras_arrays(index)[0], label)
     dataset = run(raw, **settings)
     assert (dataset["foreground"], dataset["ignore"]) == ([6], [3])
     assert dataset["labels"] == {"background": 0, "spleen": 1, "liver": 6}
     for index, case in enumerate(dataset["cases"]):
         assert case["foreground_voxels"] == np.count_nonzero(ras_arrays(index)[1][4:] == 1)
     entry = dataset["subvolumes"][0]
-    piece = np.asanyarray(nib.load(raw.parent / "prepared" / entry["label"]).dataobj)
+    piece = read_voxels(raw.parent / "prepared" / entry["label"])
     assert (piece[:4] == 3).all() and entry["voxels_per_label"]["3"] == (piece == 3).sum()
 
 
@@ -251,12 +233,12 @@ def test_slices_between_the_annotated_ones_are_ignored(raw, capsys):
     for index in range(3):
         scan, label = ras_arrays(index)
         drawn = np.arange(label.shape[2]) % 4 == index
-        replace_case(raw, index, scan, label * drawn)
+        save_case(raw, f"case_{index}", scan, label * drawn)
     dataset = run(raw, label_every=4)
     assert dataset["ignore"] == [255]
     for entry in dataset["subvolumes"]:
         index, first = int(entry["case"][-1]), entry["first_slice"]
-        piece = np.asanyarray(nib.load(raw.parent / "prepared" / entry["label"]).dataobj)
+        piece = read_voxels(raw.parent / "prepared" / entry["label"])
         for z in range(16):
             whole = ras_arrays(index)[1][:, :, first + z]
             assert (piece[:, :, z] == (whole if (first + z - index) % 4 == 0 else 255)).all()

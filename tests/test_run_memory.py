@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import small_config, tiny
+from helpers import copy_prepared, small_config, tiny
 
 import apply_model
 import train
@@ -22,18 +22,7 @@ from utilities import load_checkpoint
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 
-def copy_prepared(source, folder, edit):
-    """Prepared data in another folder, whose dataset.json `edit` changes in place."""
-    content = json.loads((source / "dataset.json").read_text())
-    edit(content)
-    folder.mkdir()
-    (folder / "subvolumes").symlink_to(source / "subvolumes")
-    (folder / "dataset.json").write_text(json.dumps(content))
-    return folder
-
-
 def swap_splits(content, one="training", other="test"):
-    """Exchange the patients of two splits."""
     for record in [*content["cases"], *content["subvolumes"]]:
         record["split"] = {one: other, other: one}.get(record["split"], record["split"])
 
@@ -47,8 +36,6 @@ def finished(few, tmp_path_factory):
 
 
 def test_a_training_patient_is_never_reported_as_test(checkpoint, prepared, tmp_path):
-    """Whatever the patient is called now, and wherever the data lie."""
-
     def rename(content):
         swap_splits(content)
         content["source"] = "elsewhere"
@@ -89,7 +76,6 @@ def test_a_training_scan_with_a_truth_is_refused_by_its_voxels(checkpoint, prepa
 
 
 def test_averaged_folds_know_all_their_patients(prepared):
-    """A validation patient of one fold was trained on in another."""
     own = list_patients(read_prepared(prepared))
     other = [r | {"split": "training"} for r in own if r["split"] == "validation"]
     (case,) = [record["case"] for record in own if record["split"] == "validation"]
@@ -106,9 +92,7 @@ def test_pretrained_weights_bring_their_patients(finished, prepared, few, tmp_pa
     assert {*known[0]} == {"patient", "case", "split", "content", "source"}
 
 
-def test_other_data_are_refused_at_resume_and_the_same_elsewhere_taken(
-    finished, few, tmp_path, monkeypatch
-):
+def test_a_resume_takes_the_same_data_alone_from_anywhere(finished, few, tmp_path, monkeypatch):
     for name, edit, told in (
         ("thin", lambda content: content["subvolumes"].pop(), "is missing"),
         ("other", lambda content: swap_splits(content, "training", "validation"), "is validation"),
@@ -116,9 +100,8 @@ def test_other_data_are_refused_at_resume_and_the_same_elsewhere_taken(
         data = copy_prepared(few, tmp_path / name, edit)
         with pytest.raises(InputError, match=f"not the data that this run began with.*{told}"):
             train.main(train.Config(resume=finished, data=data, max_epochs=2))
-    run, data = tmp_path / "run", tmp_path / "moved"
-    shutil.copytree(finished, run)
-    shutil.copytree(few, data)
+    run = shutil.copytree(finished, tmp_path / "run")
+    data = shutil.copytree(few, tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     train.main(train.Config(resume=run, data=data, max_epochs=2, device="cpu"))
     assert load_checkpoint(run / "last.pt")["epoch"] == 2
@@ -134,8 +117,7 @@ def test_a_run_finds_its_data_from_any_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["voxels", "truncated", "missing"])
 def test_a_prepared_file_that_was_changed_is_named(few, tmp_path, damage):
-    data = tmp_path / "data"
-    shutil.copytree(few, data)
+    data = shutil.copytree(few, tmp_path / "data")
     record = next(r for r in read_prepared(data)["subvolumes"] if r["split"] == "training")
     path = data / record["image"]
     whole = path.read_bytes()
@@ -157,11 +139,8 @@ def test_more_epochs_go_on_at_the_rate_of_their_schedule(few, tmp_path, schedule
     assert rates[1] > 6e-3
 
 
-def test_an_edited_config_is_used_or_refused_and_other_versions_are_named(
-    finished, tmp_path, capsys
-):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
+def test_an_edited_config_is_used_or_refused_and_versions_named(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
     settings = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(settings | {"learning_rate": 0.5}))
     with pytest.raises(InputError, match="but learning_rate differ"):
@@ -180,7 +159,6 @@ def test_an_edited_config_is_used_or_refused_and_other_versions_are_named(
 
 
 def histories(losses, dice, rate=1e-3, chance=0.15):
-    """Rows of epochs with these training losses and validation Dice."""
     return [
         {"epoch": n, "train_loss": loss, "val_loss": loss, "val_dice": d, "val_chance": chance,
          "learning_rate": rate}
@@ -243,8 +221,7 @@ def test_voxels_that_nobody_judged_are_no_background():
 @pytest.mark.parametrize("classes", [{"liver": ("liver",), "tumour": ("tumour",)}, {"all": ("1",)}])
 def test_the_recipe_laptop_starts_with_other_classes(classes, whole_cases, tmp_path):
     """Half of the starter's weights are kept, but for a head of another number of classes."""
-    config = tiny("laptop", None, whole_cases, tmp_path, max_epochs=1, labels=classes)
-    train.main(config)
+    train.main(tiny("laptop", None, whole_cases, tmp_path, max_epochs=1, labels=classes))
     saved = load_checkpoint(tmp_path / "last.pt")
     first, learnt = load_checkpoint(ROOT / "checkpoints" / "starter.pt"), saved["resume"]["model"]
     head = set(saved["begun"]["anew"])
@@ -259,16 +236,11 @@ def test_checkpoints_with_other_content_are_one_message(finished, tmp_path):
     saved, path = torch.load(finished / "last.pt", weights_only=True), tmp_path / "last.pt"
     state, bias = saved["network_state"], "head.bias"
     variance = next(name for name in state if name.endswith("running_var"))
-    chain = saved["preprocessing"]
-    cases = [
-        ({"network_state": state | {bias: value}}, "not numbers")
-        for value in (torch.tensor([1.0, np.nan]), torch.tensor([1.0, np.inf]))
-    ]
-    cases += [
-        ({"network_state": state | {bias: value}}, "no plain tensors")
-        for value in (torch.zeros(2).to_sparse(), torch.zeros(2, device="meta"), "text",
-                      torch.zeros(2).to(torch.float8_e4m3fn))
-    ]  # fmt: skip
+    two, chain = torch.zeros(2), saved["preprocessing"]
+    odd = (two.to_sparse(), two.to("meta"), "text", two.to(torch.float8_e4m3fn))
+    biases = [(value, "no plain tensors") for value in odd]
+    biases += [(torch.tensor([1.0, value]), "not numbers") for value in (np.nan, np.inf)]
+    cases = [({"network_state": state | {bias: value}}, told) for value, told in biases]
     cases += [
         ({"schema": 1}, "schema must be 2, got 1; train it again"),
         ({"schema": 3}, "schema must be 2, got 3; update this program"),
@@ -294,8 +266,7 @@ def test_checkpoints_with_other_content_are_one_message(finished, tmp_path):
 
 @pytest.mark.parametrize("key", ["random", "optimizer", "counts", "losses", "model"])
 def test_a_damaged_state_is_one_message_at_resume(finished, tmp_path, key):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
+    run = shutil.copytree(finished, tmp_path / "run")
     saved = torch.load(run / "last.pt", weights_only=True)
     damaged = {"random": torch.zeros(3), "counts": "x", "losses": ["x"]}.get(key, {})
     torch.save(saved | {"resume": saved["resume"] | {key: damaged}}, run / "last.pt")

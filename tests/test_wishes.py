@@ -5,12 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import without_pictures
-from helpers import chain_of, small_config
+from helpers import chain_of, copy_prepared, small_config
+from helpers import run as prepare
 from monai.networks import nets
 
 import apply_model
-import prepare
 import train
 import utilities
 from data.files import InputError, read_json
@@ -24,44 +23,35 @@ ARGUMENTS = {"in_channels": 1, "out_channels": 2, "base_channels": 16, "input_si
 
 
 def test_a_network_of_cropped_slices_crops_what_it_is_applied_to(raw_phantoms, tmp_path):
-    """The checkpoint says so; the result lies on the whole scan, with the organ in its place."""
     data, run = tmp_path / "prepared", tmp_path / "run"
-    with without_pictures():
-        prepare.main(prepare.Config(raw_phantoms, data, workers=1, crop_to_body=True))
+    prepare(raw_phantoms, destination=data, crop_to_body=True)
     train.main(small_config(data, run, max_epochs=1))
     model = apply_model.load_model(run / "last.pt", "cpu", "fp32")
     assert model.chain.crop_to_body
     scan = read_volume(min((raw_phantoms / "imagesTr").iterdir()))
     tensor, to_network = apply_model.preprocess_volume(scan, model.chain, "cpu")
-    box = find_body(scan)
-    edges = np.array([[part.start, part.stop - 1] for part in box])
+    edges = np.array([[part.start, part.stop - 1] for part in find_body(scan)])
     ends = np.diag(to_network)[:2, None] * edges + to_network[:2, 3, None]
     assert np.abs(ends - [[0, n - 1] for n in tensor.shape[1:3]]).max() < 1  # network voxels
     assert apply_model.segment(model, scan).label.shape == scan.shape
 
 
-def edit_spacing(source, folder):
-    """The data with other spacings; the median of the training patients."""
-    content = read_prepared(source)
-    folder.mkdir()
-    (folder / "subvolumes").symlink_to(source / "subvolumes")
+def edit_spacing(content):
+    """Other spacings; keeps the median of the training patients in `content`."""
     steps = {}
     for number, case in enumerate(content["cases"]):
         far = 100.0 if case["split"] == "training" else 10.0  # the others must not count
         steps[case["case"]] = [4.0 + number, 5.0 + 2 * number, far - number]
     for record in content["subvolumes"]:
         record["spacing_mm"] = steps[record["case"]]
-    (folder / "dataset.json").write_text(json.dumps(content))
     chosen = {r["case"] for r in content["subvolumes"] if r["split"] == "training"}
-    return np.median([steps[case] for case in chosen], axis=0)
+    content["middle"] = np.median([steps[case] for case in chosen], axis=0).tolist()
 
 
-def test_spacing_median_is_that_of_the_training_scans_and_kept_as_numbers(
-    few, tmp_path, capsys, monkeypatch
-):
-    middle = edit_spacing(few, tmp_path / "data")
-    config = small_config(tmp_path / "data", tmp_path / "run", spacing="median", max_epochs=1)
-    train.main(config)
+def test_spacing_median_is_that_of_the_training_scans_and_kept_as_numbers(few, tmp_path, capsys):
+    data = copy_prepared(few, tmp_path / "data", edit_spacing)
+    middle = read_prepared(data)["middle"]
+    train.main(small_config(data, tmp_path / "run", spacing="median", max_epochs=1))
     assert f"--spacing median: {middle[0]} × {middle[1]} mm" in capsys.readouterr().out
     saved = load_checkpoint(tmp_path / "run" / "last.pt")
     for content in (saved["config"], saved["preprocessing"]):
@@ -69,21 +59,15 @@ def test_spacing_median_is_that_of_the_training_scans_and_kept_as_numbers(
     resumed = train.resume_settings(train.Config(resume=tmp_path), tmp_path, saved)
     assert resumed.spacing == saved["config"]["spacing"]
     patches = train.Config(sampling="patches", spacing="median")
-    assert train.choose_spacing(patches, read_prepared(tmp_path / "data")).spacing == (
-        pytest.approx(middle)
-    )
+    chosen = train.choose_spacing(patches, read_prepared(data)).spacing
+    assert chosen == pytest.approx(middle)
     with pytest.raises(InputError, match="--spacing must be"):
         check_settings(train.Config(spacing="mean"))
 
 
-def test_single_slices_with_liver_train_the_2d_network_and_are_applied(
-    raw_phantoms, tmp_path, monkeypatch
-):
+def test_single_slices_train_the_2d_network_and_are_applied(raw_phantoms, tmp_path, monkeypatch):
     data, run, results = (tmp_path / name for name in ("slices", "run", "results"))
-    with without_pictures():
-        prepare.main(prepare.Config(
-            source=raw_phantoms, destination=data, subvolume_depth=1, workers=1
-        ))  # fmt: skip
+    prepare(raw_phantoms, destination=data, subvolume_depth=1)
     content = read_prepared(data)
     for record in content["subvolumes"]:  # only slices with liver
         assert record["shape"][2] == 1 and record["voxels_per_label"].keys() > {"0"}
@@ -92,11 +76,10 @@ def test_single_slices_with_liver_train_the_2d_network_and_are_applied(
     monkeypatch.setattr(  # of 23 million parameters
         utilities, "build_resnet34", lambda i, o, *_: SliceBySlice(nets.UNet(2, i, o, (4, 8), (2,)))
     )
-    config = small_config(
+    train.main(small_config(
         data, run, network="resnet34_unet", overlap=0.0, batch_size=4, max_epochs=1,
         input_size=(64, 32), spacing=(4.0, 4.0),
-    )  # fmt: skip
-    train.main(config)
+    ))  # fmt: skip
     assert load_checkpoint(run)["inference"]["window"] == (64, 32, 1)
     apply_model.main(apply_model.Config(
         split="test", data=data, checkpoint=run, destination=results, device="cpu", precision="fp32"
@@ -118,7 +101,6 @@ def encoder():
 
 
 def test_an_encoder_with_given_weights_is_that_resnet34(resnet34, encoder, tmp_path, capsys):
-    """Also where they lie in a whole U-Net of segmentation_models_pytorch."""
     state, path = resnet34.state_dict(), tmp_path / "torchvision.pth"
     torch.save(state, path)
     train.begin_with_encoder(encoder, path)
@@ -139,9 +121,7 @@ def test_an_encoder_with_given_weights_is_that_resnet34(resnet34, encoder, tmp_p
     assert "left out: decoder.weight" in capsys.readouterr().out
 
 
-def test_a_run_begins_with_the_encoder_and_its_checkpoint_knows_its_shape(
-    few, resnet34, tmp_path, monkeypatch
-):
+def test_a_run_begins_with_the_encoder_and_keeps_its_shape(few, resnet34, tmp_path, monkeypatch):
     torch.save(resnet34.state_dict(), tmp_path / "a.pth")
     how = {"network": "resnet34_unet", "encoder_weights": tmp_path / "a.pth"}
     config = small_config(few, tmp_path, **how)
