@@ -603,12 +603,8 @@ def show_inputs(
 ) -> Path:
     """Draw what the network will see of a prepared folder; return the picture's path."""
     picture = folder / "preprocess.png"
-    splits = {record["split"] for record in prepared["subvolumes"]}
-    for split in sorted(splits & {"training", "validation"}):
-        cached = cache_split(prepared, folder, split, chain, device)
-        plain = Subvolumes(cached)
-        print(f"{split}: {len(cached)} sub-volumes of {tuple(plain[0][IMAGE].shape)}")
-        if split == "training":
-            augmented, names = Subvolumes(cached, augment), list(chain.labels)
-            save_figure(draw_inputs(plain, augmented, names[1:]), picture)
+    cached = cache_split(prepared, folder, "training", chain, device)
+    plain, augmented = Subvolumes(cached), Subvolumes(cached, augment)
+    print(f"training: {len(cached)} sub-volumes of {tuple(plain[0][IMAGE].shape)}")
+    save_figure(draw_inputs(plain, augmented, list(chain.labels)[1:]), picture)
     return picture

@@ -503,7 +503,7 @@ def fit(config: Config, prepared: dict, chain: Chain, device: torch.device, save
     train_loader, val_loader = load_data(config, prepared, chain, device, step_bytes)
     if is_first_process():
         count = sum(parameter.numel() for parameter in run.model.parameters())
-        where = f"{run.precision} on {utilities.rank_and_size()[1]} × {device}"
+        where = f"{run.precision} on {size} × {device}"
         print(f"{config.network}: {count:,} parameters, {where}")
         if device.type == "cpu":
             report_hours(run, config, len(train_loader))

@@ -32,7 +32,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data import pictures
 from data.evaluate import dice_metric, list_overlaps, nan_mean, overlap_counts
-from data.files import InputError, atomic_write, find_checkpoint, write_csv
+from data.files import InputError, atomic_write, find_checkpoint, one_error, write_csv
 from data.labels import IGNORED, IMAGE, LABEL, PRED
 from data.settings import (
     Count,
@@ -212,20 +212,16 @@ def read_versions() -> dict[str, str]:
     return {"torch": str(torch.__version__), "monai": version("monai")}
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: Path) -> dict[str, Any]:
     """Return what `save_checkpoint` wrote to a file, or to best.pt of a run's folder; InputError
     unless checksums, schema, types, ranges of the settings and weights are right."""
     path = find_checkpoint(path)
     remedy = "the file is damaged or foreign, use another one"
-    try:
+    with one_error(path, "not a readable checkpoint of this project", remedy):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load does not compare the checksums
                 raise ValueError(f"wrong checksum of {damaged}")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a foreign file may lead to anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        what = f"not a readable checkpoint of this project ({reason})"
-        raise InputError(f"{path}: {what}; {remedy}") from error
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     check_types(checkpoint, {"schema": int}, f"{path}: not a checkpoint of this project", remedy)
     if (found := checkpoint["schema"]) != SCHEMA:
         change = "train it again" if found < SCHEMA else "update this program"
@@ -236,31 +232,30 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     for organ, usual in (checkpoint.get("expected") or {}).items():
         check_types(usual, {"log_ml": float, "sd": float}, f"{path}: expected {organ}", remedy)
         check_settings(usual, f"{path}: expected {organ} ", SavedSettings)
-    check_settings(checkpoint, f"{path}: ", SavedSettings)
-    for settings in ("preprocessing", "inference", "network_args"):
-        check_settings(checkpoint[settings], f"{path}: its setting ", SavedSettings)
-    kept = {k: v for k, v in checkpoint["config"].items() if k != "labels"}
-    check_settings(kept, f"{path}: its setting ", SavedSettings)
+    asked = {k: v for k, v in checkpoint["config"].items() if k != "labels"}  # names, not values
+    parts = (checkpoint[part] for part in ("preprocessing", "inference", "network_args"))
+    for part in (checkpoint, *parts, asked):
+        check_settings(part, f"{path}: its setting ", SavedSettings)
     for row in checkpoint["history"]:
         check_types(row, {"epoch": int}, f"{path}: history", remedy)
     for record in checkpoint.get("patients") or ():
         check_types(record, dict.fromkeys((*KNOWN, "source"), str), f"{path}: patients", remedy)
-    for entry in ("declared", "labels"):
-        labels = checkpoint[entry] if entry == "declared" else checkpoint["preprocessing"][entry]
-        for name, values in labels.items():
-            if not (isinstance(name, str) and values and {type(v) for v in values} == {int}):
-                what = f"its {entry} must be names of whole numbers"
-                raise InputError(f"{path}: {what}, got {name!r:.30}: {values!r:.30}; {remedy}")
     refuse_odd_weights(checkpoint["network_state"], path)
     return checkpoint
+
+
+SavedLabels = Annotated[
+    dict[str, tuple[int, ...]],
+    Limit("names of whole numbers", lambda of: all(type(n) is str and v for n, v in of.items())),
+]
 
 
 class SavedSettings:
     """Settings of a checkpoint with a range."""
 
     sampling: Literal["subvolumes", "patches"]
-    labels: dict[str, tuple[int, ...]]
-    declared: dict[str, tuple[int, ...]]
+    labels: SavedLabels
+    declared: SavedLabels
     log_ml: Annotated[float, Limit("a finite number", math.isfinite)]
     sd: Positive
     in_channels: Count
@@ -682,15 +677,13 @@ def preview_figure(run: Run, loader: Any) -> Any:
     examples = loader.dataset.examples(6, run.carried["inference"]["window"])
     rows = math.ceil(len(examples) / 3)
     figure = Figure(figsize=(12, 4.2 * rows + 0.4), layout="constrained")
-    grid = figure.subplots(rows, 3, squeeze=False).ravel()
-    for axes in grid[len(examples) :]:
-        axes.axis("off")
-    for axes, item in zip(grid, examples, strict=False):
+    for place, item in enumerate(examples, start=1):
         truth = item[LABEL][0].masked_fill(item[LABEL][0] == IGNORED, 0)
         middle = pictures.find_busiest_slice((truth == max(int(truth.max()), 1)).cpu().numpy())
         found = predict_classes(run.predict(item[IMAGE][None]))[0]
         title = f"{item['case']}, slice {item['first_slice'] + middle + 1}"
-        how = {"axes": axes, "names": run.class_names, "title": title}
-        pictures.show_patient({IMAGE: item[IMAGE], LABEL: truth, PRED: found}, middle, **how)
+        axes = figure.add_subplot(rows, 3, place)
+        drawn = {IMAGE: item[IMAGE], LABEL: truth, PRED: found}
+        pictures.show_patient(drawn, middle, axes=axes, names=run.class_names, title=title)
     pictures.add_legend(figure, run.class_names, truth=True)
     return figure

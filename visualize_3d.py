@@ -173,11 +173,7 @@ class Case:
 
 
 def find_case(path: Path, config: Config) -> Case:
-    """Read the case of a folder of apply_model.py, a DICOM folder or one file.
-
-    Raises InputError where a file cannot be read, `--label` has no scan, or a label map lies on
-    another grid than the scan or holds other values than 0 to 255.
-    """
+    """Read the case of a folder of apply_model.py, a DICOM folder or one file."""
     if path.is_dir() and any(path.glob("*_label.nii.gz")):
         found = read_result(path)
     elif path.name.endswith(("_masked.nii.gz", "_masked.nii")):

@@ -34,6 +34,7 @@ from data.labels import (
     USUAL_LABELS,
     Description,
     Labels,
+    Masks,
     as_labels,
     describe_truths,
     is_tumour,
@@ -41,7 +42,7 @@ from data.labels import (
     translate_classes,
 )
 from data.pictures import class_colour, save_figure
-from data.scans import Masks, find_others, read_label_map, read_volume
+from data.scans import find_others, read_label_map, read_volume
 from data.settings import Classes, read_settings, run_script, show_progress
 from data.volumes import Volume, enclose, find_bounding_box
 
@@ -254,9 +255,8 @@ def report(
         if shown := [path for path in previews if path.exists()][:WORST_SHOWN]:
             with atomic_write(folder / "worst.png") as temporary:
                 imsave(temporary, np.vstack([imread(path) for path in shown]))
-            print(
-                f"look first at {folder / 'worst.png'}: {', '.join(p.parent.name for p in shown)}"
-            )
+            told = ", ".join(path.parent.name for path in shown)
+            print(f"look first at {folder / 'worst.png'}: {told}")
 
 
 def summarise(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
@@ -387,10 +387,8 @@ def do_each(cases: Sequence[T], name: Callable[[T], str], do: Callable[[T], Any]
         except Exception as error:
             if os.environ.get("LIVER_DEBUG"):
                 traceback.print_exc()
-            kind = (
-                "" if isinstance(error, InputError) else f"{name(case)}: {type(error).__name__}: "
-            )
-            failed.append(f"{kind}{error}")
+            known, kind = isinstance(error, InputError), type(error).__name__
+            failed.append(str(error) if known else f"{name(case)}: {kind}: {error}")
             if len(cases) > 1:
                 tqdm.write(f"{name(case)}: failed, the others go on")
     return failed

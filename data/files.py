@@ -94,8 +94,11 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
         writer.writerows(rows)
 
 
+DAMAGED = "the file is cut off or damaged, copy or export it again, or convert it to .nii.gz"
+
+
 @contextlib.contextmanager
-def one_error(path: Path, what: str) -> Iterator[None]:
+def one_error(path: Path, what: str, remedy: str = DAMAGED) -> Iterator[None]:
     """Turn whatever a library raises into an InputError that names `path`; hide its warnings."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of values that this program checks
@@ -103,12 +106,12 @@ def one_error(path: Path, what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # damaged bytes lead a library to anything
-        remedy = "the file is cut off or damaged, copy or export it again, or convert it to .nii.gz"
         if isinstance(error, MemoryError):
             remedy = "the memory is too small, free some or crop the volume"
         if isinstance(error, PermissionError):
             remedy = "ask its owner"
-        raise InputError(f"{path}: {what} ({type(error).__name__}: {error}); {remedy}") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"{path}: {what} ({reason}); {remedy}") from error
 
 
 @contextlib.contextmanager
@@ -153,14 +156,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except filelock.Timeout as error:
-        raise InputError(
-            f"{folder}: another process writes here; wait for it or choose another folder"
-        ) from error
     except (OSError, NotImplementedError) as error:  # a file system that knows no locks
-        raise InputError(
-            f"{folder}: cannot be written or locked ({error}); choose another folder"
-        ) from error
+        what = f"cannot be written or locked ({error});"
+        if isinstance(error, filelock.Timeout):
+            what = "another process writes here; wait for it or"
+        raise InputError(f"{folder}: {what} choose another folder") from error
     try:
         yield
     finally:

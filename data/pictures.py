@@ -14,7 +14,7 @@ import numpy as np
 
 from data.files import atomic_write
 from data.labels import IGNORED, IMAGE, LABEL, PRED
-from data.volumes import find_bounding_box
+from data.volumes import enclose, find_bounding_box
 
 HU_WINDOW = (-200.0, 250.0)  # HU window of every picture for people (training has its own setting)
 # Okabe & Ito's palette, which everyone can tell apart, also on grey.
@@ -65,13 +65,10 @@ def show_patient(
     colour; with one of them, each of its classes has.
 
     Args:
-        data: "image" and, when known, "label" and "pred" (class indices; what is IGNORED is not
-            drawn): a Volume, or (1, X, Y, Z) or (X, Y, Z) RAS arrays or tensors; an image in 0..1
-            or in HU.
+        data: "image" and, when known, "label" and "pred" (class indices): a Volume, or (1, X, Y, Z)
+            or (X, Y, Z) RAS arrays or tensors; an image in 0..1 or in HU.
         slice_index: along the plane's axis; the slice with most label when left out.
-        path: write a PNG there; without it, draw into the notebook or open a window.
-        axes: matplotlib Axes to draw into; then no figure is made.
-        plane: "axial", "coronal" or "sagittal".
+        path: write a PNG there; without it, draw into `axes`, the notebook or a window.
         names: of the foreground classes, for a legend below a figure.
         hu_window: values that are black and white; `choose_hu_window` when left out.
     """
@@ -183,11 +180,8 @@ def draw_planes(
 ) -> Any:
     """Return a figure: three planes of a patient where most label is, and six axial slices.
 
-    Args:
-        data: as `show_patient` takes it, with a label, a prediction or both; the label, where there
-            is one, chooses the planes.
-        names: of the foreground classes, for the legend.
-        doubt: a `data.trust.Evidence`, whose least sure slice becomes a fourth panel.
+    `data` is as `show_patient` takes it; its label, or else its prediction, chooses the planes. The
+    least sure slice of `doubt`, a `data.trust.Evidence`, becomes a fourth panel.
     """
     from matplotlib.colors import to_rgba
     from matplotlib.figure import Figure
@@ -216,22 +210,18 @@ def draw_planes(
 def choose_views(data: Mapping[str, Any]) -> list[tuple[str, int, str]]:
     """Return plane, index and title of the slice with most label in each plane, and of six axial
     slices from the lowest to the highest with an outline."""
-    shape, maps = (
-        as_array(data[IMAGE]).shape,
-        [as_array(data[k]) for k in (LABEL, PRED) if k in data],
-    )
-    boxes = [find_bounding_box(array) for array in maps]
-    masks = [(a[b] != 0) & (a[b] != IGNORED) for a, b in zip(maps, boxes, strict=True)]
+    shape = as_array(data[IMAGE]).shape
+    maps = [as_array(data[key]) for key in (LABEL, PRED) if key in data]
+    box = enclose(*map(find_bounding_box, maps))
+    masks = [(array[box] != 0) & (array[box] != IGNORED) for array in maps]
     views = []
     for plane, (cut, _) in PLANES.items():
         index = shape[cut] // 2
         if masks[0].any():
-            index = boxes[0][cut].start + find_busiest_slice(masks[0], cut)
+            index = box[cut].start + find_busiest_slice(masks[0], cut)
         views.append((plane, index, f"{plane}, slice {index + 1} of {shape[cut]}"))
-    used = [
-        b[2].start + np.flatnonzero(m.any(axis=(0, 1))) for b, m in zip(boxes, masks, strict=True)
-    ]
-    every = np.concatenate(used) if any(map(len, used)) else np.arange(shape[2])
+    used = box[2].start + np.flatnonzero((masks[0] | masks[-1]).any(axis=(0, 1)))
+    every = used if used.size else np.arange(shape[2])
     chosen = np.linspace(every.min(), every.max(), 6).round().astype(int).tolist()
     return [*views, *(("axial", index, f"slice {index + 1}") for index in chosen)]
 

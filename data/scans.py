@@ -17,6 +17,7 @@ from data.files import InputError, list_plain_files, natural, one_error, show_pa
 from data.labels import (
     IGNORED,
     Labels,
+    Masks,
     as_labels,
     describe_labels,
     find_label,
@@ -32,7 +33,6 @@ MANY = 8  # values that a label map of many organs holds more than are named
 ROUNDING = 0.01  # label values that are nearer to a whole number are that number
 # Grey values of the organs in one stack of PNGs, as CHAOS draws them on MR.
 GREY_VALUES = {"liver": 63, "right kidney": 126, "left kidney": 189, "spleen": 252}
-Masks = tuple[tuple[str, Path], ...]  # name of a structure, its file, series or stack of PNGs
 
 
 # ---------------------------------------------------------------------------------------

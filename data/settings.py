@@ -253,10 +253,9 @@ def check_types(content: Any, kinds: Mapping[str, Any], what: str, remedy: str) 
         raise InputError(f"{what}: must be a dictionary, got {type(content).__name__}; {remedy}")
     for name, kind in kinds.items():  # what may be None may be left out
         if not isinstance(content.get(name), kind):
-            got = (
-                f"has the wrong type, got {type(content[name]).__name__}" if name in content else ""
-            )
-            raise InputError(f"{what}: {name} {got or 'is missing'}; {remedy}")
+            wrong = f"has the wrong type, got {type(content.get(name)).__name__}"
+            fault = wrong if name in content else "is missing"
+            raise InputError(f"{what}: {name} {fault}; {remedy}")
 
 
 def format_seconds(seconds: float) -> str:

@@ -119,7 +119,6 @@ def learn_volumes(prepared: Mapping[str, Any], classes: Labels) -> dict[str, dic
     """Return organ → mean and SD of ln(volume in ml), tumours counted, of the training cases.
 
     Few patients say little about the SD: that of adults counts as much as USUAL_WEIGHT of them.
-    `prepared` is the content of `dataset.json`; `classes` maps names to raw label values.
     """
     names, learnt = list(classes)[1:], dict[str, dict[str, float]]()
     every = int(prepared["settings"].get("label_every") or 1)  # each n-th slice is annotated
