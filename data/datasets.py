@@ -486,7 +486,7 @@ def leave_own(files: Sequence[Path], notes: list[str], drafts: bool) -> list[Pat
     for file in files:
         if file.name in ("case.json", f"{file.parent.name}.json"):
             with suppress(InputError, TypeError):
-                own |= {file.parent} if {"mark", "fingerprint"} & {*read_json(file)} else set()
+                own |= {file.parent} if "mark" in read_json(file) else set()
     names = {folder / f"{folder.name}_label.nii.gz" for folder in own if drafts}
     if names:
         notes.append(f"{len(names)} label maps are drafts of a network, such as {min(names)}")

@@ -247,6 +247,6 @@ def read_record(path: Path, mark: str | None = None) -> dict[str, Any] | None:
         content = read_json(path)
     except InputError:
         return None
-    if not isinstance(content, dict) or not content.keys() & {"mark", "fingerprint"}:
+    if not isinstance(content, dict) or "mark" not in content:
         return None
     return content if mark in (None, content.get("mark")) else None
