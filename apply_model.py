@@ -378,15 +378,12 @@ def read_case(
     """Return a scan in memory, its truth as RAS class indices, and what is unusual about them."""
     assert case.image
     scan = scans.read_scan(case.image)
-    notes = list(scan.notes)
-    for kind, fault in check.judge_hu(scan.data[::2, ::2], scan.dtype) + check.judge_geometry(scan):
-        if "MR" in (model.modality, case.modality):
-            continue
-        if kind == "hu" and not config.force and "hu" not in case.accepted:
-            remedy = "convert it with its rescale slope and intercept, or go on with --force"
-            what = f"{case.image}: does not look like CT in HU ({fault})"
-            raise InputError(f"{what}; {remedy}", kind="hu")
-        notes.append(fault)
+    notes, found = list(scan.notes), list[check.Finding]()
+    if "MR" not in (model.modality, case.modality):
+        found = check.judge_hu(scan.data[::2, ::2], scan.dtype) + check.judge_geometry(scan)
+    if not config.force and "hu" not in case.accepted:
+        refuse_no_hu(found, case.image)
+    notes += [fault for _, fault in found]
     if config.dicom_seg and case.alone and not scan.files:
         raise InputError(f"{case.image}: is no DICOM series; --dicom-seg needs one")
     notes += [f"prepare.py: {text}" for text in case.warnings]
@@ -402,6 +399,14 @@ def read_case(
     return scan, truth, list(dict.fromkeys([*notes, *label.notes]))
 
 
+def refuse_no_hu(found: Sequence[check.Finding], path: Path) -> None:
+    """Raise InputError where a finding says that a scan is no CT in HU."""
+    for fault in [fault for kind, fault in found if kind == "hu"]:
+        remedy = "convert it with its rescale slope and intercept, or go on with --force"
+        what = f"{path}: does not look like CT in HU ({fault})"
+        raise InputError(f"{what}; {remedy}", kind="hu")
+
+
 def judge_seen(model: Model, scan: Volume, path: Path, accepted: bool) -> str:
     """Return "seen in training", or validation, of a scan that made the checkpoint, or nothing;
     raise InputError unless that is accepted, because its Dice says nothing about new patients."""
@@ -414,13 +419,12 @@ def judge_seen(model: Model, scan: Volume, path: Path, accepted: bool) -> str:
 
 
 def refuse_seen(seen: Mapping[str, str], config: Config) -> None:
-    """Raise InputError where cases of a split made the checkpoint, unless that is accepted."""
-    if seen and config.split != "training" and not config.accept:
-        worst = [*seen.items()][: evaluate.WORST_SHOWN]
-        shown = ", ".join(f"{name} ({how})" for name, how in worst)
-        what = f"{len(seen)} cases of the {config.split} split made this checkpoint: {shown}"
-        remedy = "train on this split, or go on with --accept seen"
-        raise InputError(f"{config.data}: {what}; {remedy}")
+    """Raise InputError that names cases of a split which made the checkpoint."""
+    worst = [*seen.items()][: evaluate.WORST_SHOWN]
+    shown = ", ".join(f"{name} ({how})" for name, how in worst)
+    what = f"{len(seen)} cases of the {config.split} split made this checkpoint: {shown}"
+    remedy = "train on this split, or go on with --accept seen"
+    raise InputError(f"{config.data}: {what}; {remedy}")
 
 
 def apply_to_case(model: Model, case: datasets.Case, config: Config, seen: str) -> dict[str, Any]:
@@ -442,10 +446,10 @@ def apply_to_case(model: Model, case: datasets.Case, config: Config, seen: str) 
     summary, folder = evaluate.tell_row(row, model.names), config.destination / case.name
     label, masked, likely, seg, preview = (folder / f"{case.name}_{end}" for end in WRITTEN)
     air = 0 if model.modality == "MR" else AIR_HU
-    found.label.write_checked(label)
+    found.label.write(label, check=True)
     write_masked(scan, found.label, air if config.background is None else config.background, masked)
     if found.probability:
-        found.probability.write_checked(likely, slope=1 / 255)  # readers see 0..1
+        found.probability.write(likely, slope=1 / 255, check=True)  # readers see 0..1
     if config.dicom_seg:
         notes += write_seg(found.label, scan, model.chain.labels, seg)
     drawn = {"image": scan, "pred": found.classes} | ({} if truth is None else {"label": truth})
@@ -520,7 +524,7 @@ def read_rank() -> tuple[int, int]:
 
 
 def main(config: Config) -> None:
-    rank, processes = read_rank()
+    rank, processes = read_rank() if {"RANK", "WORLD_SIZE"} & {*os.environ} else (0, 1)
     checkpoints = (config.checkpoint, *config.folds)
     model = load_model(checkpoints, config.device, config.precision, config.overlap)
     if config.locate:
@@ -530,7 +534,8 @@ def main(config: Config) -> None:
     if config.split:
         cases = splits.read_cases(config.data, config.split, model.fold)
         seen = splits.find_seen(config.data, model.fold, config.split, model.patients)
-        refuse_seen(seen, config)
+        if seen and config.split != "training" and not config.accept:
+            refuse_seen(seen, config)
     else:
         seen = {}
         cases = list_cases(config.paths, config.truth)

@@ -43,7 +43,7 @@ from monai.data import MetaTensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from data.files import InputError
+from data.files import InputError, explain
 from data.labels import IGNORED, IMAGE, LABEL, Labels, index_classes
 from data.pictures import draw_inputs, save_figure, spread
 from data.settings import human_bytes, show_progress
@@ -100,7 +100,9 @@ def preprocess_files(item: dict, chain: Chain, device: torch.device | str) -> di
     for key, kind in zip(KEYS, (torch.float16, torch.uint8), strict=True):
         volume = read_file(Path(item[key])).ras
         in_plane = preprocess_slices(volume.data, volume.spacing_mm, chain, device, key)
-        slices = resample_depth(in_plane.as_tensor(), volume.spacing_mm[2], chain, key)
+        slices = in_plane.as_tensor()
+        if chain.sampling == "patches":
+            slices = resample_depth(slices, volume.spacing_mm[2], chain, key)
         made[key] = slices.permute(1, 2, 0)[None].contiguous().to(kind)
     if chain.sampling == "patches":  # 20,000 voxels of a class are as good as all of them
         find_indices = transforms.ClassesToIndices(len(chain.labels), max_samples_per_class=20_000)
@@ -141,11 +143,10 @@ def preprocess_slices(
 def resample_depth(
     slices: torch.Tensor, slice_mm: float, chain: Chain, key: str = IMAGE
 ) -> torch.Tensor:
-    """Return slices (Z, X, Y) of patches at `chain.spacing` along z, the first in its place; those
-    of sub-volumes as given. Images are interpolated linearly; a label is that of the nearest slice,
-    or of the nearest annotated one within half a step."""
-    if chain.sampling == "subvolumes":
-        return slices
+    """Return slices (Z, X, Y) of patches at `chain.spacing` along z, the first in its place.
+
+    Images are interpolated linearly; a label is that of the nearest slice, or of the nearest
+    annotated one within half a step."""
     size, spacing = len(slices), chain.spacing[2]
     position = np.arange(round((size - 1) * slice_mm / spacing) + 1) * (spacing / slice_mm)
     if key == IMAGE:
@@ -173,9 +174,9 @@ def preprocess_volume(
             slices = torch.empty((ras.shape[2], *part.shape[1:]), device=place)
         slices[first : first + SLAB] = part.as_tensor()
     x, y, z = ras.spacing_mm
-    slices = resample_depth(slices, z, chain)
-    step = chain.spacing[2] if chain.sampling == "patches" else z
-    to_network = np.diag([1.0, 1.0, z / step, 1.0])
+    to_network = np.eye(4)
+    if chain.sampling == "patches":
+        slices, to_network[2, 2] = resample_depth(slices, z, chain), z / chain.spacing[2]
     from_mm = np.linalg.inv(part.affine.cpu().numpy())
     to_network[np.ix_([0, 1, 3], [0, 1, 3])] = from_mm @ np.diag([x, y, 1.0])
     to_network[:2, 3] -= np.diag(to_network)[:2] * [edge.start for edge in box]
@@ -504,25 +505,30 @@ def share_of_process(items: list[Any], rank: int, processes: int, even: bool) ->
 
 
 def pick_device(name: str, precision: str = "auto") -> torch.device:
-    """Return the device of a setting, once it has trained a small network as the CPU does.
+    """Return the device of a setting; `auto` is an NVIDIA GPU or else the CPU, never Apple's, where
+    torch's 3D layers may be wrong. Raises InputError for a named GPU that is missing or fails."""
+    if name == "cpu":
+        return torch.device("cpu")
+    if name != "auto" or torch.cuda.device_count():
+        return pick_gpu(name, precision)
+    if shutil.which("nvidia-smi"):
+        print(f"torch {torch.__version__} sees no GPU: its build or the driver is not for it")
+    return torch.device("cpu")
 
-    `auto` is an NVIDIA GPU, of torchrun's process its own, or else the CPU; never Apple's, where
-    torch's 3D layers may be wrong. Raises InputError for a named GPU that is missing or fails.
-    """
+
+def pick_gpu(name: str, precision: str) -> torch.device:
+    """Return a GPU (of torchrun's process its own) that trains a small network as the CPU does;
+    for `auto` without torchrun the CPU where it does not."""
     count, launched = torch.cuda.device_count(), "LOCAL_RANK" in os.environ
-    kind, _, number = name.partition(":")
-    kind = kind if kind != "auto" else "cuda" if count else "cpu"
+    kind, _, number = name.replace("auto", "cuda").partition(":")
     index = int(number or os.environ.get("LOCAL_RANK", "0"))
-    there = {"cuda": index < count, "mps": torch.backends.mps.is_available()}
-    if not there.get(kind, True):
+    if not (torch.backends.mps.is_available() if kind == "mps" else index < count):
         many = f" of process {index} of torchrun" if launched and not number else ""
         remedy = "start fewer processes" if many and count else "use --device cpu"
         what = f"torch sees no such GPU ({count} of NVIDIA)"
         raise InputError(f"--device {kind}:{index}{many}: {what}; {remedy}")
-    if name == "auto" and not count and shutil.which("nvidia-smi"):
-        print(f"torch {torch.__version__} sees no GPU: its build or the driver is not for it")
     device = torch.device(f"cuda:{index}" if kind == "cuda" else kind)
-    if kind != "cpu" and (reason := find_fault(device, precision)):
+    if reason := find_fault(device, precision):
         if name != "auto" or launched:
             raise InputError(f"--device {device}: {reason}; use --device cpu")
         return torch.device("cpu")
@@ -564,7 +570,7 @@ def try_device(device: torch.device, precision: str) -> str:
         pairs = zip(*found, strict=True)
         apart = max(float((mine - its).norm() / mine.norm()) for mine, its in pairs)
     except Exception as error:  # a device may fail in any way
-        return (str(error) or type(error).__name__).splitlines()[0]
+        return explain(error)
     # bfloat16 on a CPU differs by 0.14; NaN is not below 0.3 either
     return "" if apart < 0.3 else f"a small 3D step differs from the CPU's by {apart:.0%}"
 
@@ -572,19 +578,24 @@ def try_device(device: torch.device, precision: str) -> str:
 def cache_place(needed: int, device: torch.device, reserved: int = 0) -> tuple[torch.device, float]:
     """Return where a cache of `needed` bytes fits, and the fraction of it that is kept: the device
     if that leaves `reserved` bytes and a tenth of its free memory, else the host's memory."""
-    device = resampling_device(device)
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        if needed <= 0.9 * free - reserved:
-            return device, 1.0
-        what = f"cache: {human_bytes(needed)} do not fit on {device} beside the network's"
-        print(f"{what} {human_bytes(reserved)} ({human_bytes(free)} free): in the host's memory")
+    if device.type == "cuda" and fits_on_gpu(needed, device, reserved):
+        return device, 1.0
     free = read_free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     rate = min(0.6 * free / max(needed, 1), 1.0)
     if rate < 1:
         what = f"cache: {human_bytes(needed)} do not fit in memory ({human_bytes(free)} free)"
         print(f"{what}; {rate:.0%} is cached, the rest is read anew each epoch (slower)")
     return torch.device("cpu"), rate
+
+
+def fits_on_gpu(needed: int, device: torch.device, reserved: int) -> bool:
+    """Return whether a cache leaves `reserved` bytes and a tenth of a GPU's free memory."""
+    free = torch.cuda.mem_get_info(device)[0]
+    if fits := needed <= 0.9 * free - reserved:
+        return fits
+    what = f"cache: {human_bytes(needed)} do not fit on {device} beside the network's"
+    print(f"{what} {human_bytes(reserved)} ({human_bytes(free)} free): in the host's memory")
+    return False
 
 
 def read_free_memory() -> int:

@@ -131,10 +131,21 @@ class Config:
     # Names of the options that were given by hand; None: those that differ from the defaults.
     given: ClassVar[frozenset[str] | None] = None
 
+    @property
+    def axes(self) -> str:
+        """Axes along which spacing and input size are given."""
+        return "x y z" if self.sampling == "patches" else "x y"
+
     def window(self, subvolume_depth: int) -> tuple[int, ...]:
         """Voxels (x, y, z) of the network's input."""
         depth = () if self.sampling == "patches" else (subvolume_depth,)
         return (*self.input_size, *depth)
+
+    def describe_size(self) -> str:
+        """Return the options that decide how much memory a step takes, and what to do about it."""
+        size, c = " ".join(map(str, self.input_size)), self.base_channels
+        options = f"--batch-size {self.batch_size}, --input-size {size} and --base-channels {c}"
+        return f"{options}; lower one, or train.py laptop"
 
     def list_given(self) -> set[str]:
         """Names of the settings that were given by hand."""
@@ -208,7 +219,7 @@ from monai.networks.utils import one_hot
 import preprocess
 import utilities
 from data import pictures, splits
-from data.files import InputError, find_checkpoint, lock_folder, read_json, write_json
+from data.files import InputError, explain, find_checkpoint, lock_folder, read_json, write_json
 from data.labels import IGNORED, as_labels, resolve_classes
 from data.settings import check_settings, format_seconds, is_first_process, pick
 from data.trust import learn_volumes
@@ -274,43 +285,77 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # progress 0..1 → factor o
 }
 
 
-def check(config: Config, prepared: dict[str, Any]) -> None:
-    """Raise InputError for settings that cannot work, before hours are spent on them."""
-    patches, depth = config.sampling == "patches", prepared["subvolume_depth"]
-    if patches == bool(depth):
-        found = f"sub-volumes of {depth} slices" if depth else "whole cases"
-        raise InputError(
-            f"{config.data}: holds {found}, but --sampling is {config.sampling}; give --data that "
-            f"prepare.py wrote with --subvolume-depth {0 if patches else 16}"
-        )
-    axes = "x y z" if patches else "x y"
-    for option, given in {"--spacing": config.spacing, "--input-size": config.input_size}.items():
-        if len(given) != len(axes.split()):
-            raise InputError(f"{option} of {config.sampling} must be {axes}, got {given}")
-    window, flat = config.window(depth), config.network == "resnet34_unet"
-    halved = window[:2] if flat else window  # the axes along which the network pools
-    if any(size % 8 for size in halved):
-        raise InputError(
-            f"{window} voxels: the network's input must be a multiple of 8 along each axis (three "
-            "poolings); change --input-size, or prepare.py's --subvolume-depth"
-        )
-    deep = {"unet": 16, "attention_unet": 16, "vnet": 16, "dynunet": 16, "resnet34_unet": 32}
-    grain = deep.get(config.network, 8)
-    # a 2D network normalises all slices together
-    if math.prod(max(size // grain, 1) for size in halved) * (window[2] if flat else 1) < 2:
-        raise InputError(
-            f"{window} voxels are a single one after the poolings of {config.network}, and "
-            f"normalisation needs two; give --input-size of more than {grain} along an axis"
-        )
-    if config.encoder_weights and not flat:
-        raise InputError("--encoder-weights: only --network resnet34_unet has that encoder")
-    if config.pretrained_share and not config.pretrained:
-        raise InputError("--pretrained-share keeps a share of --pretrained; give it, or share 0")
-    if config.optimizer == "sgd" and config.amsgrad:
-        raise InputError("--amsgrad is of adam and adamw, got --optimizer sgd; leave it out")
-    if config.resume is None and not config.show and (config.run_folder / "last.pt").exists():
-        remedy = f"give another --run-folder, or go on with --resume {config.run_folder}"
-        raise InputError(f"{config.run_folder}: holds a run already; {remedy}")
+# How often a network halves its input on the way down, as a factor; 8 where it is not named.
+DEEPEST = {"unet": 16, "attention_unet": 16, "vnet": 16, "dynunet": 16, "resnet34_unet": 32}
+Rule = tuple[Callable[[Config, int], Any], str]  # settings and depth of sub-volumes → wrong?
+CONTRADICTIONS: list[Rule] = [
+    (
+        lambda c, depth: (c.sampling == "patches") == bool(depth),
+        "{c.data}: holds {held}, but --sampling is {c.sampling}; give --data that prepare.py wrote "
+        "with --subvolume-depth {usual}",
+    ),
+    (
+        lambda c, _: len(c.spacing) != len(c.axes.split()),
+        "--spacing of {c.sampling} must be {c.axes}, got {c.spacing}",
+    ),
+    (
+        lambda c, _: len(c.input_size) != len(c.axes.split()),
+        "--input-size of {c.sampling} must be {c.axes}, got {c.input_size}",
+    ),
+    (
+        lambda c, depth: any(size % 8 for size in list_halved(c, depth)),
+        "{window} voxels: the network's input must be a multiple of 8 along each axis (three "
+        "poolings); change --input-size, or prepare.py's --subvolume-depth",
+    ),
+    (
+        lambda c, depth: count_deepest(c, depth) < 2,
+        "{window} voxels are a single one after the poolings of {c.network}, and normalisation "
+        "needs two; give --input-size of more than {grain} along an axis",
+    ),
+    (
+        lambda c, _: c.encoder_weights and c.network != "resnet34_unet",
+        "--encoder-weights: only --network resnet34_unet has that encoder",
+    ),
+    (
+        lambda c, _: c.pretrained_share and not c.pretrained,
+        "--pretrained-share keeps a share of --pretrained; give it, or share 0",
+    ),
+    (
+        lambda c, _: c.optimizer == "sgd" and c.amsgrad,
+        "--amsgrad is of adam and adamw, got --optimizer sgd; leave it out",
+    ),
+    (
+        lambda c, _: not c.resume and not c.show and (c.run_folder / "last.pt").exists(),
+        "{c.run_folder}: holds a run already; give another --run-folder, or go on with --resume "
+        "{c.run_folder}",
+    ),
+]  # fmt: skip
+
+
+def check(config: Config, depth: int) -> None:
+    """Raise InputError for settings that cannot work on sub-volumes of `depth` slices (0: whole
+    cases), before hours are spent on them."""
+    for is_wrong, message in CONTRADICTIONS:
+        if is_wrong(config, depth):
+            words: dict[str, Any] = {
+                "held": f"sub-volumes of {depth} slices" if depth else "whole cases"
+            }
+            words |= {"usual": 0 if config.sampling == "patches" else 16}
+            words |= {"window": config.window(depth), "grain": DEEPEST.get(config.network, 8)}
+            raise InputError(message.format(c=config, **words))
+
+
+def list_halved(config: Config, depth: int) -> tuple[int, ...]:
+    """Return the voxels of the input along the axes on which the network pools."""
+    return config.window(depth)[: 2 if config.network == "resnet34_unet" else 3]
+
+
+def count_deepest(config: Config, depth: int) -> int:
+    """Return the voxels that are normalised together after the last pooling; in a 2D network those
+    of all slices."""
+    halved, grain = list_halved(config, depth), DEEPEST.get(config.network, 8)
+    slices = math.prod(config.window(depth)[len(halved) :])
+    return math.prod(max(size // grain, 1) for size in halved) * slices
 
 
 def choose_spacing(config: Config, prepared: dict[str, Any]) -> Config:
@@ -324,13 +369,27 @@ def choose_spacing(config: Config, prepared: dict[str, Any]) -> Config:
     return dataclasses.replace(config, spacing=spacing)
 
 
-def choose_hu_window(config: Config, modality: str) -> Config:
-    """Return the settings; those for MR without a HU window, unless one was given."""
-    if modality != "MR" or config.hu_window is None or "hu_window" in config.list_given():
+def drop_hu_window(config: Config) -> Config:
+    """Return the settings for MR: without a HU window, unless one was given."""
+    if config.hu_window is None or "hu_window" in config.list_given():
         return config
     if is_first_process():
         print("the data are MR: --hu-window None is used (each slice divided by its maximum)")
     return dataclasses.replace(config, hu_window=None)
+
+
+def resume_run(config: Config, path: Path) -> tuple[Config, dict[str, Any]]:
+    """Return the settings of a run that goes on, and its last.pt."""
+    saved = utilities.load_checkpoint(find_checkpoint(path, ["last.pt"]))
+    config = resume_settings(config, path if path.is_dir() else path.parent, saved)
+    check_settings(config)
+    return config, saved
+
+
+def is_finished(config: Config, saved: dict[str, Any]) -> bool:
+    """Return whether a saved run has done all its epochs, or ran out of patience."""
+    stopped = config.patience and pictures.find_best(saved["history"])[1] >= config.patience
+    return bool(stopped or saved["epoch"] >= config.max_epochs)
 
 
 def resume_settings(config: Config, folder: Path, saved: dict[str, Any]) -> Config:
@@ -395,16 +454,17 @@ def choose_precision(config: Config, device: torch.device, window: Sequence[int]
 
 
 def begin_with(
-    network: torch.nn.Module, network_args: dict[str, Any], saved: dict[str, Any], path: Path
-) -> list[str]:
+    network: torch.nn.Module, network_args: dict[str, Any], path: Path
+) -> tuple[list[str], list[dict[str, str]]]:
     """Load a checkpoint's weights, but not the head's of another number of classes; return the
-    names of the head's. Raise InputError where it holds another network."""
-    own = network.state_dict()
+    names of the head's, and the patients of the checkpoint. InputError for another network."""
+    saved, own = utilities.load_checkpoint(path), network.state_dict()
     given, old = saved["network_state"], saved["network_args"]
     shapes = [{name: value.shape for name, value in state.items()} for state in (own, given)]
     other = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
     fixed = network_args["name"] in utilities.FIXED_SIZE  # others' weights fit any size
-    aside = {"out_channels": 0, "dropout": 0} | ({} if fixed else {"input_size": 0})
+    aside = dict.fromkeys(("out_channels", "dropout", "projections"), 0)
+    aside |= {} if fixed else {"input_size": 0}
     heads_differ = old.get("out_channels") != network_args["out_channels"]
     if other and not (heads_differ and {**old, **aside} == {**network_args, **aside}):
         raise InputError(
@@ -414,7 +474,7 @@ def begin_with(
     network.load_state_dict({n: v for n, v in given.items() if n not in other}, strict=False)
     if other and is_first_process():
         print(f"{path}: {old.get('out_channels')} classes; begins anew: {', '.join(other)}")
-    return other
+    return other, list(saved.get("patients") or ())
 
 
 def begin_with_encoder(network: Any, path: Path) -> None:
@@ -434,8 +494,9 @@ def begin_with_encoder(network: Any, path: Path) -> None:
             raise ValueError(f"{wrong} is {tuple(found[wrong].shape)}")
         utilities.refuse_odd_weights(found, path)
     except Exception as error:  # a foreign file may lead to anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: --encoder-weights: no ResNet-34 ({reason}); {remedy}") from error
+        raise InputError(
+            f"{path}: --encoder-weights: no ResNet-34 ({explain(error):.100}); {remedy}"
+        ) from error
     encoder.load_state_dict(found, strict=False)
     if is_first_process():
         left = sorted(name for name in given if name.removeprefix("encoder.") not in found)
@@ -446,20 +507,16 @@ def main(config: Config) -> None:
     check_settings(config)
     saved = None
     if config.resume:
-        saved = utilities.load_checkpoint(find_checkpoint(config.resume, ["last.pt"]))
-        folder = config.resume if config.resume.is_dir() else config.resume.parent
-        config = resume_settings(config, folder, saved)
-        check_settings(config)
-        stopped = config.patience and pictures.find_best(saved["history"])[1] >= config.patience
-        if stopped or saved["epoch"] >= config.max_epochs:
-            done = f"{folder}: finished after {saved['epoch']} epochs"
+        config, saved = resume_run(config, config.resume)
+        if is_finished(config, saved):
+            done = f"{config.run_folder}: finished after {saved['epoch']} epochs"
             print(f"{done}; train on with more --max-epochs, or start another with --pretrained")
             return
     device = preprocess.pick_device(config.device, config.precision)
     prepared = splits.choose_fold(splits.read_prepared(config.data), config.fold, config.data)
-    config = choose_hu_window(config, prepared["settings"].get("modality", "CT"))
+    config = drop_hu_window(config) if prepared["settings"].get("modality") == "MR" else config
     config = choose_spacing(config, prepared) if config.spacing == "median" else config
-    check(config, prepared)
+    check(config, prepared["subvolume_depth"])
     labels = resolve_classes(config.labels, as_labels(prepared["labels"]))
     ignore, crop = tuple(prepared.get("ignore", ())), prepared["settings"].get("crop_to_body")
     chain = pick(Chain, config, labels=labels, ignore=ignore, crop_to_body=bool(crop))
@@ -468,7 +525,9 @@ def main(config: Config) -> None:
         picture = preprocess.show_inputs(config.data, prepared, chain, augment, device)
         print(f"look at {picture}: is the outline on the organ? Then: train.py, same options")
         return
-    with utilities.process_group(device), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            stack.enter_context(utilities.process_group(device))
         if is_first_process():
             stack.enter_context(lock_folder(config.run_folder))
         try:
@@ -476,11 +535,7 @@ def main(config: Config) -> None:
         except RuntimeError as error:
             if not utilities.is_memory_short(error):
                 raise
-            size = " ".join(map(str, config.input_size))
-            raise InputError(
-                f"out of memory on {device} with --batch-size {config.batch_size}, --input-size "
-                f"{size} and --base-channels {config.base_channels}; lower one, or train.py laptop"
-            ) from error
+            raise InputError(f"out of memory on {device} with {config.describe_size()}") from error
 
 
 def fit(config: Config, prepared: dict, chain: Chain, device: torch.device, saved: Any) -> None:
@@ -499,7 +554,9 @@ def fit(config: Config, prepared: dict, chain: Chain, device: torch.device, save
     loss_function = LOSSES[config.loss](class_weights(prepared, chain.labels)).to(device)
     loss_function = AnnotatedLoss(loss_function) if chain.ignore else loss_function
     window = run.carried["inference"]["window"]
-    step_bytes = utilities.measure_step(run, loss_function, (config.batch_size, 1, *window))
+    step_bytes = 0
+    if device.type == "cuda":
+        step_bytes = utilities.measure_step(run, loss_function, (config.batch_size, 1, *window))
     train_loader, val_loader = load_data(config, prepared, chain, device, step_bytes)
     if is_first_process():
         count = sum(parameter.numel() for parameter in run.model.parameters())
@@ -582,19 +639,17 @@ def build_run(
     window = config.window(prepared["subvolume_depth"])
     network_args: dict[str, Any] = {
         "name": config.network, "in_channels": 1, "out_channels": len(chain.labels),
-        "base_channels": config.base_channels, "input_size": window,
+        "base_channels": config.base_channels, "input_size": window, "dropout": config.dropout,
+        "projections": bool(config.encoder_weights),
     }  # fmt: skip
-    more = {"dropout": config.dropout, "projections": bool(config.encoder_weights)}
-    network_args |= {name: value for name, value in more.items() if value}
     model = utilities.on_device(utilities.build_network(**network_args), device)
     past = saved or {}
     patients: list[Any] = past.get("patients") or splits.list_patients(prepared)
     anew: list[str] = (past.get("begun") or {}).get("anew", [])
-    if config.pretrained and saved is None:
-        first = utilities.load_checkpoint(config.pretrained)
-        anew = begin_with(model, network_args, first, config.pretrained)
-        patients += first.get("patients") or ()  # they made these weights too
-    if config.encoder_weights and saved is None:
+    if saved is None and config.pretrained:
+        anew, made_it = begin_with(model, network_args, config.pretrained)
+        patients += made_it
+    if saved is None and config.encoder_weights:
         begin_with_encoder(model, config.encoder_weights)
     if config.sync_batch_norm and utilities.rank_and_size()[1] > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -10,7 +10,6 @@ import copy
 import functools
 import itertools
 import math
-import os
 import time
 import zipfile
 from collections import defaultdict
@@ -32,7 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data import pictures
 from data.evaluate import dice_metric, list_overlaps, nan_mean, overlap_counts
-from data.files import InputError, atomic_write, find_checkpoint, one_error, write_csv
+from data.files import InputError, atomic_write, explain, find_checkpoint, one_error, write_csv
 from data.labels import IGNORED, IMAGE, LABEL, PRED
 from data.settings import (
     Count,
@@ -56,35 +55,50 @@ from data.splits import KNOWN
 def build_network(name: str, *, in_channels: int, out_channels: int, base_channels: int,
                   input_size: Sequence[int], dropout: float = 0.0,
                   projections: bool = False) -> nn.Module:  # fmt: skip
-    """Return a network by its name, or raise InputError; the others are a checkpoint's arguments.
+    """Return a network of NETWORKS, or raise InputError; the others are a checkpoint's arguments.
 
     `base_channels` scales the width: 32 is the paper's for unet3d and about MONAI's default for
     the others. `input_size` (X, Y, Z) in voxels is for transformers. `dropout` acts at the bottom
     of unet3d, elsewhere where MONAI has it. `projections`: see `build_resnet34`.
     """
-    i, o, c, d, half = in_channels, out_channels, base_channels, dropout, max(base_channels // 2, 1)
-    widths, strides = [half * 2**level for level in range(5)], (2, 2, 2, 2)
-    filters, down = [c, 2 * c, 4 * c, 8 * c, 10 * c], [1, 2, 2, 2, 2]
-    residual = functools.partial(nets.UNet, num_res_units=2, norm="batch")
-    dynamic = functools.partial(nets.DynUNet, filters=filters)
-    v, swin = d or 0.5, 12 * max(c // 16, 1)  # MONAI's own dropout of vnet, and width of swin_unetr
-    factories: dict[str, Callable[[], nn.Module]] = {
-        "unet3d": lambda: UNet3D(i, o, c, d),
-        "unet": lambda: residual(3, i, o, widths, strides, dropout=d),
-        "attention_unet": lambda: nets.AttentionUnet(3, i, o, widths, strides, dropout=d),
-        # group norm: at least 8 channels
-        "segresnet": lambda: nets.SegResNet(3, max(half, 8), i, o, dropout_prob=d or None),
-        "vnet": lambda: nets.VNet(3, i, o, dropout_prob_down=v, dropout_prob_up=(v, v)),
-        "unetr": lambda: nets.UNETR(i, o, tuple(input_size), feature_size=half, dropout_rate=d),
-        "dynunet": lambda: dynamic(3, i, o, [3] * 5, down, [2] * 4, dropout=d or None),
-        "swin_unetr": lambda: PaddedSlices(
-            nets.SwinUNETR(i, o, feature_size=swin, drop_rate=d), 32
-        ),
-        "resnet34_unet": lambda: build_resnet34(i, o, d, projections),
-    }
-    if name not in factories:
-        raise InputError(f"network must be one of {', '.join(factories)}, got {name!r}")
-    return factories[name]()
+    if name not in NETWORKS:
+        raise InputError(f"network must be one of {', '.join(NETWORKS)}, got {name!r}")
+    given = (in_channels, out_channels, base_channels, dropout)
+    return NETWORKS[name](*given, size=tuple(input_size), projections=projections)
+
+
+def list_widths(base_channels: int) -> list[int]:
+    """Return the channels of MONAI's U-Nets from the top to the bottom."""
+    return [max(base_channels // 2, 1) * 2**level for level in range(5)]
+
+
+# name → network of channels in and out, width, dropout (and size, projections)
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "unet3d": lambda i, o, c, d, **_: UNet3D(i, o, c, d),
+    "unet": lambda i, o, c, d, **_: nets.UNet(
+        3, i, o, list_widths(c), (2, 2, 2, 2), num_res_units=2, norm="batch", dropout=d
+    ),
+    "attention_unet": lambda i, o, c, d, **_: nets.AttentionUnet(
+        3, i, o, list_widths(c), (2, 2, 2, 2), dropout=d
+    ),
+    "segresnet": lambda i, o, c, d, **_: nets.SegResNet(  # group norm: at least 8 channels
+        3, max(c // 2, 8), i, o, dropout_prob=d or None
+    ),
+    "vnet": lambda i, o, c, d, **_: nets.VNet(  # 0.5 is MONAI's own
+        3, i, o, dropout_prob_down=d or 0.5, dropout_prob_up=(d or 0.5, d or 0.5)
+    ),
+    "unetr": lambda i, o, c, d, size, **_: nets.UNETR(
+        i, o, size, feature_size=max(c // 2, 1), dropout_rate=d
+    ),
+    "dynunet": lambda i, o, c, d, **_: nets.DynUNet(
+        3, i, o, [3] * 5, [1, 2, 2, 2, 2], [2] * 4, dropout=d or None,
+        filters=[c, 2 * c, 4 * c, 8 * c, 10 * c],
+    ),
+    "swin_unetr": lambda i, o, c, d, **_: PaddedSlices(
+        nets.SwinUNETR(i, o, feature_size=12 * max(c // 16, 1), drop_rate=d), 32
+    ),
+    "resnet34_unet": lambda i, o, c, d, projections, **_: build_resnet34(i, o, d, projections),
+}  # fmt: skip
 
 
 class UNet3D(nn.Module):
@@ -197,6 +211,11 @@ CHECKPOINT: dict[str, Any] = {  # entry → type; docs/checkpoints.md explains t
     "history": list, "expected": dict | None, "resume": dict | None,
     "patients": list | None, "content": dict | None, "begun": dict | None,
 }  # fmt: skip
+INSIDE: dict[str, dict[str, Any]] = {  # the same of what some of them hold
+    "preprocessing": {"labels": dict}, "inference": {"window": tuple, "overlap": float},
+    "history": {"epoch": int}, "patients": dict.fromkeys((*KNOWN, "source"), str),
+    "expected": {"log_ml": float, "sd": float},
+}  # fmt: skip
 USUAL_TYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64}
 
 
@@ -227,19 +246,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         change = "train it again" if found < SCHEMA else "update this program"
         raise InputError(f"{path}: checkpoint schema must be {SCHEMA}, got {found}; {change}")
     check_types(checkpoint, CHECKPOINT, str(path), remedy)
-    check_types(checkpoint["preprocessing"], {"labels": dict}, f"{path}: preprocessing", remedy)
-    check_types(checkpoint["inference"], {"window": tuple, "overlap": float}, str(path), remedy)
-    for organ, usual in (checkpoint.get("expected") or {}).items():
-        check_types(usual, {"log_ml": float, "sd": float}, f"{path}: expected {organ}", remedy)
-        check_settings(usual, f"{path}: expected {organ} ", SavedSettings)
+    expected = list((checkpoint.get("expected") or {}).values())
+    for part, kinds in INSIDE.items():
+        content = expected if part == "expected" else checkpoint.get(part) or []
+        for row in content if isinstance(content, list) else [content]:
+            check_types(row, kinds, f"{path}: {part}", remedy)
     asked = {k: v for k, v in checkpoint["config"].items() if k != "labels"}  # names, not values
     parts = (checkpoint[part] for part in ("preprocessing", "inference", "network_args"))
-    for part in (checkpoint, *parts, asked):
+    for part in (checkpoint, *parts, asked, *expected):
         check_settings(part, f"{path}: its setting ", SavedSettings)
-    for row in checkpoint["history"]:
-        check_types(row, {"epoch": int}, f"{path}: history", remedy)
-    for record in checkpoint.get("patients") or ():
-        check_types(record, dict.fromkeys((*KNOWN, "source"), str), f"{path}: patients", remedy)
     refuse_odd_weights(checkpoint["network_state"], path)
     return checkpoint
 
@@ -308,10 +323,8 @@ def is_memory_short(error: BaseException) -> bool:
 
 
 def measure_step(run: Run, loss_function: nn.Module, shape: Sequence[int]) -> int:
-    """Return the bytes that a training step on images of a shape (B, C, X, Y, Z) takes from a GPU's
-    free memory; 0 on other devices. A copy of the network does a step."""
-    if run.device.type != "cuda":
-        return 0
+    """Return the bytes that a training step on images of a shape (B, C, X, Y, Z) takes from an
+    NVIDIA GPU's free memory. A copy of the network does a step."""
     before = torch.cuda.memory_reserved(run.device)
     torch.cuda.reset_peak_memory_stats(run.device)
     model = copy.deepcopy(run.model).train()
@@ -338,10 +351,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other processes when torchrun started this one; otherwise do nothing."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield
-        return
+    """Join the other processes that torchrun started."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL's collectives use the current one
     # objects go between CPUs, so that no process waits for its GPU
@@ -387,13 +397,11 @@ def train(run: Run, train_loader: Any, val_loader: Any, loss_function: nn.Module
             how = (loss_function, gradient_clip, (epoch, max_epochs), interrupted)
             row |= train_one_epoch(run, train_loader, *how)
             if any(gather(interrupted())):
-                if is_first:
-                    run.save("last.pt")
-                gather("saved")  # nobody ends, which would end the others, before it is
-                raise KeyboardInterrupt(f"go on with: python train.py --resume {run.folder}")
+                stop(run)
             run.losses, run.counts = [], 0
             run.scheduler.step()
-            run.share_buffers()
+            if dist.is_initialized():
+                run.share_buffers()
             if val_loader is not None and (epoch % val_interval == 0 or epoch == max_epochs):
                 row |= validate(run, val_loader, loss_function)
             run.history.append(row | {"epoch_seconds": time.perf_counter() - begun})
@@ -403,6 +411,14 @@ def train(run: Run, train_loader: Any, val_loader: Any, loss_function: nn.Module
                 print(f"no better Dice in {patience} validations: stopped after epoch {epoch}")
                 break
     return run.history
+
+
+def stop(run: Run) -> None:
+    """Write last.pt in the first process, and raise KeyboardInterrupt in all."""
+    if rank_and_size()[0] == 0:
+        run.save("last.pt")
+    gather("saved")  # nobody ends, which would end the others, before it is
+    raise KeyboardInterrupt(f"go on with: python train.py --resume {run.folder}")
 
 
 def train_one_epoch(run: Run, loader: Any, loss_function: nn.Module, clip: float,
@@ -494,7 +510,8 @@ def predict_classes(logits: torch.Tensor) -> torch.Tensor:
 def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float]:
     """Return the mean loss of batches with foreground, and the Dice per class over the patients, at
     the network's resolution: it chooses best.pt. It is NaN for a class that no patient has."""
-    run.update_kept()
+    if run.first:
+        run.update_kept()
     run.kept.eval()
     names, losses, counts, voxels = run.class_names, [], [], []
     for batch in show_progress(loader, desc="validation", unit="batch"):
@@ -560,19 +577,18 @@ class Run:
 
     def share_buffers(self) -> None:
         """Give every process the first one's batch-norm statistics, which are those saved."""
-        if dist.is_initialized():
-            for buffer in (*self.model.buffers(), *self.learnt.buffers()):
-                dist.broadcast(buffer, 0)
+        for buffer in (*self.model.buffers(), *self.learnt.buffers()):
+            dist.broadcast(buffer, 0)
 
     def update_kept(self) -> None:
         """Interpolate between the first weights and those learnt since, of which few patients then
         degrade less: Wortsman et al. 2022, arXiv:2109.01903."""
-        if self.first:
-            share, state = self.pretrained_share, self.learnt.state_dict()
-            pairs = zip(state.items(), self.first.state_dict().values(), strict=True)
-            known = [(n, v, old) for (n, v), old in pairs if n not in self.anew]
-            mixed = {n: v.lerp(old, share) for n, v, old in known if v.is_floating_point()}
-            self.kept.load_state_dict(state | mixed)
+        assert self.first
+        share, state = self.pretrained_share, self.learnt.state_dict()
+        pairs = zip(state.items(), self.first.state_dict().values(), strict=True)
+        known = [(n, v, old) for (n, v), old in pairs if n not in self.anew]
+        mixed = {n: v.lerp(old, share) for n, v, old in known if v.is_floating_point()}
+        self.kept.load_state_dict(state | mixed)
 
     def ask(self, network: nn.Module, image: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C, X, Y, Z) float32 of images (B, 1, X, Y, Z), moved to the device."""
@@ -597,9 +613,8 @@ class Run:
         values = torch.stack([loss for _, loss, _ in pending]).tolist() if pending else []
         for (cases, _, counts), value in zip(pending, values, strict=True):
             if not math.isfinite(value):
-                what = f"the loss became {value} in a batch of {', '.join(cases)}"
-                remedy = "look at them, lower --learning-rate, or use --precision fp32"
-                raise InputError(f"{what}; {remedy}")
+                what = f"the loss became {value} in a batch of {', '.join(cases)}; look at them"
+                raise InputError(f"{what}, lower --learning-rate, or use --precision fp32")
             self.losses.append(value)
             self.counts = self.counts + counts.cpu().numpy()
         pending.clear()
@@ -629,7 +644,8 @@ class Run:
 
     def save(self, name: str) -> None:
         """Write best.pt, or last.pt, which also has all that resuming needs."""
-        self.update_kept()
+        if self.first:
+            self.update_kept()
         row = self.history[-1] if self.history else {}
         resume: dict[str, Any] = {key: part.state_dict() for key, part in self.resumed.items()}
         resume |= {"losses": self.losses, "counts": np.asarray(self.counts).tolist()}
@@ -655,8 +671,7 @@ class Run:
             for state in (resume["model"], *self.optimizer.state.values()):
                 refuse_odd_weights({n: v for n, v in state.items() if torch.is_tensor(v)}, path)
         except Exception as error:  # states of torch's own, damaged in any way
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            what = f"its state cannot be resumed ({reason:.100})"
+            what = f"its state cannot be resumed ({explain(error):.100})"
             raise InputError(f"{path}: {what}; begin anew with --pretrained {path}") from error
         given: Any = self.scheduler
         pairs = zip(given.base_lrs, given.lr_lambdas, strict=True)

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import traceback
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -26,7 +24,7 @@ import tyro
 
 from data import pictures, scans
 from data.datasets import Case, describe_data_set, find_pairs
-from data.files import InputError, write_csv
+from data.files import InputError, explain, write_csv
 from data.labels import (
     ACCEPTABLE,
     FOREGROUND,
@@ -183,12 +181,9 @@ def check_case(case: Case, terms: Terms, folder: Path) -> dict[str, Any]:
 
 
 def describe_fault(error: Exception) -> Finding:
-    """Return an exception as a finding; LIVER_DEBUG=1 shows where an unexpected one arose."""
-    if isinstance(error, InputError):
-        return error.kind if error.kind in RULES else "unreadable", str(error)
-    if os.environ.get("LIVER_DEBUG"):
-        traceback.print_exception(error)
-    return "unreadable", f"{type(error).__name__}: {error}"
+    """Return an exception as a finding."""
+    kind = getattr(error, "kind", "unreadable")
+    return kind if kind in RULES else "unreadable", explain(error)
 
 
 def inspect_case(record: dict[str, Any], terms: Terms) -> Any:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +25,7 @@ from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 from data.datasets import find_labels, name_scans, pair_truths
-from data.files import InputError, atomic_write, read_record, write_csv, write_json
+from data.files import InputError, atomic_write, explain, read_record, write_csv, write_json
 from data.labels import (
     BACKGROUND,
     IGNORED,
@@ -233,12 +231,7 @@ def group_lesions(mask: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.n
 def report(
     rows: Sequence[dict[str, Any]], names: Sequence[str], folder: Path, weights: str = ""
 ) -> None:
-    """Write results.csv and .json; of rows of the networks `weights` with a truth the summary.
-
-    worst.png stacks the previews of the cases with the lowest Dice of the first class.
-    """
-    from matplotlib.image import imread, imsave
-
+    """Write results.csv and .json; of rows of the networks `weights` with a truth the summary."""
     write_table(rows, folder / "results.csv")
     write_json(rows, folder / "results.json")
     same = [row for row in rows if row.get("truth") and row.get("weights", "") == weights]
@@ -249,14 +242,21 @@ def report(
         print_summary(summary, names)
         if seen := [row["case"] for row in evaluated if row.get("seen")]:
             print(f"{len(seen)} of {len(evaluated)} cases made the checkpoint: {', '.join(seen)}")
-        known = [row for row in evaluated if row[f"{names[0]}_dice"] is not None]
-        worst = [row["case"] for row in sorted(known, key=lambda row: row[f"{names[0]}_dice"])]
-        previews = [folder / case / f"{case}_preview.png" for case in worst]
-        if shown := [path for path in previews if path.exists()][:WORST_SHOWN]:
-            with atomic_write(folder / "worst.png") as temporary:
-                imsave(temporary, np.vstack([imread(path) for path in shown]))
-            told = ", ".join(path.parent.name for path in shown)
-            print(f"look first at {folder / 'worst.png'}: {told}")
+        if len(evaluated) > 1:
+            show_worst(evaluated, f"{names[0]}_dice", folder)
+
+
+def show_worst(rows: Sequence[dict[str, Any]], key: str, folder: Path) -> None:
+    """Stack the previews of the rows with the lowest values of `key` in worst.png."""
+    from matplotlib.image import imread, imsave
+
+    known = sorted((row for row in rows if row[key] is not None), key=lambda row: row[key])
+    previews = [folder / row["case"] / f"{row['case']}_preview.png" for row in known]
+    if shown := [path for path in previews if path.exists()][:WORST_SHOWN]:
+        with atomic_write(folder / "worst.png") as temporary:
+            imsave(temporary, np.vstack([imread(path) for path in shown]))
+        told = ", ".join(path.parent.name for path in shown)
+        print(f"look first at {folder / 'worst.png'}: {told}")
 
 
 def summarise(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
@@ -274,13 +274,18 @@ def summarise(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str,
         empty = list(known[f"{name}_empty"].values())
         part["empty"] = {which: empty.count(which) for which in ("truth", "prediction", "both")}
         if is_tumour(name):
-            counts = [key for key in known if key.startswith(f"{name}_lesions")]
-            got = {key.removeprefix(f"{name}_"): sum(known[key].values()) for key in counts}
-            got["lesion_recall"] = divide(got["lesions_found"], got["lesions"])
-            got["lesion_precision"] = divide(got["lesions_right"], got["lesions_predicted"])
-            part["lesions"] = got
+            part["lesions"] = pool_lesions(known, f"{name}_")
         summary[name] = part
     return summary
+
+
+def pool_lesions(known: dict[str, dict[str, Any]], start: str) -> dict[str, Any]:
+    """Return the counts of lesions over all patients, whose keys begin with `start`."""
+    counts = [key for key in known if key.startswith(f"{start}lesions")]
+    got: dict[str, Any] = {key.removeprefix(start): sum(known[key].values()) for key in counts}
+    got["lesion_recall"] = divide(got["lesions_found"], got["lesions"])
+    got["lesion_precision"] = divide(got["lesions_right"], got["lesions_predicted"])
+    return got
 
 
 def describe_values(values: dict[str, float], worst: str) -> dict[str, Any]:
@@ -360,10 +365,11 @@ def report_all(folder: Path, names: Sequence[str], weights: str) -> None:
     for row in review:
         row["picture"] = f"{row['case']}/{row['case']}_preview.png"
     write_table(review, folder / "review.csv")
-    unsure = [f"{r['case']} ({r['expected_dice']:.2f})" for r in rows if r["trust"] != "good"]
+    unsure = [row for row in rows if row["trust"] != "good"]
     if unsure and len(rows) > 1:
-        print(f"{len(unsure)} of {len(rows)} want looking at, in this order:", end=" ")
-        print(f"{', '.join(unsure[:WORST_SHOWN])}; all: {folder / 'review.csv'}")
+        shown = [f"{r['case']} ({r['expected_dice']:.2f})" for r in unsure[:WORST_SHOWN]]
+        print(f"{len(unsure)} of {len(rows)} want looking at, in this order: {', '.join(shown)}; "
+              f"all: {folder / 'review.csv'}")  # fmt: skip
 
 
 def write_table(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
@@ -376,19 +382,13 @@ def write_table(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
 
 
 def do_each(cases: Sequence[T], name: Callable[[T], str], do: Callable[[T], Any]) -> list[str]:
-    """Do every case, whatever happens to the others; return a line for each that failed.
-
-    Everything is caught but an interrupt; LIVER_DEBUG=1 shows where it came from.
-    """
+    """Do every case, whatever happens to the others; return a line for each that failed."""
     failed = []
     for case in show_progress(cases, unit="case"):
         try:
             do(case)
         except Exception as error:
-            if os.environ.get("LIVER_DEBUG"):
-                traceback.print_exc()
-            known, kind = isinstance(error, InputError), type(error).__name__
-            failed.append(str(error) if known else f"{name(case)}: {kind}: {error}")
+            failed.append(explain(error, f"{name(case)}: "))
             if len(cases) > 1:
                 tqdm.write(f"{name(case)}: failed, the others go on")
     return failed

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import traceback
 import unicodedata
 import warnings
 import zlib
@@ -28,6 +29,16 @@ class InputError(ValueError):
     def __init__(self, message: str, kind: str = "unreadable") -> None:
         super().__init__(message)
         self.kind = kind
+
+
+def explain(error: Exception, place: str = "") -> str:
+    """Return an error in one line, an unforeseen one with its place and kind; LIVER_DEBUG=1 also
+    shows where that one came from."""
+    if isinstance(error, InputError):
+        return str(error)
+    if os.environ.get("LIVER_DEBUG"):
+        traceback.print_exception(error)
+    return f"{place}{type(error).__name__}: {error}".splitlines()[0]
 
 
 def find_checkpoint(path: Path, names: Sequence[str] = ("best.pt", "last.pt")) -> Path:
@@ -95,6 +106,10 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 DAMAGED = "the file is cut off or damaged, copy or export it again, or convert it to .nii.gz"
+REMEDIES = {  # of errors that say nothing about the file
+    MemoryError: "the memory is too small, free some or crop the volume",
+    PermissionError: "ask its owner",
+}
 
 
 @contextlib.contextmanager
@@ -106,12 +121,8 @@ def one_error(path: Path, what: str, remedy: str = DAMAGED) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # damaged bytes lead a library to anything
-        if isinstance(error, MemoryError):
-            remedy = "the memory is too small, free some or crop the volume"
-        if isinstance(error, PermissionError):
-            remedy = "ask its owner"
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"{path}: {what} ({reason}); {remedy}") from error
+        remedy = next((r for kind, r in REMEDIES.items() if isinstance(error, kind)), remedy)
+        raise InputError(f"{path}: {what} ({explain(error)}); {remedy}") from error
 
 
 @contextlib.contextmanager

@@ -308,14 +308,8 @@ def judge_learning(history: list[dict[str, float]]) -> str:
     fell = (losses[0] - min(losses)) / max(abs(losses[0]), 1e-9)
     moved = f"training loss {losses[0]:.4f} → {losses[-1]:.4f}"
     rows = [row for row in history if math.isfinite(row.get("val_dice", math.nan))]
-    rate = max(row["learning_rate"] for row in history)
-    cause = (
-        f"raise --learning-rate, {rate:g} is small" if rate < 1e-5 else
-        f"lower --learning-rate, {rate:g} is large" if rate > 0.02 else
-        "does train.py --show show the organ grey, and the outline on it?"
-    )  # fmt: skip
     if not rows:
-        return f"learnt: {moved}" if fell > 0.02 else f"nothing learnt: {moved}; {cause}"
+        return f"learnt: {moved}" if fell > 0.02 else f"nothing learnt: {moved}; {suggest(history)}"
     dice = [row["val_dice"] for row in rows]
     chance = float(np.nanmean([row["val_chance"] for row in rows]))
     best, since = find_best(history)
@@ -323,9 +317,19 @@ def judge_learning(history: list[dict[str, float]]) -> str:
     rough = min(2.5 * chance, (1 + chance) / 2)
     if max(dice) < 1.2 * chance + 0.01 or (fell < 0.02 and max(dice) < rough):
         if fell > 0.1 and losses[-1] < losses[0]:
-            return f"nothing learnt yet: {told}; the loss falls: more --max-epochs, or {cause}"
-        return f"nothing learnt: {told}; {cause}"
+            told += "; the loss falls: more --max-epochs, or"
+            return f"nothing learnt yet: {told} {suggest(history)}"
+        return f"nothing learnt: {told}; {suggest(history)}"
     earlier = max(dice[: -max(len(dice) // 4, 1)], default=0.0)
     if max(dice) - earlier > 0.01 and since <= len(dice) // 4:
         return f"still rising: {told}; more --max-epochs may help"
-    return f"learnt: {told}" if max(dice) >= 0.5 else f"little learnt: {told}; {cause}"
+    return f"learnt: {told}" if max(dice) >= 0.5 else f"little learnt: {told}; {suggest(history)}"
+
+
+def suggest(history: list[dict[str, float]]) -> str:
+    """Return what to try first where a training learnt little."""
+    rate = max(row["learning_rate"] for row in history)
+    if 1e-5 <= rate <= 0.02:
+        return "does train.py --show show the organ grey, and the outline on it?"
+    change, size = ("raise", "small") if rate < 1e-5 else ("lower", "large")
+    return f"{change} --learning-rate, {rate:g} is {size}"

@@ -246,7 +246,7 @@ def convert_to_nifti(series: tyro.conf.Positional[Path], out: tyro.conf.Position
     if not out.name.lower().endswith((".nii", ".nii.gz")):
         raise InputError(f"{out}: must end in .nii.gz or .nii, got {out.suffix or 'no ending'}")
     volume = dicom.read_series(series)
-    volume.write_checked(out)
+    volume.write(out, check=True)
     print("\n".join([*volume.notes, f"{out}: {volume.shape} voxels"]))
     print(f"next: python apply_model.py {out} --checkpoint checkpoints/starter.pt")
 

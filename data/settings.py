@@ -27,7 +27,7 @@ import tyro
 from tqdm import tqdm
 from tyro.conf import Positional as Positional  # for the arguments of a script
 
-from data.files import InputError, read_json
+from data.files import InputError, explain, read_json
 
 Kind = TypeVar("Kind")
 human_bytes = functools.partial(tqdm.format_sizeof, suffix="B", divisor=1024)  # 1536 → 1.50kB
@@ -204,8 +204,7 @@ def run_script(main: Callable[[Any], None], config: Any) -> None:
             raise
         if isinstance(error, InputError | OSError):
             sys.exit(f"error: {error}")
-        what = f"{type(error).__name__}: {error}"
-        sys.exit(f"error: {what}; run again with LIVER_DEBUG=1 for the traceback")
+        sys.exit(f"error: {explain(error)}; run again with LIVER_DEBUG=1 for the traceback")
 
 
 @contextlib.contextmanager

@@ -176,7 +176,8 @@ class Volume:
         return image
 
     def write(self, path: Path, slope: float = 1.0, check: bool = False) -> int:
-        """Write `.nii` or `.nii.gz` whole or not at all; return the file's CRC-32."""
+        """Write `.nii` or `.nii.gz` whole or not at all; return the file's CRC-32. With `check` the
+        file is kept only if it has this grid and holds these voxels."""
         image = self.to_nibabel(slope)
         header, planes = image.header, np.asanyarray(image.dataobj).T
         block = header.binaryblock.ljust(header.single_vox_offset, b"\0")
@@ -196,10 +197,6 @@ class Volume:
                     if not same or stream.read(1):
                         raise InputError(f"{path}: changed in writing; choose another disk")
             return isal_zlib.crc32(temporary.read_bytes())
-
-    def write_checked(self, path: Path, slope: float = 1.0) -> None:
-        """`write`, and keep the file only if it has this grid and holds these voxels."""
-        self.write(path, slope, check=True)
 
 
 def name_case(path: Path) -> str:
@@ -354,7 +351,7 @@ def write_masked(scan: Volume, label: Volume, background: int, path: Path) -> No
     """Write a scan with `background` where the label map on its grid is 0, in a type for both."""
     kind = np.result_type(scan.dtype, np.min_scalar_type(background))
     array = np.where(label.read() == 0, kind.type(background), scan.read())
-    scan.like(array).write_checked(path)
+    scan.like(array).write(path, check=True)
 
 
 def list_slabs(depth: int, step: int, reach_back: bool = False) -> list[tuple[int, int]]:

@@ -155,11 +155,10 @@ def test_a_class_that_no_validation_patient_has_chooses_no_checkpoint(prepared, 
 
 
 def test_mr_is_trained_without_a_hu_window_unless_one_is_given(capsys):
-    assert train.choose_hu_window(train.Config(), "MR").hu_window is None
+    assert train.drop_hu_window(train.Config()).hu_window is None
     assert "--hu-window None is used" in capsys.readouterr().out
     given = train.Config(hu_window=(0.0, 500.0))
-    assert train.choose_hu_window(given, "MR") == given
-    assert train.choose_hu_window(train.Config(), "CT") == train.Config()
+    assert train.drop_hu_window(given) == given
 
 
 def test_weights_to_begin_with_of_other_classes_leave_the_head_out(run, few, tmp_path, capsys):

@@ -91,7 +91,7 @@ def test_form_codes_and_unit_are_written_again(tmp_path: Path, codes, unit: str)
     if codes != (0, 0):
         assert np.allclose(volume.affine, AFFINE, atol=1e-4)
     assert volume.oriented == (codes != (0, 0))
-    volume.like(make_array(np.uint8)).write_checked(tmp_path / "out.nii.gz")
+    volume.like(make_array(np.uint8)).write(tmp_path / "out.nii.gz", check=True)
     header = nib.load(tmp_path / "out.nii.gz").header
     assert (int(header["qform_code"]), int(header["sform_code"])) == codes
     assert np.allclose(read_file(tmp_path / "out.nii.gz").affine, volume.affine, atol=1e-4)
@@ -101,7 +101,7 @@ def test_form_codes_and_unit_are_written_again(tmp_path: Path, codes, unit: str)
 def test_the_checksum_is_that_of_the_file_and_readers_see_its_slope(tmp_path: Path) -> None:
     path, volume = tmp_path / "a.nii.gz", Volume(make_array(np.uint8), AFFINE)
     assert volume.write(path, slope=1 / 255) == zlib.crc32(path.read_bytes())
-    volume.write_checked(path, slope=1 / 255)
+    volume.write(path, slope=1 / 255, check=True)
     assert np.allclose(read_file(path).read(), make_array() / 255, atol=1e-6)
 
 
@@ -116,10 +116,10 @@ def test_a_file_that_changes_in_writing_is_not_kept(tmp_path, monkeypatch, posit
 
     monkeypatch.setattr(data.volumes, "open_stream", damage)
     with pytest.raises(InputError, match="changed in writing"):
-        Volume(make_array(), AFFINE).write_checked(tmp_path / "out.nii")
+        Volume(make_array(), AFFINE).write(tmp_path / "out.nii", check=True)
     monkeypatch.undo()
     with pytest.raises(InputError, match="changed in writing"):  # its header lies elsewhere
-        replace(read_file(sound), affine=AFFINE + np.eye(4, k=3) * 0.01).write_checked(sound)
+        replace(read_file(sound), affine=AFFINE + np.eye(4, k=3) * 0.01).write(sound, check=True)
     assert [path.name for path in tmp_path.iterdir()] == ["sound.nii"]
 
 
@@ -133,7 +133,7 @@ def test_no_text_of_the_input_is_written(tmp_path: Path, ending: str) -> None:
     image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", SECRET.encode()))
     nib.save(image, tmp_path / f"in{ending}")
     volume = read_file(tmp_path / f"in{ending}")
-    volume.like(make_array(np.uint8)).write_checked(tmp_path / "a.nii")
+    volume.like(make_array(np.uint8)).write(tmp_path / "a.nii", check=True)
     volume.ras.write(tmp_path / "b.nii")
     volume.crop((slice(2), slice(2), slice(2))).write(tmp_path / "c.nii")
     nib.save(volume.to_nibabel(), tmp_path / "d.nii")

@@ -157,4 +157,4 @@ def test_dropout_goes_into_the_checkpoint_and_may_differ_from_the_pretrained(few
     assert saved["network_args"]["dropout"] == saved["config"]["dropout"] == 0.2
     other = {**saved["network_args"], "out_channels": 3}
     del other["dropout"]
-    train.begin_with(build_network(**other), other, saved, tmp_path / "last.pt")
+    train.begin_with(build_network(**other), other, tmp_path / "last.pt")
