@@ -242,10 +242,8 @@ def predict(
     model: Model, volume: torch.Tensor, options: Options, box: tuple[slice, ...] = ()
 ) -> torch.Tensor:
     """Return how far each class's logit lies above the background's, (C − 1, X, Y, Z), on the CPU.
-
     Windows, blended by a Gaussian, slide over a preprocessed volume (1, X, Y, Z) or a `box` of it,
-    patches where there is anything but air. Short of memory, they go one by one, or on the CPU.
-    """
+    patches where there is anything but air. Short of memory, they go one by one, or on the CPU."""
     if not box and model.chain.sampling == "patches":
         box = find_bounding_box((volume[0] > 0).cpu().numpy())
     part, window = volume[(slice(None), *box)], model.inference["window"]
@@ -291,11 +289,9 @@ def ask(model: Model, device: torch.device, mirror: bool, batch: torch.Tensor) -
 def trim_by_hu(
     scores: np.ndarray, image: np.ndarray, names: Sequence[str], hu_per_unit: float = 1.0
 ) -> None:
-    """Remove from an organ the edge that is far darker than its inside; in place.
-
-    The inside is the surer half. It stays, as does what the rest encloses in its slice: tumours,
-    cysts. `scores`: (C − 1, X, Y, Z) logits above the background's; `image`: (X, Y, Z), the CT.
-    """
+    """Remove from an organ the edge that is far darker than its inside; in place. The inside is the
+    surer half. It stays, as does what the rest encloses in its slice: tumours, cysts. `scores`: (C
+    − 1, X, Y, Z) logits above the background's; `image`: (X, Y, Z), the CT."""
     for every, name in zip(scores, names, strict=True):
         if name not in DARKER_HU or not (every > 0).any():
             continue
@@ -314,11 +310,9 @@ def trim_by_hu(
 
 
 def clean(classes: np.ndarray, names: Sequence[str], options: Options | None = None) -> np.ndarray:
-    """Return class indices (X, Y, Z) without what anatomy excludes; `names` are those of 1, 2, …
-
-    An organ and the tumours in it are one body. Its largest component stays, background that it
-    encloses on all sides becomes organ, and tumours that touch no kept organ are dropped.
-    """
+    """Return class indices (X, Y, Z) without what anatomy excludes; `names` are those of 1, 2, … An
+    organ and the tumours in it are one body. Its largest component stays, background that it
+    encloses on all sides becomes organ, and tumours that touch no kept organ are dropped."""
     options = options or Options()
     box = find_bounding_box(classes)
     part = classes[box].T.copy()  # as volumes are stored: five times faster

@@ -91,11 +91,10 @@ class Augment:
 
 
 def preprocess_files(item: dict, chain: Chain, device: torch.device | str) -> dict[str, Any]:
-    """Return an item with its files "image" and "label" read and preprocessed on the device.
-
-    The image is (1, X, Y, Z) float16 in 0..1 (its error, 1/2048 of the HU window, is far below the
-    noise of CT), the label uint8 class indices; of patches also where the voxels of each class lie.
-    """
+    """Return an item with its files "image" and "label" read and preprocessed on the device. The
+    image is (1, X, Y, Z) float16 in 0..1 (its error, 1/2048 of the HU window, is far below the
+    noise of CT), the label uint8 class indices; of patches also where the voxels of each class
+    lie."""
     made = dict(item)
     for key, kind in zip(KEYS, (torch.float16, torch.uint8), strict=True):
         volume = read_file(Path(item[key])).ras
@@ -115,10 +114,8 @@ def preprocess_slices(
     array: np.ndarray, spacing_mm: Sequence[float], chain: Chain, device: Any, key: str = IMAGE
 ) -> MetaTensor:
     """Return slices (Z, X', Y') float32 of a RAS array (X, Y, Z), resampled each in its own plane.
-
     HU of an image become 0..1; raw values of a label (`key` is LABEL) become class indices. The
-    result lies on the device; its affine (3×3) maps a pixel to mm in plane.
-    """
+    result lies on the device; its affine (3×3) maps a pixel to mm in plane."""
     if key == LABEL:
         array = index_classes(array, chain.labels, chain.ignore)
     # slices are channels: MONAI's 2D transforms then resample all of them alike, each in plane
@@ -256,11 +253,9 @@ def probability_on_grid(
 
 
 def draw_patch(item: dict[str, Any], augment: Augment, rng: np.random.Generator) -> dict[str, Any]:
-    """Return an item with one random patch of its volume, wider in plane by PATCH_MARGIN.
-
-    A fraction `foreground_sampling` is centred on a voxel of a foreground class, all classes alike;
-    the others on a voxel of background. Beyond the volume lies 0: air and background.
-    """
+    """Return an item with one random patch of its volume, wider in plane by PATCH_MARGIN. A
+    fraction `foreground_sampling` is centred on a voxel of a foreground class, all classes alike;
+    the others on a voxel of background. Beyond the volume lies 0: air and background."""
     x, y, z = augment.input_size
     size = (math.ceil(PATCH_MARGIN * x), math.ceil(PATCH_MARGIN * y), z)
     centred, foreground = augment.foreground_sampling, augment.classes - 1
@@ -302,10 +297,8 @@ def augment_batch(
     image: torch.Tensor, label: torch.Tensor, augment: Augment, rngs: Sequence[np.random.Generator]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return images float32 and labels (B, 1, X', Y', Z) of (B, 1, X, Y, Z), changed at random.
-
     Each sample has a random generator of its own. One resampling in plane rotates, shifts, scales
-    and mirrors; noise is drawn on the device, so that the host neither waits nor copies it.
-    """
+    and mirrors; noise is drawn on the device, so that the host neither waits nor copies it."""
     affines = [draw_affine(augment, image.shape[2:4], rng) for rng in rngs]
     theta = move(torch.tensor(np.array(affines), dtype=torch.float32), image.device)
     grid = functional.affine_grid(theta, [len(rngs), 1, *augment.input_size[:2]], False)
@@ -331,13 +324,11 @@ def augment_batch(
 
 
 class Subvolumes(Dataset):
-    """Cached sub-volumes, augmented when they are taken; or random patches of cached volumes.
-
-    The random numbers of a sample depend on (seed, epoch, sample) alone: not on the order, the
-    number of processes, or where a run was interrupted. Items: image (1, X, Y, Z) float32 in 0..1,
-    label (1, X, Y, Z) class indices, and the names of case and sub-volume. In an epoch each cached
-    item is used `repeats` times. Samples are augmented on `device`; None: where the items lie.
-    """
+    """Cached sub-volumes, augmented when they are taken; or random patches of cached volumes. The
+    random numbers of a sample depend on (seed, epoch, sample) alone: not on the order, the number
+    of processes, or where a run was interrupted. Items: image (1, X, Y, Z) float32 in 0..1, label
+    (1, X, Y, Z) class indices, and the names of case and sub-volume. In an epoch each cached item
+    is used `repeats` times. Samples are augmented on `device`; None: where the items lie."""
 
     def __init__(
         self, cached: list, augment: Augment | None = None, seed: int = 0, repeats: int = 1,
@@ -372,10 +363,8 @@ class Subvolumes(Dataset):
         return batch | {IMAGE: image, LABEL: label}
 
     def examples(self, count: int, window: Sequence[int]) -> list[dict[str, Any]]:
-        """Return some samples for a preview, the same every time.
-
-        Of larger volumes it is the window (x, y, z) around their last class: the tumour, if any.
-        """
+        """Return some samples for a preview, the same every time. Of larger volumes it is the
+        window (x, y, z) around their last class: the tumour, if any."""
         found = []
         for item in (self[index] for index in spread(len(self), count)):
             label = item[LABEL][0].masked_fill(item[LABEL][0] == IGNORED, 0)
@@ -396,12 +385,10 @@ def move(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
 
 
 class SubvolumeLoader:
-    """Batches of a data set; a thread prepares the next one while the network works.
-
-    A thread and not processes, because those cannot share a cache on the GPU. There it has a stream
-    of its own: in the network's, its work would wait for the step. Not MONAI's ThreadDataLoader,
-    because it ends an epoch early, without a word, when a sample fails.
-    """
+    """Batches of a data set; a thread prepares the next one while the network works. A thread and
+    not processes, because those cannot share a cache on the GPU. There it has a stream of its own:
+    in the network's, its work would wait for the step. Not MONAI's ThreadDataLoader, because it
+    ends an epoch early, without a word, when a sample fails."""
 
     def __init__(self, dataset: Subvolumes, batch_size: int, shuffle: bool, seed: int):
         self.dataset, self.batch_size, self.shuffle = dataset, batch_size, shuffle
@@ -433,10 +420,8 @@ class SubvolumeLoader:
                 yield self.take(batch)
 
     def make_batch(self, indices: list[int], stream: Any, used: Any) -> tuple[dict[str, Any], Any]:
-        """Return a batch and the event of its completion, made in a stream.
-
-        It begins after the event `used`: memory of the batch before last may then be used again.
-        """
+        """Return a batch and the event of its completion, made in a stream. It begins after the
+        event `used`: memory of the batch before last may then be used again."""
         if stream is None:
             return self.dataset.make_batch(indices), None
         with torch.cuda.stream(stream):

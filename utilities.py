@@ -56,11 +56,9 @@ def build_network(name: str, *, in_channels: int, out_channels: int, base_channe
                   input_size: Sequence[int], dropout: float = 0.0,
                   projections: bool = False) -> nn.Module:  # fmt: skip
     """Return a network of NETWORKS, or raise InputError; the others are a checkpoint's arguments.
-
-    `base_channels` scales the width: 32 is the paper's for unet3d and about MONAI's default for
-    the others. `input_size` (X, Y, Z) in voxels is for transformers. `dropout` acts at the bottom
-    of unet3d, elsewhere where MONAI has it. `projections`: see `build_resnet34`.
-    """
+    `base_channels` scales the width: 32 is the paper's for unet3d and about MONAI's default for the
+    others. `input_size` (X, Y, Z) in voxels is for transformers. `dropout` acts at the bottom of
+    unet3d, elsewhere where MONAI has it. `projections`: see `build_resnet34`."""
     if name not in NETWORKS:
         raise InputError(f"network must be one of {', '.join(NETWORKS)}, got {name!r}")
     given = (in_channels, out_channels, base_channels, dropout)
@@ -102,14 +100,11 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 class UNet3D(nn.Module):
-    """The 3D U-Net of Çiçek et al. 2016 (doi:10.1007/978-3-319-46723-8_49), with padding.
-
-    Channels double before each pooling; batch norm stands before each ReLU. Images (B, in_channels,
-    X, Y, Z), X, Y and Z multiples of 8 → logits (B, out_channels, X, Y, Z).
-
-    The paper counts 19,069,955 parameters for 3 channels in and 3 labels out, with biases and
-    without the scales of batch norm, whose shifts replace the biases here: 19,072,291 less 2,336.
-    """
+    """The 3D U-Net of Çiçek et al. 2016 (doi:10.1007/978-3-319-46723-8_49), with padding. Channels
+    double before each pooling; batch norm stands before each ReLU. Images (B, in_channels, X, Y,
+    Z), X, Y and Z multiples of 8 → logits (B, out_channels, X, Y, Z). The paper counts 19,069,955
+    parameters for 3 channels in and 3 labels out, with biases and without the scales of batch norm,
+    whose shifts replace the biases here: 19,072,291 less 2,336."""
 
     def __init__(self, in_channels: int = 1, out_channels: int = 2, base_channels: int = 32,
                  dropout: float = 0.0):  # fmt: skip
@@ -381,13 +376,11 @@ def gather(value: Any) -> list[Any]:
 def train(run: Run, train_loader: Any, val_loader: Any, loss_function: nn.Module, *,
           max_epochs: int, val_interval: int = 1, gradient_clip: float = 0.0,
           patience: int = 0) -> list[dict[str, float]]:  # fmt: skip
-    """Fit `run.model`, write files into `run.folder` after each epoch, and return the history.
-
-    The loaders yield {"image" (B, C, X, Y, Z), "label" (B, 1, X, Y, Z) class indices, "case"
-    names}; without a `val_loader` there is no best.pt. `loss_function` maps (logits, label) to a
-    scalar; `gradient_clip` and `patience` (validations without a better Dice) are off at 0.
-    Ctrl-C finishes the step in all processes, writes last.pt and raises KeyboardInterrupt.
-    """
+    """Fit `run.model`, write files into `run.folder` after each epoch, and return the history. The
+    loaders yield {"image" (B, C, X, Y, Z), "label" (B, 1, X, Y, Z) class indices, "case" names};
+    without a `val_loader` there is no best.pt. `loss_function` maps (logits, label) to a scalar;
+    `gradient_clip` and `patience` (validations without a better Dice) are off at 0. Ctrl-C finishes
+    the step in all processes, writes last.pt and raises KeyboardInterrupt."""
     is_first = rank_and_size()[0] == 0
     with delayed_interrupt() as interrupted:
         for epoch in range(len(run.history) + 1, max_epochs + 1):
@@ -424,10 +417,8 @@ def stop(run: Run) -> None:
 def train_one_epoch(run: Run, loader: Any, loss_function: nn.Module, clip: float,
                     epochs: tuple[int, int],
                     interrupted: Callable[[], bool]) -> dict[str, float]:  # fmt: skip
-    """Train on all batches of an epoch, or on its rest; return mean loss, Dice and speed.
-
-    `epochs` are this one and the last. Losses leave the GPU only when the bar is redrawn.
-    """
+    """Train on all batches of an epoch, or on its rest; return mean loss, Dice and speed. `epochs`
+    are this one and the last. Losses leave the GPU only when the bar is redrawn."""
     run.network.train()
     done, steps = len(run.losses), len(run.losses) + len(loader)
     start = redrawn = time.perf_counter()

@@ -218,12 +218,10 @@ def read_result(folder: Path) -> dict[str, Any]:
 def make_surface(
     volume: Volume, iterations: int, colour: str, value: float = 0.5, outside: float = 0
 ) -> vedo.Mesh:
-    """Return the isosurface of a volume in patient mm without slice steps, faces outwards.
-
-    One voxel of `outside` around the volume closes it. Of the windowed sinc filters (Taubin et al.
+    """Return the isosurface of a volume in patient mm without slice steps, faces outwards. One
+    voxel of `outside` around the volume closes it. Of the windowed sinc filters (Taubin et al.
     1996) the smoothest is taken that changes the volume by less than 1 %, else none: a lesion of a
-    few voxels is all step. The change is in `mesh.smoothing_percent`.
-    """
+    few voxels is all step. The change is in `mesh.smoothing_percent`."""
     padded = vedo.Volume(np.pad(volume.data, 1, constant_values=outside))
     to_patient = volume.affine @ from_matvec(np.eye(3), [-1, -1, -1])  # vedo knows no affine
     mesh = padded.isosurface(value, flying_edges=True).apply_transform(to_patient)
@@ -278,11 +276,9 @@ def make_surface_scene(case: Case, config: Config) -> Scene:
 
 
 def make_rays_scene(case: Case, config: Config) -> Scene:
-    """Return the ray casting of the organ, with tumours visible inside.
-
-    Values say by how many HU a voxel is darker than the organ's median, noise averaged; the edge,
-    which holds some fat, counts as 0. Where the label map has tumours, they alone are dark.
-    """
+    """Return the ray casting of the organ, with tumours visible inside. Values say by how many HU a
+    voxel is darker than the organ's median, noise averaged; the edge, which holds some fat, counts
+    as 0. Where the label map has tumours, they alone are dark."""
     hu, inside = case.hu, case.organ.data > 0
     inner = ndi.binary_erosion(inside, iterations=2)
     darker = np.where(inner, np.median(hu.data[inside]) - hu.data, 0)
@@ -350,10 +346,8 @@ def make_slices_scene(case: Case, config: Config) -> Scene:
 
 
 def make_slice_panel(case: Case, outlines: list, plane: str, config: Config, space: Any) -> tuple:
-    """Return a panel with one slice of a plane, which is shown in `space` too, and its slider.
-
-    Of each outline, `outlines` has colour, label map (X, Y, Z) and the values inside.
-    """
+    """Return a panel with one slice of a plane, which is shown in `space` too, and its slider. Of
+    each outline, `outlines` has colour, label map (X, Y, Z) and the values inside."""
     scan, axis, box, side = case.shown, PLANES[plane][0], PANELS[plane], SEEN_FROM[plane]
     title, shown = make_text(config, "", (0.99, 0.99), "top-right"), list[Any]()
     panel = make_panel(config, title, box=box)

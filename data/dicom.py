@@ -90,10 +90,8 @@ class DicomItem:
 
 def find_dicom(files: Iterable[Path]) -> list[DicomItem]:
     """Return the series, SEGs and unusable DICOM files among some files; each is opened once.
-
-    Contours and localisers are unusable, too. Other objects (reports, doses) and pictures without
-    a position are left out.
-    """
+    Contours and localisers are unusable, too. Other objects (reports, doses) and pictures without a
+    position are left out."""
     series: defaultdict[tuple[str, ...], dict[Path, int]] = defaultdict(dict)
     items: list[DicomItem] = []
     given = set(files)
@@ -143,10 +141,8 @@ def count_slices(header: Any) -> int | None:
 
 def _place_series(series: dict[tuple[str, ...], dict[Path, int]]) -> Iterator[DicomItem]:
     """Yield each series: its files wherever they lie, as long as they agree in the tags of SAME.
-
     The path is their common folder, unless that holds other scans: directly or, where it holds no
-    file of this series directly, at any depth.
-    """
+    file of this series directly, at any depth."""
     folders = {key: {file.parent for file in slices} for key, slices in series.items()}
     scans = [folders[key] for key, slices in series.items() if sum(slices.values()) > 1]
     direct = Counter(folder for some in scans for folder in some)
@@ -171,9 +167,7 @@ def _place_series(series: dict[tuple[str, ...], dict[Path, int]]) -> Iterator[Di
 
 def find_series(path: Path, notes: list[str]) -> DicomItem:
     """Return the series in a folder, or that of a file; InputError where there is not just one.
-
-    `notes` gets the localisers and single images that are left out.
-    """
+    `notes` gets the localisers and single images that are left out."""
     items = find_dicom(path.parent.iterdir() if path.is_file() else list_below(path))
     own = [item for item in items if path in (item.path, *item.files) and not item.is_seg]
     if not own:
@@ -205,11 +199,9 @@ def list_series_files(path: Path) -> list[Path]:
 
 
 def read_series(path: Path) -> Volume:
-    """Return the series in a folder, or that of one of its files: HU, slices feet to head.
-
-    `notes` says what was left out or corrected, `files` has the files in the order of the slices.
-    Raises InputError, and nothing else, where it cannot be read as one regular grid.
-    """
+    """Return the series in a folder, or that of one of its files: HU, slices feet to head. `notes`
+    says what was left out or corrected, `files` has the files in the order of the slices. Raises
+    InputError, and nothing else, where it cannot be read as one regular grid."""
     notes: list[str] = []
     with one_error(path, "cannot be read as DICOM series"):
         item = find_series(path, notes)
@@ -224,10 +216,8 @@ def read_series(path: Path) -> Volume:
 
 def refuse_part(item: DicomItem, positions: set[tuple[float, ...]]) -> None:
     """Raise InputError if the series goes on in a folder beside its own: half a scan is none.
-
     `positions` are those of its slices; a copy of the series has the same ones. Only the NEAR
-    folders before and after its own, by name, are looked at.
-    """
+    folders before and after its own, by name, are looked at."""
     own = {file.parent for file in item.files}
     near: set[Path] = set()
     for folder in own if item.uid else ():
@@ -324,10 +314,8 @@ def read_plane(file: Path, groups: Sequence[Any]) -> tuple[np.ndarray, np.ndarra
 
 
 def find_group(groups: Sequence[Any], name: str) -> Any:
-    """Return a functional group of a frame: its own, else the shared one.
-
-    The header of a plain slice, which has all tags itself, stands for each group.
-    """
+    """Return a functional group of a frame: its own, else the shared one. The header of a plain
+    slice, which has all tags itself, stands for each group."""
     found = (item for group in groups for item in list_items(group, f"{name}Sequence")[:1])
     return next(found, groups[-1])
 
@@ -369,11 +357,9 @@ def _are_parallel(one: Slice, other: Slice) -> bool:
 
 
 def choose_scan(path: Path, ordered: list[Slice], notes: list[str]) -> list[Slice]:
-    """Return the slices of one scan, that of the file `path` where a series holds several.
-
-    The rule: a tag that parts slices into sets over the same range tells of several scans; sets
-    end to end are one scan. Sets share a range where each has two slices or more in it.
-    """
+    """Return the slices of one scan, that of the file `path` where a series holds several. The
+    rule: a tag that parts slices into sets over the same range tells of several scans; sets end to
+    end are one scan. Sets share a range where each has two slices or more in it."""
     ct = read_text(ordered[0].header, "Modality") in ("CT", "")
     for tag in (*PARTING, *(TIMES if ct else ())):
         sets: defaultdict[str, list[int]] = defaultdict(list)
@@ -509,11 +495,9 @@ def _decode(file: Path) -> np.ndarray:
 
 def write_series(volume: Volume, folder: Path) -> list[Path]:
     """Write a scan as CT series of nobody ("anonymous"), read it back; return files feet to head.
-
     Slices are the planes nearest to axial. UIDs come from the content, so that one scan always
     gives the same series. Raises InputError where HU are no whole numbers of 16 bits, the grid is
-    sheared (a series cannot say so) or `folder` is in use; then there is no folder.
-    """
+    sheared (a series cannot say so) or `folder` is in use; then there is no folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: must be a new folder for the series; name another")
     ras = volume.ras
@@ -617,9 +601,7 @@ def read_numbers(
     header: Any, file: Path, tag: str, count: int = 1, default: Sequence[float] | None = None
 ) -> list[float]:
     """Return the `count` finite numbers of a tag, whatever its VR; `default` where it is empty.
-
-    Raises InputError for anything else.
-    """
+    Raises InputError for anything else."""
     numbers, value = [], None
     with contextlib.suppress(Exception):  # of a value that its VR does not allow
         value = header.get(tag)
@@ -664,12 +646,10 @@ def name_class(header: Any) -> str:
 
 
 def list_segments(header: Any, file: Path) -> list[tuple[int, str, int]]:
-    """Return (number, name, label value) of each segment; InputError where there is none.
-
-    The name is the segment's label if it is a known one, else what its code means. The numbers must
-    run from 1; where the label value is another, the description says it (`write_seg`). Of segments
-    with one name the first one's value counts.
-    """
+    """Return (number, name, label value) of each segment; InputError where there is none. The name
+    is the segment's label if it is a known one, else what its code means. The numbers must run from
+    1; where the label value is another, the description says it (`write_seg`). Of segments with one
+    name the first one's value counts."""
     from pydicom.sr.codedict import codes
 
     segments, values = [], dict[str, int]()

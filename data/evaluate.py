@@ -68,13 +68,11 @@ T = TypeVar("T")
 def dice_metric(
     prediction: Any = None, label: Any = None, num_classes: int = 2, *, counts: Any = None
 ) -> np.ndarray:
-    """Return (num_classes − 1,) hard Dice of one patient: 2·|both| / (|prediction| + |label|).
-
-    It is NaN for a class in neither, and 0 for a prediction on an empty label, because a false
-    alarm must not vanish from the mean. `prediction` and `label` are class indices, arrays or
-    tensors of one shape, on the scan's own grid if the Dice is to be reported. `counts` replaces
-    both: the sum of `overlap_counts` over a patient's sub-volumes.
-    """
+    """Return (num_classes − 1,) hard Dice of one patient: 2·|both| / (|prediction| + |label|). It
+    is NaN for a class in neither, and 0 for a prediction on an empty label, because a false alarm
+    must not vanish from the mean. `prediction` and `label` are class indices, arrays or tensors of
+    one shape, on the scan's own grid if the Dice is to be reported. `counts` replaces both: the sum
+    of `overlap_counts` over a patient's sub-volumes."""
     if counts is None:
         counts = overlap_counts(prediction, label, num_classes)
     both, predicted, true = np.asarray(counts, float)
@@ -106,9 +104,7 @@ def nan_mean(values: Iterable[float]) -> float:
 # Metrics of one patient: class indices on one grid
 def measure(classes: Volume, scan: Volume, names: Sequence[str]) -> dict[str, float | None]:
     """Return volume in ml, mean and SD of HU, and extent in mm along x, y, z (RAS) of each class.
-
-    `classes` (class indices) and `scan` (HU) lie on one grid; `names` are those of 1, 2, …
-    """
+    `classes` (class indices) and `scan` (HU) lie on one grid; `names` are those of 1, 2, …"""
     row: dict[str, float | None] = {}
     outer = find_bounding_box(classes.ras.data)
     indices, hu = classes.ras.data[outer], scan.ras.data[outer]
@@ -124,14 +120,12 @@ def measure(classes: Volume, scan: Volume, names: Sequence[str]) -> dict[str, fl
 
 
 def evaluate(predicted: Volume, truth: Volume, names: Sequence[str]) -> dict[str, Any]:
-    """Return the metrics of one patient from class indices (X, Y, Z) on one grid.
-
-    `names` are those of the classes 1, 2, …; voxels that are IGNORED in the truth count nowhere.
-    The keys are `{name}_{figure}` of every class and FIGURES, `{name}_empty` ("", "truth",
-    "prediction" or "both"), lesion counts of tumours, and over all classes and the background
-    `accuracy` and `mean_iou`. None stands for an undefined metric: a ratio without denominator, a
-    distance to nothing. A false alarm or a missed organ has Dice and surface Dice 0.
-    """
+    """Return the metrics of one patient from class indices (X, Y, Z) on one grid. `names` are those
+    of the classes 1, 2, …; voxels that are IGNORED in the truth count nowhere. The keys are
+    `{name}_{figure}` of every class and FIGURES, `{name}_empty` ("", "truth", "prediction" or
+    "both"), lesion counts of tumours, and over all classes and the background `accuracy` and
+    `mean_iou`. None stands for an undefined metric: a ratio without denominator, a distance to
+    nothing. A false alarm or a missed organ has Dice and surface Dice 0."""
     total = math.prod(truth.shape)
     box = enclose(*(find_bounding_box(volume.ras.data) for volume in (predicted, truth)))
     ours, true = predicted.ras.data[box], truth.ras.data[box]  # outside both are background
@@ -176,11 +170,9 @@ def score_class(found: np.ndarray, true: np.ndarray, grid: Volume, total: int) -
 
 def score_surfaces(found: np.ndarray, true: np.ndarray, grid: Volume) -> dict[str, float | None]:
     """Return surface Dice at 2 mm, HD95 and mean symmetric surface distance of two RAS masks.
-
     Distances are in mm between centres of surface voxels, by the affine of `grid`: MONAI's metrics
     take the spacing alone, which is wrong for sheared grids. HD95 is the larger 95th percentile of
-    both directions. Surface Dice: Nikolov et al. 2018 (arXiv:1809.04430), in surface voxels.
-    """
+    both directions. Surface Dice: Nikolov et al. 2018 (arXiv:1809.04430), in surface voxels."""
     box = find_bounding_box(found | true)
     surfaces = [mask[box] & ~binary_erosion(mask[box]) for mask in (found, true)]
     ours, theirs = (np.argwhere(surface) @ grid.ras_affine[:3, :3].T for surface in surfaces)
@@ -201,12 +193,10 @@ def measure_nearest(points: np.ndarray, cloud: np.ndarray) -> np.ndarray:
 
 
 def score_lesions(predicted: np.ndarray, truth: np.ndarray, grid: Volume) -> dict[str, Any]:
-    """Return how many lesions were found and how many findings are right, in all and by size.
-
-    A lesion is a connected component of a mask (X, Y, Z). A true one is found, and a predicted one
-    is right, if the other mask covers a tenth of it. Its size is the diameter of the ball of equal
-    volume.
-    """
+    """Return how many lesions were found and how many findings are right, in all and by size. A
+    lesion is a connected component of a mask (X, Y, Z). A true one is found, and a predicted one is
+    right, if the other mask covers a tenth of it. Its size is the diameter of the ball of equal
+    volume."""
     (sizes, found), (_, right) = group_lesions(truth, predicted), group_lesions(predicted, truth)
     row: dict[str, Any] = {"lesions_predicted": len(right), "lesions_right": int(right.sum())}
     row |= {"lesions": len(found), "lesions_found": int(found.sum())}
@@ -261,9 +251,7 @@ def show_worst(rows: Sequence[dict[str, Any]], key: str, folder: Path) -> None:
 
 def summarise(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     """Return `describe_values` over patients of each metric and class, as far as it is defined.
-
-    `empty` counts patients without the class in truth, prediction or both; `lesions` are pooled.
-    """
+    `empty` counts patients without the class in truth, prediction or both; `lesions` are pooled."""
     known = {
         key: {row["case"]: row[key] for row in rows if row.get(key) is not None} for key in rows[0]
     }
@@ -351,10 +339,8 @@ def tell_row(row: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def report_all(folder: Path, names: Sequence[str], weights: str) -> None:
-    """Write the tables of all cases in a folder of results, of earlier calls too.
-
-    review.csv lists the cases that a person should look at, the lowest expected Dice first.
-    """
+    """Write the tables of all cases in a folder of results, of earlier calls too. review.csv lists
+    the cases that a person should look at, the lowest expected Dice first."""
     paths = (path for path in sorted(folder.glob("*/*.json")) if path.stem == path.parent.name)
     records = [read_record(path) for path in paths]
     rows = [{k: v for k, v in row.items() if k not in UNLISTED} for row in records if row]
@@ -449,11 +435,8 @@ def find_pairs(config: Config) -> list[tuple[str, Path, Path | Masks]]:
 
 
 def evaluate_files(prediction: Path, truth: Path | Masks, config: Config) -> dict[str, Any]:
-    """Return `evaluate` of two label maps, on the grid of the truth.
-
-    Classes that share values are evaluated one by one; `accuracy` and `mean_iou` are then those of
-    the first class.
-    """
+    """Return `evaluate` of two label maps, on the grid of the truth. Classes that share values are
+    evaluated one by one; `accuracy` and `mean_iou` are then those of the first class."""
     known = describe_truths(truth) or Description({})
     asked = find_class_values(config.labels, known.labels, "--labels")
     theirs = find_class_values(config.predicted, {}, "--predicted")
@@ -484,10 +467,8 @@ def evaluate_files(prediction: Path, truth: Path | Masks, config: Config) -> dic
 
 
 def find_class_values(asked: Mapping[str, Sequence[str]], declared: Labels, setting: str) -> Labels:
-    """Return class name → raw values, background first, of class name → values or names.
-
-    Raises InputError where a name contradicts what the label map declares.
-    """
+    """Return class name → raw values, background first, of class name → values or names. Raises
+    InputError where a name contradicts what the label map declares."""
     words = [f"{name}={','.join(values)}" for name, values in asked.items()]
     classes = parse_values(words, setting, declared, overlap=True)
     return {BACKGROUND: (0,), **classes} if classes else {}

@@ -21,10 +21,8 @@ import filelock
 
 
 class InputError(ValueError):
-    """An input that cannot be used; the message says file, found, expected and remedy.
-
-    `kind` names its finding in `data.check`.
-    """
+    """An input that cannot be used; the message says file, found, expected and remedy. `kind` names
+    its finding in `data.check`."""
 
     def __init__(self, message: str, kind: str = "unreadable") -> None:
         super().__init__(message)
@@ -127,12 +125,10 @@ def one_error(path: Path, what: str, remedy: str = DAMAGED) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which takes the final name only when all went well.
-
-    It keeps the suffixes, because writers choose the format by them. Whatever a writer raises on a
+    """Yield a temporary path beside `path`, which takes the final name only when all went well. It
+    keeps the suffixes, because writers choose the format by them. Whatever a writer raises on a
     full disk (torch and matplotlib raise no OSError) becomes an InputError, as does a missing or
-    empty file. The content is on the disk before it gets its name.
-    """
+    empty file. The content is on the disk before it gets its name."""
     name = path.name if len(path.name) < 200 else f"{zlib.crc32(path.name.encode()):08x}"
     suffix = "" if name == path.name else "".join(path.suffixes)[-20:]
     temporary = path.with_name(f".{os.getpid()}.partial.{name}{suffix}")
@@ -157,11 +153,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep a folder for this process; InputError where another process has it.
-
-    The operating system frees the lock of a process that dies. A folder that was made for the lock
-    is removed if it is still empty.
-    """
+    """Keep a folder for this process; InputError where another process has it. The operating system
+    frees the lock of a process that dies. A folder that was made for the lock is removed if it is
+    still empty."""
     path, new = folder / ".lock", not folder.exists()
     lock = filelock.FileLock(path, timeout=0)
     try:
@@ -250,10 +244,8 @@ def stamp_files(files: Iterable[Path]) -> list[list[Any]]:
 
 
 def read_record(path: Path, mark: str | None = None) -> dict[str, Any] | None:
-    """Return the JSON object at `path` whose "mark" is `mark`; None: any mark.
-
-    Return None where there is no such file, it is damaged, or its mark differs.
-    """
+    """Return the JSON object at `path` whose "mark" is `mark`; None: any mark. Return None where
+    there is no such file, it is damaged, or its mark differs."""
     try:
         content = read_json(path)
     except InputError:

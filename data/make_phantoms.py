@@ -322,10 +322,8 @@ class Canvas:
         self.label = np.zeros(shape, np.uint8)
 
     def paint(self, shape: Shape, hu: float, label: int = 0, inside: np.ndarray | None = None):
-        """Blend a shape over what is there, limited to the shares `inside` (Z, Y, X).
-
-        Return the block of voxels around the shape and its share of each; None where it is not.
-        """
+        """Blend a shape over what is there, limited to the shares `inside` (Z, Y, X). Return the
+        block of voxels around the shape and its share of each; None where it is not."""
         low = np.maximum(shape.low - self.edge, self.low)
         high = np.minimum(shape.high + self.edge, self.high)
         if (low > high).any():
@@ -365,10 +363,8 @@ def paint_patient(
 
 
 def draw_grid(rng: np.random.Generator, config: Config, index: int, fat: float, liver: np.ndarray):
-    """Return shape (Z, Y, X), affine to patient mm and affine to reference mm of a random scan.
-
-    It holds the whole `liver`, (n, 3) points in reference mm, and slices without it at both ends.
-    """
+    """Return shape (Z, Y, X), affine to patient mm and affine to reference mm of a random scan. It
+    holds the whole `liver`, (n, 3) points in reference mm, and slices without it at both ends."""
     size, count = config.size, int(rng.integers(config.slices[0], config.slices[1] + 1))
     scale = rng.uniform(0.88, 1.1) * rng.uniform(0.95, 1.05, 3) * (1, 1, 0.9)  # the patient's size
     letters = ORIENTATIONS[index % len(ORIENTATIONS)]
@@ -395,10 +391,8 @@ def draw_grid(rng: np.random.Generator, config: Config, index: int, fat: float, 
 
 # Cases and files
 def make_phantom(index: int, config: Config) -> tuple[Volume, Volume]:
-    """Return image (int16 HU) and label (uint8) of case `index`, both (X, Y, Z) on one grid.
-
-    They depend on (seed, index) and on size, slices, tumours and organ alone.
-    """
+    """Return image (int16 HU) and label (uint8) of case `index`, both (X, Y, Z) on one grid. They
+    depend on (seed, index) and on size, slices, tumours and organ alone."""
     rng = np.random.default_rng([config.seed, index])
     patient = draw_patient(rng)
     low, high = LIVER_BOX + [[-25], [25]]

@@ -30,9 +30,7 @@ SIDES = (  # where these letters stand: x, y, horizontal and vertical alignment
 
 def choose_hu_window(scan: np.ndarray) -> tuple[float, float]:
     """Return the values shown as black and white: HU_WINDOW for CT, which has fat and air below 0.
-
-    Of a network's input 0 and 1; of anything else (MR) its own range.
-    """
+    Of a network's input 0 and 1; of anything else (MR) its own range."""
     sample = scan[tuple(slice(None, None, max(1, size // 64)) for size in scan.shape)]
     if np.mean(sample < -30) >= 0.01:
         return HU_WINDOW
@@ -123,10 +121,8 @@ def flatten(array: np.ndarray, axis: int, index: int) -> np.ndarray:
 def draw_outlines(
     axes: Any, truth: np.ndarray | None, found: np.ndarray | None, style: str = "solid"
 ) -> None:
-    """Draw lines around the classes of two maps (rows, columns): the truth in one colour.
-
-    Colours come again after five classes; lines between classes of one colour are drawn too.
-    """
+    """Draw lines around the classes of two maps (rows, columns): the truth in one colour. Colours
+    come again after five classes; lines between classes of one colour are drawn too."""
     outlines: dict[str, Any] = {} if truth is None else {TRUTH_COLOUR: truth}
     for value in range(1, 0 if found is None else int(found.max()) + 1):
         outlines[class_colour(value)] = outlines.get(class_colour(value), False) | (found == value)
@@ -178,11 +174,9 @@ def save_figure(figure: Any, path: Path) -> None:
 def draw_planes(
     data: Mapping[str, Any], names: Sequence[str], title: str, doubt: Any = None
 ) -> Any:
-    """Return a figure: three planes of a patient where most label is, and six axial slices.
-
-    `data` is as `show_patient` takes it; its label, or else its prediction, chooses the planes. The
-    least sure slice of `doubt`, a `data.trust.Evidence`, becomes a fourth panel.
-    """
+    """Return a figure: three planes of a patient where most label is, and six axial slices. `data`
+    is as `show_patient` takes it; its label, or else its prediction, chooses the planes. The least
+    sure slice of `doubt`, a `data.trust.Evidence`, becomes a fourth panel."""
     from matplotlib.colors import to_rgba
     from matplotlib.figure import Figure
 
@@ -233,9 +227,7 @@ def spread(length: int, count: int) -> list[int]:
 
 def draw_inputs(before: Any, after: Any, names: Sequence[str]) -> Any:
     """Return a figure of four items, as cached and augmented: a slice of each, and histograms.
-
-    `before` and `after` are datasets of {"image", "label", "case", "first_slice"}.
-    """
+    `before` and `after` are datasets of {"image", "label", "case", "first_slice"}."""
     from matplotlib.figure import Figure
 
     chosen = spread(len(before), 4)
@@ -285,10 +277,8 @@ def curves_figure(history: list[dict[str, float]], class_names: Sequence[str]) -
 
 
 def find_best(history: list[dict[str, float]]) -> tuple[int, int]:
-    """Return the first epoch of the highest validation Dice (or 0), and the validations since.
-
-    Of equal Dice, such as 0 at the beginning, that of the lower loss is the best.
-    """
+    """Return the first epoch of the highest validation Dice (or 0), and the validations since. Of
+    equal Dice, such as 0 at the beginning, that of the lower loss is the best."""
     validated = [row for row in history if math.isfinite(row.get("val_dice", math.nan))]
     order = {int(row["epoch"]): (row["val_dice"], -row["val_loss"]) for row in validated}
     best = max(order, key=lambda epoch: order[epoch], default=0)
@@ -297,11 +287,9 @@ def find_best(history: list[dict[str, float]]) -> tuple[int, int]:
 
 def judge_learning(history: list[dict[str, float]]) -> str:
     """Return the verdict on a training in one line, with the likeliest cause where it failed.
-
     Nothing is learnt where the Dice is hardly above `val_chance`, that of a network which calls
     everything foreground, or where the loss did not fall and the Dice is that of rough guesses.
-    Without validation the training's loss alone tells.
-    """
+    Without validation the training's loss alone tells."""
     if not history:
         return "nothing learnt: no epoch was finished"
     losses = [row["train_loss"] for row in history]

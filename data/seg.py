@@ -40,10 +40,8 @@ MAY_BE_EMPTY = (
 
 def choose_segment_values(segments: Mapping[str, int], declared: Labels) -> dict[str, int]:
     """Return the label value of each segment: the first value of the declared name that it means.
-
     Any other name keeps its number, or gets a value of its own where that number is taken: SEGs of
-    one data set may number the same organs differently.
-    """
+    one data set may number the same organs differently."""
     known = {name: find_label(name, declared) for name in segments}
     values = {name: declared[label][0] for name, label in known.items() if label is not None}
     own = {value for some in declared.values() for value in some}
@@ -61,11 +59,9 @@ def choose_segment_values(segments: Mapping[str, int], declared: Labels) -> dict
 
 def read_seg(path: Path, scan: Volume, declared: Labels, trust_grid: bool = False) -> Volume:
     """Return a DICOM SEG (a file, or the folder of one) as a label map on the grid of `scan`.
-
     `classes` of the result has the values (`choose_segment_values`) by the segments' names.
     `trust_grid` takes a SEG of another frame of reference, too. Raises InputError, and nothing
-    else, for anything that is no SEG or lies on another grid.
-    """
+    else, for anything that is no SEG or lies on another grid."""
     import pydicom
 
     if path.is_dir():
@@ -149,9 +145,7 @@ def lay_structures(
     structures: Iterable[tuple[str, int, np.ndarray]], shape: Sequence[int]
 ) -> tuple[np.ndarray, int]:
     """Return one label map (X, Y, Z) of (name, value, flat voxels), and how many voxels overlap.
-
-    The rule: a tumour wins over anything else, a smaller structure over a larger one.
-    """
+    The rule: a tumour wins over anything else, a smaller structure over a larger one."""
     ordered = sorted(structures, key=lambda one: (is_tumour(one[0]), -one[2].size))
     largest = max((value for _, value, _ in ordered), default=0)
     array = np.zeros(int(np.prod(shape)), np.min_scalar_type(largest))
@@ -166,10 +160,8 @@ def lay_structures(
 
 def write_seg(label: Volume, scan: Volume, classes: Labels, path: Path) -> list[str]:
     """Write a label map as DICOM SEG of the series that `scan` was read from, and read it back.
-
     `label` has the scan's own axes and raw values; `classes` says which are which, background
-    first. Returns the reason why there is none, if so.
-    """
+    first. Returns the reason why there is none, if so."""
     import pydicom
 
     if not scan.files:

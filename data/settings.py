@@ -101,10 +101,8 @@ def fit(value: Any, hint: Any) -> Any:
 
 
 def check_settings(settings: Any, where: str = "", kind: type | None = None) -> dict[str, Any]:
-    """Return the values of a dataclass, or of a mapping with fields of the class `kind`.
-
-    Raises InputError for a value that does not fit the annotation of its field.
-    """
+    """Return the values of a dataclass, or of a mapping with fields of the class `kind`. Raises
+    InputError for a value that does not fit the annotation of its field."""
     values = settings if isinstance(settings, Mapping) else vars(settings)
     hints, found = typing.get_type_hints(kind or type(settings), include_extras=True), {}
     for name in [name for name in values if name in hints]:
@@ -124,10 +122,8 @@ def read_settings(
     libraries: Sequence[str] = (),
 ) -> Any:
     """Return the config that a command line asks for; `--help` and mistakes end the program.
-
     `recipes`: name, which may be the first word → explanation and config, whose values the options
-    override. `check` raises InputError for what is missing. `libraries` are loaded last.
-    """
+    override. `check` raises InputError for what is missing. `libraries` are loaded last."""
     words = [word for word in sys.argv[1:] if word != "--debug"]
     if "--version" in words:
         print(f"Liver segmentation in CT {VERSION}")
@@ -186,10 +182,8 @@ def list_given(words: Sequence[str], config_class: Any) -> frozenset[str]:
 
 
 def run_script(main: Callable[[Any], None], config: Any) -> None:
-    """Run `main(config)`; a user's fault ends in one line and exit code 1, a signal in 130.
-
-    With `--debug`, or LIVER_DEBUG=1, every error shows its traceback.
-    """
+    """Run `main(config)`; a user's fault ends in one line and exit code 1, a signal in 130. With
+    `--debug`, or LIVER_DEBUG=1, every error shows its traceback."""
     for stream in (sys.stdout, sys.stderr):  # names of files need be no UTF-8, nor a console
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -223,9 +217,7 @@ def handle_signals(handler: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def delayed_interrupt() -> Iterator[Callable[[], bool]]:
     """Yield whether a signal came, so that a step is finished; the next raises KeyboardInterrupt.
-
-    `timeout` and torchrun signal twice within a second, which counts once.
-    """
+    `timeout` and torchrun signal twice within a second, which counts once."""
     moments: list[float] = []
 
     def ask(*_: Any) -> None:

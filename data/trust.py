@@ -48,11 +48,9 @@ class Evidence:
 def weigh_scores(
     scores: np.ndarray, to_network: np.ndarray, shape: Sequence[int], names: Sequence[str]
 ) -> list[Evidence]:
-    """Return the evidence for each organ of `names`, those of the classes 1, 2, …
-
-    `scores` (C − 1, X, Y, Z) are logits above the background's on the network's grid, to which
-    `to_network` (4×4, no rotation) maps voxels of the scan, of this `shape`; both in RAS order.
-    """
+    """Return the evidence for each organ of `names`, those of the classes 1, 2, … `scores` (C − 1,
+    X, Y, Z) are logits above the background's on the network's grid, to which `to_network` (4×4, no
+    rotation) maps voxels of the scan, of this `shape`; both in RAS order."""
     box, evidence = find_bounding_box(np.asarray((scores > FAINT).any(axis=0))), []
     likely = np.exp(scores[(slice(None), *box)].clip(None, 30))
     likely /= 1 + likely.sum(axis=0)
@@ -82,11 +80,9 @@ def weigh_scores(
 def judge_trust(
     evidence: Sequence[Evidence], row: Mapping[str, Any], expected: Mapping[str, Any] | None
 ) -> Evidence:
-    """Return the found organ with the lowest expected Dice, with this Dice and its word.
-
-    `row` is of `data.evaluate.measure` ({class}_volume_ml); `expected` of the checkpoint, from
-    `learn_volumes`, or None.
-    """
+    """Return the found organ with the lowest expected Dice, with this Dice and its word. `row` is
+    of `data.evaluate.measure` ({class}_volume_ml); `expected` of the checkpoint, from
+    `learn_volumes`, or None."""
     for known in evidence:
         ml = sum(row[f"{name}_volume_ml"] or 0.0 for name in known.classes)
         steady = min(max(known.steadiness, 1e-3), 1 - 1e-3)
@@ -100,9 +96,7 @@ def judge_trust(
 
 def rate_volume(ml: float, usual: Mapping[str, float] | None, cut: bool = False) -> float:
     """Return the SD by which ln(ml) lies farther than 2 SD from the training patients'; at most 3.
-
-    An organ that is `cut` off by the scan's end may be small.
-    """
+    An organ that is `cut` off by the scan's end may be small."""
     if usual is None or ml <= 0:
         return 0.0
     distance = (math.log(ml) - usual["log_ml"]) / usual["sd"]
@@ -116,10 +110,8 @@ def group_bodies(names: Sequence[str]) -> list[list[int]]:
 
 
 def learn_volumes(prepared: Mapping[str, Any], classes: Labels) -> dict[str, dict[str, float]]:
-    """Return organ → mean and SD of ln(volume in ml), tumours counted, of the training cases.
-
-    Few patients say little about the SD: that of adults counts as much as USUAL_WEIGHT of them.
-    """
+    """Return organ → mean and SD of ln(volume in ml), tumours counted, of the training cases. Few
+    patients say little about the SD: that of adults counts as much as USUAL_WEIGHT of them."""
     names, learnt = list(classes)[1:], dict[str, dict[str, float]]()
     every = int(prepared["settings"].get("label_every") or 1)  # each n-th slice is annotated
     for body in group_bodies(names):

@@ -378,10 +378,8 @@ def enclose(*boxes: Box) -> Box:
 
 
 def find_body(scan: Volume) -> Box:
-    """Return the in-plane box (RAS voxels) of the patient in a CT, without table and air.
-
-    It encloses the largest thing denser than BODY_HU, looked at every 3 mm; else the whole slice.
-    """
+    """Return the in-plane box (RAS voxels) of the patient in a CT, without table and air. It
+    encloses the largest thing denser than BODY_HU, looked at every 3 mm; else the whole slice."""
     x, y, z = (max(1, round(mm / s)) for mm, s in zip((3, 3, 5), scan.ras.spacing_mm, strict=True))
     dense = scan.ras.data[::x, ::y, ::z] > BODY_HU
     parts, number = ndimage.label(ndimage.binary_opening(dense, np.ones((3, 3, 1))))  # no table
