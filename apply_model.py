@@ -35,7 +35,7 @@ class Options:
 
     windows: Whole = 0  # windows per network call; 0: up to 4, on the CPU only of small ones
     mirror: bool = False  # average with the front-back mirror image; twice the time
-    trim_by_hu: bool = True  # of a liver in CT: drop an edge that is far darker than its inside
+    trim_by_hu: bool = True  # of a liver in CT: drop an edge that is as dark as fat or gas
     largest_component: bool = True  # keep the largest component of an organ; not for paired organs
     fill_holes: bool = True  # close cavities inside an organ
     tumour_inside: bool = True  # drop tumours that touch no kept organ
@@ -109,10 +109,10 @@ WRITTEN = ("label.nii.gz", "masked.nii.gz", "probability.nii.gz", "label.dcm", "
 OUTSIDE = -20.0  # logit where no window was: surely background
 AT_ONCE = 1_200_000  # voxels per call on a CPU; larger calls are no faster there
 LOCATE_MM = 25.0  # around the organ that --locate finds
-# How much darker than its inside an organ's edge may be, in HU, of organs of one brightness: fat,
-# bile and bowel are darker still. A voxel half of which is fat is 100 darker than a liver of 100.
-DARKER_HU = {"liver": 80.0}
-NOISE = 3.0  # times the SD of the noise, where that is more: noise is no edge
+TRIMMED = ("liver",)  # organs of which an edge of fat or gas is removed
+FAT_HU = -20.0  # at an edge; tumours and cysts are brighter, fat and gas darker
+MUCH, MUCH_ML = 0.05, 20.0  # of an organ: cleaning that changes more than either is told
+NOISE = 3.0  # times the SD of the noise below the organ's median, where that is darker
 
 
 @dataclass
@@ -147,6 +147,7 @@ class Segmentation:
     scores: torch.Tensor  # (C − 1, …) logits above the background's, on the network's grid
     to_network: np.ndarray  # 4×4, RAS voxel of the scan → voxel of that grid, without rotation
     probability: Volume | None  # of foreground, uint8 in steps of 1/255, if asked for
+    notes: list[str]  # what cleaning changed by much, and the option that prevents it
     network_seconds: float
 
 
@@ -195,21 +196,23 @@ def segment(
         tensor, to_network = preprocess_volume(scan, model.chain, "cpu")
     begin, near = time.perf_counter(), (model, scan, tensor, to_network, options)
     scores = predict_near(*near) if model.finder else predict(model, tensor, options)
-    seconds = time.perf_counter() - begin
+    seconds, trimmed = time.perf_counter() - begin, 0
     if options.trim_by_hu and model.chain.hu_window and model.modality == "CT":
-        low, high = model.chain.hu_window  # are 0 and 1 of the network's input
-        trim_by_hu(scores.numpy(), tensor[0].cpu().numpy(), model.names, high - low)
+        known = (tensor[0].cpu().numpy(), model.names, model.chain.hu_window)
+        trimmed = trim_by_hu(scores.numpy(), *known)
     del tensor  # as large as the scores; what follows needs the room
     classes, likely = classes_on_grid(scores, to_network, scan.ras_shape), None
     if options.probability:
         likely = scan.from_ras(probability_on_grid(scores, to_network, scan.ras_shape))
-    classes = clean(classes, model.names, options)
+    found, classes = classes, clean(classes, model.names, options)
+    trimmed_ml = trimmed * scan.voxel_ml / abs(np.linalg.det(to_network))
+    notes = report_cleaning(found, classes, model.names, scan.voxel_ml, trimmed_ml)
     values = {name: raw[0] for name, raw in model.chain.labels.items()}
     table = np.array(list(values.values()), np.min_scalar_type(max(values.values())))
     in_order = table.tolist() == list(range(len(table)))
     label = scan.from_ras(classes if in_order else table[classes])
     label, indices = replace(label, classes=values), Volume(classes, scan.ras_affine)
-    return Segmentation(label, indices, scores, to_network, likely, seconds)
+    return Segmentation(label, indices, scores, to_network, likely, notes, seconds)
 
 
 def predict_near(
@@ -287,26 +290,29 @@ def ask(model: Model, device: torch.device, mirror: bool, batch: torch.Tensor) -
 
 
 def trim_by_hu(
-    scores: np.ndarray, image: np.ndarray, names: Sequence[str], hu_per_unit: float = 1.0
-) -> None:
-    """Remove from an organ the edge that is far darker than its inside; in place. The inside is the
-    surer half. It stays, as does what the rest encloses in its slice: tumours, cysts. `scores`: (C
-    − 1, X, Y, Z) logits above the background's; `image`: (X, Y, Z), the CT."""
+    scores: np.ndarray, image: np.ndarray, names: Sequence[str], window: tuple[float, float]
+) -> int:
+    """Remove from a liver, in place, the edge that is fat or gas: darker than FAT_HU and than the
+    surer half of the liver. Tumours and cysts are brighter; what the rest encloses in its slice
+    stays too. Return the number of voxels. `scores`: (C − 1, X, Y, Z) logits above the
+    background's; `image`: (X, Y, Z), the CT, 0 and 1 being the HU of `window`."""
+    (low, high), removed = window, 0
     for every, name in zip(scores, names, strict=True):
-        if name not in DARKER_HU or not (every > 0).any():
+        if name not in TRIMMED or not (every > 0).any():
             continue
         box = find_bounding_box(every > 0)
-        score, found = every[box], every[box] > 0
-        known, hu = score[found], image[box][found]
-        inside = known >= np.median(known)
-        below = np.median(hu[inside]) - hu
-        noise = 1.4826 * np.median(np.abs(below[inside]))  # SD, if it is a normal one
-        dark = np.zeros_like(found)
-        dark[found] = (below > max(DARKER_HU[name] / hu_per_unit, NOISE * noise)) & ~inside
+        score, hu = every[box], low + (high - low) * image[box]
+        found = score > 0
+        inside = found & (score >= np.median(score[found]))
+        usual = np.median(hu[inside])
+        noise = 1.4826 * np.median(np.abs(hu[inside] - usual))  # SD, if it is a normal one
+        dark = found & ~inside & (hu < min(FAT_HU, usual - NOISE * noise))
         left = found & ~dark
         for number in np.flatnonzero(dark.any(axis=(0, 1))):
             dark[:, :, number] &= ~find_holes(left[:, :, number])
         np.negative(score, out=score, where=dark)  # as surely not: the edge lies in the middle
+        removed += int(np.count_nonzero(dark))
+    return removed
 
 
 def clean(classes: np.ndarray, names: Sequence[str], options: Options | None = None) -> np.ndarray:
@@ -329,6 +335,29 @@ def clean(classes: np.ndarray, names: Sequence[str], options: Options | None = N
     result = np.zeros_like(classes)  # memory that nobody writes to is not taken
     result[box] = part.T
     return result
+
+
+def report_cleaning(
+    before: np.ndarray, after: np.ndarray, names: Sequence[str], voxel_ml: float, trimmed: float
+) -> list[str]:
+    """Return what trimming (ml) and `clean` changed by more than MUCH of an organ or MUCH_ML, with
+    the option that prevents it, from class indices (X, Y, Z) before and after `clean`."""
+    notes, box = list[str](), find_bounding_box(before)
+    old, new = before[box], after[box]
+    for organ, tumours in group_tumours(names).items():
+        name, much = names[organ - 1], MUCH * np.isin(new, [organ, *tumours]).sum() * voxel_ml
+        beside, outside = (old == organ) & (new == 0), np.isin(old, tumours) & (new == 0)
+        for ml, what, option in (
+            (trimmed * (name in TRIMMED), f"of fat at the edge of {name} removed", "trim-by-hu"),
+            (beside.sum() * voxel_ml, f"of {name} beside its largest part removed",
+             "largest-component"),
+            (outside.sum() * voxel_ml, f"of tumour outside {name} removed", "tumour-inside"),
+            (((old == 0) & (new == organ)).sum() * voxel_ml, f"of holes in {name} filled",
+             "fill-holes"),
+        ):  # fmt: skip
+            if ml > min(much, MUCH_ML):
+                notes.append(f"{ml:.0f} ml {what}; --no-{option} prevents it")
+    return notes
 
 
 def find_holes(mask: np.ndarray) -> np.ndarray:
@@ -436,7 +465,7 @@ def apply_to_case(model: Model, case: datasets.Case, config: Config, seen: str) 
     known = (found.scores.numpy(), found.to_network, scan.ras_shape, model.names)
     doubt = trust.judge_trust(trust.weigh_scores(*known), row, model.expected)
     row |= doubt.row
-    notes += find_doubts(found.classes, scan, model.names)
+    notes += found.notes + find_doubts(found.classes, scan, model.names)
     summary, folder = evaluate.tell_row(row, model.names), config.destination / case.name
     label, masked, likely, seg, preview = (folder / f"{case.name}_{end}" for end in WRITTEN)
     air = 0 if model.modality == "MR" else AIR_HU
