@@ -111,8 +111,9 @@ AT_ONCE = 1_200_000  # voxels per call on a CPU; larger calls are no faster ther
 LOCATE_MM = 25.0  # around the organ that --locate finds
 TRIMMED = ("liver",)  # organs of which an edge of fat or gas is removed
 FAT_HU = -20.0  # at an edge; tumours and cysts are brighter, fat and gas darker
+EDGE_HU = 80.0  # so much darker than the organ's median is the edge too: a fatty liver stays
 MUCH, MUCH_ML = 0.05, 20.0  # of an organ: cleaning that changes more than either is told
-NOISE = 3.0  # times the SD of the noise below the organ's median, where that is darker
+NOISE = 3.0  # times the SD of the noise, where that is more
 
 
 @dataclass
@@ -292,8 +293,8 @@ def ask(model: Model, device: torch.device, mirror: bool, batch: torch.Tensor) -
 def trim_by_hu(
     scores: np.ndarray, image: np.ndarray, names: Sequence[str], window: tuple[float, float]
 ) -> int:
-    """Remove from a liver, in place, the edge that is fat or gas: darker than FAT_HU and than the
-    surer half of the liver. Tumours and cysts are brighter; what the rest encloses in its slice
+    """Remove from a liver, in place, the edge that is fat or gas: darker than FAT_HU and far
+    darker than the surer half of the liver. Tumours and cysts are brighter; what the rest encloses in its slice
     stays too. Return the number of voxels. `scores`: (C − 1, X, Y, Z) logits above the
     background's; `image`: (X, Y, Z), the CT, 0 and 1 being the HU of `window`."""
     (low, high), removed = window, 0
@@ -306,7 +307,7 @@ def trim_by_hu(
         inside = found & (score >= np.median(score[found]))
         usual = np.median(hu[inside])
         noise = 1.4826 * np.median(np.abs(hu[inside] - usual))  # SD, if it is a normal one
-        dark = found & ~inside & (hu < min(FAT_HU, usual - NOISE * noise))
+        dark = found & ~inside & (hu < min(FAT_HU, usual - max(EDGE_HU, NOISE * noise)))
         left = found & ~dark
         for number in np.flatnonzero(dark.any(axis=(0, 1))):
             dark[:, :, number] &= ~find_holes(left[:, :, number])

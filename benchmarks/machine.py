@@ -5,9 +5,11 @@ Imported first: what stands below `benchmarks/` may then import the project's mo
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import resource
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,23 @@ sys.path.insert(0, str(ROOT))  # before `benchmarks/`, whose files bear the name
 
 
 def machine(torch_too: bool = False) -> dict[str, Any]:
-    """Processor, cores and versions; no names of machines or people."""
+    """Processor, cores, versions, and the code that is measured; no names of machines or people."""
     found = {"cpu": name_cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
+    head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
+    found |= {"commit": head.strip(), "sources": sum_sources()}
     if torch_too:
         import torch
 
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         found |= {"threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__}
     return found
+
+
+def sum_sources() -> dict[str, str]:
+    """File → checksum of the six scripts and `data/`, on which every figure depends."""
+    files = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
+    sums = {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    return {name: sums[name][:12] for name in sorted(sums)}
 
 
 def name_cpu() -> str:

@@ -25,6 +25,7 @@ from helpers import write_phantom_seg, write_phantom_series
 
 import data.settings
 import train
+from benchmarks.machine import RESULTS, machine
 from data.files import read_json
 from data.scans import read_volume
 from utilities import load_checkpoint
@@ -52,6 +53,23 @@ def make_small(config):
         if not any((config.screenshot, config.turntable, config.movie, config.mesh, config.html)):
             small |= {"screenshot": Path("window.png")}  # in place of a window
     return dataclasses.replace(config, **{n: v for n, v in small.items() if n in names})
+
+
+def find_measured(content):
+    """The first entry of a JSON, at any depth, that names a commit and its sources' checksums."""
+    if isinstance(content, dict) and {"commit", "sources"} <= content.keys():
+        return content
+    inside = content.values() if isinstance(content, dict) else ()
+    return next(filter(None, map(find_measured, inside)), None)
+
+
+def test_figures_that_are_older_than_the_code_say_their_commit():
+    now = machine()["sources"]
+    for path in RESULTS.glob("*.json"):
+        measured = find_measured(read_json(path))
+        for page, text in PAGES.items():
+            if f"{path.name}`" in text and measured["sources"] != now:
+                assert re.search(rf"`{path.name}`\s{measured['commit']}", text), (page, path.name)
 
 
 @pytest.fixture
