@@ -293,9 +293,9 @@ def ask(model: Model, device: torch.device, mirror: bool, batch: torch.Tensor) -
 def trim_by_hu(
     scores: np.ndarray, image: np.ndarray, names: Sequence[str], window: tuple[float, float]
 ) -> int:
-    """Remove from a liver, in place, the edge that is fat or gas: darker than FAT_HU and far
-    darker than the surer half of the liver. Tumours and cysts are brighter; what the rest encloses in its slice
-    stays too. Return the number of voxels. `scores`: (C − 1, X, Y, Z) logits above the
+    """Remove from a liver, in place, the edge that is fat or gas: darker than FAT_HU and far darker
+    than the surer half of the liver. Tumours and cysts are brighter; what the rest encloses in its
+    slice stays too. Return the number of voxels. `scores`: (C − 1, X, Y, Z) logits above the
     background's; `image`: (X, Y, Z), the CT, 0 and 1 being the HU of `window`."""
     (low, high), removed = window, 0
     for every, name in zip(scores, names, strict=True):

@@ -25,7 +25,7 @@ from helpers import write_phantom_seg, write_phantom_series
 
 import data.settings
 import train
-from benchmarks.machine import RESULTS, machine
+from benchmarks.machine import RESULTS, sum_sources
 from data.files import read_json
 from data.scans import read_volume
 from utilities import load_checkpoint
@@ -64,7 +64,7 @@ def find_measured(content):
 
 
 def test_figures_that_are_older_than_the_code_say_their_commit():
-    now = machine()["sources"]
+    now = sum_sources()
     for path in RESULTS.glob("*.json"):
         measured = find_measured(read_json(path))
         for page, text in PAGES.items():
