@@ -3,6 +3,7 @@
 import csv
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,6 +43,25 @@ def test_a_recipe_trains_reloads_predicts_and_is_evaluated(name, few, whole_case
     for organ in config.labels:
         assert 0 <= float(row[f"{organ}_dice"] or 0) <= 1
     assert 0 < float(row["accuracy"]) <= 1
+
+
+FORMS = (  # of --labels, as the pages write them
+    None, {"liver": ("liver", "tumour")}, {"liver": ("liver",), "tumour": ("tumour",)},
+    {"liver": ("1", "2")}, {"liver": ("1",), "tumour": ("2",)},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", train.RECIPES)
+def test_a_recipe_starts_with_each_form_of_labels(name, few, whole_cases, tmp_path):
+    """Of pretrained weights the head alone begins anew, and only where it has other classes."""
+    config = tiny(name, few, whole_cases, tmp_path)
+    for labels in FORMS:
+        asked = replace(config, labels=labels or config.labels)
+        prepared, chain = read_prepared(asked.data), chain_of(asked)
+        run = train.build_run(asked, prepared, chain, torch.device("cpu"), None)
+        assert run.carried["network_args"]["out_channels"] == 1 + len(asked.labels)
+        assert bool(run.anew) == bool(config.pretrained and len(asked.labels) > 1)
+        assert {part[:8] for part in run.anew} <= {"model.2."}
 
 
 def test_a_recipe_by_name_on_the_command_line(whole_cases, tmp_path):
