@@ -482,6 +482,7 @@ def apply_to_case(model: Model, case: datasets.Case, config: Config, seen: str) 
     return row | {
         "seconds": round(time.perf_counter() - begin, 2),
         "seconds_network": round(found.network_seconds, 2),
+        "lesion_list": evaluate.list_lesions(found.classes, model.names),
         "classes": found.label.classes,
         "labels": as_plain(model.chain.labels),
         "declared": as_plain(model.declared),

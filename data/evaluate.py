@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import cc3d
 import numpy as np
 import tyro
-from scipy.ndimage import binary_erosion
+from scipy.ndimage import binary_erosion, find_objects
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
@@ -56,11 +56,12 @@ PANELS = {  # unit → metrics that are drawn in it
     "volume error in % (0 is best)": ("volume_error_percent",),
 }
 NSD_MM = 2.0  # tolerance of the normalised surface Dice
-LESION_OVERLAP = 0.1  # a lesion is found if the other mask covers this fraction of it
+LESION_IOU = 0.1  # from which on a lesion is found
 LESION_SIZES = {"_0_to_10_mm": (0, 10), "_10_to_20_mm": (10, 20), "_from_20_mm": (20, math.inf)}
 WORST_SHOWN = 3  # cases named, and previews in worst.png
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet runs a text that begins so
-UNLISTED = ("files", "classes", "labels", "declared", "trust_image_grid")  # of a record
+# entries of a record that are no columns
+UNLISTED = ("lesion_list", "files", "classes", "labels", "declared", "trust_image_grid")
 
 T = TypeVar("T")
 
@@ -194,12 +195,16 @@ def measure_nearest(points: np.ndarray, cloud: np.ndarray) -> np.ndarray:
 
 def score_lesions(predicted: np.ndarray, truth: np.ndarray, grid: Volume) -> dict[str, Any]:
     """Return how many lesions were found and how many findings are right, in all and by size. A
-    lesion is a connected component of a mask (X, Y, Z). A true one is found, and a predicted one is
-    right, if the other mask covers a tenth of it. Its size is the diameter of the ball of equal
-    volume."""
-    (sizes, found), (_, right) = group_lesions(truth, predicted), group_lesions(predicted, truth)
+    lesion is a connected component of a mask (X, Y, Z). It is found, or right, if it and what
+    touches it have an IoU of LESION_IOU; `_dice_50`: a Dice of 0.5, as LiTS counts. Its size is the
+    diameter of the ball of equal volume."""
+    (sizes, found, dice), (_, right, _) = (
+        match_lesions(truth, predicted),
+        match_lesions(predicted, truth),
+    )
     row: dict[str, Any] = {"lesions_predicted": len(right), "lesions_right": int(right.sum())}
     row |= {"lesions": len(found), "lesions_found": int(found.sum())}
+    row["lesions_found_dice_50"] = int((dice >= 0.5).sum())
     row["lesion_recall"] = divide(int(found.sum()), len(found))
     row["lesion_precision"] = divide(int(right.sum()), len(right))
     diameters = np.cbrt(6 / np.pi * 1000 * sizes * grid.voxel_ml)
@@ -210,11 +215,34 @@ def score_lesions(predicted: np.ndarray, truth: np.ndarray, grid: Volume) -> dic
     return row
 
 
-def group_lesions(mask: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return voxels of each component of `mask`, and whether `other` covers enough of it."""
-    labels, count = cc3d.connected_components(mask, connectivity=26, return_N=True)
-    sizes, covered = (np.bincount(labels[m], minlength=count + 1)[1:] for m in (mask, other))
-    return sizes, covered >= LESION_OVERLAP * sizes
+def match_lesions(mask: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return of each component of `mask` its voxels, whether its IoU with the components of `other`
+    that touch it is LESION_IOU, and the Dice. What of these lies in another component of `mask`
+    does not count."""
+    (mine, n), (its, m) = (cc3d.connected_components(a, connectivity=26, return_N=True)
+                           for a in (mask, other))  # fmt: skip
+    pairs = mine.ravel().astype(np.int64) * (m + 1) + its.ravel()
+    table = np.bincount(pairs, minlength=(n + 1) * (m + 1)).reshape(n + 1, m + 1)
+    sizes, both = table[1:].sum(axis=1), table[1:, 1:].sum(axis=1)
+    theirs = both + (table[1:, 1:] > 0) @ table[0, 1:]
+    return sizes, both >= LESION_IOU * (sizes + theirs - both), 2 * both / (sizes + theirs)
+
+
+def list_lesions(classes: Volume, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return of each connected part of the tumours in class indices: ml, the longest diameter in an
+    axial slice in mm, as RECIST reads, and its slices, counted from 1; the largest first."""
+    from skimage.measure import regionprops
+
+    rows, flat = list[dict[str, Any]](), {"spacing": classes.ras.spacing_mm[:2]}
+    for index, name in enumerate(names, start=1):
+        parts = cc3d.connected_components(classes.ras.data == index, connectivity=26)
+        for number, box in enumerate(find_objects(parts) if is_tumour(name) else (), start=1):
+            levels = np.moveaxis(parts[box] == number, 2, 0).astype(np.uint8)
+            longest = max(regionprops(level, **flat)[0].feret_diameter_max for level in levels)
+            row = {"class": name, "ml": round(int(levels.sum()) * classes.voxel_ml, 2)}
+            row |= {"longest_axial_mm": round(float(longest), 1)}
+            rows.append(row | {"first_slice": box[2].start + 1, "last_slice": box[2].stop})
+    return sorted(rows, key=lambda row: -row["ml"])
 
 
 # Tables and pictures of all patients
@@ -345,6 +373,11 @@ def report_all(folder: Path, names: Sequence[str], weights: str) -> None:
     records = [read_record(path) for path in paths]
     rows = [{k: v for k, v in row.items() if k not in UNLISTED} for row in records if row]
     report(rows, names, folder, weights[:12])
+    lesions = [
+        (row["case"], lesion) for row in filter(None, records) for lesion in row["lesion_list"]
+    ]
+    if lesions:
+        write_table([{"case": case, **lesion} for case, lesion in lesions], folder / "lesions.csv")
     rows.sort(key=lambda row: row["expected_dice"])
     keys = ("case", "trust", "expected_dice", "least_sure_slice", "truth", "warnings")
     review = [{key: row.get(key) for key in keys} for row in rows]

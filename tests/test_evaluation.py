@@ -14,7 +14,16 @@ from scipy import ndimage
 
 from apply_model import Options, clean, find_doubts, report_cleaning, trim_by_hu
 from data import evaluate as evaluation
-from data.evaluate import describe_values, evaluate, measure, score_lesions, summarise, write_table
+from data.evaluate import (
+    describe_values,
+    evaluate,
+    list_lesions,
+    match_lesions,
+    measure,
+    score_lesions,
+    summarise,
+    write_table,
+)
 from data.files import InputError
 from data.labels import IGNORED
 
@@ -122,15 +131,36 @@ def test_lesions_are_counted_one_by_one():
         truth |= ball(truth.shape, (at, 20, 20), 7)
     truth |= ball(truth.shape, (25, 5, 5), 2)
     found |= ball(truth.shape, (11, 20, 20), 6)
-    found[34:36, 20, 20] = True  # a corner of the second, itself right: it lies in a tumour
+    found[34:36, 20, 20] = True  # a corner of the second: too little of it to be right
     found |= ball(truth.shape, (25, 35, 35), 3)
     row = score_lesions(found, truth, as_volume(truth))
     assert (row["lesions"], row["lesions_found"], row["lesion_recall"]) == (4, 1, 0.25)
-    assert (row["lesions_predicted"], row["lesions_right"]) == (3, 2)
+    assert (row["lesions_predicted"], row["lesions_right"]) == (3, 1)
+    assert row["lesions_found_dice_50"] == 1
     assert (row["lesions_0_to_10_mm"], row["lesions_10_to_20_mm"]) == (1, 3)
     assert (row["lesions_found_0_to_10_mm"], row["lesions_found_10_to_20_mm"]) == (0, 1)
     empty = score_lesions(0 * truth > 0, 0 * truth > 0, as_volume(truth))
     assert empty["lesion_recall"] is empty["lesion_precision"] is None
+
+
+def test_each_lesion_has_its_volume_and_its_longest_axial_diameter():
+    """On voxels of 0.5 × 1 × 3 mm: a bar of 2 × 20 × 2 voxels, and a single voxel."""
+    classes = np.zeros((30, 40, 10), np.uint8)
+    classes[5:7, 5:25, 3:5] = classes[20, 30, 8] = 2
+    bar, dot = list_lesions(as_volume(classes, np.diag([0.5, 1, 3, 1])), NAMES)
+    assert bar == {"class": "tumour", "ml": 0.12, "longest_axial_mm": pytest.approx(20, abs=0.1),
+                   "first_slice": 4, "last_slice": 5}  # fmt: skip
+    assert (dot["ml"], dot["longest_axial_mm"], dot["first_slice"]) == (0.0, 1.0, 9)
+
+
+def test_a_lesion_is_matched_with_all_that_touches_it():
+    """Two findings in one lesion of 40 voxels: 10 voxels inside, and 12 of which 4 are outside."""
+    truth, found = np.zeros((2, 20, 10, 10), bool)
+    truth[2:12, 2:4, 2:4] = truth[15:17, 2:4, 2:4] = True
+    found[2:7, 2:4, 2] = found[8:13, 2:4, 3] = found[13:14, 2:4, 3] = True
+    sizes, hit, dice = match_lesions(truth, found)
+    assert sizes.tolist() == [40, 8] and hit.tolist() == [True, False]
+    assert dice.tolist() == pytest.approx([2 * 18 / (40 + 22), 0])
 
 
 def test_post_processing_keeps_the_organ_and_its_tumours():
