@@ -383,11 +383,12 @@ def find_doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str
         doubts = check.doubt_organ(name, *masks, hu, (x_mm * step, y_mm * step, z_mm))
         found += [text for _, text in doubts]
         pairs = zip(outer, find_bounding_box(body), strict=True)
-        box = [slice(a.start + b.start, a.start + b.stop) for a, b in pairs]
+        box, touched = [slice(a.start + b.start, a.start + b.stop) for a, b in pairs], list[str]()
         sides = (("left", "right"), ("back", "front"), ("lower", "upper"))
         for part, size, (first, last) in zip(box, classes.ras_shape, sides, strict=True):
-            touched = [first] * (part.start == 0) + [last] * (part.stop == size)
-            found += [f"{name} reaches the {end} end of the scan: cut off?" for end in touched]
+            touched += [first] * (part.start == 0) + [last] * (part.stop == size)
+        if touched:
+            found.append(f"{name} reaches the {', '.join(touched)} end of the scan: cut off?")
     return found
 
 

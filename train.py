@@ -208,7 +208,9 @@ if __name__ == "__main__":  # help and mistakes are told before anything heavy i
 import contextlib
 import math
 import os
+import shlex
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -291,8 +293,7 @@ Rule = tuple[Callable[[Config, int], Any], str]  # settings and depth of sub-vol
 CONTRADICTIONS: list[Rule] = [
     (
         lambda c, depth: (c.sampling == "patches") == bool(depth),
-        "{c.data}: holds {held}, but --sampling is {c.sampling}; give --data that prepare.py wrote "
-        "with --subvolume-depth {usual}",
+        "{c.data}: holds {held}, but --sampling is {c.sampling}; {usual}",
     ),
     (
         lambda c, _: len(c.spacing) != len(c.axes.split()),
@@ -340,7 +341,13 @@ def check(config: Config, depth: int) -> None:
             words: dict[str, Any] = {
                 "held": f"sub-volumes of {depth} slices" if depth else "whole cases"
             }
-            words |= {"usual": 0 if config.sampling == "patches" else 16}
+            words["usual"] = (
+                "prepare.py with --subvolume-depth 0 makes whole cases"
+                if depth
+                else (
+                    "take a recipe of patches, such as laptop, or prepare with --subvolume-depth 16"
+                )
+            )
             words |= {"window": config.window(depth), "grain": DEEPEST.get(config.network, 8)}
             raise InputError(message.format(c=config, **words))
 
@@ -523,7 +530,8 @@ def main(config: Config) -> None:
     if config.show:  # a training leaves some sub-volumes as they are; a picture should not
         augment = pick(Augment, config, classes=len(labels), augment_probability=1.0)
         picture = preprocess.show_inputs(config.data, prepared, chain, augment, device)
-        print(f"look at {picture}: is the outline on the organ? Then: train.py, same options")
+        words = shlex.join(word for word in sys.argv[1:] if word != "--show")
+        print(f"look at {picture}: is the outline on the organ? Then: python train.py {words}")
         return
     with contextlib.ExitStack() as stack:
         if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -381,7 +381,7 @@ def make_slice_panel(case: Case, outlines: list, plane: str, config: Config, spa
 
 
 def make_compare_scene(case: Case, config: Config) -> Scene:
-    """Return the reference, and the prediction coloured by its distance from the reference."""
+    """Return reference and prediction, each coloured by where they differ: missed, or too much."""
     if case.reference is None:
         raise InputError(f"{case.name}: to compare, give the reference label map with --truth")
     name, mesh = next((name, mesh.clone()) for name, mesh in case.meshes.items())
@@ -393,23 +393,33 @@ def make_compare_scene(case: Case, config: Config) -> Scene:
         raise InputError(f"{case.reference.name}: {what}")
     truth = case.reference.like(mask.astype(np.uint8)).crop(find_bounding_box(mask))
     reference = make_surface(truth, config.smoothing, TRUTH_COLOUR)
-    far = cKDTree(reference.vertices).query(mesh.vertices)[0]  # mm to the nearest vertex
-    index = apply_affine(np.linalg.inv(truth.affine), mesh.vertices).T
-    inside = ndi.map_coordinates(truth.data.astype(np.float32), index, order=1) > 0.5
-    limit = max(1.0, float(np.ceil(np.percentile(far, 99))))
-    mesh.cmap("PuOr_r", np.where(inside, -far, far), vmin=-limit, vmax=limit).add_scalarbar(
-        "mm outside (+) or inside (-) the reference", ((0.15, 0.08), (0.85, 0.17)),
+    found = case.organ.like(np.isin(case.organ.data, case.meshes[name].values).astype(np.uint8))
+    far, missed = measure_apart(mesh, reference, truth), measure_apart(reference, mesh, found)
+    limit = max(1.0, float(np.ceil(np.percentile(np.abs([*far, *missed]), 99))))
+    reference.cmap("PuOr_r", -missed, vmin=-limit, vmax=limit)
+    mesh.cmap("PuOr_r", far, vmin=-limit, vmax=limit).add_scalarbar(
+        "mm missed (-) or too much (+)", ((0.15, 0.08), (0.85, 0.17)),
         horizontal=True, font_size=round(config.size[0] / 70), c=INK,
     )  # fmt: skip
-    figures = [far.mean(), np.percentile(far, 95), far.max()]
-    told = "mm from it: mean {:.1f}, 95 % under {:.1f}, largest {:.1f}".format(*figures)
-    legend = {f"reference {name}": TRUTH_COLOUR, f"predicted {name}, outside it": "#f1a340"}
-    legend |= {f"predicted {name}, inside it": "#b2abd2", told: INK}
-    left = make_panel(config, reference, box=(0, 0, 0.5, 1))
-    right = make_panel(config, mesh, box=(0.5, 0, 1, 1))
+    figures = [np.abs(far).mean(), np.percentile(np.abs(far), 95), np.abs(far).max()]
+    told = "mm apart: mean {:.1f}, 95 % under {:.1f}, largest {:.1f}".format(*figures)
+    legend = {f"{name} too much": "#f1a340", f"{name} missed": "#b2abd2", told: INK}
+    titles = [make_text(config, f"{text} {name}", (0.5, 0.22), "center")
+              for text in ("reference", "predicted")]  # fmt: skip
+    left = make_panel(config, reference, titles[0], box=(0, 0, 0.5, 1))
+    right = make_panel(config, mesh, titles[1], box=(0.5, 0, 1, 1))
     right.AddViewProp(mesh.scalarbar)
     right.SetActiveCamera(left.GetActiveCamera())
     return Scene([right, left], legend)
+
+
+def measure_apart(mesh: vedo.Mesh, other: vedo.Mesh, inside: Volume) -> np.ndarray:
+    """Return the mm of each vertex to another surface's nearest, negative inside that volume."""
+    far = cKDTree(other.vertices).query(mesh.vertices)[0]
+    index = apply_affine(np.linalg.inv(inside.affine), mesh.vertices).T
+    return np.where(
+        ndi.map_coordinates(inside.data.astype(np.float32), index, order=1) > 0.5, -far, far
+    )
 
 
 SCENES: dict[Mode, Callable[[Case, Config], Scene]] = {

@@ -256,7 +256,7 @@ def curves_figure(history: list[dict[str, float]], class_names: Sequence[str]) -
     figure = Figure(figsize=(11, 4), layout="constrained")
     losses, dices = figure.subplots(1, 2)
     losses.set(xlabel="epoch", title="Loss")
-    dices.set(xlabel="epoch", ylim=(0, 1), title="Dice of validation patients")
+    dices.set(xlabel="epoch", ylim=(0, 1), title="Dice at the network's resolution")
     lines = [
         (losses, "train_loss", "training", "#0072B2"),
         (losses, "val_loss", "validation", "#E69F00"),
