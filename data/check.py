@@ -124,13 +124,10 @@ class Terms:
 
 
 def read_data_set(config: Any) -> tuple[list[Case], Terms]:
-    """Return the cases of a folder and the terms of their check; print what was recognised.
-
-    `config` has the settings of this file's `Config`.
-    """
-    values = parse_values(config.values, "--values")
+    """Return the cases of a folder and the terms of their check; print what was recognised."""
+    values = parse_values(config.values, "--values") if config.values else None
     named = {"images": config.images, "labels": config.labels, "exclude": config.destination}
-    data = find_pairs(config.source, **named, values=values or None)
+    data = find_pairs(config.source, **named, values=values)
     print(*describe_data_set(data), sep="\n")
     ignore, paired = data.ignore, [case.label for case in data.cases if case.image and case.label]
     if values and paired and (others := scans.find_others(paired[0], data.declared)):
