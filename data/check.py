@@ -230,10 +230,8 @@ def inspect_case(record: dict[str, Any], terms: Terms) -> Any:
 
 
 def read_pair(record: dict[str, Any], terms: Terms) -> tuple[Volume, Volume]:
-    """Return a scan and its label map (RAS, of the smallest type, slice by slice in memory).
-
-    `record["trust_image_grid"]` tells whether --trust-image-grid laid it on voxel on voxel.
-    """
+    """Return a scan and its label map (RAS, of the smallest type, slice by slice in memory); record
+    whether --trust-image-grid laid it on voxel on voxel."""
     scan, trusted = scans.read_scan(Path(record[IMAGE])), terms.trust_grid
     for trust in (record["case"] in (trusted or ()), True):
         try:
@@ -458,12 +456,10 @@ def doubt_organ(
 def judge_fit(
     coarse: np.ndarray, inside: np.ndarray, spacing_mm: Spacing
 ) -> tuple[list[Finding], Place | None]:
-    """Return whether the HU in the outline of a liver are more even elsewhere, and where.
-
-    The interquartile range in the outline is divided by the lowest one in 1,125 places: turned and
-    moved by up to 25 mm along each axis. In 146 right outlines it was the lowest one; of outlines
-    of real livers moved by 15 mm or more all 144 were doubtful, by 10 mm 26 of 36.
-    """
+    """Return whether the HU in the outline of a liver are more even elsewhere, and where: their
+    interquartile range is compared with that in 1,125 places, turned and moved by up to 25 mm along
+    each axis. In 146 right outlines it was the lowest one; of outlines of real livers moved by 15
+    mm or more all 144 were doubtful, by 10 mm 26 of 36."""
     at = np.argwhere(inside)
     if len(at) * math.prod(spacing_mm) < SMALLEST_MM3:
         return [], None

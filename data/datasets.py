@@ -145,11 +145,9 @@ class Item:
 
 
 def read_paths(paths: Sequence[Path], root: Path, kind: Kind = "") -> list[Item]:
-    """Return an item for each path by the words of its folders below `root` and of its name.
-
-    `kind` overrules the words. A file only called liver, or tumour with a number, is a label map
-    beside one that is called a scan, unless it has a label map of its own name.
-    """
+    """Return an item for each path by the words of its folders below `root` and of its name; `kind`
+    overrules them. A file only called liver, or tumour with a number, is a label map beside one
+    that is called a scan, unless it has a label map of its own name."""
     named = [(*p.relative_to(root).parts[:-1], name_case(p)) if p != root else () for p in paths]
     silent = _find_silent(named)
     own = defaultdict(set)  # of each kind by their own names: folder, what remains
@@ -258,11 +256,9 @@ class Pairing:
         return self
 
     def choose_channels(self, channels: Sequence[Item]) -> None:
-        """Name nnU-Net's first channels after their case and leave the further ones out.
-
-        `x_0000` is x and `x_0001` … are further channels only if x has a label map and they have
-        none of their own name. Nothing is stripped from label maps.
-        """
+        """Name nnU-Net's first channels after their case and leave the further ones out: `x_0000`
+        is x and `x_0001` … are further channels only if x has a label map and they have none of
+        their own name. Nothing is stripped from label maps."""
         known = {key for one in self.labels for some in one.keys.values() for key in some} - {""}
         further = 0
         for scan in channels:
@@ -412,11 +408,8 @@ def find_pairs(
     source: Path, *, images: Path | None = None, labels: Path | None = None,
     exclude: Path | None = None, values: Labels | None = None,
 ) -> DataSet:  # fmt: skip
-    """Return the cases of a data set, in natural order of their names, and its labels.
-
-    `images` and `labels` are folders to use where names do not tell; `exclude` is not searched;
-    `values` replace the data's own. Raises InputError with what was expected if there is no pair.
-    """
+    """Return the cases of a data set, in natural order of their names, and its labels. `images` and
+    `labels` are folders to use where names do not tell; `values` replace the data's own."""
     if (images is None) != (labels is None):
         raise InputError("--images and --labels: give both folders, or neither")
     source, exclude = source.absolute(), exclude and exclude.absolute()
@@ -447,11 +440,9 @@ def find_items(
     root: Path, notes: list[str], kind: Kind = "", exclude: Path | None = None,
     drafts: bool = False, broken: bool = False,
 ) -> list[Item]:  # fmt: skip
-    """Return the volumes, series, SEGs and stacks of PNGs below a folder; add notes on them.
-
-    Left out are cases that this program wrote; with `drafts`, or of kind "label", all but their
-    label maps. A series that a SEG names is a scan, and with `broken` one that cannot be read.
-    """
+    """Return the volumes, series, SEGs and stacks of PNGs below a folder; add notes on them. Left
+    out are cases that this program wrote; with `drafts`, or of kind "label", all but their label
+    maps. A series that a SEG names is a scan, and with `broken` one that cannot be read."""
     if not root.is_dir():
         raise InputError(f"{show(root)}: no such folder; give the one with the scans")
     files = leave_own(list_below(root, exclude), notes, drafts or kind == "label")
@@ -642,8 +633,7 @@ def describe_data_set(data: DataSet) -> list[str]:
 def find_scans(*paths: Path) -> list[Path]:
     """Return the scans that paths stand for: files; of a folder, the volumes and DICOM series at
     any depth. Several slices of a series are that series once. Prints what is left out: label maps
-    by their names, and volumes among slices. Raises InputError for a folder without scan.
-    """
+    by their names, and volumes among slices."""
     slices = [path for path in paths if path.is_file() and is_dicom(path)]
     series: dict[Path, Path] = {}
     for folder, count in Counter(path.parent for path in slices).items():
@@ -683,10 +673,8 @@ def _find_below(folder: Path) -> list[Path]:
 
 def name_scans(paths: Sequence[Path], root: Path | None = None) -> list[str]:
     """Return unique safe case names: the last name, with folders below `root` where it comes twice.
-
     A name that is only a word of the tables, such as ct or scan, is that of its folder below
-    `root`, as prepare.py has it, unless it has such a neighbour there.
-    """
+    `root`, as prepare.py has it, unless it has such a neighbour there."""
     there = os.path.abspath  # a link has its own name, and may lead nowhere
     top, parts = Path(there(root or os.sep)), []
     for path in map(Path, map(there, paths)):
@@ -729,10 +717,7 @@ def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | Mas
 
 
 def pair_by_name(scans: Sequence[Path], truths: Sequence[Path]) -> list[Path | Masks | None]:
-    """Return the label map of each scan by STEPS; None where there is none.
-
-    Raises InputError where a name fits several, and where none fits at all.
-    """
+    """Return the label map of each scan by STEPS, or None; InputError where none fits at all."""
     if not scans or not truths:
         return [None] * len(scans)
     pairing = Pairing(_read_given(scans, "scan"), _read_given(truths, "label")).run()

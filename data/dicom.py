@@ -89,11 +89,8 @@ class DicomItem:
 
 
 def find_dicom(files: Iterable[Path]) -> list[DicomItem]:
-    """Return the series, SEGs and unusable DICOM files among some files; each is opened once.
-
-    Contours and localisers are unusable, too. Other objects (reports, doses) and pictures without
-    a position are left out.
-    """
+    """Return the series, SEGs and unusable DICOM files among some files; contours and localisers
+    are unusable. Other objects (reports, doses) and pictures without a position are left out."""
     series: defaultdict[tuple[str, ...], dict[Path, int]] = defaultdict(dict)
     items: list[DicomItem] = []
     given = set(files)
@@ -143,10 +140,8 @@ def count_slices(header: Any) -> int | None:
 
 def _place_series(series: dict[tuple[str, ...], dict[Path, int]]) -> Iterator[DicomItem]:
     """Yield each series: its files wherever they lie, as long as they agree in the tags of SAME.
-
     The path is their common folder, unless that holds other scans: directly or, where it holds no
-    file of this series directly, at any depth.
-    """
+    file of this series directly, at any depth."""
     folders = {key: {file.parent for file in slices} for key, slices in series.items()}
     scans = [folders[key] for key, slices in series.items() if sum(slices.values()) > 1]
     direct = Counter(folder for some in scans for folder in some)
@@ -171,9 +166,7 @@ def _place_series(series: dict[tuple[str, ...], dict[Path, int]]) -> Iterator[Di
 
 def find_series(path: Path, notes: list[str]) -> DicomItem:
     """Return the series in a folder, or that of a file; InputError where there is not just one.
-
-    `notes` gets the localisers and single images that are left out.
-    """
+    `notes` gets the localisers and single images that are left out."""
     items = find_dicom(path.parent.iterdir() if path.is_file() else list_below(path))
     own = [item for item in items if path in (item.path, *item.files) and not item.is_seg]
     if not own:
@@ -223,11 +216,8 @@ def read_series(path: Path) -> Volume:
 
 
 def refuse_part(item: DicomItem, positions: set[tuple[float, ...]]) -> None:
-    """Raise InputError if the series goes on in a folder beside its own: half a scan is none.
-
-    `positions` are those of its slices; a copy of the series has the same ones. Only the NEAR
-    folders before and after its own, by name, are looked at.
-    """
+    """Raise InputError if the series goes on in one of the NEAR folders before and after its own:
+    half a scan is none. A copy of the series has the same `positions` of slices."""
     own = {file.parent for file in item.files}
     near: set[Path] = set()
     for folder in own if item.uid else ():
@@ -324,10 +314,8 @@ def read_plane(file: Path, groups: Sequence[Any]) -> tuple[np.ndarray, np.ndarra
 
 
 def find_group(groups: Sequence[Any], name: str) -> Any:
-    """Return a functional group of a frame: its own, else the shared one.
-
-    The header of a plain slice, which has all tags itself, stands for each group.
-    """
+    """Return a functional group of a frame: its own, else the shared one. The header of a plain
+    slice, which has all tags itself, stands for each group."""
     found = (item for group in groups for item in list_items(group, f"{name}Sequence")[:1])
     return next(found, groups[-1])
 
@@ -369,11 +357,9 @@ def _are_parallel(one: Slice, other: Slice) -> bool:
 
 
 def choose_scan(path: Path, ordered: list[Slice], notes: list[str]) -> list[Slice]:
-    """Return the slices of one scan, that of the file `path` where a series holds several.
-
-    The rule: a tag that parts slices into sets over the same range tells of several scans; sets
-    end to end are one scan. Sets share a range where each has two slices or more in it.
-    """
+    """Return the slices of one scan, that of the file `path` where a series holds several: a tag
+    that parts slices into sets over the same range tells of several scans; sets end to end are one
+    scan. Sets share a range where each has two slices or more in it."""
     ct = read_text(ordered[0].header, "Modality") in ("CT", "")
     for tag in (*PARTING, *(TIMES if ct else ())):
         sets: defaultdict[str, list[int]] = defaultdict(list)
@@ -616,10 +602,7 @@ def read_text(header: Any, tag: str) -> str:
 def read_numbers(
     header: Any, file: Path, tag: str, count: int = 1, default: Sequence[float] | None = None
 ) -> list[float]:
-    """Return the `count` finite numbers of a tag, whatever its VR; `default` where it is empty.
-
-    Raises InputError for anything else.
-    """
+    """Return the `count` finite numbers of a tag, whatever its VR; `default` where it is empty."""
     numbers, value = [], None
     with contextlib.suppress(Exception):  # of a value that its VR does not allow
         value = header.get(tag)

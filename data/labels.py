@@ -142,11 +142,8 @@ def parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
 def parse_values(
     words: Sequence[str], setting: str, declared: Labels | None = None, overlap: bool = False
 ) -> Labels:
-    """Return name → raw values of words such as `liver=1,2`, without the background.
-
-    Names that `declared` has may stand for values; with `overlap` a value may have several names.
-    Raises InputError for another form and for values that contradict `declared`.
-    """
+    """Return name → raw values of words such as `liver=1,2`, without the background. Names that
+    `declared` has may stand for values; with `overlap` a value may have several names."""
     known, found = declared or {}, {}
     for name, parts in parse_words(words).items():
         word = f"{setting} {name}={','.join(parts)}"

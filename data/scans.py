@@ -130,11 +130,8 @@ def _round_values(label: Volume, allowed: set[int], declared: Labels, scan: Volu
 
 
 def find_others(label: Path | Masks, named: Labels) -> tuple[int, ...]:
-    """Return the values that may occur beside those that a user named, in a map of many organs.
-
-    They are all up to 254 if more than MANY others occur, as in TotalSegmentator's maps; else none,
-    because a single other value is a mistake.
-    """
+    """Return the values that may occur beside those that a user named: all up to 254 if more than
+    MANY others occur, as in TotalSegmentator's maps; else none, for a single one is a mistake."""
     if isinstance(label, tuple) or label.is_dir() or dicom.is_dicom_input(label):
         return ()
     values = np.unique(read_volume(label).read()[::2, ::2, ::2])
@@ -146,8 +143,8 @@ def find_others(label: Path | Masks, named: Labels) -> tuple[int, ...]:
 
 
 def lay_on_grid(label: Volume, scan: Volume, trust: bool = False) -> Volume:
-    """Return `label` with the scan's own geometry, if both describe the same grid. `trust` lays voxel
-    on voxel. Raises InputError of kind "shape" or "grid"."""
+    """Return `label` with the scan's own geometry, if both describe the same grid; `trust` lays
+    voxel on voxel. Raises InputError of kind "shape" or "grid"."""
     same = label.shape == scan.shape and (trust or (label.oriented and scan.oriented))
     if same and (trust or _voxels_apart(label.affine, scan.affine, scan.shape) <= GRID_NOTICE):
         return replace(label, affine=scan.affine, header=scan.header, oriented=scan.oriented)
@@ -226,11 +223,9 @@ def list_pngs(folder: Path) -> list[Path]:
 
 
 def read_png_stack(folder: Path, name: str, scan: Volume) -> Volume:
-    """Return the mask (uint8, 0 and 1) of `name` in a stack of PNGs: a picture for each slice.
-
-    The rule (CHAOS): pictures in the order of their names belong to the files of the DICOM series
-    in the order of theirs. A picture is black and one grey; of CHAOS' greys `name` chooses one.
-    """
+    """Return the mask (uint8, 0 and 1) of `name` in a stack of PNGs. As in CHAOS, pictures in the
+    order of their names belong to the files of the DICOM series in the order of theirs. A picture
+    is black and one grey; of CHAOS' greys `name` chooses one."""
     from PIL import Image
 
     pictures, shape = list_pngs(folder), scan.shape
