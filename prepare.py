@@ -277,12 +277,9 @@ def choose_frame(scan: Volume, outline: np.ndarray, config: Config) -> tuple[sli
 
 def write_piece(piece: Volume, key: str, entry: Record, folder: Path, config: Config) -> Record:
     """Write a sub-volume, padded with air or background; return path, size, checksum, grid."""
-    if missing := entry["padded_slices"]:
-        fill = AIR_HU if key == IMAGE and config.modality == "CT" else 0
-        if piece.dtype.kind in "iu":
-            fill = max(fill, np.iinfo(piece.dtype).min)
-        padded = np.pad(piece.data, ((0, 0), (0, 0), (0, missing)), constant_values=fill)
-        piece = Volume(padded, piece.affine)
+    if entry["padded_slices"]:
+        air = key == IMAGE and config.modality == "CT"
+        piece = pad_piece(piece, entry["padded_slices"], AIR_HU if air else 0)
     ending = ".nii.gz" if config.compress or key == LABEL else ".nii"
     file = folder / f"{key}_{entry['first_slice']:04d}{ending}"
     checksum = piece.write(file)
@@ -293,6 +290,14 @@ def write_piece(piece: Volume, key: str, entry: Record, folder: Path, config: Co
         "shape": list(piece.shape),
         "spacing_mm": [round(step, 6) for step in piece.spacing_mm],
     }
+
+
+def pad_piece(piece: Volume, missing: int, fill: int) -> Volume:
+    """Return a sub-volume with so many slices more of a value, or of the lowest one of its type."""
+    if piece.dtype.kind in "iu":
+        fill = max(fill, np.iinfo(piece.dtype).min)
+    padded = np.pad(piece.data, ((0, 0), (0, 0), (0, missing)), constant_values=fill)
+    return Volume(padded, piece.affine)
 
 
 def write_dataset(records: list[Record], notes: list[str], config: Config, terms: Terms) -> None:

@@ -17,7 +17,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,8 +146,7 @@ def read_data_set(config: Any) -> tuple[list[Case], Terms]:
 
 
 def choose_foreground(names: Sequence[str], labels: Labels) -> tuple[int, ...]:
-    """Return the raw values of the labels (by name or value) that must not be lost; the default,
-    liver with tumours, takes tumours as far as the data declare them."""
+    """Return the raw values that must not be lost; the default takes tumours if declared."""
     if tuple(names) == FOREGROUND and find_label("tumour", labels) is None:
         names = ("liver",)
     if not (values := find_values(names, labels, "--foreground")) or 0 in values:
@@ -161,8 +160,7 @@ def choose_foreground(names: Sequence[str], labels: Labels) -> tuple[int, ...]:
 
 
 def check_case(case: Case, terms: Terms, folder: Path) -> dict[str, Any]:
-    """Return the record of a case with its findings and draw `folder/<case>.png`; raise InputError
-    only where that cannot be written."""
+    """Return the record of a case with its findings and draw `folder/<case>.png`."""
     findings = [("ambiguous", fault) for fault in case.faults]
     if not findings and (case.image is None or case.label is None):
         missing = "scan" if case.image is None else "label map"
@@ -230,19 +228,17 @@ def inspect_case(record: dict[str, Any], terms: Terms) -> Any:
 
 
 def read_pair(record: dict[str, Any], terms: Terms) -> tuple[Volume, Volume]:
-    """Return a scan and its label map (RAS, of the smallest type, slice by slice in memory); record
-    whether --trust-image-grid laid it on voxel on voxel."""
-    scan, trusted = scans.read_scan(Path(record[IMAGE])), terms.trust_grid
-    for trust in (record["case"] in (trusted or ()), True):
-        try:
-            where = scans.restore_label(record[LABEL])
-            how: dict[str, Any] = {"trust_grid": trust, "ignore": terms.ignore}
-            label = scans.read_label_map(where, scan, terms.labels, **how)
-            break
-        except InputError as error:
-            if trust or trusted != () or error.kind != "grid":
-                raise
-    record["trust_image_grid"] = trust
+    """Return a scan and its label map (RAS, of the smallest type, slice by slice in memory)."""
+    scan, where = scans.read_scan(Path(record[IMAGE])), scans.restore_label(record[LABEL])
+    read = partial(scans.read_label_map, where, scan, terms.labels, ignore=terms.ignore)
+    trust = record["case"] in (terms.trust_grid or ())
+    try:
+        label = read(trust_grid=trust)
+    except InputError as error:
+        if terms.trust_grid != () or error.kind != "grid":
+            raise
+        trust, label = True, read(trust_grid=True)
+    record["trust_image_grid"] = trust  # whether the label map is laid on voxel on voxel
     kind = np.min_scalar_type(max(list_raw_values(label, terms)))
     return scan, replace(label.ras, data=np.asfortranarray(label.ras.data, kind))
 
@@ -315,14 +311,14 @@ def judge_grid(scan: Volume, label: Volume, depth: int) -> list[Finding]:
     """Return what reading noted about both grids, and what the scan's own grid lacks."""
     findings = [("dicom", note) for note in scan.notes] + judge_geometry(scan)
     findings += [("near_grid" if "apart" in n else "label_note", n) for n in label.notes]
-    if not scan.oriented:
-        findings.append(("unoriented", "the header has no orientation (form codes 0)"))
-    if min(scan.ras_shape[:2]) < SMALLEST:
-        size = " × ".join(map(str, scan.ras_shape[:2]))
-        findings.append(("small", f"slices have {size} voxels, fewer than {SMALLEST} on a side"))
-    if scan.ras_shape[2] < depth:
-        findings.append(("thin", f"{count_words(scan.ras_shape[2], 'slice')}, fewer than {depth}"))
-    return findings
+    x, y, z = scan.ras_shape
+    rules = (
+        ("unoriented", not scan.oriented, "the header has no orientation (form codes 0)"),
+        ("small", min(x, y) < SMALLEST,
+         f"slices have {x} × {y} voxels, fewer than {SMALLEST} on a side"),
+        ("thin", z < depth, f"{count_words(z, 'slice')}, fewer than {depth}"),
+    )  # fmt: skip
+    return findings + [(kind, text) for kind, wrong, text in rules if wrong]
 
 
 def judge_geometry(scan: Volume) -> list[Finding]:
@@ -426,8 +422,7 @@ def find_liver(terms: Terms) -> tuple[set[int], set[int]]:
 def doubt_organ(
     name: str, organ: np.ndarray, tumour: np.ndarray, hu: np.ndarray, spacing_mm: Spacing
 ) -> list[Finding]:
-    """Return what is implausible about an organ: its volume, side, number of parts, its tumours;
-    the masks of both and the HU are (X, Y, Z) on one RAS grid."""
+    """Return what is implausible about an organ; both masks and the HU are on one RAS grid."""
     import cc3d
 
     ml, body = math.prod(spacing_mm) / 1000, organ | tumour
@@ -530,13 +525,7 @@ def compare_cases(records: list[dict[str, Any]], terms: Terms) -> list[Finding]:
     """Add findings between cases, make copies one patient; return findings of the whole set."""
     readable = [record for record in records if "slice_sums" in record]
     for i, j, number in find_duplicates([record["slice_sums"] for record in readable]):
-        one, other = readable[i], readable[j]
-        text, former = f"{number} slices are identical", other["patient"]
-        one["findings"].append(("duplicate", f"the same scan as {other['case']}: {text}"))
-        other["findings"].append(("duplicate", f"the same scan as {one['case']}: {text}"))
-        for record in records:
-            if record["patient"] == former:
-                record["patient"] = one["patient"]
+        join_copies(readable[i], readable[j], number, records)
     usual = np.median([sorted(r["spacing_mm"]) for r in readable] or [[1, 1, 1]], axis=0)
     for record in readable:
         ratio = np.sort(record["spacing_mm"]) / usual
@@ -552,10 +541,23 @@ def compare_cases(records: list[dict[str, Any]], terms: Terms) -> list[Finding]:
         text = f"{len(lacking)} of {len(readable)} cases hold no voxel of {organ}"
         if 0 < len(lacking) < len(readable):
             told.append(("lacking", f"{text}: {', '.join(r['case'] for r in lacking)}"))
-        elif lacking and len(list_organs(terms)) > 1:  # else each case has this finding
+        elif len(list_organs(terms)) > 1:  # else each case has this finding
             for record in lacking:
                 record["findings"].append(("empty", text))
     return told
+
+
+def join_copies(
+    one: dict[str, Any], other: dict[str, Any], number: int, records: list[dict[str, Any]]
+) -> None:
+    """Tell two cases that `number` of their slices are identical; make them one patient's."""
+    for record, copy in ((one, other), (other, one)):
+        text = f"the same scan as {copy['case']}: {number} slices are identical"
+        record["findings"].append(("duplicate", text))
+    former = other["patient"]
+    for record in records:
+        if record["patient"] == former:
+            record["patient"] = one["patient"]
 
 
 def find_duplicates(sums: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:

@@ -232,8 +232,7 @@ class Pairing:
     notes: list[str] = field(default_factory=list)
 
     def run(self) -> Pairing:
-        """Pair by STEPS; if a series has no label map then, also with volumes that no word names
-        and with volumes among its slices."""
+        """Pair by STEPS; what is left of series also with volumes that no word names or beside."""
         keys = {CHANNEL.sub("", key) for scan in self.scans for key in scan.keys["whole"]}
         self.labels = [  # `final` is part of a name where a scan has it too
             replace(one, parts=one.bare) if one.rank and not keys & {*one.keys["whole"]} else one
@@ -440,9 +439,8 @@ def find_items(
     root: Path, notes: list[str], kind: Kind = "", exclude: Path | None = None,
     drafts: bool = False, broken: bool = False,
 ) -> list[Item]:  # fmt: skip
-    """Return the volumes, series, SEGs and stacks of PNGs below a folder; add notes on them. Left
-    out are cases that this program wrote; with `drafts`, or of kind "label", all but their label
-    maps. A series that a SEG names is a scan, and with `broken` one that cannot be read."""
+    """Return the volumes, series, SEGs and stacks of PNGs below a folder; add notes on what is left
+    out. `drafts` keeps label maps of this program, `broken` series that cannot be read."""
     if not root.is_dir():
         raise InputError(f"{show(root)}: no such folder; give the one with the scans")
     files = leave_own(list_below(root, exclude), notes, drafts or kind == "label")

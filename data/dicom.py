@@ -198,11 +198,9 @@ def list_series_files(path: Path) -> list[Path]:
 
 
 def read_series(path: Path) -> Volume:
-    """Return the series in a folder, or that of one of its files: HU, slices feet to head.
-
-    `notes` says what was left out or corrected, `files` has the files in the order of the slices.
-    Raises InputError, and nothing else, where it cannot be read as one regular grid.
-    """
+    """Return the series in a folder, or that of one of its files: HU, slices feet to head. `notes`
+    says what was left out or corrected, `files` has the files in the order of the slices. Raises
+    InputError, and nothing else, where it cannot be read as one regular grid."""
     notes: list[str] = []
     with one_error(path, "cannot be read as DICOM series"):
         item = find_series(path, notes)
@@ -495,11 +493,8 @@ def _decode(file: Path) -> np.ndarray:
 
 def write_series(volume: Volume, folder: Path) -> list[Path]:
     """Write a scan as CT series of nobody ("anonymous"), read it back; return files feet to head.
-
     Slices are the planes nearest to axial. UIDs come from the content, so that one scan always
-    gives the same series. Raises InputError where HU are no whole numbers of 16 bits, the grid is
-    sheared (a series cannot say so) or `folder` is in use; then there is no folder.
-    """
+    gives the same series. After an InputError there is no folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: must be a new folder for the series; name another")
     ras = volume.ras
@@ -647,11 +642,9 @@ def name_class(header: Any) -> str:
 
 
 def list_segments(header: Any, file: Path) -> list[tuple[int, str, int]]:
-    """Return (number, name, label value) of each segment; InputError where there is none.
-
-    The name is the segment's label if it is a known one, else what its code means. The numbers must
-    run from 1; where the label value is another, the description says it (`write_seg`). Of segments
-    with one name the first one's value counts.
+    """Return (number, name, label value) of each segment. The name is the segment's label if it is
+    a known one, else what its code means. The numbers run from 1; where the label value is another,
+    the description says it (`write_seg`). Of segments with one name the first one's value counts.
     """
     from pydicom.sr.codedict import codes
 

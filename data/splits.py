@@ -67,11 +67,21 @@ def name_as_told(cases: Sequence[Case], config: Any) -> None:
 
 
 def name_patients(cases: Sequence[Case], config: Any) -> None:
-    """Set the patient of each case by its PatientID, or as a user says. An ID of NOBODY, or one of
-    all scans, is none; print this, and names like several scans of a patient."""
+    """Set the patient of each case; print if names look like several scans of one patient."""
     if config.patients or config.patient_pattern:
         name_as_told(cases, config)
         return
+    known = any(case.patient_id is not None for case in cases) and name_by_id(cases)
+    if not known and (pattern := guess_pattern([case.name for case in cases])):
+        print(
+            f"case names such as {cases[0].name} look like several scans of one patient; if they "
+            f"are, keep them in one split: --patient-pattern '{pattern}'"
+        )
+
+
+def name_by_id(cases: Sequence[Case]) -> bool:
+    """Set the patients by PatientIDs; return whether there is one. One of NOBODY, or one of all
+    scans, is none; print this."""
     ids = [None if case.patient_id is None else case.patient_id.strip() for case in cases]
     same = len(cases) > 1 and len(set(ids)) == 1
     nobody = [one for one in ids if one is not None and (same or one.lower() in NOBODY)]
@@ -83,11 +93,7 @@ def name_patients(cases: Sequence[Case], config: Any) -> None:
         shown = f'"{nobody[0]}"' if nobody[0].lower() in NOBODY else "the same"
         told = f"{len(nobody)} series have {shown} as PatientID, which tells no patients apart"
         print(f"{told}: each is a patient of its own; else give --patients or --patient-pattern")
-    if not first and (pattern := guess_pattern([case.name for case in cases])):
-        print(
-            f"case names such as {cases[0].name} look like several scans of one patient; if they "
-            f"are, keep them in one split: --patient-pattern '{pattern}'"
-        )
+    return bool(first)
 
 
 def guess_pattern(names: Sequence[str]) -> str | None:
@@ -116,9 +122,8 @@ def read_patients(path: Path) -> dict[str, str]:
 
 
 def split_patients(records: Sequence[dict[str, Any]], config: Any) -> dict[str, str]:
-    """Return patient → "training", "validation" or "test"; drawn from seed and names alone. The
-    largest remainder is rounded up, in a tie that of the earlier split; none above 0 stays empty.
-    """
+    """Return patient → split, drawn from seed and names alone: the largest remainder is rounded up,
+    in a tie that of the earlier split, and no split that is asked for stays empty."""
     if config.split:
         return _take_split(records, config)
     if config.folds:
@@ -241,8 +246,7 @@ def _match_path(text: str, known: dict[str, set[str]]) -> set[str]:
 
 
 def read_prepared(folder: Path) -> dict[str, Any]:
-    """Return the verified `dataset.json` of a folder that prepare.py has completed; InputError
-    where it is missing, of another version, or not as prepare.py writes it."""
+    """Return the verified `dataset.json` of a folder that prepare.py has completed."""
     path, remedy = folder / "dataset.json", "prepare the data again"
     if not path.is_file():
         raise InputError(
