@@ -110,7 +110,7 @@ def main(config: Config) -> None:
     refuse_settings(config)
     everything, terms = read_data_set(config)
     splits.name_patients(everything, config)
-    cases = choose_cases(everything, config)
+    cases = choose_cases(everything, config) if config.leave_out else everything
     workers = min(config.workers or os.cpu_count() or 1, len(cases))
     with lock_folder(config.destination):
         claim_destination(config.destination, config.source, config.overwrite)
@@ -233,12 +233,11 @@ def cut_case(record: Record, config: Config, terms: Terms) -> Record:
         counts = count_per_slice(outline, terms)
     except Exception as error:
         return {"fault": describe_fault(error)}
+    cuts = list_cuts(record["slices"], size, terms.label_every, splits.seeded(0, name))
     foreground = np.sum([counts[value] for value in terms.foreground], axis=0)
     entries, covered = [], np.zeros_like(foreground)
     with replace_folder(config.destination / "subvolumes" / name) as folder:
-        for first, last in list_cuts(
-            record["slices"], size, terms.label_every, splits.seeded(0, name)
-        ):
+        for first, last in cuts:
             here, chosen = slice(first, last), splits.seeded(config.seed, f"{name}:{first}")
             empty = config.subvolume_depth and not foreground[here].any()
             if empty and chosen >= config.keep_empty:  # a whole case that is accepted stays

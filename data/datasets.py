@@ -217,6 +217,7 @@ STEPS = (  # a scan and a label map that share a key, of these kinds, are a pair
     ("tails", "whole"),  # the scan's path has more folders
     ("whole", "tails"),  # the label map's path has more folders
 )  # then the only two of a folder, see `pair_alone`
+Entry = tuple[Item, Path | None, Path | Masks | None, tuple[str, ...]]  # scan, label map, faults
 
 
 @dataclass
@@ -232,7 +233,7 @@ class Pairing:
     notes: list[str] = field(default_factory=list)
 
     def run(self) -> Pairing:
-        """Pair by STEPS; what is left of series also with volumes that no word names or beside."""
+        """Pair by STEPS, channels and drafts left out."""
         keys = {CHANNEL.sub("", key) for scan in self.scans for key in scan.keys["whole"]}
         self.labels = [  # `final` is part of a name where a scan has it too
             replace(one, parts=one.bare) if one.rank and not keys & {*one.keys["whole"]} else one
@@ -241,37 +242,40 @@ class Pairing:
         if channels := [scan for scan in self.scans if CHANNEL.search(name_case(scan.path))]:
             self.choose_channels(channels)
         self.join_all()
-        free = self.free(self.scans)
-        series = {scan.folders[0] for scan in free if scan.form == "series"}
-        more = [one for one in free if not one.kind or one.path.parent in series]
-        more = [one for one in more if series and one.form == "file"]
-        self.scans = [scan for scan in self.scans if scan not in more]
-        self.labels += more
-        self.join_all()
-        self.labels = [one for one in self.labels if one not in more or one in self.taken]
+        if any(scan.form == "series" for scan in self.free(self.scans)):
+            self.join_volumes()
         if self.drafts:
             count = f"{len(self.drafts)} label maps beside final ones"
             self.notes.append(f"not used: {count}, such as {show(self.drafts[0])}")
         return self
+
+    def join_volumes(self) -> None:
+        """Pair series with volumes that no word names, or that lie among their slices."""
+        free = self.free(self.scans)
+        series = {scan.folders[0] for scan in free if scan.form == "series"}
+        more = [one for one in free if not one.kind or one.path.parent in series]
+        more = [one for one in more if one.form == "file"]
+        self.scans = [scan for scan in self.scans if scan not in more]
+        self.labels += more
+        self.join_all()
+        self.labels = [one for one in self.labels if one not in more or one in self.taken]
 
     def choose_channels(self, channels: Sequence[Item]) -> None:
         """Name nnU-Net's first channels after their case and leave the further ones out: `x_0000`
         is x and `x_0001` … are further channels only if x has a label map and they have none of
         their own name. Nothing is stripped from label maps."""
         known = {key for one in self.labels for some in one.keys.values() for key in some} - {""}
-        further = 0
+        renamed: dict[Item, list[Item]] = {}
         for scan in channels:
             stem = CHANNEL.sub("", name := name_case(scan.path))
             rest = filter(None, ["_".join(read_name(stem)[1])])
             spelt = (*scan.spelt[:-1], spell(stem))
             case = replace(scan, parts=(*scan.parts[:-1], *rest), spelt=spelt)
-            own = scan.form != "file" or not known.isdisjoint(scan.keys["any"])
-            if own or known.isdisjoint(case.keys["any"]):
-                continue
-            at = self.scans.index(scan)
-            self.scans[at : at + 1] = [case] * name.endswith("_0000")
-            further += not name.endswith("_0000")
-        if further:
+            free = scan.form == "file" and known.isdisjoint(scan.keys["any"])
+            if free and not known.isdisjoint(case.keys["any"]):
+                renamed[scan] = [case] if name.endswith("_0000") else []
+        self.scans = [one for scan in self.scans for one in renamed.get(scan, [scan])]
+        if further := sum(not cases for cases in renamed.values()):
             self.notes.append(f"{further} further channels (_0001 …) are not used")
 
     def free(self, items: Iterable[Item]) -> list[Item]:
@@ -412,10 +416,11 @@ def find_pairs(
     if (images is None) != (labels is None):
         raise InputError("--images and --labels: give both folders, or neither")
     source, exclude = source.absolute(), exclude and exclude.absolute()
-    places: dict[Kind, Path | None] = {"scan": images, "label": labels} if images else {"": source}
+    places: dict[Kind, Path] = {"": source}
+    if images and labels:
+        places = {"scan": images.absolute(), "label": labels.absolute()}
     pairing, seen = Pairing([], []), []
-    for kind, place in places.items():
-        root = Path(place or "").absolute()
+    for kind, root in places.items():
         items = find_items(root, pairing.notes, kind, exclude)
         seen += items
         for item in items:  # but imagesTs, labelsTs: the test cases of a challenge
@@ -427,7 +432,7 @@ def find_pairs(
             f"{show(source)}: no scans with label maps among {len(seen)} volumes and series; "
             "expected names that differ by words such as images / labels alone, or DICOM series "
             "with SEG, NIfTI label maps or masks; or give --images FOLDER --labels FOLDER"
-            + "".join(f"; {note}" for note in pairing.notes[:3])
+            + "".join(f"; {note}" for note in data.notes[:3])
         )
     used = {path for case in data.cases for path in (case.image, *list_paths(case.label))}
     data.unused = [one.path for one in seen if one.path not in used and one.form != "stack"]
@@ -478,9 +483,6 @@ def leave_own(files: Sequence[Path], notes: list[str], drafts: bool) -> list[Pat
     elif own:
         notes.append(f"left out: {len(own)} cases that this program wrote, such as {min(own)}")
     return [file for file in files if file.parent not in own or file in names]
-
-
-Entry = tuple[Item, Path | None, Path | Masks | None, tuple[str, ...]]  # scan, label map, faults
 
 
 def make_cases(pairing: Pairing) -> list[Case]:

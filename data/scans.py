@@ -80,10 +80,9 @@ def read_label_map(
 
 
 def _open_label(path: Path | Masks, scan: Volume, declared: Labels, trust: bool) -> Volume:
-    if isinstance(path, tuple):
-        return _lay_masks(path, scan, declared, trust)
-    if list_pngs(path):
-        return _lay_masks((("liver", path),), scan, declared, trust)
+    if isinstance(path, tuple) or list_pngs(path):
+        masks = path if isinstance(path, tuple) else (("liver", path),)
+        return _lay_masks(masks, scan, declared, trust)
     files = list_plain_files(path) if path.is_dir() else [path]
     found = [file for file in files if dicom.is_dicom(file)]
     if len(found) == 1 and dicom.is_seg_header(dicom.read_header(found[0])):
@@ -280,8 +279,7 @@ def list_files(path: Path | Masks) -> list[Path]:
 
 def stamp_inputs(paths: Iterable[Path | Masks | None]) -> list[list[Any]]:
     """Return [name, size, time of change in ns] of every file read for scans and label maps."""
-    files = [file for path in paths if path is not None for file in list_files(path)]
-    return stamp_files(files)
+    return stamp_files(file for path in paths if path is not None for file in list_files(path))
 
 
 def describe_label(label: Path | Masks | None) -> str | list[list[str]]:
