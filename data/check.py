@@ -281,8 +281,7 @@ def join_sums(sums: Sequence[int]) -> str:
 def draw_overlay(
     name: str, scan: Volume, outline: np.ndarray, middle: Sequence[int], labels: Labels, dotted: Any
 ) -> Any:
-    """Return a figure: three planes of a scan (RAS) through `middle` with each label's outline, and
-    `dotted`, the mask of a place where the foreground fits better, or None."""
+    """Return a figure: three planes of a scan (RAS) with the outlines of labels and of `dotted`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.6))  # no layout engine: it would draw everything twice
@@ -392,8 +391,7 @@ def judge_hu(array: np.ndarray, stored: np.dtype) -> list[Finding]:
 def judge_outline(
     coarse: np.ndarray, small: np.ndarray, spacing_mm: Spacing, terms: Terms
 ) -> tuple[list[Finding], Place | None]:
-    """Return what is odd about the foreground of a label map (`small`, raw values) in HU (`coarse`;
-    both RAS with voxels of `spacing_mm`), and where it fits better."""
+    """Return what is odd about the foreground of a label map in HU, and where it fits better."""
     inside = mask_values(small, terms.foreground)
     if not inside.any():
         return [], None
@@ -593,8 +591,7 @@ def count_words(number: int, word: str) -> str:
 def report_cases(
     records: Iterable[dict[str, Any]], of_set: list[Finding], accept: Sequence[str], path: Path
 ) -> None:
-    """Print a line per case, then every finding (`of_set`: the whole set's) with its remedy and the
-    names of its cases, errors first; write all as CSV."""
+    """Print a line per case, then every finding with its remedy, errors first; write a CSV."""
     rows, told = [], defaultdict[tuple[str, str, str], list[str]](list)
     for finding in of_set:
         told[find_level(finding, accept), finding[1], RULES[finding[0]][1]] = ["all cases"]

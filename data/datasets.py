@@ -290,8 +290,7 @@ class Pairing:
             self.pair_alone()
 
     def join(self, of_scans: str, of_labels: str) -> None:
-        """Pair scans and label maps that share a key; of several scans, those of the label map's
-        own form. Report a label map that fits several."""
+        """Pair scans and label maps that share a key, of several scans that of its own form."""
         offered = defaultdict(list)
         for scan in self.free(self.scans):
             for key in scan.keys[of_scans]:
@@ -317,8 +316,7 @@ class Pairing:
                 self.settle(scan, found)
 
     def settle(self, scan: Item, fits: dict[Item, str]) -> None:
-        """Match a scan with a label map or with masks of several structures. A final label map is
-        taken before another one, and that before a draft."""
+        """Match a scan with a label map or masks: final ones before others, these before drafts."""
         best = {s: max(one.rank for one in fits if fits[one] == s) for s in set(fits.values())}
         kept = {one: structure for one, structure in fits.items() if one.rank == best[structure]}
         self.drafts += [one.path for one in fits if one not in kept]
@@ -411,8 +409,7 @@ def find_pairs(
     source: Path, *, images: Path | None = None, labels: Path | None = None,
     exclude: Path | None = None, values: Labels | None = None,
 ) -> DataSet:  # fmt: skip
-    """Return the cases of a data set, in natural order of their names, and its labels. `images` and
-    `labels` are folders to use where names do not tell; `values` replace the data's own."""
+    """Return the cases of a data set, in natural order, and its labels or the given `values`."""
     if (images is None) != (labels is None):
         raise InputError("--images and --labels: give both folders, or neither")
     source, exclude = source.absolute(), exclude and exclude.absolute()

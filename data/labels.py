@@ -118,8 +118,7 @@ def list_values(labels: Labels) -> list[int]:
 
 
 def find_values(words: Sequence[str], declared: Labels, setting: str) -> tuple[int, ...]:
-    """Return the raw values of some names (or values, as numbers) of a data set's labels;
-    InputError, which lists the labels, for a name or value that `declared` lacks."""
+    """Return the raw values of some names (or values, as numbers) of a data set's labels."""
     values: list[int] = []
     known = {value for some in declared.values() for value in some}
     for word in map(str, words):

@@ -302,8 +302,7 @@ def name_label(label: Path | Masks | None) -> str:
 
 
 def mark_undrawn(slab: np.ndarray, first: int, drawn: int, every: int) -> np.ndarray:
-    """Return a label map (X, Y, Z from RAS index `first`) with IGNORED in its unannotated slices,
-    for `--label-every`: all but `drawn` ± n times `every`."""
+    """Return a label map (from slice `first` on) with IGNORED but in `drawn` ± n times `every`."""
     if every == 1:
         return slab
     slab = np.array(slab, order="F")
@@ -312,9 +311,8 @@ def mark_undrawn(slab: np.ndarray, first: int, drawn: int, every: int) -> np.nda
 
 
 def list_cuts(depth: int, size: int, every: int, shift: float) -> list[tuple[int, int]]:
-    """Return (first, last) of the sub-volumes of `size` slices that cover a scan of `depth` slices.
-    They overlap where only each `every`-th slice is annotated: a network of strided layers learns
-    nothing of places in a window that are never annotated. `shift` (0..1) moves the first one."""
+    """Return (first, last) of sub-volumes. Where only each `every`-th slice is annotated they
+    overlap, `shift` (0..1) moved: strided layers learn nothing of places never annotated."""
     if every == 1 or size >= depth:
         return list_slabs(depth, size, reach_back=True)
     step = max(n for n in range(1, size + 1) if math.gcd(n, every) == 1)

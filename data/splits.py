@@ -308,9 +308,8 @@ def list_patients(prepared: dict[str, Any]) -> list[dict[str, str]]:
 def find_seen(
     folder: Path, fold: int | str, split: str, known: Sequence[dict[str, str]]
 ) -> dict[str, str]:
-    """Return case → "seen in training" (or validation, unless `split` is that) of the cases of a
-    split whose patients made a checkpoint: one of its `known` scans has the same voxels, or data of
-    the same source gave the same name."""
+    """Return case → "seen in training" (or in validation) of a split's cases whose patients made a
+    checkpoint: one of its `known` scans has the same voxels, or the same source and name."""
     mine, seen = list_patients(read_fold(folder, fold)), dict[str, str]()
     for where in SPLITS[: 1 if split == "validation" else 2][::-1]:
         theirs = [record for record in known if record["split"] == where]
