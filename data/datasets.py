@@ -454,9 +454,9 @@ def find_items(
     kept = (one for one in dicom if one.is_seg or not one.fault or (broken and one.broken))
     series = {item.path: item for item in kept}
     drawn = {item.uid for item in dicom if item.is_seg}
-    pictures = sorted({file.parent for file in pngs} - series.keys())
+    pictures = {file.parent for file in pngs} - series.keys()
     items = []
-    for item in read_paths([*volumes, *series, *pictures], root, kind):
+    for item in read_paths([*volumes, *series, *sorted(pictures)], root, kind):
         if item.path in series:
             items.append(item.with_dicom(series[item.path], drawn))
         elif item.path not in pictures:
