@@ -58,6 +58,7 @@ if __name__ == "__main__":  # help and mistakes need no heavy library
 
 import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -101,6 +102,7 @@ CUT = 4  # of the sub-volumes: what an earlier version of this file cut is cut a
 UNFINISHED = ".prepare_unfinished"  # folder of the cases that are being cut
 OURS = re.compile(r"case\.json|(image|label)_\d{4,}\.nii(\.gz)?")  # files of a case's folder
 STOPS = (signal.SIGINT, signal.SIGTERM)
+ALL = (slice(None), slice(None))  # of a slice
 Record = dict[str, Any]  # of a case: what the check found, later its entry in dataset.json
 
 
@@ -108,12 +110,13 @@ def main(config: Config) -> None:
     refuse_settings(config)
     everything, terms = read_data_set(config)
     splits.name_patients(everything, config)
-    cases = choose_cases(everything, config)
+    cases = choose_cases(everything, config) if config.leave_out else everything
+    workers = min(config.workers or os.cpu_count() or 1, len(cases))
     with lock_folder(config.destination):
         claim_destination(config.destination, config.source, config.overwrite)
         remove_leftovers(config.destination)
         try:
-            with open_pool(min(config.workers or os.cpu_count() or 1, len(cases))) as do_each:
+            with open_pool(workers) if workers > 1 else contextlib.nullcontext(map) as do_each:
                 check = partial(check_once, config=config, terms=terms)
                 bar = {"total": len(cases), "desc": "checking", "unit": "case"}
                 records = list(show_progress(do_each(check, cases), **bar))
@@ -193,8 +196,8 @@ def cut_cases(
     sound = [record for record in records if not list_errors(record, config.accept)]
     if not sound:
         return
-    split, folds = splits.split_patients(sound, config), splits.divide_patients(sound, config)
-    splits.refuse_no_validation(split, config)
+    split = splits.split_patients(sound, config)
+    folds = splits.divide_patients(sound, config) if config.folds else {}
     (config.destination / "dataset.json").unlink(missing_ok=True)
     results = do_each(partial(cut_case, config=config, terms=terms), sound)
     results = list(show_progress(results, total=len(sound), desc="cutting", unit="case"))
@@ -207,14 +210,13 @@ def cut_cases(
         record["split"] = split[record["patient"]]
         if folds:
             record["fold"] = folds[record["patient"]]
-    if not any("split" in record for record in sound):
-        return
-    if not any(record.get("subvolumes") for record in sound):
+    cut = [record["subvolumes"] for record in sound if "split" in record]
+    if cut and not any(cut):
         what = "no sub-volume holds foreground; correct what the check found, keep some without"
-        raise InputError(
-            f"{config.source}: {what}: --keep-empty, or whole cases: --subvolume-depth 0"
-        )
-    write_dataset(records, notes, config, terms)
+        remedy = "--keep-empty, or whole cases: --subvolume-depth 0"
+        raise InputError(f"{config.source}: {what}: {remedy}")
+    if cut:
+        write_dataset(records, notes, config, terms)
 
 
 def cut_case(record: Record, config: Config, terms: Terms) -> Record:
@@ -224,18 +226,18 @@ def cut_case(record: Record, config: Config, terms: Terms) -> Record:
     name, size = record["case"], config.subvolume_depth or record["slices"]
     try:
         scan, label = read_pair(record, terms)
-        frame = choose_frame(scan, label.data, config)
+        whole = config.subvolume_depth and not config.crop_to_body
+        frame = ALL if whole else choose_frame(scan, label.data, config)
         marked = mark_undrawn(label.data, 0, record["drawn_slice"], terms.label_every)
         outline = replace(label, data=marked)
         counts = count_per_slice(outline, terms)
     except Exception as error:
         return {"fault": describe_fault(error)}
+    cuts = list_cuts(record["slices"], size, terms.label_every, splits.seeded(0, name))
     foreground = np.sum([counts[value] for value in terms.foreground], axis=0)
     entries, covered = [], np.zeros_like(foreground)
     with replace_folder(config.destination / "subvolumes" / name) as folder:
-        for first, last in list_cuts(
-            record["slices"], size, terms.label_every, splits.seeded(0, name)
-        ):
+        for first, last in cuts:
             here, chosen = slice(first, last), splits.seeded(config.seed, f"{name}:{first}")
             empty = config.subvolume_depth and not foreground[here].any()
             if empty and chosen >= config.keep_empty:  # a whole case that is accepted stays
@@ -255,34 +257,28 @@ def cut_case(record: Record, config: Config, terms: Terms) -> Record:
 def find_written(record: Record, destination: Path) -> Record | None:
     """Return the entries that an earlier run wrote of this case, if its mark and files agree."""
     known = read_record(destination / "subvolumes" / record["case"] / "case.json", record["mark"])
-    for piece in known["subvolumes"] if known else ():
-        for key in (IMAGE, LABEL):
-            file = destination / piece[key]
-            if not file.is_file() or file.stat().st_size != piece[f"{key}_bytes"]:
-                return None
+    for piece, key in itertools.product(known["subvolumes"] if known else (), (IMAGE, LABEL)):
+        file = destination / piece[key]
+        if not file.is_file() or file.stat().st_size != piece[f"{key}_bytes"]:
+            return None
     return known
 
 
 def choose_frame(scan: Volume, outline: np.ndarray, config: Config) -> tuple[slice, ...]:
-    """Return the in-plane box (RAS) to keep: all, or the body and whatever is annotated."""
-    if config.subvolume_depth and not config.crop_to_body:
-        return slice(None), slice(None)
+    """Return the in-plane box (RAS) of the body and whatever is annotated."""
     kept = np.asarray((outline > 0).any(axis=2))
     if config.subvolume_depth:
         kept[find_body(scan)] = True
     else:
         kept |= (scan.ras.data > BODY_HU).any(axis=2)
-    return find_bounding_box(kept) if kept.any() else (slice(None), slice(None))
+    return find_bounding_box(kept) if kept.any() else ALL
 
 
 def write_piece(piece: Volume, key: str, entry: Record, folder: Path, config: Config) -> Record:
     """Write a sub-volume, padded with air or background; return path, size, checksum, grid."""
-    if missing := entry["padded_slices"]:
-        fill = AIR_HU if key == IMAGE and config.modality == "CT" else 0
-        if piece.dtype.kind in "iu":
-            fill = max(fill, np.iinfo(piece.dtype).min)
-        padded = np.pad(piece.data, ((0, 0), (0, 0), (0, missing)), constant_values=fill)
-        piece = Volume(padded, piece.affine)
+    if entry["padded_slices"]:
+        air = key == IMAGE and config.modality == "CT"
+        piece = pad_piece(piece, entry["padded_slices"], AIR_HU if air else 0)
     ending = ".nii.gz" if config.compress or key == LABEL else ".nii"
     file = folder / f"{key}_{entry['first_slice']:04d}{ending}"
     checksum = piece.write(file)
@@ -293,6 +289,14 @@ def write_piece(piece: Volume, key: str, entry: Record, folder: Path, config: Co
         "shape": list(piece.shape),
         "spacing_mm": [round(step, 6) for step in piece.spacing_mm],
     }
+
+
+def pad_piece(piece: Volume, missing: int, fill: int) -> Volume:
+    """Return a sub-volume with so many slices more of a value, or of the lowest one of its type."""
+    if piece.dtype.kind in "iu":
+        fill = max(fill, np.iinfo(piece.dtype).min)
+    padded = np.pad(piece.data, ((0, 0), (0, 0), (0, missing)), constant_values=fill)
+    return Volume(padded, piece.affine)
 
 
 def write_dataset(records: list[Record], notes: list[str], config: Config, terms: Terms) -> None:
@@ -340,11 +344,11 @@ def write_dataset(records: list[Record], notes: list[str], config: Config, terms
 
 @contextlib.contextmanager
 def open_pool(workers: int) -> Iterator[Callable]:
-    """Yield `map` over worker processes that end with the work, or plain `map` for one worker."""
+    """Yield `map` over worker processes that end with the work, or plain `map` if none start."""
     pool = None
     before = {kind: signal.signal(kind, signal.SIG_IGN) for kind in STOPS}
     try:  # a process that is started in here ignores both from its first moment
-        pool = start_pool(workers) if workers > 1 else None
+        pool = start_pool(workers)
     except (OSError, NotImplementedError) as error:  # TMPDIR too long for sockets, no /dev/shm
         print(f"one process does all: no others can be started ({error})")
     finally:

@@ -15,7 +15,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,13 +122,10 @@ class Terms:
 
 
 def read_data_set(config: Any) -> tuple[list[Case], Terms]:
-    """Return the cases of a folder and the terms of their check; print what was recognised.
-
-    `config` has the settings of this file's `Config`.
-    """
-    values = parse_values(config.values, "--values")
+    """Return the cases of a folder and the terms of their check; print what was recognised."""
+    values = parse_values(config.values, "--values") if config.values else None
     named = {"images": config.images, "labels": config.labels, "exclude": config.destination}
-    data = find_pairs(config.source, **named, values=values or None)
+    data = find_pairs(config.source, **named, values=values)
     print(*describe_data_set(data), sep="\n")
     ignore, paired = data.ignore, [case.label for case in data.cases if case.image and case.label]
     if values and paired and (others := scans.find_others(paired[0], data.declared)):
@@ -147,8 +144,7 @@ def read_data_set(config: Any) -> tuple[list[Case], Terms]:
 
 
 def choose_foreground(names: Sequence[str], labels: Labels) -> tuple[int, ...]:
-    """Return the raw values of the labels (by name or value) that must not be lost; the default,
-    liver with tumours, takes tumours as far as the data declare them."""
+    """Return the raw values that must not be lost; the default takes tumours if declared."""
     if tuple(names) == FOREGROUND and find_label("tumour", labels) is None:
         names = ("liver",)
     if not (values := find_values(names, labels, "--foreground")) or 0 in values:
@@ -162,8 +158,7 @@ def choose_foreground(names: Sequence[str], labels: Labels) -> tuple[int, ...]:
 
 
 def check_case(case: Case, terms: Terms, folder: Path) -> dict[str, Any]:
-    """Return the record of a case with its findings and draw `folder/<case>.png`; raise InputError
-    only where that cannot be written."""
+    """Return the record of a case with its findings and draw `folder/<case>.png`."""
     findings = [("ambiguous", fault) for fault in case.faults]
     if not findings and (case.image is None or case.label is None):
         missing = "scan" if case.image is None else "label map"
@@ -228,21 +223,17 @@ def inspect_case(record: dict[str, Any], terms: Terms) -> Any:
 
 
 def read_pair(record: dict[str, Any], terms: Terms) -> tuple[Volume, Volume]:
-    """Return a scan and its label map (RAS, of the smallest type, slice by slice in memory).
-
-    `record["trust_image_grid"]` tells whether --trust-image-grid laid it on voxel on voxel.
-    """
-    scan, trusted = scans.read_scan(Path(record[IMAGE])), terms.trust_grid
-    for trust in (record["case"] in (trusted or ()), True):
-        try:
-            where = scans.restore_label(record[LABEL])
-            how: dict[str, Any] = {"trust_grid": trust, "ignore": terms.ignore}
-            label = scans.read_label_map(where, scan, terms.labels, **how)
-            break
-        except InputError as error:
-            if trust or trusted != () or error.kind != "grid":
-                raise
-    record["trust_image_grid"] = trust
+    """Return a scan and its label map (RAS, of the smallest type, slice by slice in memory)."""
+    scan, where = scans.read_scan(Path(record[IMAGE])), scans.restore_label(record[LABEL])
+    read = partial(scans.read_label_map, where, scan, terms.labels, ignore=terms.ignore)
+    trust = record["case"] in (terms.trust_grid or ())
+    try:
+        label = read(trust_grid=trust)
+    except InputError as error:
+        if terms.trust_grid != () or error.kind != "grid":
+            raise
+        trust, label = True, read(trust_grid=True)
+    record["trust_image_grid"] = trust  # whether the label map is laid on voxel on voxel
     kind = np.min_scalar_type(max(list_raw_values(label, terms)))
     return scan, replace(label.ras, data=np.asfortranarray(label.ras.data, kind))
 
@@ -285,8 +276,7 @@ def join_sums(sums: Sequence[int]) -> str:
 def draw_overlay(
     name: str, scan: Volume, outline: np.ndarray, middle: Sequence[int], labels: Labels, dotted: Any
 ) -> Any:
-    """Return a figure: three planes of a scan (RAS) through `middle` with each label's outline, and
-    `dotted`, the mask of a place where the foreground fits better, or None."""
+    """Return a figure: three planes of a scan (RAS) with the outlines of labels and of `dotted`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.6))  # no layout engine: it would draw everything twice
@@ -315,14 +305,14 @@ def judge_grid(scan: Volume, label: Volume, depth: int) -> list[Finding]:
     """Return what reading noted about both grids, and what the scan's own grid lacks."""
     findings = [("dicom", note) for note in scan.notes] + judge_geometry(scan)
     findings += [("near_grid" if "apart" in n else "label_note", n) for n in label.notes]
-    if not scan.oriented:
-        findings.append(("unoriented", "the header has no orientation (form codes 0)"))
-    if min(scan.ras_shape[:2]) < SMALLEST:
-        size = " × ".join(map(str, scan.ras_shape[:2]))
-        findings.append(("small", f"slices have {size} voxels, fewer than {SMALLEST} on a side"))
-    if scan.ras_shape[2] < depth:
-        findings.append(("thin", f"{count_words(scan.ras_shape[2], 'slice')}, fewer than {depth}"))
-    return findings
+    x, y, z = scan.ras_shape
+    rules = (
+        ("unoriented", not scan.oriented, "the header has no orientation (form codes 0)"),
+        ("small", min(x, y) < SMALLEST,
+         f"slices have {x} × {y} voxels, fewer than {SMALLEST} on a side"),
+        ("thin", z < depth, f"{count_words(z, 'slice')}, fewer than {depth}"),
+    )  # fmt: skip
+    return findings + [(kind, text) for kind, wrong, text in rules if wrong]
 
 
 def judge_geometry(scan: Volume) -> list[Finding]:
@@ -396,8 +386,7 @@ def judge_hu(array: np.ndarray, stored: np.dtype) -> list[Finding]:
 def judge_outline(
     coarse: np.ndarray, small: np.ndarray, spacing_mm: Spacing, terms: Terms
 ) -> tuple[list[Finding], Place | None]:
-    """Return what is odd about the foreground of a label map (`small`, raw values) in HU (`coarse`;
-    both RAS with voxels of `spacing_mm`), and where it fits better."""
+    """Return what is odd about the foreground of a label map in HU, and where it fits better."""
     inside = mask_values(small, terms.foreground)
     if not inside.any():
         return [], None
@@ -426,8 +415,7 @@ def find_liver(terms: Terms) -> tuple[set[int], set[int]]:
 def doubt_organ(
     name: str, organ: np.ndarray, tumour: np.ndarray, hu: np.ndarray, spacing_mm: Spacing
 ) -> list[Finding]:
-    """Return what is implausible about an organ: its volume, side, number of parts, its tumours;
-    the masks of both and the HU are (X, Y, Z) on one RAS grid."""
+    """Return what is implausible about an organ; both masks and the HU are on one RAS grid."""
     import cc3d
 
     ml, body = math.prod(spacing_mm) / 1000, organ | tumour
@@ -456,12 +444,10 @@ def doubt_organ(
 def judge_fit(
     coarse: np.ndarray, inside: np.ndarray, spacing_mm: Spacing
 ) -> tuple[list[Finding], Place | None]:
-    """Return whether the HU in the outline of a liver are more even elsewhere, and where.
-
-    The interquartile range in the outline is divided by the lowest one in 1,125 places: turned and
-    moved by up to 25 mm along each axis. In 146 right outlines it was the lowest one; of outlines
-    of real livers moved by 15 mm or more all 144 were doubtful, by 10 mm 26 of 36.
-    """
+    """Return whether the HU in the outline of a liver are more even elsewhere, and where: their
+    interquartile range is compared with that in 1,125 places, turned and moved by up to 25 mm along
+    each axis. In 146 right outlines it was the lowest one; of outlines of real livers moved by 15
+    mm or more all 144 were doubtful, by 10 mm 26 of 36."""
     at = np.argwhere(inside)
     if len(at) * math.prod(spacing_mm) < SMALLEST_MM3:
         return [], None
@@ -532,13 +518,7 @@ def compare_cases(records: list[dict[str, Any]], terms: Terms) -> list[Finding]:
     """Add findings between cases, make copies one patient; return findings of the whole set."""
     readable = [record for record in records if "slice_sums" in record]
     for i, j, number in find_duplicates([record["slice_sums"] for record in readable]):
-        one, other = readable[i], readable[j]
-        text, former = f"{number} slices are identical", other["patient"]
-        one["findings"].append(("duplicate", f"the same scan as {other['case']}: {text}"))
-        other["findings"].append(("duplicate", f"the same scan as {one['case']}: {text}"))
-        for record in records:
-            if record["patient"] == former:
-                record["patient"] = one["patient"]
+        join_copies(readable[i], readable[j], number, records)
     usual = np.median([sorted(r["spacing_mm"]) for r in readable] or [[1, 1, 1]], axis=0)
     for record in readable:
         ratio = np.sort(record["spacing_mm"]) / usual
@@ -554,10 +534,23 @@ def compare_cases(records: list[dict[str, Any]], terms: Terms) -> list[Finding]:
         text = f"{len(lacking)} of {len(readable)} cases hold no voxel of {organ}"
         if 0 < len(lacking) < len(readable):
             told.append(("lacking", f"{text}: {', '.join(r['case'] for r in lacking)}"))
-        elif lacking and len(list_organs(terms)) > 1:  # else each case has this finding
+        elif len(list_organs(terms)) > 1:  # else each case has this finding
             for record in lacking:
                 record["findings"].append(("empty", text))
     return told
+
+
+def join_copies(
+    one: dict[str, Any], other: dict[str, Any], number: int, records: list[dict[str, Any]]
+) -> None:
+    """Tell two cases that `number` of their slices are identical; make them one patient's."""
+    for record, copy in ((one, other), (other, one)):
+        text = f"the same scan as {copy['case']}: {number} slices are identical"
+        record["findings"].append(("duplicate", text))
+    former = other["patient"]
+    for record in records:
+        if record["patient"] == former:
+            record["patient"] = one["patient"]
 
 
 def find_duplicates(sums: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
@@ -593,8 +586,7 @@ def count_words(number: int, word: str) -> str:
 def report_cases(
     records: Iterable[dict[str, Any]], of_set: list[Finding], accept: Sequence[str], path: Path
 ) -> None:
-    """Print a line per case, then every finding (`of_set`: the whole set's) with its remedy and the
-    names of its cases, errors first; write all as CSV."""
+    """Print a line per case, then every finding with its remedy, errors first; write a CSV."""
     rows, told = [], defaultdict[tuple[str, str, str], list[str]](list)
     for finding in of_set:
         told[find_level(finding, accept), finding[1], RULES[finding[0]][1]] = ["all cases"]

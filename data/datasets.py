@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -37,7 +37,6 @@ from data.labels import (
     describe_labels,
     find_label,
     list_paths,
-    list_values,
     part_ignored,
 )
 from data.seg import choose_segment_values
@@ -137,19 +136,18 @@ class Item:
             "any": whole | tails,
         }
 
-    def with_dicom(self, found: DicomItem | None) -> Item:
-        """Return the item as the series or SEG that was found at its path, if any."""
-        if found and found.is_seg:
+    def with_dicom(self, found: DicomItem, drawn: Collection[str] = ()) -> Item:
+        """Return the item as the series or SEG at its path; a series of `drawn` UIDs is a scan."""
+        if found.is_seg:
             return replace(self, kind="label", form="seg", dicom=found)
-        return replace(self, form="series", dicom=found) if found else self
+        kind: Kind = "scan" if found.uid in drawn else self.kind
+        return replace(self, kind=kind, form="series", dicom=found)
 
 
 def read_paths(paths: Sequence[Path], root: Path, kind: Kind = "") -> list[Item]:
-    """Return an item for each path by the words of its folders below `root` and of its name.
-
-    `kind` overrules the words. A file only called liver, or tumour with a number, is a label map
-    beside one that is called a scan, unless it has a label map of its own name.
-    """
+    """Return an item for each path by the words of its folders below `root` and of its name; `kind`
+    overrules them. A file only called liver, or tumour with a number, is a label map beside one
+    that is called a scan, unless it has a label map of its own name."""
     named = [(*p.relative_to(root).parts[:-1], name_case(p)) if p != root else () for p in paths]
     silent = _find_silent(named)
     own = defaultdict(set)  # of each kind by their own names: folder, what remains
@@ -219,6 +217,7 @@ STEPS = (  # a scan and a label map that share a key, of these kinds, are a pair
     ("tails", "whole"),  # the scan's path has more folders
     ("whole", "tails"),  # the label map's path has more folders
 )  # then the only two of a folder, see `pair_alone`
+Entry = tuple[Item, Path | None, Path | Masks | None, tuple[str, ...]]  # scan, label map, faults
 
 
 @dataclass
@@ -234,50 +233,50 @@ class Pairing:
     notes: list[str] = field(default_factory=list)
 
     def run(self) -> Pairing:
-        """Pair by STEPS; if a series has no label map then, also with volumes that no word names
-        and with volumes among its slices."""
+        """Pair by STEPS, channels and drafts left out."""
         keys = {CHANNEL.sub("", key) for scan in self.scans for key in scan.keys["whole"]}
         self.labels = [  # `final` is part of a name where a scan has it too
             replace(one, parts=one.bare) if one.rank and not keys & {*one.keys["whole"]} else one
             for one in self.labels
         ]
-        self.choose_channels()
+        if channels := [scan for scan in self.scans if CHANNEL.search(name_case(scan.path))]:
+            self.choose_channels(channels)
         self.join_all()
-        free = self.free(self.scans)
-        series = {scan.folders[0] for scan in free if scan.form == "series"}
-        more = [one for one in free if not one.kind or one.path.parent in series]
-        more = [one for one in more if series and one.form == "file"]
-        self.scans = [scan for scan in self.scans if scan not in more]
-        self.labels += more
-        self.join_all()
-        self.labels = [one for one in self.labels if one not in more or one in self.taken]
+        if any(scan.form == "series" for scan in self.free(self.scans)):
+            self.join_volumes()
         if self.drafts:
             count = f"{len(self.drafts)} label maps beside final ones"
             self.notes.append(f"not used: {count}, such as {show(self.drafts[0])}")
         return self
 
-    def choose_channels(self) -> None:
-        """Name nnU-Net's first channels after their case and leave the further ones out.
+    def join_volumes(self) -> None:
+        """Pair series with volumes that no word names, or that lie among their slices."""
+        free = self.free(self.scans)
+        series = {scan.folders[0] for scan in free if scan.form == "series"}
+        more = [one for one in free if not one.kind or one.path.parent in series]
+        more = [one for one in more if one.form == "file"]
+        self.scans = [scan for scan in self.scans if scan not in more]
+        self.labels += more
+        self.join_all()
+        self.labels = [one for one in self.labels if one not in more or one in self.taken]
 
-        `x_0000` is x and `x_0001` … are further channels only if x has a label map and they have
-        none of their own name. Nothing is stripped from label maps.
-        """
+    def choose_channels(self, channels: Sequence[Item]) -> None:
+        """Name nnU-Net's first channels after their case and leave the further ones out: `x_0000`
+        is x and `x_0001` … are further channels only if x has a label map and they have none of
+        their own name. Nothing is stripped from label maps."""
         known = {key for one in self.labels for some in one.keys.values() for key in some} - {""}
-        kept = []
-        for scan in self.scans:
+        renamed: dict[Item, list[Item]] = {}
+        for scan in channels:
             stem = CHANNEL.sub("", name := name_case(scan.path))
-            if scan.form == "file" and stem != name and known.isdisjoint(scan.keys["any"]):
-                rest = "_".join(read_name(stem)[1])
-                parts = (*scan.parts[:-1], rest) if rest else scan.parts[:-1]
-                first = replace(scan, parts=parts, spelt=(*scan.spelt[:-1], spell(stem)))
-                if not known.isdisjoint(first.keys["any"]):
-                    scan = first
-                    if not name.endswith("_0000"):
-                        continue
-            kept.append(scan)
-        if further := len(self.scans) - len(kept):
+            rest = filter(None, ["_".join(read_name(stem)[1])])
+            spelt = (*scan.spelt[:-1], spell(stem))
+            case = replace(scan, parts=(*scan.parts[:-1], *rest), spelt=spelt)
+            free = scan.form == "file" and known.isdisjoint(scan.keys["any"])
+            if free and not known.isdisjoint(case.keys["any"]):
+                renamed[scan] = [case] if name.endswith("_0000") else []
+        self.scans = [one for scan in self.scans for one in renamed.get(scan, [scan])]
+        if further := sum(not cases for cases in renamed.values()):
             self.notes.append(f"{further} further channels (_0001 …) are not used")
-        self.scans = kept
 
     def free(self, items: Iterable[Item]) -> list[Item]:
         """Return those that no step took so far."""
@@ -287,11 +286,11 @@ class Pairing:
         """Apply all steps to what is free."""
         for of_scans, of_labels in STEPS:
             self.join(of_scans, of_labels)
-        self.pair_alone()
+        if self.free(self.scans):
+            self.pair_alone()
 
     def join(self, of_scans: str, of_labels: str) -> None:
-        """Pair scans and label maps that share a key; of several scans, those of the label map's
-        own form. Report a label map that fits several."""
+        """Pair scans and label maps that share a key, of several scans that of its own form."""
         offered = defaultdict(list)
         for scan in self.free(self.scans):
             for key in scan.keys[of_scans]:
@@ -317,8 +316,7 @@ class Pairing:
                 self.settle(scan, found)
 
     def settle(self, scan: Item, fits: dict[Item, str]) -> None:
-        """Match a scan with a label map or with masks of several structures. A final label map is
-        taken before another one, and that before a draft."""
+        """Match a scan with a label map or masks: final ones before others, these before drafts."""
         best = {s: max(one.rank for one in fits if fits[one] == s) for s in set(fits.values())}
         kept = {one: structure for one, structure in fits.items() if one.rank == best[structure]}
         self.drafts += [one.path for one in fits if one not in kept]
@@ -408,27 +406,19 @@ class DataSet:
 
 
 def find_pairs(
-    source: Path,
-    *,
-    images: Path | None = None,
-    labels: Path | None = None,
-    exclude: Path | None = None,
-    values: Labels | None = None,
-) -> DataSet:
-    """Return the cases of a data set, in natural order of their names, and its labels.
-
-    `images` and `labels` are folders to use where names do not tell; `exclude` is not searched;
-    `values` replace the data's own. Raises InputError with what was expected if there is no pair.
-    """
+    source: Path, *, images: Path | None = None, labels: Path | None = None,
+    exclude: Path | None = None, values: Labels | None = None,
+) -> DataSet:  # fmt: skip
+    """Return the cases of a data set, in natural order, and its labels or the given `values`."""
     if (images is None) != (labels is None):
         raise InputError("--images and --labels: give both folders, or neither")
-    source = source.absolute()
-    places: list[tuple[Path, Kind]] = [(source, "")]
-    if images is not None and labels is not None:
-        places = [(images.absolute(), "scan"), (labels.absolute(), "label")]
+    source, exclude = source.absolute(), exclude and exclude.absolute()
+    places: dict[Kind, Path] = {"": source}
+    if images and labels:
+        places = {"scan": images.absolute(), "label": labels.absolute()}
     pairing, seen = Pairing([], []), []
-    for root, kind in places:
-        items = find_items(root, pairing.notes, kind, exclude.absolute() if exclude else None)
+    for kind, root in places.items():
+        items = find_items(root, pairing.notes, kind, exclude)
         seen += items
         for item in items:  # but imagesTs, labelsTs: the test cases of a challenge
             if not any(map(TEST_FOLDER.search, item.path.relative_to(root).parts[:-1])):
@@ -439,7 +429,7 @@ def find_pairs(
             f"{show(source)}: no scans with label maps among {len(seen)} volumes and series; "
             "expected names that differ by words such as images / labels alone, or DICOM series "
             "with SEG, NIfTI label maps or masks; or give --images FOLDER --labels FOLDER"
-            + "".join(f"; {note}" for note in pairing.notes[:3])
+            + "".join(f"; {note}" for note in data.notes[:3])
         )
     used = {path for case in data.cases for path in (case.image, *list_paths(case.label))}
     data.unused = [one.path for one in seen if one.path not in used and one.form != "stack"]
@@ -451,31 +441,28 @@ def find_items(
     root: Path, notes: list[str], kind: Kind = "", exclude: Path | None = None,
     drafts: bool = False, broken: bool = False,
 ) -> list[Item]:  # fmt: skip
-    """Return the volumes, series, SEGs and stacks of PNGs below a folder; add notes on them.
-
-    Left out are cases that this program wrote; with `drafts`, or of kind "label", all but their
-    label maps. A series that a SEG names is a scan, and with `broken` one that cannot be read.
-    """
+    """Return the volumes, series, SEGs and stacks of PNGs below a folder; add notes on what is left
+    out. `drafts` keeps label maps of this program, `broken` series that cannot be read."""
     if not root.is_dir():
         raise InputError(f"{show(root)}: no such folder; give the one with the scans")
     files = leave_own(list_below(root, exclude), notes, drafts or kind == "label")
     volumes = keep_volumes(files)
-    known = set(volumes)
-    pictures = {file.parent for file in files if file.suffix.lower() == ".png"}
-    dicom = find_dicom([f for f in files if f not in known and f.suffix.lower() != ".png"])
+    pngs = [file for file in files if file.suffix.lower() == ".png"]
+    rest = sorted({*files} - {*volumes, *pngs})
+    dicom = find_dicom(rest) if any(map(is_dicom, rest)) else []
     notes += [f"cannot be used: {item.fault}" for item in dicom if item.fault]
-    broken_too = (one for one in dicom if one.is_seg or not one.fault or (broken and one.broken))
-    series = {item.path: item for item in broken_too}
+    kept = (one for one in dicom if one.is_seg or not one.fault or (broken and one.broken))
+    series = {item.path: item for item in kept}
     drawn = {item.uid for item in dicom if item.is_seg}
+    pictures = {file.parent for file in pngs} - series.keys()
     items = []
-    for item in read_paths([*volumes, *series, *sorted(pictures - series.keys())], root, kind):
-        found, one = series.get(item.path), item.with_dicom(series.get(item.path))
-        if found and found.uid in drawn and not found.is_seg:
-            one = replace(one, kind="scan")
-        if found is None and item.path in pictures:
-            one = replace(one, form="stack")
-        if one.form != "stack" or one.kind == "label":  # else pictures of anything
-            items.append(one)
+    for item in read_paths([*volumes, *series, *sorted(pictures)], root, kind):
+        if item.path in series:
+            items.append(item.with_dicom(series[item.path], drawn))
+        elif item.path not in pictures:
+            items.append(item)
+        elif item.kind == "label":  # else pictures of anything
+            items.append(replace(item, form="stack"))
     return items
 
 
@@ -497,24 +484,10 @@ def leave_own(files: Sequence[Path], notes: list[str], drafts: bool) -> list[Pat
 
 def make_cases(pairing: Pairing) -> list[Case]:
     """Return cases of pairs, of faults and of what stayed alone, each with a name of its own."""
-    entries: list[tuple[Item, Path | None, Path | Masks | None, tuple[str, ...]]] = [
-        (scan, scan.path, label, ()) for scan, label in pairing.found.items()
-    ]
-    worded = any(scan.kind == "scan" for scan in pairing.found)
-    series = any(scan.form == "series" for scan in pairing.scans)
-    for scan in pairing.free(pairing.scans):
-        words = {word.lower() for part in scan.parts for word in part.split("_")}
-        if scan.dicom:
-            what = f"a series of {scan.dicom.images} images without a label map"
-            pairing.notes.append(f"not used: {show(scan.path)}, {what}")
-        elif not series and (scan.kind == "scan" or not worded) and not words & TEST:
-            entries.append((scan, scan.path, None, ()))
+    entries: list[Entry] = [(s, s.path, label, ()) for s, label in pairing.found.items()]
     entries += [(s[0], s[0].path, labels[0].path, (text,)) for s, labels, text in pairing.faults]
-    keys = {key for scan in pairing.found for key in scan.keys["whole"]}
-    for one in pairing.free(pairing.labels):
-        organs = [s for key, s in one.keys["without structure"].items() if key in keys]
-        if one.form in ("file", "seg") and not any(is_mask(one, organ) for organ in organs):
-            entries.append((one, None, one.path, ()))
+    if pairing.free([*pairing.scans, *pairing.labels]):
+        entries += list_lone(pairing)
     parts = [spell_item(item) for item, *_ in entries]
     names = name_apart(parts)
     if longer := [n for n, p in zip(names, parts, strict=True) if n != make_safe(p[-1])]:
@@ -529,6 +502,25 @@ def make_cases(pairing: Pairing) -> list[Case]:
         patient = item.dicom.patient if item.dicom else None
         cases.append(Case(name, name, image, label, (*wrong, *bad), patient_id=patient))
     return sorted(cases, key=lambda case: natural(case.name))
+
+
+def list_lone(pairing: Pairing) -> Iterator[Entry]:
+    """Yield what lacks its partner: scans, but test cases; label maps, but masks of a scan that has
+    others. A series without label map is a note alone."""
+    worded = any(scan.kind == "scan" for scan in pairing.found)
+    series = any(scan.form == "series" for scan in pairing.scans)
+    for scan in pairing.free(pairing.scans):
+        words = {word.lower() for part in scan.parts for word in part.split("_")}
+        if scan.dicom:
+            what = f"a series of {scan.dicom.images} images without a label map"
+            pairing.notes.append(f"not used: {show(scan.path)}, {what}")
+        elif not series and (scan.kind == "scan" or not worded) and not words & TEST:
+            yield scan, scan.path, None, ()
+    keys = {key for scan in pairing.found for key in scan.keys["whole"]}
+    for one in pairing.free(pairing.labels):
+        organs = [s for key, s in one.keys["without structure"].items() if key in keys]
+        if one.form in ("file", "seg") and not any(is_mask(one, organ) for organ in organs):
+            yield one, None, one.path, ()
 
 
 def spell_item(item: Item) -> tuple[str, ...]:
@@ -561,12 +553,11 @@ def name_apart(parts: Sequence[Sequence[str]]) -> list[str]:
 def declare(data: DataSet, segs: Sequence[Item], values: Labels | None) -> None:
     """Set what the labels are called: by the user, by dataset.json, by SEGs and masks."""
     if values:
-        data.declared, data.ignore = part_ignored(values, "--values")
-        if 0 not in list_values(data.declared):
-            data.declared = {BACKGROUND: (0,)} | data.declared
+        named, data.ignore = part_ignored(values, "--values")
+        data.declared = {BACKGROUND: (0,)} | named
         return
-    known = {seg.path for seg in segs}
-    files = [one.label for one in data.cases if one.label and one.label not in known]
+    own = {seg.path for seg in segs}
+    files = [case.label for case in data.cases if case.label and case.label not in own]
     described, usual = describe(files, data.source)
     data.declared, data.ignore = described.labels, described.ignore
     data.announced = described.announced
@@ -575,6 +566,15 @@ def declare(data: DataSet, segs: Sequence[Item], values: Labels | None) -> None:
             f"no dataset.json describes {show(usual[0])}: {describe_labels(USUAL_LABELS)} are "
             "assumed; if it has others: --values liver=1 tumour=2"
         )
+    if segs:
+        declare_segments(data, segs, alone=not files)
+    masks = {name for label in files if isinstance(label, tuple) for name, _ in label}
+    if masks and described.path is None:
+        declare_masks(data, masks)
+
+
+def declare_segments(data: DataSet, segs: Sequence[Item], alone: bool) -> None:
+    """Give names of DICOM SEGs the values of labels; only those, if there are SEGs alone."""
     numbers: dict[str, int] = {}
     for name, number in (pair for s in segs if s.dicom for pair in s.dicom.segments.items()):
         if find_label(name, numbers) is None:
@@ -583,15 +583,18 @@ def declare(data: DataSet, segs: Sequence[Item], values: Labels | None) -> None:
         told = ", ".join(f"{name} = {value}" for name, value in chosen.items())
         data.notes.append(f"label values of the DICOM SEGs, by segment names: {told}")
     more = {n: (v,) for n, v in chosen.items() if find_label(n, data.declared) is None}
-    if chosen and not files:  # only names that the SEGs have
+    if chosen and alone:
         meant = {BACKGROUND, *map(common_name, chosen)}
         data.declared = {n: v for n, v in data.declared.items() if common_name(n) in meant}
-    data.declared = data.declared | more
-    names = {name for label in files if isinstance(label, tuple) for name, _ in label}
+    data.declared |= more
+
+
+def declare_masks(data: DataSet, names: set[str]) -> None:
+    """Number the structures of masks; where liver or tumours are among them, use these alone."""
     others = sorted((n for n in names if find_label(n, data.declared) is None), key=natural)
-    if described.path is None and names and len(others) == len(names):  # neither liver nor tumours
+    if len(others) == len(names):
         data.declared = {BACKGROUND: (0,), **{n: (i,) for i, n in enumerate(others, 1)}}
-    elif described.path is None and others:
+    elif others:
         data.notes.append(
             f"masks of {len(others)} other structures are not used ({', '.join(others[:6])} …); "
             "name those you want: --values liver=1 spleen=2"
@@ -627,8 +630,7 @@ def describe_data_set(data: DataSet) -> list[str]:
 def find_scans(*paths: Path) -> list[Path]:
     """Return the scans that paths stand for: files; of a folder, the volumes and DICOM series at
     any depth. Several slices of a series are that series once. Prints what is left out: label maps
-    by their names, and volumes among slices. Raises InputError for a folder without scan.
-    """
+    by their names, and volumes among slices."""
     slices = [path for path in paths if path.is_file() and is_dicom(path)]
     series: dict[Path, Path] = {}
     for folder, count in Counter(path.parent for path in slices).items():
@@ -668,10 +670,8 @@ def _find_below(folder: Path) -> list[Path]:
 
 def name_scans(paths: Sequence[Path], root: Path | None = None) -> list[str]:
     """Return unique safe case names: the last name, with folders below `root` where it comes twice.
-
     A name that is only a word of the tables, such as ct or scan, is that of its folder below
-    `root`, as prepare.py has it, unless it has such a neighbour there.
-    """
+    `root`, as prepare.py has it, unless it has such a neighbour there."""
     there = os.path.abspath  # a link has its own name, and may lead nowhere
     top, parts = Path(there(root or os.sep)), []
     for path in map(Path, map(there, paths)):
@@ -714,10 +714,7 @@ def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | Mas
 
 
 def pair_by_name(scans: Sequence[Path], truths: Sequence[Path]) -> list[Path | Masks | None]:
-    """Return the label map of each scan by STEPS; None where there is none.
-
-    Raises InputError where a name fits several, and where none fits at all.
-    """
+    """Return the label map of each scan by STEPS, or None; InputError where none fits at all."""
     if not scans or not truths:
         return [None] * len(scans)
     pairing = Pairing(_read_given(scans, "scan"), _read_given(truths, "label")).run()
@@ -742,7 +739,7 @@ def _read_given(paths: Sequence[Path], kind: Kind) -> list[Item]:
     inside = {path: list_plain_files(path) if path.is_dir() else [] for path in paths}
     first = {path: next(filter(is_dicom, files), path) for path, files in inside.items()}
     dicom = {item.files[0]: item for item in find_dicom(first.values())}
-    return [
-        replace(item, path=path).with_dicom(dicom.get(first[path]))
-        for path, item in zip(paths, read_paths(there, root, kind), strict=True)
-    ]
+    named = zip(paths, read_paths(there, root, kind), strict=True)
+    items = {path: replace(item, path=path) for path, item in named}
+    found = {path: dicom[file] for path, file in first.items() if file in dicom}
+    return [items[p].with_dicom(found[p]) if p in found else items[p] for p in paths]

@@ -89,9 +89,8 @@ class DicomItem:
 
 
 def find_dicom(files: Iterable[Path]) -> list[DicomItem]:
-    """Return the series, SEGs and unusable DICOM files among some files; each is opened once.
-    Contours and localisers are unusable, too. Other objects (reports, doses) and pictures without a
-    position are left out."""
+    """Return the series, SEGs and unusable DICOM files among some files; contours and localisers
+    are unusable. Other objects (reports, doses) and pictures without a position are left out."""
     series: defaultdict[tuple[str, ...], dict[Path, int]] = defaultdict(dict)
     items: list[DicomItem] = []
     given = set(files)
@@ -215,9 +214,8 @@ def read_series(path: Path) -> Volume:
 
 
 def refuse_part(item: DicomItem, positions: set[tuple[float, ...]]) -> None:
-    """Raise InputError if the series goes on in a folder beside its own: half a scan is none.
-    `positions` are those of its slices; a copy of the series has the same ones. Only the NEAR
-    folders before and after its own, by name, are looked at."""
+    """Raise InputError if the series goes on in one of the NEAR folders before and after its own:
+    half a scan is none. A copy of the series has the same `positions` of slices."""
     own = {file.parent for file in item.files}
     near: set[Path] = set()
     for folder in own if item.uid else ():
@@ -357,9 +355,9 @@ def _are_parallel(one: Slice, other: Slice) -> bool:
 
 
 def choose_scan(path: Path, ordered: list[Slice], notes: list[str]) -> list[Slice]:
-    """Return the slices of one scan, that of the file `path` where a series holds several. The
-    rule: a tag that parts slices into sets over the same range tells of several scans; sets end to
-    end are one scan. Sets share a range where each has two slices or more in it."""
+    """Return the slices of one scan, that of the file `path` where a series holds several: a tag
+    that parts slices into sets over the same range tells of several scans; sets end to end are one
+    scan. Sets share a range where each has two slices or more in it."""
     ct = read_text(ordered[0].header, "Modality") in ("CT", "")
     for tag in (*PARTING, *(TIMES if ct else ())):
         sets: defaultdict[str, list[int]] = defaultdict(list)
@@ -496,8 +494,7 @@ def _decode(file: Path) -> np.ndarray:
 def write_series(volume: Volume, folder: Path) -> list[Path]:
     """Write a scan as CT series of nobody ("anonymous"), read it back; return files feet to head.
     Slices are the planes nearest to axial. UIDs come from the content, so that one scan always
-    gives the same series. Raises InputError where HU are no whole numbers of 16 bits, the grid is
-    sheared (a series cannot say so) or `folder` is in use; then there is no folder."""
+    gives the same series. After an InputError there is no folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: must be a new folder for the series; name another")
     ras = volume.ras
@@ -600,8 +597,7 @@ def read_text(header: Any, tag: str) -> str:
 def read_numbers(
     header: Any, file: Path, tag: str, count: int = 1, default: Sequence[float] | None = None
 ) -> list[float]:
-    """Return the `count` finite numbers of a tag, whatever its VR; `default` where it is empty.
-    Raises InputError for anything else."""
+    """Return the `count` finite numbers of a tag, whatever its VR; `default` where it is empty."""
     numbers, value = [], None
     with contextlib.suppress(Exception):  # of a value that its VR does not allow
         value = header.get(tag)
@@ -646,10 +642,10 @@ def name_class(header: Any) -> str:
 
 
 def list_segments(header: Any, file: Path) -> list[tuple[int, str, int]]:
-    """Return (number, name, label value) of each segment; InputError where there is none. The name
-    is the segment's label if it is a known one, else what its code means. The numbers must run from
-    1; where the label value is another, the description says it (`write_seg`). Of segments with one
-    name the first one's value counts."""
+    """Return (number, name, label value) of each segment. The name is the segment's label if it is
+    a known one, else what its code means. The numbers run from 1; where the label value is another,
+    the description says it (`write_seg`). Of segments with one name the first one's value counts.
+    """
     from pydicom.sr.codedict import codes
 
     segments, values = [], dict[str, int]()

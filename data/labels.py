@@ -48,10 +48,8 @@ RUN_TOGETHER = re.compile(rf"\b(liver|hepatic)(?=(?:{'|'.join(WORD)})\b)")  # li
 
 
 def name_words(name: str) -> list[str]:
-    """Return the words of a name in small letters, each synonym as one word, without numbers.
-
-    `Liver_Tumor 01` and `livertumor02` give ["liver", "tumour"], `Whole liver` gives ["liver"].
-    """
+    """Return the words of a name in small letters, each synonym as one word, without numbers:
+    ["liver", "tumour"] of `Liver_Tumor 01` and `livertumor02`, ["liver"] of `Whole liver`."""
     parted = re.sub(r"(?<=[a-z])(?=[A-Z])|[\W\d_]+", " ", name).lower()
     words = RUN_TOGETHER.sub(r"\1 ", parted).split()
     words = [word for word in words if word not in SAYS_NOTHING] or words
@@ -59,10 +57,8 @@ def name_words(name: str) -> list[str]:
 
 
 def common_name(name: str) -> str:
-    """Return the name that synonyms share: `Hepatic Lesion`, `livertumor02` → `tumour`.
-
-    Numbers count where no word has a synonym: `vertebra 1` is not `vertebra 2`.
-    """
+    """Return the name that synonyms share: `Hepatic Lesion`, `livertumor02` → `tumour`. Numbers
+    count where no word has a synonym: `vertebra 1` is not `vertebra 2`."""
     words = name_words(name)
     if set(words) == {"liver", "tumour"}:
         words = ["tumour"]
@@ -122,10 +118,7 @@ def list_values(labels: Labels) -> list[int]:
 
 
 def find_values(words: Sequence[str], declared: Labels, setting: str) -> tuple[int, ...]:
-    """Return the raw values of some names (or values, as numbers) of a data set's labels.
-
-    Raises InputError, which lists the labels, for a name or value that `declared` lacks.
-    """
+    """Return the raw values of some names (or values, as numbers) of a data set's labels."""
     values: list[int] = []
     known = {value for some in declared.values() for value in some}
     for word in map(str, words):
@@ -148,11 +141,8 @@ def parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
 def parse_values(
     words: Sequence[str], setting: str, declared: Labels | None = None, overlap: bool = False
 ) -> Labels:
-    """Return name → raw values of words such as `liver=1,2`, without the background.
-
-    Names that `declared` has may stand for values; with `overlap` a value may have several names.
-    Raises InputError for another form and for values that contradict `declared`.
-    """
+    """Return name → raw values of words such as `liver=1,2`, without the background. Names that
+    `declared` has may stand for values; with `overlap` a value may have several names."""
     known, found = declared or {}, {}
     for name, parts in parse_words(words).items():
         word = f"{setting} {name}={','.join(parts)}"
@@ -177,10 +167,7 @@ def parse_values(
 
 def resolve_classes(asked: Mapping[str, Sequence[str]], declared: Labels) -> Labels:
     """Return class name → raw values, background first, of class name → names (or values).
-
-    LIVER_WITH_TUMOURS, the default, takes tumours only if the data declare them. Raises InputError
-    for another name that the data lack, and for a label in two classes.
-    """
+    LIVER_WITH_TUMOURS, the default, takes tumours only if the data declare them."""
     if dict(asked) == LIVER_WITH_TUMOURS and find_label("tumour", declared) is None:
         asked = {"liver": ("liver",)}
     classes = {name: find_values(words, declared, "--labels") for name, words in asked.items()}
@@ -205,29 +192,25 @@ def is_label_map(array: np.ndarray) -> bool:
 def index_classes(
     array: np.ndarray, classes: Mapping[str, Sequence[int]], ignore: Sequence[int] = ()
 ) -> np.ndarray:
-    """Return class indices (X, Y, Z) uint8 of raw label values, in the order of `classes`.
-
-    Values of `ignore` become IGNORED (unannotated), all others 0.
-    """
+    """Return class indices (X, Y, Z) uint8 of raw label values, in the order of `classes`; values
+    of `ignore` become IGNORED (unannotated), all others 0."""
     import numpy as np
 
     table = np.zeros(max(int(array.max(initial=0)) + 1, 256), np.uint8)
     table[[value for value in ignore if value < len(table)]] = IGNORED
     for index, values in enumerate(classes.values()):
-        for value in values if index else ():
-            if value < len(table):
-                table[value] = index
+        table[[value for value in values if index and value < len(table)]] = index
     return table[array]
 
 
 def translate_classes(classes: Labels, own: Labels, declared: Labels) -> Labels:
-    """Return classes, given in the values of one data set (`own`), in the values of another one.
+    """Return classes, given in the values of one data set (`own`), in those of another one."""
+    return classes if declared == own else _match_classes(classes, own, declared)
 
-    Names are matched: liver = 1 and 2 there is liver = 6 and tumour = 7 here. Raises InputError
-    where the first class after the background is not declared here.
-    """
-    if declared == own:
-        return classes
+
+def _match_classes(classes: Labels, own: Labels, declared: Labels) -> Labels:
+    """Match names: liver = 1 and 2 there is liver = 6 and tumour = 7 here. Raise InputError where
+    the first class after the background is not declared here."""
     translated: Labels = {}
     for name, values in classes.items():
         meant = [word for word, raw in own.items() if set(raw) & set(values)]
@@ -260,12 +243,9 @@ class Description:
 def describe(
     labels: Iterable[Path | Masks], source: Path | None = None
 ) -> tuple[Description, list[Path]]:
-    """Return what describes label maps, and the label maps that nothing describes.
-
-    The segments in a .seg.nrrd do, and the nearest of DESCRIBING above a label map, up to `source`,
-    else in two folders. It never reaches a neighbouring set: that has USUAL_LABELS. Raises
-    InputError where a name has two values or a value two names.
-    """
+    """Return what describes label maps, and the label maps that nothing describes. The segments in
+    a .seg.nrrd do, and the nearest of DESCRIBING above a label map, up to `source`, else in two
+    folders. It never reaches a neighbouring set: that has USUAL_LABELS."""
     nearest = cache(_look)
     told: dict[str, Description] = {}
     usual: list[Path] = []
@@ -309,23 +289,17 @@ def _look(folder: Path) -> Description | None:
 
 
 def read_description(path: Path) -> Description | None:
-    """Return what a file says of label values; None if a .nrrd or a datastore says nothing.
-
-    Reads a `dataset.json` of Decathlon or nnU-Net (1 or 2, with regions too), the `label_info` in
-    MONAI Label's `datastore_v2.json` and the segments in the header of a `.nrrd` (3D Slicer's
-    .seg.nrrd). Raises InputError with the expected form where it has another.
-    """
-    content: Any = {"labels": {}}
-    if path.suffix.lower() != ".nrrd":
-        content = read_json(path)
+    """Return what a file says of label values; None if a .nrrd or a datastore says nothing. Reads a
+    `dataset.json` of Decathlon or nnU-Net (1 or 2, with regions too), the `label_info` in MONAI
+    Label's `datastore_v2.json` and the segments in the header of a .nrrd (3D Slicer's)."""
+    content: Any = {} if path.suffix.lower() == ".nrrd" else read_json(path)
     try:
         if path.name != "dataset.json":
-            entries: dict[str, list[int]] = {}
-            for name, value in _list_segments(path, content):
-                entries.setdefault(str(name), []).append(value)
-            if not entries:
+            segments = list(_list_segments(path, content))
+            if not segments:
                 return None
-            content = {"labels": entries}
+            by_name = {str(n): [v for m, v in segments if m == n] for n, _ in segments}
+            content = {"labels": by_name}
         found = _read_labels(content["labels"])
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise InputError(
@@ -333,8 +307,11 @@ def read_description(path: Path) -> Description | None:
             f"got {type(error).__name__}: {error}; correct it, or remove it to use background 0, "
             "liver 1, tumour 2"
         ) from error
-    found, ignore = part_ignored(found, str(path))
-    labels = _name_regions(found, path)
+    labels, ignore = found, tuple[int, ...]()
+    if "ignore" in map(str.lower, found):
+        labels, ignore = part_ignored(found, str(path))
+    if sum(map(len, found.values())) > len(list_values(found)):
+        labels = _name_regions(labels, path)
     if (zero := next((n for n, v in labels.items() if 0 in v), None)) is None:
         labels = {BACKGROUND: (0,)} | labels
     elif len(labels[zero]) > 1:

@@ -57,40 +57,32 @@ read_scan = read_volume
 
 
 def read_label_map(
-    path: Path | Masks,
+    path: Path | Masks,  # a file, a DICOM SEG or series; or (name, mask) of each structure
     scan: Volume,
-    declared: Labels | Mapping[str, int],
+    declared: Labels | Mapping[str, int],  # raw values that may occur; names of a SEG's segments
     *,
-    classes: Labels | None = None,
-    trust_grid: bool = False,
-    ignore: Sequence[int] = (),
+    classes: Labels | None = None,  # to get class indices (uint8) instead of raw values
+    trust_grid: bool = False,  # lay it on the scan voxel by voxel, if the shapes agree
+    ignore: Sequence[int] = (),  # values of unannotated voxels; with `classes` IGNORED (255)
 ) -> Volume:
-    """Return the label map of `scan`, on its grid, in whole numbers that are declared.
-
-    Args:
-        path: a file, a DICOM SEG or series; or (name, mask) of each structure, see `_lay_masks`.
-        declared: label name → raw values that may occur; a SEG's segments are known by these names.
-        classes: class name → raw values, to get class indices (uint8) instead of raw values.
-        trust_grid: lay the label map on the scan voxel by voxel, if the shapes agree.
-        ignore: raw values of unannotated voxels; with `classes` they become IGNORED (255).
-
-    Raises InputError, of kind "values" for others, "shape" or "grid" as `lay_on_grid` does.
-    """
+    """Return the label map of `scan`, on its grid, in whole numbers that are declared; InputError
+    of kind "values" for others, of kind "shape" or "grid" as `lay_on_grid` raises it."""
     declared = as_labels(declared)
     with one_error(Path(name_label(path)), "the label map cannot be read"):
         label = _open_label(path, scan, declared, trust_grid)
         allowed = {*list_values(declared), *label.classes.values(), *ignore, 0}
-        label = _check_values(label, allowed, declared, scan)
+        label = replace(label, data=label.read(), convert=None)
+        if not hold_only(label.data, allowed):
+            label = _round_values(label, allowed, declared, scan)
         if classes is None:
             return label
-        return replace(label, data=index_classes(label.read(), classes, tuple(ignore)))
+        return replace(label, data=index_classes(label.data, classes, tuple(ignore)))
 
 
 def _open_label(path: Path | Masks, scan: Volume, declared: Labels, trust: bool) -> Volume:
-    if isinstance(path, tuple):
-        return _lay_masks(path, scan, declared, trust)
-    if list_pngs(path):
-        return _lay_masks((("liver", path),), scan, declared, trust)
+    if isinstance(path, tuple) or list_pngs(path):
+        masks = path if isinstance(path, tuple) else (("liver", path),)
+        return _lay_masks(masks, scan, declared, trust)
     files = list_plain_files(path) if path.is_dir() else [path]
     found = [file for file in files if dicom.is_dicom(file)]
     if len(found) == 1 and dicom.is_seg_header(dicom.read_header(found[0])):
@@ -98,13 +90,18 @@ def _open_label(path: Path | Masks, scan: Volume, declared: Labels, trust: bool)
     return lay_on_grid(read_volume(path), scan, trust)
 
 
-def _check_values(label: Volume, allowed: set[int], declared: Labels, scan: Volume) -> Volume:
+def hold_only(array: np.ndarray, allowed: set[int]) -> bool:
+    """Return whether voxels are whole numbers that are allowed."""
+    if array.dtype.kind == "f" or array.min() < 0 or array.max() > max(allowed):
+        return False
+    known = np.isin(np.arange(max(allowed) + 1), [*allowed])
+    return bool(known.all() or known[array].all())  # 0 … n: two comparisons tell
+
+
+def _round_values(label: Volume, allowed: set[int], declared: Labels, scan: Volume) -> Volume:
     """Return a label map in whole numbers, all of which are allowed; InputError names others."""
-    array, known = label.read(), np.zeros(max(allowed) + 1, bool)
+    array, known = label.data, np.zeros(max(allowed) + 1, bool)
     known[list(allowed)] = True
-    inside = array.dtype.kind != "f" and array.min() >= 0 and array.max() < len(known)
-    if inside and (known.all() or known[array].all()):  # 0 … n: two comparisons tell
-        return replace(label, data=array, convert=None)
     whole = np.zeros(array.shape, np.min_scalar_type(max(allowed)), order="F")
     off, odd = 0.0, set[float]()
     for z in range(array.shape[2]):
@@ -128,15 +125,12 @@ def _check_values(label: Volume, allowed: set[int], declared: Labels, scan: Volu
             kind="values",
         )
     notes = [f"label values were up to {off:.2g} off whole numbers and are rounded"] * (off > 0)
-    return replace(label, data=whole, notes=(*label.notes, *notes), convert=None)
+    return replace(label, data=whole, notes=(*label.notes, *notes))
 
 
 def find_others(label: Path | Masks, named: Labels) -> tuple[int, ...]:
-    """Return the values that may occur beside those that a user named, in a map of many organs.
-
-    They are all up to 254 if more than MANY others occur, as in TotalSegmentator's maps; else none,
-    because a single other value is a mistake.
-    """
+    """Return the values that may occur beside those that a user named: all up to 254 if more than
+    MANY others occur, as in TotalSegmentator's maps; else none, for a single one is a mistake."""
     if isinstance(label, tuple) or label.is_dir() or dicom.is_dicom_input(label):
         return ()
     values = np.unique(read_volume(label).read()[::2, ::2, ::2])
@@ -148,32 +142,35 @@ def find_others(label: Path | Masks, named: Labels) -> tuple[int, ...]:
 
 
 def lay_on_grid(label: Volume, scan: Volume, trust: bool = False) -> Volume:
-    """Return `label` with the scan's own geometry, if both describe the same grid.
+    """Return `label` with the scan's own geometry, if both describe the same grid; `trust` lays
+    voxel on voxel. Raises InputError of kind "shape" or "grid"."""
+    same = label.shape == scan.shape and (trust or (label.oriented and scan.oriented))
+    if same and (trust or _voxels_apart(label.affine, scan.affine, scan.shape) <= GRID_NOTICE):
+        return replace(label, affine=scan.affine, header=scan.header, oriented=scan.oriented)
+    return _turn_on_grid(label, scan, trust)
 
-    They may be stored in different axes. At the worst corner they may lie GRID_TOLERANCE voxels
-    apart. Where one of them has no orientation they cannot be compared: refused, unless `trust`
-    lays voxel on voxel. Raises InputError of kind "shape" or "grid".
-    """
-    notes, affine, apart = list(label.notes), scan.affine, 0.0
+
+def _turn_on_grid(label: Volume, scan: Volume, trust: bool) -> Volume:
+    """Return `label` with the scan's geometry, if it is stored in other axes, if they lie up to
+    GRID_TOLERANCE voxels apart at the worst corner, or if neither has an orientation."""
     if not trust and label.oriented != scan.oriented:
         unknown = label.name if scan.oriented else scan.name
         raise wrong_grid(label.name, scan, f"{unknown} has no orientation: both form codes 0")
-    if (label.shape != scan.shape) if trust else (label.ras_shape != scan.ras_shape):
+    if trust or label.ras_shape != scan.ras_shape:
         what = f"{label.name}: scan is {scan.shape}, label map is {label.shape} voxels"
         raise InputError(f"{what}; use the label map of this scan", kind="shape")
-    if not trust:
-        apart = _voxels_apart(label.affine, scan.affine, scan.shape)
-        if label.shape != scan.shape or apart > GRID_TOLERANCE:  # stored in other axes
-            apart = _voxels_apart(label.ras_affine, scan.ras_affine, scan.ras_shape)
-            turned = inv_ornt_aff(label.orientation, label.shape)
-            affine = scan.ras_affine @ np.linalg.inv(turned)
-        if not label.oriented:
-            notes.append("neither scan nor label map has an orientation (form codes 0)")
+    notes, affine, header = list(label.notes), scan.affine, scan.header
+    apart = _voxels_apart(label.affine, scan.affine, scan.shape)
+    if label.shape != scan.shape or apart > GRID_TOLERANCE:  # stored in other axes
+        apart = _voxels_apart(label.ras_affine, scan.ras_affine, scan.ras_shape)
+        turned = inv_ornt_aff(label.orientation, label.shape)
+        affine, header = scan.ras_affine @ np.linalg.inv(turned), None
     if apart > GRID_TOLERANCE:
         raise wrong_grid(label.name, scan, f"they lie up to {apart:.2g} voxels apart")
+    if not label.oriented:
+        notes.append("neither scan nor label map has an orientation (form codes 0)")
     if apart > GRID_NOTICE:
         notes.append(f"scan and label map lie up to {apart:.2g} voxels apart")
-    header = scan.header if affine is scan.affine else None
     return replace(label, affine=affine, header=header, oriented=scan.oriented, notes=tuple(notes))
 
 
@@ -225,11 +222,9 @@ def list_pngs(folder: Path) -> list[Path]:
 
 
 def read_png_stack(folder: Path, name: str, scan: Volume) -> Volume:
-    """Return the mask (uint8, 0 and 1) of `name` in a stack of PNGs: a picture for each slice.
-
-    The rule (CHAOS): pictures in the order of their names belong to the files of the DICOM series
-    in the order of theirs. A picture is black and one grey; of CHAOS' greys `name` chooses one.
-    """
+    """Return the mask (uint8, 0 and 1) of `name` in a stack of PNGs. As in CHAOS, pictures in the
+    order of their names belong to the files of the DICOM series in the order of theirs. A picture
+    is black and one grey; of CHAOS' greys `name` chooses one."""
     from PIL import Image
 
     pictures, shape = list_pngs(folder), scan.shape
@@ -284,8 +279,7 @@ def list_files(path: Path | Masks) -> list[Path]:
 
 def stamp_inputs(paths: Iterable[Path | Masks | None]) -> list[list[Any]]:
     """Return [name, size, time of change in ns] of every file read for scans and label maps."""
-    files = [file for path in paths if path is not None for file in list_files(path)]
-    return stamp_files(files)
+    return stamp_files(file for path in paths if path is not None for file in list_files(path))
 
 
 def describe_label(label: Path | Masks | None) -> str | list[list[str]]:
@@ -308,10 +302,7 @@ def name_label(label: Path | Masks | None) -> str:
 
 
 def mark_undrawn(slab: np.ndarray, first: int, drawn: int, every: int) -> np.ndarray:
-    """Return a label map (X, Y, Z) with IGNORED in its unannotated slices, for `--label-every`.
-
-    Its slices begin at RAS index `first`; annotated are `drawn` ± n times `every`.
-    """
+    """Return a label map (from slice `first` on) with IGNORED but in `drawn` ± n times `every`."""
     if every == 1:
         return slab
     slab = np.array(slab, order="F")
@@ -320,11 +311,8 @@ def mark_undrawn(slab: np.ndarray, first: int, drawn: int, every: int) -> np.nda
 
 
 def list_cuts(depth: int, size: int, every: int, shift: float) -> list[tuple[int, int]]:
-    """Return (first, last) of the sub-volumes of `size` slices that cover a scan of `depth` slices.
-
-    They overlap where only each `every`-th slice is annotated: a network of strided layers learns
-    nothing of places in a window that are never annotated. `shift` (0..1) moves the first one.
-    """
+    """Return (first, last) of sub-volumes. Where only each `every`-th slice is annotated they
+    overlap, `shift` (0..1) moved: strided layers learn nothing of places never annotated."""
     if every == 1 or size >= depth:
         return list_slabs(depth, size, reach_back=True)
     step = max(n for n in range(1, size + 1) if math.gcd(n, every) == 1)

@@ -52,39 +52,48 @@ SUBVOLUME = {
 KNOWN = ("patient", "case", "split", "content")
 
 
+def name_as_told(cases: Sequence[Case], config: Any) -> None:
+    """Set the patient of each case by --patients, else by --patient-pattern."""
+    table = read_patients(config.patients) if config.patients else {}
+    if config.patients and (missing := [case.name for case in cases if case.name not in table]):
+        raise InputError(f"{config.patients}: has no row for {', '.join(missing)}; add them")
+    for case in cases:
+        match = re.search(config.patient_pattern, case.name)
+        patient = table.get(case.name) or (match[1] if match and match.groups() else None)
+        if patient is None:
+            what = f"--patient-pattern {config.patient_pattern}: finds no group in {case.name}"
+            raise InputError(rf"{what}; give a pattern like (patient_\d+) for every case")
+        case.patient = patient
+
+
 def name_patients(cases: Sequence[Case], config: Any) -> None:
-    """Set the patient of each case: from --patients, --patient-pattern or PatientIDs. An ID of
-    NOBODY, or one of all scans, is none; print this, and names like several scans of a patient."""
-    if config.patients:
-        table = read_patients(config.patients)
-        if missing := [case.name for case in cases if case.name not in table]:
-            raise InputError(f"{config.patients}: has no row for {', '.join(missing)}; add them")
+    """Set the patient of each case; print if names look like several scans of one patient."""
+    if config.patients or config.patient_pattern:
+        name_as_told(cases, config)
+        return
+    known = any(case.patient_id is not None for case in cases) and name_by_id(cases)
+    if not known and (pattern := guess_pattern([case.name for case in cases])):
+        print(
+            f"case names such as {cases[0].name} look like several scans of one patient; if they "
+            f"are, keep them in one split: --patient-pattern '{pattern}'"
+        )
+
+
+def name_by_id(cases: Sequence[Case]) -> bool:
+    """Set the patients by PatientIDs; return whether there is one. One of NOBODY, or one of all
+    scans, is none; print this."""
     ids = [None if case.patient_id is None else case.patient_id.strip() for case in cases]
     same = len(cases) > 1 and len(set(ids)) == 1
     nobody = [one for one in ids if one is not None and (same or one.lower() in NOBODY)]
     first: dict[str, str] = {}
     for case, one in zip(cases, ids, strict=True):
-        if config.patients:
-            case.patient = table[case.name]
-        elif config.patient_pattern:
-            match = re.search(config.patient_pattern, case.name)
-            if not match or not match.groups() or match[1] is None:
-                what = f"--patient-pattern {config.patient_pattern}: finds no group in {case.name}"
-                raise InputError(rf"{what}; give a pattern like (patient_\d+) for every case")
-            case.patient = match[1]
-        elif one and one not in nobody:
+        if one and one not in nobody:
             case.patient = first.setdefault(one, case.name)
-    if config.patients or config.patient_pattern:
-        return
     if len(nobody) > 1:
         shown = f'"{nobody[0]}"' if nobody[0].lower() in NOBODY else "the same"
         told = f"{len(nobody)} series have {shown} as PatientID, which tells no patients apart"
         print(f"{told}: each is a patient of its own; else give --patients or --patient-pattern")
-    if not first and (pattern := guess_pattern([case.name for case in cases])):
-        print(
-            f"case names such as {cases[0].name} look like several scans of one patient; if they "
-            f"are, keep them in one split: --patient-pattern '{pattern}'"
-        )
+    return bool(first)
 
 
 def guess_pattern(names: Sequence[str]) -> str | None:
@@ -113,19 +122,13 @@ def read_patients(path: Path) -> dict[str, str]:
 
 
 def split_patients(records: Sequence[dict[str, Any]], config: Any) -> dict[str, str]:
-    """Return patient → "training", "validation" or "test"; drawn from seed and names alone.
-
-    Rounding: largest remainder, in a tie the earlier split, at least one patient for a fraction
-    above 0. `prepare.refuse_settings` has checked the fractions.
-    """
+    """Return patient → split, drawn from seed and names alone: the largest remainder is rounded up,
+    in a tie that of the earlier split, and no split that is asked for stays empty."""
     if config.split:
-        return _take_split(records, config.split)
-    patients = _order_patients(records, config)
+        return _take_split(records, config)
     if config.folds:
-        if config.folds > len(patients):
-            most = f"must be 2 to {len(patients)}, one patient each at least"
-            raise InputError(f"--folds {config.folds}: {most}")
         return {name: SPLITS[part == 0] for name, part in divide_patients(records, config).items()}
+    patients = _order_patients(records, config)
     fractions = np.array([config.training, config.validation, config.test])
     wanted = np.count_nonzero(fractions)
     if len(patients) < wanted:
@@ -144,8 +147,11 @@ def split_patients(records: Sequence[dict[str, Any]], config: Any) -> dict[str, 
 
 
 def divide_patients(records: Sequence[dict[str, Any]], config: Any) -> dict[str, int]:
-    """Return patient → fold, from 0, all about equally large; empty without --folds."""
-    patients = _order_patients(records, config) if config.folds else []
+    """Return patient → fold, from 0, all about equally large."""
+    patients = _order_patients(records, config)
+    if config.folds > len(patients):
+        most = f"must be 2 to {len(patients)}, one patient each at least"
+        raise InputError(f"--folds {config.folds}: {most}")
     return {name: place % config.folds for place, name in enumerate(patients)}
 
 
@@ -160,17 +166,9 @@ def seeded(seed: int, name: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def refuse_no_validation(split: dict[str, str], config: Any) -> None:
-    """Raise InputError if no patient validates and the user wants some."""
-    if config.validation > 0 and "validation" not in split.values():
-        raise InputError(
-            f"{config.split or 'the split'}: puts no patient into validation, which chooses the "
-            "checkpoint; name some, or give --training 1 --validation 0 --test 0"
-        )
-
-
-def _take_split(records: Sequence[dict[str, Any]], path: Path) -> dict[str, str]:
-    """Return patient → split from JSON: see `read_split`."""
+def _take_split(records: Sequence[dict[str, Any]], config: Any) -> dict[str, str]:
+    """Return patient → split from the JSON of --split: see `read_split`."""
+    path = config.split
     where = read_split(path, [r[key] for r in records for key in ("case", "patient")])
     split: dict[str, str] = {}
     for record in records:
@@ -182,15 +180,18 @@ def _take_split(records: Sequence[dict[str, Any]], path: Path) -> dict[str, str]
                 f"{path}: puts scans of patient {record['patient']} into two splits, which leaks; "
                 "keep them together"
             )
+    if config.validation > 0 and "validation" not in split.values():
+        raise InputError(
+            f"{path}: puts no patient into validation, which chooses the checkpoint; name some, or "
+            "give --training 1 --validation 0 --test 0"
+        )
     return split
 
 
 def read_split(path: Path, names: Sequence[str]) -> dict[str, str]:
-    """Return case or patient of `names` → "training", "validation" or "test"; else InputError.
-
+    """Return case or patient of `names` → "training", "validation" or "test"; leave out others.
     Reads lists of names under these words, nnU-Net's `splits_final.json` (fold 0) and MONAI's lists
-    ({"training": [{"image": …}]}; `fold` 0 is the validation). Other names are left out.
-    """
+    ({"training": [{"image": …}]}; `fold` 0 is the validation)."""
     content = read_json(path)
     if isinstance(content, list) and content and isinstance(content[0], dict):
         print(f"{path}: nnU-Net's folds; fold 0 of {len(content)} is taken")
@@ -245,8 +246,7 @@ def _match_path(text: str, known: dict[str, set[str]]) -> set[str]:
 
 
 def read_prepared(folder: Path) -> dict[str, Any]:
-    """Return the verified `dataset.json` of a folder that prepare.py has completed; InputError
-    where it is missing, of another version, or not as prepare.py writes it."""
+    """Return the verified `dataset.json` of a folder that prepare.py has completed."""
     path, remedy = folder / "dataset.json", "prepare the data again"
     if not path.is_file():
         raise InputError(
@@ -308,9 +308,8 @@ def list_patients(prepared: dict[str, Any]) -> list[dict[str, str]]:
 def find_seen(
     folder: Path, fold: int | str, split: str, known: Sequence[dict[str, str]]
 ) -> dict[str, str]:
-    """Return case → "seen in training" (or validation, unless `split` is that) of the cases of a
-    split whose patients made a checkpoint: one of its `known` scans has the same voxels, or data of
-    the same source gave the same name."""
+    """Return case → "seen in training" (or in validation) of a split's cases whose patients made a
+    checkpoint: one of its `known` scans has the same voxels, or the same source and name."""
     mine, seen = list_patients(read_fold(folder, fold)), dict[str, str]()
     for where in SPLITS[: 1 if split == "validation" else 2][::-1]:
         theirs = [record for record in known if record["split"] == where]
@@ -357,15 +356,20 @@ def refuse_damaged(prepared: dict[str, Any], folder: Path, rank: int = 0, size: 
 def read_fold(folder: Path, fold: int | str) -> dict[str, Any]:
     """Return prepared data; of data with folds, `fold` is the one that is validated."""
     prepared = read_prepared(folder)
-    return choose_fold(prepared, fold, folder) if prepared["settings"].get("folds") else prepared
+    return part_folds(prepared, fold, folder) if prepared["settings"].get("folds") else prepared
 
 
 def choose_fold(prepared: dict[str, Any], fold: int | str, folder: Path) -> dict[str, Any]:
+    """Return prepared data as `fold` asks; those without folds keep their split."""
+    asked = prepared["settings"].get("folds") or fold != 0
+    return part_folds(prepared, fold, folder) if asked else prepared
+
+
+def part_folds(prepared: dict[str, Any], fold: int | str, folder: Path) -> dict[str, Any]:
     """Return prepared data in which one fold validates and all others are trained on; with "all"
-    none validates. Data without folds keep their split, but for "all"."""
+    none validates."""
     settings, everything = prepared["settings"], fold == "all"
-    if not (count := settings.get("folds") or 0) and fold == 0:
-        return prepared
+    count = settings.get("folds") or 0
     parts = [record.get("fold") for record in prepared["subvolumes"]]
     if not everything and (fold not in range(count) or None in parts):
         has = f"folds 0 to {count - 1}" if count and None not in parts else "no folds"
@@ -413,8 +417,7 @@ def count_voxels(prepared: dict[str, Any], labels: Labels, split: str) -> np.nda
 
 
 def read_cases(folder: Path, split: str, fold: int | str) -> list[Case]:
-    """Return the cases of one split of prepared data, with what prepare.py was told about them; of
-    data with folds, `fold` is the one that is validated."""
+    """Return the cases of one split of prepared data, with what prepare.py was told about them."""
     prepared, path = read_fold(folder, fold), folder / "dataset.json"
     settings = prepared["settings"]
     try:
