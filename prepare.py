@@ -60,6 +60,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -68,6 +69,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -95,7 +97,7 @@ from data.datasets import Case
 from data.files import InputError, lock_folder, read_record, write_json
 from data.labels import IMAGE, LABEL, as_plain
 from data.scans import list_cuts, mark_undrawn, stamp_inputs
-from data.settings import check_settings, show_progress
+from data.settings import check_settings, format_seconds, human_bytes, show_progress
 from data.volumes import AIR_HU, BODY_HU, Volume, find_body, find_bounding_box
 
 CUT = 4  # of the sub-volumes: what an earlier version of this file cut is cut again
@@ -199,8 +201,12 @@ def cut_cases(
     split = splits.split_patients(sound, config)
     folds = splits.divide_patients(sound, config) if config.folds else {}
     (config.destination / "dataset.json").unlink(missing_ok=True)
-    results = do_each(partial(cut_case, config=config, terms=terms), sound)
-    results = list(show_progress(results, total=len(sound), desc="cutting", unit="case"))
+    cut, results = do_each(partial(cut_case, config=config, terms=terms), sound), list[Record]()
+    begin = time.perf_counter()
+    for result in show_progress(cut, total=len(sound), desc="cutting", unit="case"):
+        if not results and result.get("subvolumes"):
+            foresee(sound, result, time.perf_counter() - begin, config)
+        results.append(result)
     for record, result in zip(sound, results, strict=True):
         if "fault" in result:
             record["findings"].append(tuple(result["fault"]))
@@ -217,6 +223,21 @@ def cut_cases(
         raise InputError(f"{config.source}: {what}: {remedy}")
     if cut:
         write_dataset(records, notes, config, terms)
+
+
+def foresee(sound: list[Record], first: Record, seconds: float, config: Config) -> None:
+    """Print the disk and the time that all cases take, by those of the first; InputError where the
+    disk is too small for them."""
+    voxels = [math.prod(record["shape"]) for record in sound]
+    pieces, more = first["subvolumes"], sum(voxels[1:]) / voxels[0]
+    size = sum(piece[f"{key}_bytes"] for piece in pieces for key in (IMAGE, LABEL)) * more
+    free = shutil.disk_usage(config.destination).free
+    told = f"{config.destination}: about {human_bytes(size)} more for {len(sound)} cases"
+    if size > free:
+        remedy = "free some, give another --destination, or --compress"
+        raise InputError(f"{told}, but {human_bytes(free)} are free; {remedy}")
+    left = seconds * more / (config.workers or os.cpu_count() or 1)
+    print(f"{told} ({human_bytes(free)} are free), about {format_seconds(left)}")
 
 
 def cut_case(record: Record, config: Config, terms: Terms) -> Record:

@@ -291,45 +291,27 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # progress 0..1 → factor o
 DEEPEST = {"unet": 16, "attention_unet": 16, "vnet": 16, "dynunet": 16, "resnet34_unet": 32}
 Rule = tuple[Callable[[Config, int], Any], str]  # settings and depth of sub-volumes → wrong?
 CONTRADICTIONS: list[Rule] = [
-    (
-        lambda c, depth: (c.sampling == "patches") == bool(depth),
-        "{c.data}: holds {held}, but --sampling is {c.sampling}; {usual}",
-    ),
-    (
-        lambda c, _: len(c.spacing) != len(c.axes.split()),
-        "--spacing of {c.sampling} must be {c.axes}, got {c.spacing}",
-    ),
-    (
-        lambda c, _: len(c.input_size) != len(c.axes.split()),
-        "--input-size of {c.sampling} must be {c.axes}, got {c.input_size}",
-    ),
-    (
-        lambda c, depth: any(size % 8 for size in list_halved(c, depth)),
-        "{window} voxels: the network's input must be a multiple of 8 along each axis (three "
-        "poolings); change --input-size, or prepare.py's --subvolume-depth",
-    ),
-    (
-        lambda c, depth: count_deepest(c, depth) < 2,
-        "{window} voxels are a single one after the poolings of {c.network}, and normalisation "
-        "needs two; give --input-size of more than {grain} along an axis",
-    ),
-    (
-        lambda c, _: c.encoder_weights and c.network != "resnet34_unet",
-        "--encoder-weights: only --network resnet34_unet has that encoder",
-    ),
-    (
-        lambda c, _: c.pretrained_share and not c.pretrained,
-        "--pretrained-share keeps a share of --pretrained; give it, or share 0",
-    ),
-    (
-        lambda c, _: c.optimizer == "sgd" and c.amsgrad,
-        "--amsgrad is of adam and adamw, got --optimizer sgd; leave it out",
-    ),
-    (
-        lambda c, _: not c.resume and not c.show and (c.run_folder / "last.pt").exists(),
-        "{c.run_folder}: holds a run already; give another --run-folder, or go on with --resume "
-        "{c.run_folder}",
-    ),
+    (lambda c, depth: (c.sampling == "patches") == bool(depth),
+     "{c.data}: holds {held}, but --sampling is {c.sampling}; {usual}"),
+    (lambda c, _: len(c.spacing) != len(c.axes.split()),
+     "--spacing of {c.sampling} must be {c.axes}, got {c.spacing}"),
+    (lambda c, _: len(c.input_size) != len(c.axes.split()),
+     "--input-size of {c.sampling} must be {c.axes}, got {c.input_size}"),
+    (lambda c, depth: any(size % 8 for size in list_halved(c, depth)),
+     "{window} voxels: the network's input must be a multiple of 8 along each axis (three "
+     "poolings); change --input-size, or prepare.py's --subvolume-depth"),
+    (lambda c, depth: count_deepest(c, depth) < 2,
+     "{window} voxels are a single one after the poolings of {c.network}, and normalisation "
+     "needs two; give --input-size of more than {grain} along an axis"),
+    (lambda c, _: c.encoder_weights and c.network != "resnet34_unet",
+     "--encoder-weights: only --network resnet34_unet has that encoder"),
+    (lambda c, _: c.pretrained_share and not c.pretrained,
+     "--pretrained-share keeps a share of --pretrained; give it, or share 0"),
+    (lambda c, _: c.optimizer == "sgd" and c.amsgrad,
+     "--amsgrad is of adam and adamw, got --optimizer sgd; leave it out"),
+    (lambda c, _: not c.resume and not c.show and (c.run_folder / "last.pt").exists(),
+     "{c.run_folder}: holds a run already; give another --run-folder, or go on with --resume "
+     "{c.run_folder}"),
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from helpers import call_script, ras_arrays, read_voxels, run, save_case, write_
 import prepare
 from data import check
 from data.files import InputError, lock_folder
+from data.settings import human_bytes
 from prepare import Config
 
 TWO = {"training": 0.5, "validation": 0.5, "test": 0.0}  # splits for two patients
@@ -100,6 +102,18 @@ def test_a_full_disk_is_no_verdict_on_a_scan(raw, monkeypatch):
         assert not list((raw.parent / "prepared").rglob("case_*.json"))
         monkeypatch.undo()
     assert len(run(raw)["cases"]) == 3
+
+
+def test_a_disk_that_is_too_small_is_told_after_the_first_case(raw, monkeypatch, capsys):
+    """What the first scan takes tells what the two others take, by their voxels."""
+    made = run(raw, subvolume_depth=0)
+    first, *others = (np.prod(case["shape"]) for case in made["cases"])
+    size = sum(made["subvolumes"][0][f"{key}_bytes"] for key in ("image", "label"))
+    size = human_bytes(size * sum(others) / first)
+    assert f"about {size} more for 3 cases" in capsys.readouterr().out
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=rf"{size} more for 3 cases, but 1000B are free; free"):
+        run(raw, destination=raw.parent / "other", subvolume_depth=0)
 
 
 def test_another_source_is_refused_and_overwrite_removes_only_ours(raw, tmp_path):
