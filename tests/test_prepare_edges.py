@@ -111,8 +111,8 @@ def test_a_disk_that_is_too_small_is_told_after_the_first_case(raw, monkeypatch,
     size = sum(made["subvolumes"][0][f"{key}_bytes"] for key in ("image", "label"))
     size = human_bytes(size * sum(others) / first)
     assert f"about {size} more for 3 cases" in capsys.readouterr().out
-    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match=rf"{size} more for 3 cases, but 1000B are free; free"):
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: SimpleNamespace(free=512))
+    with pytest.raises(InputError, match=rf"{size} more for 3 cases, but 512B are free; free"):
         run(raw, destination=raw.parent / "other", subvolume_depth=0)
 
 
