@@ -325,7 +325,7 @@ def print_summary(summary: dict[str, Any], names: Sequence[str]) -> None:
             print(f"{got['worst']:>9.3f} {got['n']:>4}  {got['worst_case']}")
     for name in names:
         counts = {f"empty in {key}": n for key, n in summary[name]["empty"].items() if n}
-        counts |= summary[name].get("lesions", {})
+        counts |= {key: n for key, n in summary[name].get("lesions", {}).items() if n}
         if counts:
             print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in counts.items()))
 
