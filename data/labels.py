@@ -284,9 +284,7 @@ def describe_truths(path: Path | Masks) -> Description | None:
 
 def _look(folder: Path) -> Description | None:
     """Return what a file of DESCRIBING in a folder says, if there is one."""
-    files = [
-        file for name in DESCRIBING if (file := folder / name).exists()
-    ]  # a folder or a pipe of this name is refused
+    files = [file for name in DESCRIBING if (file := folder / name).exists()]  # a pipe is refused
     return next(filter(None, map(read_description, files)), None)
 
 

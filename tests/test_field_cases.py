@@ -157,12 +157,14 @@ def test_own_series_are_several_patients(tmp_path, capsys):
         ("dataset.json", '{"labels": {"1": "spleen", "1": "liver"}}', "'1' twice"),
         ("patients.csv", "case,patient\n" + "a" * 140_000 + ",p\n", "field limit"),
         ("patients.csv", None, "no plain file"),
+        ("dataset.json", None, "no plain file"),
     ],
 )
 def test_odd_files_beside_a_set_end_in_one_line(name, content, message, tmp_path):
     """None is a named pipe, which would be read for ever."""
     source = build_field_case("17_case_numbers_from_0000", tmp_path / "raw")
     file = source / name
+    file.unlink(missing_ok=True)
     os.mkfifo(file) if content is None else file.write_text(content)
     with pytest.raises(InputError, match=message):
         run(source, patients=file if name == "patients.csv" else None)
