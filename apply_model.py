@@ -12,9 +12,12 @@ skipped, and failed ones reported at the end. torchrun shares the cases. Next: v
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parent))  # Python's safe path leaves it out
 
 from data.files import InputError, find_checkpoint
 from data.settings import (

@@ -12,9 +12,12 @@ patient only geometry and the names of files and folders are kept. The next step
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parent))  # Python's safe path leaves it out
 
 from data.labels import ACCEPTABLE, FOREGROUND
 from data.settings import Count, Positional, Seed, Share, Whole, read_settings, run_script

@@ -14,9 +14,12 @@ goes, read `curves.png` and `preview.png` in the run's folder. Next: apply_model
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+
+sys.path.insert(0, str(Path(__file__).parent))  # Python's safe path leaves it out
 
 from data.labels import LIVER_WITH_TUMOURS
 from data.settings import (

@@ -10,9 +10,12 @@ x points to the patient's Right, y to Anterior, z to Superior. Files need no dis
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parent))  # Python's safe path leaves it out
 
 from data.settings import Count, Positional, Whole, read_settings, run_script
 

@@ -124,7 +124,11 @@ def read_settings(
     """Return the config that a command line asks for; `--help` and mistakes end the program.
     `recipes`: name, which may be the first word → explanation and config, whose values the options
     override. `check` raises InputError for what is missing. `libraries` are loaded last."""
+    open_streams()
+    os.environ["MPLBACKEND"] = "agg"  # files alone are drawn; another one may not be there
     words = [word for word in sys.argv[1:] if word != "--debug"]
+    if {"-h", "--help"} & {*words} and hasattr(signal, "SIGPIPE"):  # `--help | head`
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if "--version" in words:
         print(f"Liver segmentation in CT {VERSION}")
         sys.exit()
@@ -158,6 +162,16 @@ def read_settings(
     return config
 
 
+def open_streams() -> None:
+    """Let the standard streams print any name of a file; those that are closed lead nowhere, and
+    no file gets their numbers."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name) or Path(os.devnull).open("r+", encoding="utf-8")  # noqa: SIM115
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
+
+
 def take_saved(words: list[str], config_class: type) -> tuple[list[str], dict[str, Any]]:
     """Return a command line without its `--config FILE`, and the settings in that file."""
     parts = [part for word in words for part in word.split("=", word.startswith("--config="))]
@@ -184,9 +198,6 @@ def list_given(words: Sequence[str], config_class: Any) -> frozenset[str]:
 def run_script(main: Callable[[Any], None], config: Any) -> None:
     """Run `main(config)`; a user's fault ends in one line and exit code 1, a signal in 130. With
     `--debug`, or LIVER_DEBUG=1, every error shows its traceback."""
-    for stream in (sys.stdout, sys.stderr):  # names of files need be no UTF-8, nor a console
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     try:
         with handle_signals(signal.default_int_handler):
             main(config)
