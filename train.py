@@ -144,12 +144,6 @@ class Config:
         depth = () if self.sampling == "patches" else (subvolume_depth,)
         return (*self.input_size, *depth)
 
-    def describe_size(self) -> str:
-        """Return the options that decide how much memory a step takes, and what to do about it."""
-        size, c = " ".join(map(str, self.input_size)), self.base_channels
-        options = f"--batch-size {self.batch_size}, --input-size {size} and --base-channels {c}"
-        return f"{options}; lower one, or train.py laptop"
-
     def list_given(self) -> set[str]:
         """Names of the settings that were given by hand."""
         if self.given is not None:
@@ -378,12 +372,6 @@ def resume_run(config: Config, path: Path) -> tuple[Config, dict[str, Any]]:
     return config, saved
 
 
-def is_finished(config: Config, saved: dict[str, Any]) -> bool:
-    """Return whether a saved run has done all its epochs, or ran out of patience."""
-    stopped = config.patience and pictures.find_best(saved["history"])[1] >= config.patience
-    return bool(stopped or saved["epoch"] >= config.max_epochs)
-
-
 def resume_settings(config: Config, folder: Path, saved: dict[str, Any]) -> Config:
     """Return the saved run's settings, those of ANEW as they are given now or in config.json; raise
     InputError that names every other setting that differs."""
@@ -500,7 +488,8 @@ def main(config: Config) -> None:
     saved = None
     if config.resume:
         config, saved = resume_run(config, config.resume)
-        if is_finished(config, saved):
+        stopped = config.patience and pictures.find_best(saved["history"])[1] >= config.patience
+        if stopped or saved["epoch"] >= config.max_epochs:
             done = f"{config.run_folder}: finished after {saved['epoch']} epochs"
             print(f"{done}; train on with more --max-epochs, or start another with --pretrained")
             return
@@ -528,7 +517,11 @@ def main(config: Config) -> None:
         except RuntimeError as error:
             if not utilities.is_memory_short(error):
                 raise
-            raise InputError(f"out of memory on {device} with {config.describe_size()}") from error
+            size = " ".join(map(str, config.input_size))
+            raise InputError(
+                f"out of memory on {device} with --batch-size {config.batch_size}, --input-size "
+                f"{size} and --base-channels {config.base_channels}; lower one, or train.py laptop"
+            ) from error
 
 
 def fit(config: Config, prepared: dict, chain: Chain, device: torch.device, saved: Any) -> None:

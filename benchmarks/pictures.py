@@ -16,13 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from data.labels import IMAGE, LABEL, PRED, USUAL_LABELS
-from data.pictures import (
-    PLANES,
-    add_legend,
-    find_busiest_slice,
-    save_figure,
-    show_patient,
-)
+from data.pictures import PLANES, add_legend, find_busiest_slice, save_figure, show_patient
 from data.scans import read_label_map, read_scan
 
 DEMO, PICTURES = ROOT / "data" / "demo", ROOT / "docs" / "pictures"

@@ -24,14 +24,7 @@ from data.evaluate import dice_metric
 from data.labels import IGNORED, IMAGE, LABEL
 from data.volumes import read_file
 from preprocess import SubvolumeLoader, Subvolumes
-from utilities import (
-    Run,
-    UNet3D,
-    load_checkpoint,
-    load_network,
-    on_device,
-    train_step,
-)
+from utilities import Run, UNet3D, load_checkpoint, load_network, on_device, train_step
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 PRETENDED = sys.modules.get("pretended_gpu")  # counts what a real GPU's debug mode forbids

@@ -19,12 +19,7 @@ from data.labels import IMAGE, LABEL
 from data.settings import read_settings
 from data.splits import read_prepared
 from data.volumes import read_file
-from preprocess import (
-    SubvolumeLoader,
-    Subvolumes,
-    preprocess_files,
-    preprocess_volume,
-)
+from preprocess import SubvolumeLoader, Subvolumes, preprocess_files, preprocess_volume
 from utilities import Run, load_checkpoint, validate
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
