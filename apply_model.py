@@ -346,10 +346,11 @@ def report_cleaning(
 ) -> list[str]:
     """Return what trimming (ml) and `clean` changed by more than MUCH of an organ or MUCH_ML, with
     the option that prevents it, from class indices (X, Y, Z) before and after `clean`."""
-    notes, box = list[str](), find_bounding_box(before)
-    old, new = before[box], after[box]
+    notes, changed = list[str](), np.nonzero(before.T != after.T)
+    old, new = before.T[changed], after.T[changed]
     for organ, tumours in group_tumours(names).items():
-        name, much = names[organ - 1], MUCH * np.isin(new, [organ, *tumours]).sum() * voxel_ml
+        kept = sum(np.count_nonzero(after == index) for index in (organ, *tumours))
+        name, much = names[organ - 1], MUCH * kept * voxel_ml
         beside, outside = (old == organ) & (new == 0), np.isin(old, tumours) & (new == 0)
         for ml, what, option in (
             (trimmed * (name in TRIMMED), f"of fat at the edge of {name} removed", "trim-by-hu"),

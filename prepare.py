@@ -83,19 +83,7 @@ from typing import Any
 
 import numpy as np
 
-from data import splits
-from data.check import (
-    Terms,
-    check_case,
-    compare_cases,
-    count_per_slice,
-    describe_fault,
-    join_sums,
-    list_errors,
-    read_data_set,
-    read_pair,
-    report_cases,
-)
+from data import check, splits
 from data.datasets import Case
 from data.files import InputError, lock_folder, read_record, write_json
 from data.labels import IMAGE, LABEL, as_plain
@@ -113,7 +101,7 @@ Record = dict[str, Any]  # of a case: what the check found, later its entry in d
 
 def main(config: Config) -> None:
     refuse_settings(config)
-    everything, terms = read_data_set(config)
+    everything, terms = check.read_data_set(config)
     splits.name_patients(everything, config)
     cases = choose_cases(everything, config) if config.leave_out else everything
     workers = min(config.workers or os.cpu_count() or 1, len(cases))
@@ -122,12 +110,12 @@ def main(config: Config) -> None:
         remove_leftovers(config.destination)
         try:
             with open_pool(workers) if workers > 1 else contextlib.nullcontext(map) as do_each:
-                check = partial(check_once, config=config, terms=terms)
+                do = partial(check_once, config=config, terms=terms)
                 bar = {"total": len(cases), "desc": "checking", "unit": "case"}
-                records = list(show_progress(do_each(check, cases), **bar))
-                told = compare_cases(records, terms)
+                records = list(show_progress(do_each(do, cases), **bar))
+                told = check.compare_cases(records, terms)
                 table = config.destination / "check" / "check.csv"
-                report_cases(records, told, config.accept, table)
+                check.report_cases(records, told, config.accept, table)
                 if not config.check_only:
                     cut_cases(do_each, records, [text for _, text in told], config, terms)
                     remove_gone(config.destination, {case.name for case in everything})
@@ -169,7 +157,7 @@ def choose_cases(cases: list[Case], config: Config) -> list[Case]:
 def report_next(records: list[Record], config: Config) -> None:
     """Print the pictures to look at and the next command; raise InputError if cases have errors."""
     print(f"look at {config.destination / 'check'}: a picture of each case")
-    wrong = sum(bool(list_errors(record, config.accept)) for record in records)
+    wrong = sum(bool(check.list_errors(record, config.accept)) for record in records)
     if wrong < len(records) and not config.check_only:
         script = "preprocess.py" if config.subvolume_depth else "train.py laptop"  # of patches
         print(f"next: python {script} --data {config.destination}")
@@ -178,7 +166,7 @@ def report_next(records: list[Record], config: Config) -> None:
         raise InputError(f"{what}; correct them, or name them in --leave-out")
 
 
-def check_once(case: Case, config: Config, terms: Terms) -> Record:
+def check_once(case: Case, config: Config, terms: check.Terms) -> Record:
     """Return the record of a case, of an earlier run if its inputs and settings are the same."""
     settings = [CUT, asdict(terms), config.compress, config.crop_to_body, config.keep_empty]
     settings += [config.keep_empty and config.seed]
@@ -188,17 +176,17 @@ def check_once(case: Case, config: Config, terms: Terms) -> Record:
     path = config.destination / "check" / f"{case.name}.json"
     record = read_record(path, mark)
     if not record:
-        record = check_case(case, terms, path.parent) | {"mark": mark}
+        record = check.check_case(case, terms, path.parent) | {"mark": mark}
         if "slice_sums" in record:  # a fault is looked at again
             write_json(record, path)
     return record | {"patient": case.patient}
 
 
 def cut_cases(
-    do_each: Callable, records: list[Record], notes: list[str], config: Config, terms: Terms
+    do_each: Callable, records: list[Record], notes: list[str], config: Config, terms: check.Terms
 ) -> None:
     """Cut the sound cases and write `dataset.json`; a case that cannot be cut gets a finding."""
-    sound = [record for record in records if not list_errors(record, config.accept)]
+    sound = [record for record in records if not check.list_errors(record, config.accept)]
     if not sound:
         return
     split = splits.split_patients(sound, config)
@@ -243,20 +231,20 @@ def foresee(sound: list[Record], first: Record, seconds: float, config: Config) 
     print(f"{told} ({human_bytes(free)} are free), about {format_seconds(left)}")
 
 
-def cut_case(record: Record, config: Config, terms: Terms) -> Record:
+def cut_case(record: Record, config: Config, terms: check.Terms) -> Record:
     """Write the sub-volumes of a case and return their entries; or "fault", why it is not read."""
     if known := find_written(record, config.destination):
         return known
     name, size = record["case"], config.subvolume_depth or record["slices"]
     try:
-        scan, label = read_pair(record, terms)
+        scan, label = check.read_pair(record, terms)
         whole = config.subvolume_depth and not config.crop_to_body
         frame = ALL if whole else choose_frame(scan, label.data, config)
         marked = mark_undrawn(label.data, 0, record["drawn_slice"], terms.label_every)
         outline = replace(label, data=marked)
-        counts = count_per_slice(outline, terms)
+        counts = check.count_per_slice(outline, terms)
     except Exception as error:
-        return {"fault": describe_fault(error)}
+        return {"fault": check.describe_fault(error)}
     cuts = list_cuts(record["slices"], size, terms.label_every, splits.seeded(0, name))
     foreground = np.sum([counts[value] for value in terms.foreground], axis=0)
     entries, covered = [], np.zeros_like(foreground)
@@ -323,7 +311,9 @@ def pad_piece(piece: Volume, missing: int, fill: int) -> Volume:
     return Volume(padded, piece.affine)
 
 
-def write_dataset(records: list[Record], notes: list[str], config: Config, terms: Terms) -> None:
+def write_dataset(
+    records: list[Record], notes: list[str], config: Config, terms: check.Terms
+) -> None:
     """Write `dataset.json`, with the proof that no foreground is lost, and print a summary."""
     cases, left_out, subvolumes = list[Record](), list[Record](), list[Record]()
     for record in records:
@@ -331,7 +321,7 @@ def write_dataset(records: list[Record], notes: list[str], config: Config, terms
         entry = {key: value for key, value in record.items() if key not in aside}
         entry["warnings"] = [text for _, text in record["findings"]]
         entry["accepted"] = sorted({kind for kind, _ in record["findings"]} & set(config.accept))
-        entry["content"] = join_sums(record.get("slice_sums", ()))
+        entry["content"] = check.join_sums(record.get("slice_sums", ()))
         (cases if "split" in entry else left_out).append(entry)
         where = {key: entry[key] for key in ("split", "fold") if key in entry}
         subvolumes += [piece | where for piece in record.get("subvolumes", ())]

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import cc3d
 import numpy as np
 import tyro
-from scipy.ndimage import binary_erosion, find_objects
+from scipy.ndimage import find_objects
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
@@ -60,8 +60,7 @@ LESION_IOU = 0.1  # from which on a lesion is found
 LESION_SIZES = {"_0_to_10_mm": (0, 10), "_10_to_20_mm": (10, 20), "_from_20_mm": (20, math.inf)}
 WORST_SHOWN = 3  # cases named, and previews in worst.png
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet runs a text that begins so
-# entries of a record that are no columns
-UNLISTED = ("lesion_list", "files", "classes", "labels", "declared", "trust_image_grid")
+NO_COLUMNS = ("lesion_list", "files", "classes", "labels", "declared", "trust_image_grid")
 
 T = TypeVar("T")
 
@@ -175,22 +174,28 @@ def score_surfaces(found: np.ndarray, true: np.ndarray, grid: Volume) -> dict[st
     take the spacing alone, which is wrong for sheared grids. HD95 is the larger 95th percentile of
     both directions. Surface Dice: Nikolov et al. 2018 (arXiv:1809.04430), in surface voxels."""
     box = find_bounding_box(found | true)
-    surfaces = [mask[box] & ~binary_erosion(mask[box]) for mask in (found, true)]
-    ours, theirs = (np.argwhere(surface) @ grid.ras_affine[:3, :3].T for surface in surfaces)
+    ours, theirs = (list_surface(m[box]) @ grid.ras_affine[:3, :3].T for m in (found, true))
     if not (len(ours) and len(theirs)):
         none = None if len(ours) == len(theirs) else 0.0
         return {"nsd_2mm": none, "hd95_mm": None, "asd_mm": None}
-    there, back = measure_nearest(ours, theirs), measure_nearest(theirs, ours)
+    fast = {"balanced_tree": False, "compact_nodes": False}  # on regular grids
+    pairs = ((ours, theirs), (theirs, ours))
+    there, back = (cKDTree(cloud, **fast).query(points)[0] for points, cloud in pairs)
     every = np.concatenate([there, back])
     hd95 = float(max(np.percentile(there, 95), np.percentile(back, 95)))
     near = float(np.mean(every <= NSD_MM + 1e-6))  # 2 mm that rounding made longer
     return {"nsd_2mm": near, "hd95_mm": hd95, "asd_mm": float(every.mean())}
 
 
-def measure_nearest(points: np.ndarray, cloud: np.ndarray) -> np.ndarray:
-    """Return the distance of each point (N, 3) to the nearest one of a cloud (M, 3)."""
-    tree = cKDTree(cloud, balanced_tree=False, compact_nodes=False)  # regular grids are faster so
-    return tree.query(points)[0]
+def list_surface(mask: np.ndarray) -> np.ndarray:
+    """Return (N, 3) voxels of a mask (X, Y, Z) that touch the outside by a face."""
+    whole = np.pad(mask.T, 1)  # as volumes are stored
+    inner = whole.copy()
+    for axis in range(3):
+        here, there = np.moveaxis(inner, axis, 0), np.moveaxis(whole, axis, 0)
+        here[1:] &= there[:-1]
+        here[:-1] &= there[1:]
+    return np.argwhere(whole & ~inner)[:, ::-1] - 1
 
 
 def score_lesions(predicted: np.ndarray, truth: np.ndarray, grid: Volume) -> dict[str, Any]:
@@ -234,9 +239,9 @@ def list_lesions(classes: Volume, names: Sequence[str]) -> list[dict[str, Any]]:
     from skimage.measure import regionprops
 
     rows, flat = list[dict[str, Any]](), {"spacing": classes.ras.spacing_mm[:2]}
-    for index, name in enumerate(names, start=1):
+    for index, name in [pair for pair in enumerate(names, start=1) if is_tumour(pair[1])]:
         parts = cc3d.connected_components(classes.ras.data == index, connectivity=26)
-        for number, box in enumerate(find_objects(parts) if is_tumour(name) else (), start=1):
+        for number, box in enumerate(find_objects(parts), start=1):
             levels = np.moveaxis(parts[box] == number, 2, 0).astype(np.uint8)
             longest = max(regionprops(level, **flat)[0].feret_diameter_max for level in levels)
             row = {"class": name, "ml": round(int(levels.sum()) * classes.voxel_ml, 2)}
@@ -371,7 +376,7 @@ def report_all(folder: Path, names: Sequence[str], weights: str) -> None:
     the cases that a person should look at, the lowest expected Dice first."""
     paths = (path for path in sorted(folder.glob("*/*.json")) if path.stem == path.parent.name)
     records = [read_record(path) for path in paths]
-    rows = [{k: v for k, v in row.items() if k not in UNLISTED} for row in records if row]
+    rows = [{k: v for k, v in row.items() if k not in NO_COLUMNS} for row in records if row]
     report(rows, names, folder, weights[:12])
     lesions = [
         (row["case"], lesion) for row in filter(None, records) for lesion in row["lesion_list"]

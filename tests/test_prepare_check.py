@@ -27,7 +27,7 @@ def plain():
 
 def findings(case: Path, **settings) -> dict[str, str]:
     """Kind → text for the only case of a Decathlon folder."""
-    cases, terms = prepare.read_data_set(Config(case, case.parent / "checked", **settings))
+    cases, terms = prepare.check.read_data_set(Config(case, case.parent / "checked", **settings))
     return dict(check.check_case(cases[0], terms, case.parent)["findings"])
 
 
@@ -125,7 +125,7 @@ def test_an_outline_that_fits_is_left_alone():
 
 
 def test_six_real_cases_raise_no_alarm_and_their_turned_outlines_do(tmp_path, real_ct):
-    cases, terms = prepare.read_data_set(Config(source=real_ct, destination=tmp_path))
+    cases, terms = prepare.check.read_data_set(Config(source=real_ct, destination=tmp_path))
     records = [check.check_case(case, terms, tmp_path) for case in cases]
     check.compare_cases(records, terms)
     assert [record["findings"] for record in records] == [[]] * 6
@@ -240,7 +240,7 @@ def test_clean_phantoms_raise_no_alarm(tmp_path, raw_phantoms):
     spleens = tmp_path / "spleen"
     make_phantoms.main(make_phantoms.Config(spleens, cases=4, size=48, organ="spleen"))
     for source, organ in ((raw_phantoms, {}), (spleens, {"foreground": ("spleen",)})):
-        cases, terms = prepare.read_data_set(Config(source, tmp_path / "out", **organ))
+        cases, terms = prepare.check.read_data_set(Config(source, tmp_path / "out", **organ))
         for case in cases:
             assert check.check_case(case, terms, tmp_path)["findings"] == []
 
@@ -270,6 +270,6 @@ def test_awkward_files_get_one_clear_error(name, tmp_path):
     label[1:3, 1:3, 1:2] = 1
     stem = name.removesuffix(".gz").removesuffix(".nii").removesuffix(".hdr")
     nib.save(nib.Nifti1Image(label, affine), tmp_path / "raw/labelsTr" / f"{stem}.nii.gz")
-    cases, terms = prepare.read_data_set(Config(tmp_path / "raw", tmp_path / "out"))
+    cases, terms = prepare.check.read_data_set(Config(tmp_path / "raw", tmp_path / "out"))
     ((_, text),) = check.list_errors(check.check_case(cases[0], terms, tmp_path / "out"), ())
     assert AWKWARD[name] in text

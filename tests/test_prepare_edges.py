@@ -70,16 +70,16 @@ def test_the_check_works_alone(raw, tmp_path):
     assert "1 of 3 cases with errors" in done.stderr
 
 
-@pytest.mark.parametrize("stage", [check, prepare], ids=["check", "cut"])
-def test_whatever_a_case_raises_the_others_are_done(stage, raw, monkeypatch, capsys):
-    real = check.read_pair
+@pytest.mark.parametrize(("stage", "step"), [(check, "read_pair"), (prepare, "choose_frame")])
+def test_whatever_a_case_raises_the_others_are_done(stage, step, raw, monkeypatch, capsys):
+    real = getattr(stage, step)
 
-    def broken(record, terms):
-        if record["case"] == "case_1":
+    def broken(case, *others):  # its record, or its scan
+        if "case_1" in str(getattr(case, "name", case)):
             raise MemoryError("huge")
-        return real(record, terms)
+        return real(case, *others)
 
-    monkeypatch.setattr(stage, "read_pair", broken)
+    monkeypatch.setattr(stage, step, broken)
     with pytest.raises(InputError, match="1 of 3 cases have errors"):
         run(raw, **TWO)
     assert "error: case_1: MemoryError: huge" in capsys.readouterr().out
