@@ -346,8 +346,9 @@ def report_cleaning(
 ) -> list[str]:
     """Return what trimming (ml) and `clean` changed by more than MUCH of an organ or MUCH_ML, with
     the option that prevents it, from class indices (X, Y, Z) before and after `clean`."""
-    notes, changed = list[str](), np.nonzero(before.T != after.T)
-    old, new = before.T[changed], after.T[changed]
+    notes, box = list[str](), find_bounding_box(before)
+    old, new = before[box].T, after[box].T  # as volumes are stored
+    old, new = old[changed := old != new], new[changed]
     for organ, tumours in group_tumours(names).items():
         kept = sum(np.count_nonzero(after == index) for index in (organ, *tumours))
         name, much = names[organ - 1], MUCH * kept * voxel_ml

@@ -21,15 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # says which environment is missing  # noqa: F401
 
 # isort: split
-import nibabel as nib
-import numpy as np
-from nibabel.affines import apply_affine
-from scipy.ndimage import gaussian_filter
-from scipy.spatial.transform import Rotation
-
-from data.files import InputError, write_json
-from data.settings import read_settings, run_script, show_progress
-from data.volumes import Volume
+from data.settings import read_settings, run_script
 
 
 @dataclass
@@ -45,6 +37,19 @@ class Config:
     tumours: tuple[int, int] = (0, 4)  # fewest and most tumours in a liver
     organ: Literal["liver", "spleen"] = "liver"  # organ of the label map
 
+
+if __name__ == "__main__":  # help and mistakes need no heavy library
+    CONFIG = read_settings(Config, __doc__)
+
+import nibabel as nib
+import numpy as np
+from nibabel.affines import apply_affine
+from scipy.ndimage import gaussian_filter
+from scipy.spatial.transform import Rotation
+
+from data.files import InputError, write_json
+from data.settings import show_progress
+from data.volumes import Volume
 
 # The atlas: HU and reference millimetres (x right, y front, z head)
 LABELS = {"liver": ("background", "liver", "tumour"), "spleen": ("background", "spleen")}
@@ -448,4 +453,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, read_settings(Config, __doc__))
+    run_script(main, CONFIG)

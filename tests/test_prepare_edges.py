@@ -86,7 +86,9 @@ def test_whatever_a_case_raises_the_others_are_done(stage, step, raw, monkeypatc
     written = json.loads((raw.parent / "prepared/dataset.json").read_text())
     assert [case["case"] for case in written["cases"]] == ["case_0", "case_2"]
     monkeypatch.undo()
-    assert len(run(raw, crop_to_body=True, **TWO)["cases"]) == 3  # no verdict on the scan was remembered
+    assert (
+        len(run(raw, crop_to_body=True, **TWO)["cases"]) == 3
+    )  # no verdict on the scan was remembered
 
 
 def test_a_full_disk_is_no_verdict_on_a_scan(raw, monkeypatch):
