@@ -425,7 +425,7 @@ def read_case(
         classes=translate_classes(model.chain.labels, model.declared, declared),
         ignore=case.described.ignore if case.described else (),
     )  # fmt: skip
-    truth = label.ras.like(scans.mark_undrawn(label.ras.data, 0, *case.drawn))
+    truth = label.ras.like(scans.mark_undrawn(label.ras.data, *case.drawn))
     return scan, truth, list(dict.fromkeys([*notes, *label.notes]))
 
 

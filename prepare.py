@@ -240,7 +240,7 @@ def cut_case(record: Record, config: Config, terms: check.Terms) -> Record:
         scan, label = check.read_pair(record, terms)
         whole = config.subvolume_depth and not config.crop_to_body
         frame = ALL if whole else choose_frame(scan, label.data, config)
-        marked = mark_undrawn(label.data, 0, record["drawn_slice"], terms.label_every)
+        marked = mark_undrawn(label.data, record["drawn_slice"], terms.label_every)
         outline = replace(label, data=marked)
         counts = check.count_per_slice(outline, terms)
     except Exception as error:

@@ -47,7 +47,7 @@ from data.files import InputError, explain
 from data.labels import IGNORED, IMAGE, LABEL, Labels, index_classes
 from data.pictures import draw_inputs, save_figure, spread
 from data.settings import human_bytes, show_progress
-from data.volumes import SLAB, Box, Volume, find_body, find_bounding_box, list_slabs, read_file
+from data.volumes import SLAB, Box, Volume, find_body, find_bounding_box, read_file
 from utilities import UNet3D, choose_layout, on_device, pick_precision, rank_and_size
 
 KEYS = (IMAGE, LABEL)
@@ -241,11 +241,12 @@ def probability_on_grid(
     probability = np.zeros(ras_shape, np.uint8, order="F")
     seen = tuple(slice(0, size) for size in scores.shape[1:])
     x, y, _ = find_source_box(seen, source_to_network, ras_shape)
-    for first, last in list_slabs(ras_shape[2], SLAB):
-        fine = to_source_grid(scores, source_to_network, (x, y, slice(first, last)))
+    for first in range(0, ras_shape[2], SLAB):
+        slab = slice(first, min(first + SLAB, ras_shape[2]))
+        fine = to_source_grid(scores, source_to_network, (x, y, slab))
         # softmax: 1 − p(background) = sigmoid(log Σ exp(logit − background's logit))
         some = torch.logsumexp(fine, dim=0).sigmoid()
-        probability[x, y, first:last] = (some * 255).round().to(torch.uint8).numpy()
+        probability[x, y, slab] = (some * 255).round().to(torch.uint8).numpy()
     return probability
 
 

@@ -65,19 +65,15 @@ def build_network(name: str, *, in_channels: int, out_channels: int, base_channe
     return NETWORKS[name](*given, size=tuple(input_size), projections=projections)
 
 
-def list_widths(base_channels: int) -> list[int]:
-    """Return the channels of MONAI's U-Nets from the top to the bottom."""
-    return [max(base_channels // 2, 1) * 2**level for level in range(5)]
-
-
 # name → network of channels in and out, width, dropout (and size, projections)
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "unet3d": lambda i, o, c, d, **_: UNet3D(i, o, c, d),
     "unet": lambda i, o, c, d, **_: nets.UNet(
-        3, i, o, list_widths(c), (2, 2, 2, 2), num_res_units=2, norm="batch", dropout=d
+        3, i, o, [max(c // 2, 1) << level for level in range(5)], (2, 2, 2, 2), num_res_units=2,
+        norm="batch", dropout=d,
     ),
     "attention_unet": lambda i, o, c, d, **_: nets.AttentionUnet(
-        3, i, o, list_widths(c), (2, 2, 2, 2), dropout=d
+        3, i, o, [max(c // 2, 1) << level for level in range(5)], (2, 2, 2, 2), dropout=d
     ),
     "segresnet": lambda i, o, c, d, **_: nets.SegResNet(  # group norm: at least 8 channels
         3, max(c // 2, 8), i, o, dropout_prob=d or None

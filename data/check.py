@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import numpy as np
@@ -217,7 +218,7 @@ def inspect_case(record: dict[str, Any], terms: Terms) -> Any:
     x, y, z = (pictures.find_busiest_slice(inside, axis) for axis in range(3))
     middle = (x * step, y * step, z)
     dotted = better and move_mask(mask_values(outline, terms.foreground), better, step)
-    figure = draw_overlay(record["case"], scan.ras, outline, middle, terms.labels, dotted)
+    figure = draw_overlay(record, scan.ras, outline, middle, terms, dotted)
     record["slice_sums"] = sum_slices(coarse)
     return figure
 
@@ -274,15 +275,16 @@ def join_sums(sums: Sequence[int]) -> str:
 
 
 def draw_overlay(
-    name: str, scan: Volume, outline: np.ndarray, middle: Sequence[int], labels: Labels, dotted: Any
+    record: dict, scan: Volume, outline: np.ndarray, middle: tuple, terms: Terms, dotted: Any
 ) -> Any:
-    """Return a figure: three planes of a scan (RAS) with the outlines of labels and of `dotted`."""
+    """Return a figure: three planes of a scan (RAS) with the outlines of labels and of `dotted`,
+    and the worst findings of the record, or a tick."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.6))  # no layout engine: it would draw everything twice
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.87, wspace=0.02)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.09, top=0.83, wspace=0.02)
     window = pictures.choose_hu_window(scan.data[:, :, middle[2], None])
-    classes = {"": (0,)} | {label: values for label, values in labels.items() if values != (0,)}
+    classes = {"": (0,)} | {name: of for name, of in terms.labels.items() if of != (0,)}
     for axes, (plane, (cut, _)) in zip(figure.subplots(1, 3), pictures.PLANES.items(), strict=True):
         part = [slice(None)] * 3
         part[cut] = slice(middle[cut], middle[cut] + 1)
@@ -292,7 +294,12 @@ def draw_overlay(
         if dotted is not None:
             flat = pictures.flatten(dotted.view(np.uint8), cut, middle[cut])
             pictures.draw_outlines(axes, flat, None, "dotted")
-    figure.suptitle(name, fontsize=11)
+    told = sorted(f"{RULES[k][0]}: {t}" for k, t in record["findings"] if RULES[k][0] != "note")
+    verdict = "\n".join(shorten(text, 170) for text in told[:2]) or "✓ nothing to correct"
+    colour = "firebrick" if verdict.startswith("error") else "darkorange" if told else "green"
+    figure.suptitle(f"{record['case']}\n{verdict}", fontsize=10, color=colour)
+    more = {} if dotted is None else {"fits_better_(dotted)": pictures.TRUTH_COLOUR}
+    pictures.add_legend(figure, list(classes)[1:], truth=False, **more)
     return figure
 
 

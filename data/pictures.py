@@ -151,14 +151,14 @@ def make_figure(interactive: bool) -> Any:
     return pyplot.figure(figsize=(6, 6), layout="constrained")
 
 
-def add_legend(figure: Any, class_names: Sequence[str], truth: bool, doubt: bool = False) -> None:
-    """Write below a figure which colour stands for what."""
+def add_legend(figure: Any, class_names: Sequence[str], truth: bool, **more: str) -> None:
+    """Write below a figure which colour stands for what; `more`: other words and their colours."""
     from matplotlib.lines import Line2D
 
     lines = {"truth": TRUTH_COLOUR} if truth else {}
     for value, name in enumerate(class_names, start=1):
         lines[f"predicted {name}" if truth else name] = class_colour(value)
-    lines |= {"in doubt": DOUBT_COLOUR} if doubt else {}
+    lines |= {text.replace("_", " "): colour for text, colour in more.items()}
     handles = [Line2D([], [], color=colour, label=text) for text, colour in lines.items()]
     columns = max(1, min(len(handles), int(figure.get_figwidth() // 2)))  # an entry takes 2 inches
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
@@ -197,7 +197,8 @@ def draw_planes(
         figure.axes[3].imshow(red, interpolation="none", aspect=figure.axes[3].get_aspect())
     unit = " HU" if window == HU_WINDOW else ""
     figure.suptitle(f"{title} · grey: {window[0]:g} to {window[1]:g}{unit}", fontsize=11)
-    add_legend(figure, names, truth=LABEL in data and PRED in data, doubt=doubt is not None)
+    more = {} if doubt is None else {"in_doubt": DOUBT_COLOUR}
+    add_legend(figure, names, truth=LABEL in data and PRED in data, **more)
     return figure
 
 

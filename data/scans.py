@@ -25,7 +25,7 @@ from data.labels import (
     list_values,
 )
 from data.seg import compare_frames, lay_structures, read_seg, wrong_grid
-from data.volumes import Volume, list_parts, list_slabs, read_file
+from data.volumes import Volume, list_parts, read_file
 
 GRID_TOLERANCE = 0.5  # voxels that scan and label map may lie apart, at the worst corner
 GRID_NOTICE = 0.01  # voxels from which on a note reports it
@@ -301,20 +301,20 @@ def name_label(label: Path | Masks | None) -> str:
     return ", ".join(str(p) for _, p in label) if isinstance(label, tuple) else str(label)
 
 
-def mark_undrawn(slab: np.ndarray, first: int, drawn: int, every: int) -> np.ndarray:
-    """Return a label map (from slice `first` on) with IGNORED but in `drawn` ± n times `every`."""
-    if every == 1:
-        return slab
-    slab = np.array(slab, order="F")
-    slab[:, :, (np.arange(first, first + slab.shape[2]) - drawn) % every != 0] = IGNORED
-    return slab
+def mark_undrawn(array: np.ndarray, drawn: int, every: int) -> np.ndarray:
+    """Return a label map (X, Y, Z) with IGNORED but in the slices `drawn` ± n times `every`."""
+    if every > 1:
+        array = np.array(array, order="F")
+        array[:, :, (np.arange(array.shape[2]) - drawn) % every != 0] = IGNORED
+    return array
 
 
 def list_cuts(depth: int, size: int, every: int, shift: float) -> list[tuple[int, int]]:
     """Return (first, last) of sub-volumes. Where only each `every`-th slice is annotated they
     overlap, `shift` (0..1) moved: strided layers learn nothing of places never annotated."""
     if every == 1 or size >= depth:
-        return list_slabs(depth, size, reach_back=True)
+        firsts = [min(n, max(depth - size, 0)) for n in range(0, depth, size)]  # the last is full
+        return [(first, min(first + size, depth)) for first in firsts]
     step = max(n for n in range(1, size + 1) if math.gcd(n, every) == 1)
-    firsts = (min(max(f, 0), depth - size) for f in range(-int(shift * every), depth, step))
-    return [(first, first + size) for first in dict.fromkeys(firsts)]
+    starts = (min(max(f, 0), depth - size) for f in range(-int(shift * every), depth, step))
+    return [(first, first + size) for first in dict.fromkeys(starts)]

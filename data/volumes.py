@@ -354,12 +354,6 @@ def write_masked(scan: Volume, label: Volume, background: int, path: Path) -> No
     scan.like(array).write(path, check=True)
 
 
-def list_slabs(depth: int, step: int, reach_back: bool = False) -> list[tuple[int, int]]:
-    """Return (first, last) of slabs of `step` slices; with `reach_back` the last one is full."""
-    firsts = [min(n, max(depth - step, 0)) if reach_back else n for n in range(0, depth, step)]
-    return [(first, min(first + step, depth)) for first in firsts]
-
-
 def find_bounding_box(mask: np.ndarray) -> Box:
     """Return the smallest box around what is not 0; of no voxels where nothing is."""
     box = [slice(0, size) for size in mask.shape]

@@ -8,6 +8,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from data import check
 from data.labels import IGNORED, IMAGE, LABEL, PRED
 from data.pictures import (
     HU_WINDOW,
@@ -135,3 +136,20 @@ def test_a_legend_fits_into_a_narrow_figure():
     figure.draw_without_rendering()
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+
+
+def test_the_picture_of_a_case_carries_its_verdict(monkeypatch):
+    told = []
+    monkeypatch.setattr(Figure, "suptitle", lambda _, text, **look: told.append((text, look)))
+    record = {"case": "a", "findings": []}
+    terms = check.Terms({"background": (0,), "liver": (1,)}, (1,))
+    volume = Volume(np.zeros((8, 8, 8), np.int16), np.eye(4))
+    for kind in ("mixture", "air", "hu"):  # a note, a warning, an error
+        check.draw_overlay(record, volume, volume.data, (4, 4, 4), terms, None)
+        record["findings"].append((kind, f"text of {kind}"))
+    check.draw_overlay(record, volume, volume.data, (4, 4, 4), terms, None)
+    assert [text.partition("\n")[2] for text, _ in told] == [
+        "✓ nothing to correct", "✓ nothing to correct", "warning: text of air",
+        "error: text of hu\nwarning: text of air",
+    ]  # fmt: skip
+    assert [look["color"] for _, look in told] == ["green", "green", "darkorange", "firebrick"]

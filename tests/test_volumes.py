@@ -18,7 +18,8 @@ import data.volumes
 from benchmarks import sweeps
 from benchmarks.sweeps import AFFINE, make_array, same_place, write_meta, write_nifti, write_nrrd
 from data.files import InputError
-from data.volumes import Volume, keep_volumes, list_parts, list_slabs, name_case, read_file
+from data.scans import list_cuts
+from data.volumes import Volume, keep_volumes, list_parts, name_case, read_file
 
 SECRET = "DOE^JANE"
 BIG = make_array(">i2")
@@ -44,8 +45,7 @@ def test_voxels_of_all_48_orientations_keep_their_position_through_ras_and_back(
 
 
 def test_slabs_cover_all_slices() -> None:
-    assert list_slabs(10, 4) == [(0, 4), (4, 8), (8, 10)]
-    assert list_slabs(10, 4, reach_back=True) == [(0, 4), (4, 8), (6, 10)]
+    assert list_cuts(10, 4, 1, 0.0) == [(0, 4), (4, 8), (6, 10)]
 
 
 def test_a_box_keeps_its_position() -> None:
