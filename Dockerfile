@@ -14,7 +14,7 @@ WORKDIR /liver
 COPY requirements.txt .
 ARG INDEX
 RUN python -m venv .venv \
-    && .venv/bin/pip install --no-cache-dir "$(grep ^torch= requirements.txt)" ${INDEX:+--index-url "$INDEX"} \
+    && .venv/bin/pip install --no-cache-dir "$(grep -o '^torch=[^ ]*' requirements.txt)" ${INDEX:+--index-url "$INDEX"} \
     && .venv/bin/pip install --no-cache-dir -r requirements.txt \
     && touch .venv/installed
 ENV PATH="/liver/.venv/bin:$PATH" MPLBACKEND=Agg
