@@ -178,8 +178,8 @@ def build_resnet34(inputs: int, outputs: int, dropout: float, projections: bool)
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """Return the network on a device, its weights in the layout of its input; cuDNN, which sees few
-    shapes, is let to look for its fastest algorithms."""
+    """Return the network on a device, its weights in the layout of its input; cuDNN may search its
+    fastest algorithms, because it sees few shapes."""
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     flat = isinstance(network, SliceBySlice) and device.type != "mps"
     layout = torch.channels_last if flat else choose_layout(device)
@@ -211,7 +211,7 @@ USUAL_TYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64, torc
 
 
 def save_checkpoint(path: Path, **entries: Any) -> None:
-    """Write the entries of CHECKPOINT completely or not at all; those of None may be left out."""
+    """Write the entries of CHECKPOINT completely or not at all; what may be None may be left out."""
     check_types(entries, CHECKPOINT, str(path), "give every entry of CHECKPOINT")
     with atomic_write(path) as temporary:
         torch.save({"schema": SCHEMA, **entries, "versions": read_versions()}, temporary)

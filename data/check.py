@@ -501,7 +501,7 @@ def move_mask(mask: np.ndarray, place: Place, step: int) -> np.ndarray:
 
 
 def choose_step(shape: Sequence[int]) -> int:
-    """Return each how-manieth voxel in-plane is enough for the statistics."""
+    """Return the step between the voxels in-plane that the statistics use."""
     return max(1, round(max(shape[:2]) / COARSE))
 
 
