@@ -186,7 +186,7 @@ def resampling_device(device: torch.device) -> torch.device:
 
 
 def interpolation_matrix(position: np.ndarray, size: int) -> torch.Tensor:
-    """Return weights (len(position), size) of linear interpolation; beyond the edges they repeat."""
+    """Return weights (len(position), size) of linear interpolation; edges repeat beyond."""
     distance = np.abs(np.clip(position, 0, size - 1)[:, None] - np.arange(size))
     return torch.from_numpy(np.maximum(1 - distance, 0).astype(np.float32))
 
@@ -462,7 +462,7 @@ def cache_split(
 def cache_items(
     items: Sequence[Any], prepare: Callable[[Any], Any], rate: float = 1.0, title: str = ""
 ) -> list[Any]:
-    """Return `prepare(item)` of a fraction `rate` of the items; of the others a call that does it."""
+    """Return `prepare(item)` of a fraction `rate` of the items, of the others a call for it."""
     count = round(rate * len(items))
     # An interrupt drops the items that have not begun, and waits for the others.
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:

@@ -211,7 +211,7 @@ USUAL_TYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64, torc
 
 
 def save_checkpoint(path: Path, **entries: Any) -> None:
-    """Write the entries of CHECKPOINT completely or not at all; what may be None may be left out."""
+    """Write the entries of CHECKPOINT completely or not at all; None may be left out."""
     check_types(entries, CHECKPOINT, str(path), "give every entry of CHECKPOINT")
     with atomic_write(path) as temporary:
         torch.save({"schema": SCHEMA, **entries, "versions": read_versions()}, temporary)
