@@ -8,7 +8,7 @@ import make_phantoms
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import SHARED_DATA, without_pictures
+from conftest import without_pictures
 from helpers import LPS, call_script, ras_arrays, read_voxels, run, save_case, write_patients
 
 import prepare
@@ -243,33 +243,3 @@ def test_clean_phantoms_raise_no_alarm(tmp_path, raw_phantoms):
         cases, terms = prepare.read_data_set(Config(source, tmp_path / "out", **organ))
         for case in cases:
             assert check.check_case(case, terms, tmp_path)["findings"] == []
-
-
-AWKWARD = {  # file → part of the one message
-    "5D_small.nii": "one 3D volume, got shape (1, 2, 3, 1, 3)",
-    "functional.nii": "one 3D volume, got shape (17, 21, 3, 20)",
-    "nifti1.hdr": "nifti1.img",
-    "not-nifti.nii": "not-nifti.nii: ",
-    "alireza_case2_bigendian_f32.nii": "",
-    "niivue_CT_pitch.nii.gz": "8 bits cannot hold HU",
-}
-
-
-@pytest.mark.parametrize("name", AWKWARD)
-def test_awkward_files_get_one_clear_error(name, tmp_path):
-    source = SHARED_DATA / "awkward" / name
-    if not source.exists():
-        pytest.skip("the awkward files are not here (beside the project)")
-    for folder in ("imagesTr", "labelsTr"):
-        (tmp_path / "raw" / folder).mkdir(parents=True)
-    for file in source.parent.glob(f"{name.split('.hdr')[0]}*"):
-        (tmp_path / "raw/imagesTr" / file.name).symlink_to(file)
-    scan = nib.load(source) if name != "not-nifti.nii" else None
-    shape, affine = (scan.shape[:3], scan.affine) if scan else ((4, 4, 4), np.eye(4))
-    label = np.zeros(shape, np.uint8)
-    label[1:3, 1:3, 1:2] = 1
-    stem = name.removesuffix(".gz").removesuffix(".nii").removesuffix(".hdr")
-    nib.save(nib.Nifti1Image(label, affine), tmp_path / "raw/labelsTr" / f"{stem}.nii.gz")
-    cases, terms = prepare.read_data_set(Config(tmp_path / "raw", tmp_path / "out"))
-    ((_, text),) = check.list_errors(check.check_case(cases[0], terms, tmp_path / "out"), ())
-    assert AWKWARD[name] in text
