@@ -175,6 +175,11 @@ def test_a_seg_of_another_scan_is_refused(tmp_path):
     assert "another frame of reference" in trusted.notes[0]
     with pytest.raises(InputError, match="must be a DICOM SEG, got image"):
         read_seg(image.files[0], image, CLASSES)
+    whole = seg.read_bytes()
+    for part in (0.9, 0.3, 0.1):  # cut off
+        seg.write_bytes(whole[: int(part * len(whole))])
+        with pytest.raises(InputError, match=r"seg\.dcm"):
+            read_seg(seg, image, USUAL_LABELS)
 
 
 def test_a_seg_without_reference_and_labels_is_read(tmp_path):

@@ -7,7 +7,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import run_here
 from make_phantoms import Config, main, make_phantom
 
 SMALL = Config(size=64, slices=(28, 36))
@@ -52,18 +51,3 @@ def test_the_liver_is_whole_and_on_the_right_in_every_orientation(index: int) ->
     assert image.data.min() >= -1024
     assert -1030 < np.median(image.data[:3, :3]) < -970, "air beside the body"
     assert 80 < np.median(image.data[label.data == 1]) < 130
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (("--slices", 40, 20), "--slices must be 8 <= fewest <= most, got 40 20"),
-        (("--tumours", -1, 2), "--tumours must be"),
-        (("--size", 4), "--size 4"),
-        (("--cases", 0), "--cases 0"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused_first(tmp_path: Path, words, told: str) -> None:
-    ended = run_here("data/make_phantoms.py", "--destination", tmp_path / "raw", *words)
-    assert told in str(ended)
-    assert not (tmp_path / "raw").exists()
