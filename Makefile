@@ -1,5 +1,6 @@
 # make demo   install, make phantoms, train a small network, segment unseen ones, draw one in 3D
 # make test   install and run all tests
+# make mutations   break the product on purpose, line by line: does a test notice? (minutes)
 # make reliability   test with bad files, kills, full disks, two processes at once (hours; --quick: minutes)
 # make peers   train nnU-Net and MONAI's tutorial in the same CPU minutes (hours)
 # make gpu   check and measure a GPU, at most ten minutes (docs/evidence/scale.md)
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := data/demo
 
-.PHONY: demo gpu starter peers test lint pictures reliability system-packages
+.PHONY: demo gpu starter peers test mutations lint pictures reliability system-packages
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -52,6 +53,10 @@ gpu: .venv/installed
 # One torch thread per test process: two processes fill two cores without fighting.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# tests/mutations.py lists them, each with the test that must fail.
+mutations: .venv/installed
+	$(BIN)/python tests/mutations.py --workers 2
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import multiprocessing
 import os
@@ -21,7 +20,6 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import apply_model
 import data.evaluate
-import preprocess
 import train
 import utilities
 from data.settings import delayed_interrupt
@@ -70,25 +68,6 @@ def busy(begun: Any, told: Any) -> None:
                 time.sleep(0.01)
 
     start_script(step, None)
-
-
-def slowly(begun: Any, item: int) -> dict[str, torch.Tensor]:
-    """A sub-volume, after some tenths of a second in torch."""
-    begun.set()
-    for _ in range(20):
-        torch.randn(64, 64) @ torch.randn(64, 64)
-        time.sleep(0.01)
-    return {"image": torch.zeros(item + 1)}
-
-
-def caching(begun: Any, told: Any) -> None:
-    """What train.py does first."""
-    sys.stderr = os.fdopen(os.dup(told.fileno()), "w")
-    prepare = functools.partial(slowly, begun)
-    try:
-        start_script(lambda _: preprocess.cache_items(range(1000), prepare), None)
-    finally:
-        sys.stderr.flush()
 
 
 def write_blank(figure: Figure, path: Path | str, **how: object) -> None:

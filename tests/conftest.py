@@ -113,6 +113,14 @@ def raw_phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """A Decathlon folder of three phantoms, which a test may change."""
+    from helpers import write_patients
+
+    return write_patients(tmp_path / "raw")
+
+
 @pytest.fixture(scope="session")
 def prepared(raw_phantoms: Path) -> Path:
     """The same phantoms after prepare.py; tests must not change it."""
@@ -144,6 +152,20 @@ def few(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "subvolumes").symlink_to(prepared / "subvolumes")
     (folder / "dataset.json").write_text(json.dumps(content))
     return folder
+
+
+@pytest.fixture(scope="session")
+def begun(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one epoch on few sub-volumes; tests must not change it."""
+    from helpers import small_config
+
+    import train
+
+    run = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch.setattr)
+        train.main(small_config(few, run, max_epochs=1))
+    return run
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def interrupt_second(*_, **__):
 def validate_alike(*given, **how):
     """In the place of `validate`: every process must ask the network that is saved."""
     row, run = USUAL(*given, **how), given[0]
-    first, second = utilities.gather([float(buffer.sum()) for buffer in run.kept.buffers()])
+    first, second = utilities.gather([float(v.sum()) for v in run.kept.state_dict().values()])
     if first != second:
         print("the processes validate different networks", flush=True)
     return row

@@ -1,4 +1,4 @@
-"""README.md and the pages in docs/: their blocks, links, words and sentences; running a block."""
+"""README.md and the pages in docs/: their blocks, links and words; running a block."""
 
 from __future__ import annotations
 
@@ -89,14 +89,3 @@ def find_links(page: str) -> list[str]:
     """Targets of the links and pictures of a page, without those on the web."""
     targets = re.findall(r"\]\(([^)]+)\)", PAGES[page])
     return [target for target in targets if "://" not in target]
-
-
-def list_sentences(text: str) -> list[str]:
-    """The sentences of a page's prose: no code, tables, headings, pictures or comments."""
-    text = re.sub(r"^```.*?^```$|<!--.*?-->|!\[.*?\]\(.*?\)", "", text, flags=re.DOTALL | re.M)
-    text = re.sub(r"^(\||#).*$", "", text, flags=re.MULTILINE)
-    text = re.sub(r"\]\([^)]*\)", "]", text)
-    parts = re.split(
-        r"\n\s*\n|^\s*(?:[-*]|\d+\.) |(?<=[.:!?])\s+(?=[A-Z`*\[(\d])", text, flags=re.M
-    )
-    return [part for part in parts if part and re.search(r"\w", part)]

@@ -14,8 +14,6 @@ from __future__ import annotations
 import collections
 import ctypes
 import functools
-import json
-import os
 import sys
 import threading
 from dataclasses import dataclass
@@ -30,7 +28,6 @@ TORCH = "2.13."  # whose tables of functions `announce_device` writes to
 CPU, GPU = 1, 2  # device types of DLPack
 ROOT = Path(__file__).resolve().parent.parent
 TRIPS: collections.Counter[tuple[str, str]] = collections.Counter()  # (kind, line) → times
-OPERATIONS: collections.Counter[str] = collections.Counter()  # operator → calls
 STREAMS: collections.Counter[str] = collections.Counter()  # stream → operators
 KEPT: list[Any] = []  # what torch's C++ holds pointers to
 
@@ -73,7 +70,6 @@ def find_line() -> str:
 def run_on_cpu(operator: Any, *args: Any, **kwargs: Any) -> Any:
     """Do an operator of CUDA tensors by the CPU's kernel; raise where devices are mixed."""
     name = operator._schema.name
-    OPERATIONS[name] += 1
     if name in BLOCKING:
         TRIPS["cuda→cpu", find_line()] += 1
     given, form = pytree.tree_flatten((args, kwargs))
@@ -139,7 +135,6 @@ def cast_all(values: Any, old: torch.dtype, new: torch.dtype) -> Any:
 
 
 def copy_(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    OPERATIONS["aten::copy_"] += 1
     ends = source.device.type, target.device.type
     if ends[0] != ends[1]:
         TRIPS["→".join(ends) + " async" * non_blocking, find_line()] += 1
@@ -285,10 +280,3 @@ def install(capability: tuple[int, int] = (9, 0), free: int = 80 << 30) -> None:
 
 if not torch.cuda.is_available():
     install()
-
-
-def pytest_sessionfinish() -> None:
-    """Leave the counts where the caller of pytest asked for them."""
-    if path := os.environ.get("TRIPS"):
-        rows = [[kind, line, count] for (kind, line), count in TRIPS.most_common()]
-        Path(path).write_text(json.dumps(rows))

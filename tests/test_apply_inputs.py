@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from helpers import Threshold
 
 import apply_model
 from apply_model import Model, Options
@@ -27,20 +28,6 @@ AFFINE = np.array([[-3.0, 0, 0, 60], [0, -3.0, 0, 50], [0, 0, 5.0, -40], [0, 0, 
 LABELS = {"background": (0,), "liver": (1, 2)}
 CHAIN = Chain("subvolumes", (3.0, 3.0), (-200.0, 250.0), (48, 48), LABELS, (), False)
 INFERENCE = {"window": (48, 48, 16), "overlap": 0.5}
-
-
-class Threshold(torch.nn.Module):
-    """An organ is what is brighter than `limit`; the first `shortages` calls lack memory."""
-
-    def __init__(self, limit: float = 0.5, shortages: int = 0):
-        super().__init__()
-        self.limit, self.shortages, self.shapes = limit, shortages, []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.shapes.append(tuple(x.shape))
-        if len(self.shapes) <= self.shortages:
-            raise RuntimeError("MPS backend out of memory")  # cuDNN's is no OutOfMemoryError either
-        return torch.cat([self.limit - x, x - self.limit], dim=1)
 
 
 def known_model(sampling="subvolumes", window=(48, 48, 16), **changes) -> Model:
@@ -202,20 +189,13 @@ def test_where_memory_is_short_a_scan_is_done_with_less(shortages, device, sizes
     assert [shape[0] for shape in model.network.shapes] == [4, 1], "the next scan begins anew"
 
 
-def test_a_scan_whose_resampling_lacks_memory_is_resampled_on_the_cpu(monkeypatch):
-    resample, places = apply_model.preprocess_volume, []
-
-    def refuse_once(scan, chain, device):
-        places.append(str(device))
-        if len(places) == 1:
-            raise RuntimeError("CUDA out of memory")
-        return resample(scan, chain, device)
-
-    monkeypatch.setattr(apply_model, "preprocess_volume", refuse_once)
-    hu = np.zeros((40, 36, 24), np.float32)
-    hu[10:30, 10:30] = 100
-    found = apply_model.segment(known_model(), Volume(hu, AFFINE * [[-1], [-1], [1], [1]]))
-    assert places == ["cpu", "cpu"] and (found.label.data[15:25, 15:25] == 1).all()
+def test_an_edge_of_fat_is_trimmed_unless_that_is_off():
+    hu = np.full(SHAPE, -1000, np.int16)
+    hu[10:30, 10:30], hu[30:32, 10:30] = 100, -100
+    for trim in (True, False):
+        model, how = known_model(network=Threshold(0.1)), Options(trim_by_hu=trim)
+        found = apply_model.segment(model, Volume(hu, AFFINE), how).label.data
+        assert (found[20, 20, 12], found[30, 20, 12]) == (1, not trim)
 
 
 def test_patches_slide_where_there_is_anything_but_air():
@@ -313,19 +293,6 @@ def test_a_missing_result_is_made_again_and_a_corrected_one_stays(use, tmp_path,
     apply(use, scan, probability=True)
     assert "finished before" in capsys.readouterr().out
     assert (result / "a_label.nii.gz").read_bytes() == corrected
-
-
-def test_a_foreign_record_is_no_finished_case(use, tmp_path):
-    scan = save(SCAN, tmp_path / "a.nii.gz")
-    record, other = (use["destination"] / name / f"{name}.json" for name in ("a", "other"))
-    for path in (record, other):
-        path.parent.mkdir(parents=True)
-    for content in ("", "[]", '{"case": "a"}', '{"case": 1, "files": 2}'):
-        for path in (record, other):
-            path.write_text(content)
-        assert list(apply(use, scan)) == ["a"]
-        assert json.loads(record.read_text())["case"] == "a"
-        assert other.read_text() == content
 
 
 def test_two_processes_do_not_write_into_one_folder(use, tmp_path):

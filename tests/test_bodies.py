@@ -26,11 +26,8 @@ def test_bodies_are_repeatable_and_differ(tmp_path):
             assert np.array_equal(np.asanyarray(written.dataobj), volume.data)
     one, other = (bodies.make_body(index, config)[0] for index in (0, 1))
     assert one.shape != other.shape or not np.array_equal(one.data, other.data)
-    image, label = bodies.make_body(0, config)
-    liver = np.argwhere(label.data > 0)
-    assert 150 < len(liver) * 12**3 / 1000 < 4500, "ml"
-    assert liver[:, 0].mean() > label.shape[0] / 2, "in RAS, x grows to the right"
-    assert -30 < np.median(image.data[label.data == 1]) < 200
+    label = bodies.make_body(0, config)[1].data
+    assert np.argwhere(label)[:, 0].mean() > label.shape[0] / 2, "in RAS, x grows to the right"
 
 
 def test_a_phantom_around_a_mask_keeps_its_voxels_and_its_grid(tmp_path):

@@ -19,7 +19,6 @@ from helpers import augment_of, cached, tiny
 import apply_model
 import preprocess
 import train
-import utilities
 from data.evaluate import dice_metric
 from data.labels import IGNORED, IMAGE, LABEL
 from data.volumes import read_file
@@ -162,60 +161,6 @@ def test_a_step_waits_for_nothing(name):
 
 
 # Each breaks what a check above holds: (check, module or class, name, what stands there instead).
-FAULTS = {
-    "batches stay in host memory": (check_batch, preprocess, "move", lambda t, device: t),
-    "batches go without being pinned": (check_batch, preprocess, "move", lambda t, d: t.to(d)),
-    "a label stays behind": (
-        check_batch, preprocess, "move",
-        lambda t, d: t if t.dtype == torch.uint8 else t.pin_memory().to(d, non_blocking=True),
-    ),
-    "noise of the host's generator": (
-        check_batch, torch, "Generator", lambda *_, kind=torch.Generator: kind("cpu"),
-    ),
-    "noise drawn on the host": (
-        check_batch, torch, "empty_like", lambda t: torch.empty(t.shape, device="cpu"),
-    ),
-    "an epoch's numbers do not count": (
-        check_batch, np.random, "default_rng",
-        lambda seed, kind=np.random.default_rng: kind(seed[2]),
-    ),
-    "made in the network's stream": (
-        check_streams, torch.cuda, "stream", lambda stream: contextlib.nullcontext(),
-    ),
-    "the network does not wait for the batch": (
-        check_streams, SubvolumeLoader, "take", lambda self, coming: coming.result()[0],
-    ),
-    "the batch does not wait for the network": (
-        check_streams, SubvolumeLoader, "make_batch",
-        lambda self, indices, stream, used: (self.dataset.make_batch(indices), None),
-    ),
-    "a loss that asks how many voxels are known": (
-        check_step, train.AnnotatedLoss, "forward",
-        lambda self, logits, label: logits.movedim(1, -1)[label[:, 0] != IGNORED].mean(),
-    ),
-    "a step that looks at its logits": (
-        check_step, utilities, "predict_classes",
-        lambda logits: (logits[:, 1] > logits.max().item()).to(torch.uint8),
-    ),
-    "a GPU whose layers are wrong": (
-        check_probe, UNet3D, "forward",
-        lambda self, x, real=UNet3D.forward: real(self, x) * (1 + x.is_cuda),
-    ),
-    "a GPU that gives NaN": (
-        check_probe, UNet3D, "forward",
-        lambda self, x, real=UNet3D.forward: real(self, x) * (float("nan") if x.is_cuda else 1),
-    ),
-}  # fmt: skip
-
-
-@ON_GPU
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_planted_on_purpose_are_caught(fault, monkeypatch):
-    check, place, name, wrong = FAULTS[fault]
-    if PRETENDED:
-        monkeypatch.setattr(place, name, wrong)
-        with pytest.raises((AssertionError, RuntimeError)):
-            check()
 
 
 # ---------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import preprocess
 import train
 import utilities
 from data.files import InputError
-from data.splits import read_prepared
 from utilities import load_checkpoint
 
 
@@ -75,10 +74,3 @@ def test_too_little_memory_names_what_to_lower(words, few, tmp_path, monkeypatch
     monkeypatch.setattr(utilities, "train_step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main(config)
-
-
-def test_class_weights_come_from_the_counted_voxels(prepared):
-    labels = {"background": (0,), "liver": (1,), "tumour": (2,)}
-    weights = train.class_weights(read_prepared(prepared), labels)
-    assert weights.mean() == pytest.approx(1.0)
-    assert weights[0] < weights[1] < weights[2]

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, without_pictures
@@ -14,7 +13,6 @@ from helpers import small_config
 import apply_model
 import prepare
 import train
-from data import evaluate
 from data.files import InputError
 from data.settings import read_settings
 from data.splits import choose_fold, read_cases, read_prepared
@@ -90,6 +88,8 @@ def test_a_recipe_gives_its_settings_and_options_win(monkeypatch):
     mixed = read(monkeypatch, "laptop", "--no-amsgrad", "--loss=ce", recipes=train.RECIPES)
     assert (mixed.loss, mixed.network) == ("ce", "unet")
     assert {"amsgrad", "loss", "network"} <= mixed.list_given()
+    with pytest.raises(SystemExit, match=r"must be one of liver-unet3d"):
+        read(monkeypatch, "liver-tumor", recipes=train.RECIPES)
     labels = read(monkeypatch, "--labels", "liver=liver,tumour", "spleen").labels
     assert labels == {"liver": ("liver", "tumour"), "spleen": ("spleen",)}
 
@@ -121,17 +121,6 @@ def test_settings_of_a_file_that_cannot_be_are_one_error(content, message, tmp_p
     with pytest.raises(SystemExit, match=re.escape(message)) as stop:
         read(monkeypatch, "--config", path)
     assert str(stop.value).startswith(f"error: {path}: ")
-
-
-def test_every_script_takes_a_file_of_settings(tmp_path, monkeypatch):
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"accept": ["hu", "outside"], "keep_empty": 0.5, "images": None}))
-    found = read(monkeypatch, tmp_path, "--config", path, config_class=prepare.Config)
-    assert found == prepare.Config(source=tmp_path, accept=("hu", "outside"), keep_empty=0.5)
-    path.write_text('{"destination": "out", "others": [3]}')
-    words = ["a", "b", "--config", path]  # two of its arguments have no default
-    found = read(monkeypatch, *words, config_class=evaluate.Config)
-    assert found == evaluate.Config(Path("a"), Path("b"), destination=Path("out"), others=(3,))
 
 
 @pytest.fixture(scope="module")
@@ -186,10 +175,3 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch
     exec(code, names)
     assert (tmp_path / "data/first_steps/liver_3d.png").stat().st_size > 1000
     assert names["found"].shape == names["scan"].shape
-
-
-def test_the_container_is_made_of_what_is_there():
-    """The files that the Dockerfile copies exist, and neither patients nor history are copied."""
-    assert (ROOT / "requirements.txt").exists()
-    kept = (ROOT / ".dockerignore").read_text().split()
-    assert {".git", ".venv", "data/*", "!data/*.py", "!checkpoints/starter.pt"} <= set(kept)

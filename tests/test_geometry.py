@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ct_image, random_affine
+from helpers import Threshold
 from monai import transforms
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
@@ -32,15 +33,8 @@ BOTH = pytest.mark.parametrize(
 )
 
 
-class Threshold(torch.nn.Module):
-    """A network whose answer is known: everything above 25 HU (0.5 of the window) is liver."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([0.5 - x, x - 0.5], dim=1)
-
-
 def known_model(settings=SETTINGS) -> Model:
-    """The network whose answer is known."""
+    """The network whose answer is known: everything above 25 HU is liver."""
     inference = {"window": WINDOWS[settings.sampling], "overlap": 0.5}
     return Model(Threshold(), settings, inference, torch.device("cpu"), torch.float32)
 

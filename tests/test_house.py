@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from mutations import read_mutations
 
 SCRIPTS = ("prepare", "preprocess", "utilities", "train", "apply_model", "visualize_3d")
 FLOORS = (  # imports run down only; within the store-room in the order of its own floors
@@ -120,6 +121,10 @@ def test_the_house_stays_small():
     assert max(names.values()) <= 40, names
     assert count_lines(*(ROOT / "tests").rglob("*.py")) <= 9000
     assert count_lines(*(ROOT / "benchmarks").rglob("*.py")) <= 3500
+
+
+def test_each_mutation_is_of_a_text_and_a_test_that_are_there():
+    assert len(read_mutations()) >= 60
 
 
 def test_functions_stay_short():

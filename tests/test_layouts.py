@@ -92,12 +92,10 @@ PAIRS = {
     "decathlon": ("imagesTr/liver_{}.nii.gz", "labelsTr/liver_{}.nii.gz", "liver_{}"),
     "nnU-Net": ("imagesTr/liver_{}_0000.nii.gz", "labelsTr/liver_{}.nii.gz", "liver_{}"),
     "lits": ("Batch {}/volume-{}.nii", "segmentations/segmentation-{}.nii.gz", "volume-{}"),
-    "lits in one folder": ("volume-{}.nii", "segmentation-{}.nii", "volume-{}"),
     "numbers only": ("TrainVolumes/{}.nii.gz", "TrainSegmentation/{}.nii.gz", "{}"),
     "btcv": ("img/img000{}.nii.gz", "label/label000{}.nii.gz", "img000{}"),
     "patient folders": ("patient_{}/ct.nii.gz", "patient_{}/ct_segmentation.nii.gz", "patient_{}"),
     "named after the organ": ("p{}/CT.nii.gz", "p{}/liver_mask.nii.gz", "p{}"),
-    "named twice": ("p{}/p{}_ct.nii.gz", "p{}/p{}_seg.nii.gz", "p{}"),
     "no word at the scan": ("case-{}.nii.gz", "case-{}_label.nii.gz", "case-{}"),
     "glued": ("case{}.nii.gz", "case{}mask.nii.gz", "case{}"),
     "only one of each": ("p{}/portal.nii.gz", "p{}/liver_seg.nii.gz", "p{}_portal"),
@@ -109,15 +107,9 @@ PAIRS = {
     "ground truth": ("volumes/p{}.nii.gz", "Ground Truth/p{}.nii.gz", "p{}"),
     "CT, GT, mixed packing": ("CT/{}.nii", "GT/{}.nii.gz", "{}"),
     "suffixes": ("all/p{}_CT.nii.gz", "all/p{}_LiverMask.nii", "p{}"),
-    "camels": ("Patient{}Image.nii.gz", "Patient{}Label.nii.gz", "Patient{}"),
-    "dots": ("p.{}.ct.nii.gz", "p.{}.label.nii.gz", "p_{}"),
-    "numbered words": ("volume{}.nii.gz", "mask{}.nii.gz", "volume{}"),
     "kits": ("case_0000{}/imaging.nii.gz", "case_0000{}/segmentation.nii.gz", "case_0000{}"),
-    "sliver07": ("scan/liver-orig00{}.nii", "label/liver-seg00{}.nii", "liver_00{}"),
     "the organ alone": ("p{}/scan.nii.gz", "p{}/liver.nii.gz", "p{}"),
-    "inputs, targets": ("inputs/p{}.nii.gz", "targets/p{}.nii.gz", "p{}"),
     "in German": ("CT/p{}.nii.gz", "Masken/p{}.nii.gz", "p{}"),
-    "roi": ("liver segmentation/ct/p{}.nii", "liver segmentation/roi/p{}.nii", "p{}"),
 }
 
 

@@ -79,6 +79,15 @@ def test_an_unknown_network_is_refused_with_the_known_ones():
         build_network("unet4d", **ARGUMENTS)
 
 
+def test_dice_and_tversky_by_hand():
+    """Of 8 voxels 3 are found, 2 are liver and 1 is both; the batch's other sample holds none."""
+    found, label = torch.zeros(2, 2, 1, 2, 2, 2)
+    found.view(-1)[:3] = label.view(-1)[2:4] = 1
+    logits = 50 * torch.cat([1 - found, found], dim=1)
+    for name, expected in (("dice", 1 - 2 / 5), ("tversky", 1 - 1 / (1 + 0.3 * 2 + 0.7 * 1))):
+        assert train.LOSSES[name](None)(logits, label).item() == pytest.approx(expected, abs=1e-4)
+
+
 def test_cross_entropy_is_that_of_torch_with_and_without_class_weights():
     logits, label = torch.randn(2, 3, 4, 4, 4), torch.randint(0, 3, (2, 1, 4, 4, 4))
     weights = torch.tensor([0.5, 1.0, 1.5])

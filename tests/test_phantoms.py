@@ -7,7 +7,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import run_here
 from make_phantoms import Config, main, make_phantom
 
 SMALL = Config(size=64, slices=(28, 36))
@@ -37,16 +36,6 @@ def test_dataset_json_lists_what_is_on_disk_and_batches_add_up(tmp_path: Path) -
         assert int(image.header["qform_code"]) == int(image.header["sform_code"]) == 1
 
 
-def test_orientation_and_spacing_vary() -> None:
-    images = [make_phantom(index, replace(SMALL, slices=(40, 60)))[0] for index in range(4)]
-    assert {"RAS", "LAS", "LPS"} <= {image.axcodes for image in images}
-    tilts = [np.abs(np.abs(i.affine[:3, :3] / i.spacing_mm).max(0) - 1).max() for i in images]
-    assert [tilt > 1e-3 for tilt in tilts] == [False, False, False, True], "the fourth is oblique"
-    for image in images:
-        assert 1 <= image.spacing_mm[2] <= 5.5
-        assert 319 <= image.spacing_mm[0] * image.shape[0] <= 481
-
-
 @pytest.mark.parametrize("index", range(4))
 def test_the_liver_is_whole_and_on_the_right_in_every_orientation(index: int) -> None:
     image, label = (part.ras for part in make_phantom(index, SMALL))
@@ -62,46 +51,3 @@ def test_the_liver_is_whole_and_on_the_right_in_every_orientation(index: int) ->
     assert image.data.min() >= -1024
     assert -1030 < np.median(image.data[:3, :3]) < -970, "air beside the body"
     assert 80 < np.median(image.data[label.data == 1]) < 130
-
-
-def test_the_spleen_is_on_the_left_and_as_bright_as_the_liver() -> None:
-    for index in range(3):
-        image, liver = (part.ras for part in make_phantom(index, SMALL))
-        same, spleen = (part.ras for part in make_phantom(index, replace(SMALL, organ="spleen")))
-        assert np.array_equal(image.data, same.data)
-        assert not (spleen.data & (liver.data > 0)).any()
-        x = np.argwhere(spleen.data).mean(0)[0] - np.argwhere(image.data > -300).mean(0)[0]
-        assert x * image.spacing_mm[0] < -50
-        hu = [np.median(image.data[part.data == 1]) for part in (spleen, liver)]
-        assert abs(hu[0] - hu[1]) < 20
-
-
-def test_tumours_are_dark_and_inside_the_liver() -> None:
-    for index in range(3):
-        image, label = make_phantom(index, replace(SMALL, tumours=(4, 4), size=96))
-        hu, tumour = image.data, label.data == 2
-        assert hu[tumour].mean() < hu[label.data == 1].mean() - 15
-        healthy = make_phantom(index, replace(SMALL, tumours=(0, 0), size=96))[1].data
-        assert healthy.max() == 1 and np.array_equal(healthy > 0, label.data > 0)
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (("--slices", 40, 20), "--slices must be 8 <= fewest <= most, got 40 20"),
-        (("--tumours", -1, 2), "--tumours must be"),
-        (("--size", 4), "--size 4"),
-        (("--cases", 0), "--cases 0"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused_first(tmp_path: Path, words, told: str) -> None:
-    ended = run_here("data/make_phantoms.py", "--destination", tmp_path / "raw", *words)
-    assert told in str(ended)
-    assert not (tmp_path / "raw").exists()
-
-
-def test_a_destination_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    folder = tmp_path / "file" / "raw"
-    ended = run_here("data/make_phantoms.py", "--destination", folder, "--size", 32)
-    assert str(tmp_path / "file") in str(ended)

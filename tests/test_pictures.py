@@ -13,7 +13,6 @@ from data.labels import IGNORED, IMAGE, LABEL, PRED
 from data.pictures import (
     HU_WINDOW,
     TRUTH_COLOUR,
-    add_legend,
     choose_hu_window,
     class_colour,
     curves_figure,
@@ -127,15 +126,6 @@ def test_curves_mark_the_best_epoch():
     figure = curves_figure([{"epoch": n, **dict.fromkeys(keys, v)} for n, v in dice], ["liver"])
     labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     assert "best.pt (epoch 2)" in labels
-
-
-def test_a_legend_fits_into_a_narrow_figure():
-    figure = Figure(figsize=(4, 4.6), layout="constrained")
-    figure.subplots()
-    add_legend(figure, ["liver", "tumour"], truth=True)
-    figure.draw_without_rendering()
-    box = figure.legends[0].get_window_extent()
-    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
 
 
 def test_the_picture_of_a_case_carries_its_verdict(monkeypatch):

@@ -21,11 +21,6 @@ SHEARED = np.array([[-5, 0.1, 0.3, 9], [0, -5, 0.8, 7], [0, 0.05, 5, 40], [0, 0,
 COLUMNS_FIRST = np.array([[0, 0, 5, 0], [-5, 0, 0, 0], [0, -5, 0, 0], [0, 0, 0, 1.0]])
 
 
-@pytest.fixture
-def raw(tmp_path):
-    return write_patients(tmp_path / "raw")
-
-
 @pytest.mark.parametrize("crop", [False, True], ids=["whole slices", "cropped to the body"])
 def test_every_voxel_keeps_its_value_and_its_place_in_the_patient(tmp_path, crop):
     affines = (SHEARED, COLUMNS_FIRST, None, np.diag([5.0, -5, -5, 1]))
@@ -75,8 +70,12 @@ def test_cropped_to_the_body_no_foreground_is_lost(raw):
     assert all(max(sizes[case]) < 48 for case in ("case_0", "case_2"))
     assert sizes["case_1"] > sizes["case_0"]
     for case in dataset["cases"]:
-        inside = np.count_nonzero(read_voxels(case["label"]))
+        inside, held = np.count_nonzero(read_voxels(case["label"])), {}
         assert case["covered_foreground_voxels"] == case["foreground_voxels"] == inside
+        for entry in (e for e in dataset["subvolumes"] if e["case"] == case["case"]):
+            piece = read_voxels(raw.parent / "prepared" / entry["label"]) > 0
+            held |= dict(enumerate(piece.sum(axis=(0, 1)), start=entry["first_slice"]))
+        assert sum(held.values()) == inside, "in the files, too"
 
 
 def test_the_last_subvolume_reaches_back_and_a_thin_scan_is_padded_with_air(tmp_path):
@@ -125,6 +124,8 @@ def test_split_sizes():
     for number, sizes in ((131, (92, 20, 19)), (6, (4, 1, 1)), (4, (2, 1, 1)), (3, (1, 1, 1))):
         split = list(prepare.splits.split_patients(patients(number), Config()).values())
         assert tuple(split.count(name) for name in prepare.splits.SPLITS) == sizes
+    one, other = (prepare.splits.split_patients(patients(13), Config(seed=s)) for s in (0, 1))
+    assert one != other
 
 
 def test_folds_divide_the_patients_and_leave_no_test_split():

@@ -23,11 +23,6 @@ from prepare import Config
 TWO = {"training": 0.5, "validation": 0.5, "test": 0.0}  # splits for two patients
 
 
-@pytest.fixture
-def raw(tmp_path):
-    return write_patients(tmp_path / "raw")
-
-
 def test_copies_share_two_slices_and_a_tenth_of_the_shorter_scan():
     whole = list(range(100))
     scans = [whole, whole[40:50], [*whole[:1], *range(200, 204)], [*whole[:9], *range(300, 400)]]
@@ -48,12 +43,22 @@ def test_mr_is_said_once_and_kept(tmp_path):
 def test_an_accepted_finding_is_repeated(raw):
     save_case(raw, "case_0", ras_arrays(0)[0], ras_arrays(0)[1][::-1])
     out = raw.parent / "prepared"
+    with pytest.raises(InputError, match="1 of 3 cases have errors"):
+        run(raw, destination=raw.parent / "other", accept=("hu",), check_only=True)
     prepare.main(Config(raw, out, workers=1, check_only=True, accept=("outline",)))
     assert len(list((out / "check").glob("*.png"))) == 3
     assert not (out / "subvolumes").exists()  # nothing is cut by --check-only
     case = run(raw, accept=("outline",))["cases"][0]
     assert case["accepted"] == ["outline"]
     assert "mirrored left-right" in " ".join(case["warnings"])
+
+
+def test_liver_that_would_be_lost_stops_everything(raw, monkeypatch):
+    cuts = prepare.list_cuts
+    monkeypatch.setattr(prepare, "list_cuts", lambda *given: cuts(*given)[:1])
+    with pytest.raises(RuntimeError, match="covered: a fault of prepare"):
+        run(raw)
+    assert not (raw.parent / "prepared/dataset.json").exists()
 
 
 def test_the_check_works_alone(raw, tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_here
+from conftest import ROOT
 from helpers import augment_of, cached, chain_of, tiny
 
 import apply_model
@@ -20,7 +20,7 @@ from data.settings import read_settings
 from data.splits import read_prepared
 from data.volumes import read_file
 from preprocess import SubvolumeLoader, Subvolumes, preprocess_files, preprocess_volume
-from utilities import Run, load_checkpoint, validate
+from utilities import Run, validate
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
@@ -57,21 +57,6 @@ def test_a_recipe_starts_with_each_form_of_labels(name, few, whole_cases, tmp_pa
         assert run.carried["network_args"]["out_channels"] == 1 + len(asked.labels)
         assert bool(run.anew) == bool(config.pretrained and len(asked.labels) > 1)
         assert {part[:8] for part in run.anew} <= {"model.2."}
-
-
-def test_a_recipe_by_name_on_the_command_line(whole_cases, tmp_path):
-    """A name first, then any option: those win over the recipe, which wins over the defaults."""
-    ended = run_here(
-        "train.py", "liver-tumour-ce", "--data", whole_cases, "--run-folder", tmp_path, "--loss",
-        "weighted_ce", "--input-size", 32, 32, 16, "--spacing", 8, 8, 5, "--base-channels", 4,
-        "--max-epochs", 1, "--patches-per-case", 1, "--labels", "liver=1", "tumour=2",
-    )  # fmt: skip
-    assert ended == 0
-    saved = load_checkpoint(tmp_path / "best.pt")
-    assert (saved["config"]["sampling"], saved["config"]["loss"]) == ("patches", "weighted_ce")
-    expected = {"background": (0,), "liver": (1,), "tumour": (2,)}
-    assert saved["preprocessing"]["labels"] == expected
-    assert "must be one of liver-unet3d" in str(run_here("train.py", "liver-tumor"))
 
 
 def test_the_recipe_laptop_is_the_setting_that_was_measured(monkeypatch):

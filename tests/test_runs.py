@@ -32,17 +32,13 @@ def edit_prepared(prepared: Path, folder: Path, *splits: str, **changes) -> Path
     return folder
 
 
-@pytest.fixture(scope="module")
-def run(few, tmp_path_factory):
-    """One epoch on few sub-volumes; tests must not change it."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    train.main(small_config(few, folder, max_epochs=1))
-    return folder
-
-
-def test_one_flipped_bit_is_refused_by_name(run, tmp_path):
-    whole, path, rng = (run / "best.pt").read_bytes(), tmp_path / "a.pt", np.random.default_rng(0)
-    weights, refused = load_checkpoint(run / "best.pt")["network_state"], 0
+def test_one_flipped_bit_is_refused_by_name(begun, tmp_path):
+    whole, path, rng = (
+        (begun / "best.pt").read_bytes(),
+        tmp_path / "a.pt",
+        np.random.default_rng(0),
+    )
+    weights, refused = load_checkpoint(begun / "best.pt")["network_state"], 0
     for place in rng.integers(0, len(whole), 24):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << int(rng.integers(8))
@@ -56,13 +52,13 @@ def test_one_flipped_bit_is_refused_by_name(run, tmp_path):
     assert refused > 12
 
 
-def test_foreign_files_are_no_checkpoints_and_run_no_code(run, tmp_path):
+def test_foreign_files_are_no_checkpoints_and_run_no_code(begun, tmp_path):
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / "touched"), "w"))
 
     path = tmp_path / "a.pt"
-    torn, evil = (run / "last.pt").read_bytes()[:-500], pickle.dumps({"schema": 2, "a": Evil()})
+    torn, evil = ((begun / "last.pt").read_bytes()[:-500], pickle.dumps({"schema": 2, "a": Evil()}))
     for content in (b"", b"these are words", b"PK\x03\x04", torn, evil, {"schema": 2, "a": Evil()}):
         if isinstance(content, bytes):
             path.write_bytes(content)
@@ -77,12 +73,12 @@ def test_foreign_files_are_no_checkpoints_and_run_no_code(run, tmp_path):
     assert not (tmp_path / "touched").exists()
 
 
-def test_a_checkpoint_is_given_by_its_run_and_carries_chain_labels_and_modality(run, few):
-    assert find_checkpoint(run) == run / "best.pt"
+def test_a_checkpoint_is_given_by_its_run_and_carries_chain_labels_and_modality(begun, few):
+    assert find_checkpoint(begun) == begun / "best.pt"
     with pytest.raises(InputError, match=r"nothing: no such checkpoint"):
-        load_checkpoint(run / "nothing")
-    saved = load_checkpoint(run)
-    assert Chain(**saved["preprocessing"]) == chain_of(small_config(few, run))
+        load_checkpoint(begun / "nothing")
+    saved = load_checkpoint(begun)
+    assert Chain(**saved["preprocessing"]) == chain_of(small_config(few, begun))
     assert saved["declared"] == {"background": (0,), "liver": (1,), "tumour": (2,)}
     assert saved["modality"] == "CT"
 
@@ -124,16 +120,6 @@ def test_a_full_disk_ends_a_training_in_one_message(few, tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
 
 
-def test_without_validation_the_last_network_is_kept_and_it_is_said(prepared, tmp_path, capsys):
-    settings = {**read_prepared(prepared)["settings"], "validation": 0.0}
-    data = edit_prepared(prepared, tmp_path / "data", "training", settings=settings)
-    train.main(small_config(data, tmp_path / "run", max_epochs=2))
-    out = capsys.readouterr().out
-    assert out.count("without validation there is no best.pt") == 1
-    assert find_checkpoint(tmp_path / "run").name == "last.pt"
-    assert "val_dice" not in load_checkpoint(tmp_path / "run")["history"][-1]
-
-
 def test_an_empty_split_is_refused_before_anything_is_cached(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "cache_split", lambda *_: pytest.fail("something was cached"))
     for split, other in (("training", "validation"), ("validation", "training")):
@@ -161,19 +147,8 @@ def test_mr_is_trained_without_a_hu_window_unless_one_is_given(capsys):
     assert train.drop_hu_window(given) == given
 
 
-def test_weights_to_begin_with_of_other_classes_leave_the_head_out(run, few, tmp_path, capsys):
-    two = {"liver": ("liver",), "tumour": ("tumour",)}
-    begin = {"pretrained": run, "pretrained_share": 0.5}
-    train.main(small_config(few, tmp_path / "run", max_epochs=1, labels=two, **begin))
-    told = capsys.readouterr().out
-    assert "2 classes; begins anew: head.bias, head.weight" in told
-    other = small_config(few, tmp_path / "other", base_channels=8, pretrained=run)
-    with pytest.raises(InputError, match="must be the same network"):
-        train.main(other)
-
-
-def test_a_run_that_began_with_other_weights_resumes_without_them(few, run, tmp_path):
-    start = shutil.copy(run / "last.pt", tmp_path / "start.pt")
+def test_a_run_that_began_with_other_weights_resumes_without_them(few, begun, tmp_path):
+    start = shutil.copy(begun / "last.pt", tmp_path / "start.pt")
     how = {"pretrained": start, "max_epochs": 1, "schedule": "constant"}
     train.main(small_config(few, tmp_path / "run", **how))
     half = load_checkpoint(tmp_path / "run" / "last.pt")

@@ -22,7 +22,7 @@ import train
 import visualize_3d
 from data import check, evaluate
 from data.files import InputError, atomic_write, lock_folder, read_record, write_csv
-from data.settings import check_settings, format_seconds
+from data.settings import check_settings
 from data.settings import run_script as start_script
 from preprocess import pick_device
 
@@ -170,11 +170,6 @@ def test_a_record_is_read_by_its_mark_or_not_at_all(tmp_path):
     for damaged in ('{"mark": "m"', "[1]", '{"n": 1}', ""):
         path.write_text(damaged)
         assert read_record(path) is None
-
-
-def test_times_are_readable():
-    found = [format_seconds(seconds) for seconds in (0.3, 45, 720, 12000)]
-    assert found == ["0.3 s", "45 s", "12 min", "3 h 20 min"]
 
 
 SCRIPT = f"""

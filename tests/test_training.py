@@ -5,14 +5,17 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from children import run_child, train_or_resume
 from conftest import run_here
-from helpers import assert_same_run, augment_of, cached, chain_of, comparable, small_config
+from helpers import assert_same_run, augment_of, cached, chain_of, comparable, small_config, tiny
+from scipy.ndimage import center_of_mass
 
 import preprocess
 import train
+import utilities
 from data.evaluate import dice_metric
 from data.files import InputError
 from data.splits import read_prepared
@@ -163,6 +166,84 @@ def test_augmentation_depends_on_seed_epoch_and_sample_only(prepared):
     second.epoch = 1
     assert not torch.equal(second[0]["image"], a[0]["image"])
     assert set(a[1]["label"].unique().tolist()) <= {0.0, 1.0}
+    other = preprocess.Subvolumes(known, always, seed=4)
+    assert not torch.equal(other[0]["image"], a[0]["image"])
+    orders = []
+    for seed, epoch in ((0, 1), (0, 1), (0, 2), (1, 1)):
+        loader = preprocess.SubvolumeLoader(first, 1, shuffle=True, seed=seed)
+        loader.set_epoch(epoch)
+        orders.append([batch["index"] for batch in loader])
+    assert orders[0] == orders[1] and orders[0] not in orders[2:]
+
+
+CHANGES = ("rotation_degrees", "translation", "scaling", "noise_sd", "intensity_scaling",
+           "intensity_shift")  # fmt: skip
+
+
+def test_augmentation_is_as_strong_as_its_settings(prepared):
+    """Of 200 pictures that are changed in one way alone, the largest change is the setting's."""
+    image = np.zeros((40, 40), np.float32)
+    image[22:32, 5:25] = 0.5
+    x, y = np.array(center_of_mass(image)) - 19.5
+
+    def turn(picture):
+        there = np.array(center_of_mass(picture)) - 19.5
+        return np.degrees(np.arctan2(*there) - np.arctan2(x, y))
+
+    def draw(setting, value):
+        off = {"augment_probability": 1.0, "input_size": (40, 40), **dict.fromkeys(CHANGES, 0.0)}
+        given = torch.tensor(image).expand(200, 1, 40, 40)[..., None]
+        rngs = [np.random.default_rng(seed) for seed in range(200)]
+        augment = augment_of(small_config(prepared, None), **off | {setting: value})
+        made, label = preprocess.augment_batch(given, given, augment, rngs)
+        assert ((made > 0.25) == (label > 0.25)).float().mean() > 0.98, "warped apart"
+        return made[:, 0, ..., 0].numpy()
+
+    for setting, value, most, measure in (
+        ("rotation_degrees", 15.0, 15, turn),
+        ("translation", 0.1, 4, lambda picture: center_of_mass(picture)[0] - 19.5 - x),
+        ("translation", 0.1, 4, lambda picture: center_of_mass(picture)[1] - 19.5 - y),
+        ("scaling", 0.2, 0.2, lambda picture: 5 / picture[:, 15].sum() - 1),
+        ("noise_sd", 0.02, 0.02, lambda picture: (picture - image).std()),
+        ("intensity_scaling", 0.15, 0.15, lambda picture: 2 * picture.max() - 1),
+        ("intensity_shift", 0.1, 0.1, lambda picture: picture[0, 0]),
+    ):
+        largest = max(abs(measure(picture)) for picture in draw(setting, value))
+        assert 0.93 * most < largest < 1.06 * most, (setting, largest)
+    assert np.allclose(draw("flip_probability", 1.0), image[::-1], atol=1e-4), "left-right alone"
+
+
+def test_training_is_in_train_mode_and_validation_is_not(few, tmp_path, monkeypatch):
+    ask, seen = utilities.Run.ask, set()
+
+    def watch(run, network, image):
+        seen.add((torch.is_grad_enabled(), network.training))
+        return ask(run, network, image)
+
+    monkeypatch.setattr(utilities.Run, "ask", watch)
+    train.main(small_config(few, tmp_path, max_epochs=2, ema_decay=0.0))
+    assert seen == {(True, True), (False, False)}
+
+
+def test_what_a_training_begins_with(whole_cases, tmp_path, monkeypatch):
+    """Three patches of each training case by the seed; validation cases as they are."""
+    given = []
+    monkeypatch.setattr(utilities, "train", lambda *them, **_: given.append(them) or 1 / 0)
+    for seed in (1, 2, 2):
+        how = {"patches_per_case": 3, "seed": seed}
+        config = tiny("liver-tumour-ce", None, whole_cases, tmp_path, **how)
+        with pytest.raises(ZeroDivisionError):
+            train.main(config)
+    one, two, again = (run.model.head.weight for run, *_ in given)
+    assert torch.equal(two, again) and not torch.equal(one, two)
+    _, training, validation, _ = given[-1]
+    assert (training.seed, training.dataset.seed, training.shuffle) == (2, 2, True)
+    split = {record["case"]: record["split"] for record in read_prepared(whole_cases)["cases"]}
+    cases = [item["case"] for item in training.dataset.cached]
+    assert {case for case in split if split[case] == "training"} == {*cases}
+    assert len(training.dataset) == 3 * len(cases)
+    for batch, item in zip(validation, cached(config, "validation"), strict=True):
+        assert torch.equal(batch["image"][0], item["image"].float())
 
 
 def test_wrong_settings_are_refused_before_training(prepared, tmp_path, capsys):

@@ -21,7 +21,7 @@ def test_voxels_between_the_two_thresholds_lower_the_steadiness():
     """By hand: 8 sure voxels and 4 undecided ones have a Dice of 2·8 / (8 + 12)."""
     p = np.full((6, 6, 8), 0.001)
     p[2:4, 2:4, 2:4] = 0.99
-    p[2:4, 2:4, 5] = 0.5
+    p[2:4, 2:4, 5] = [[0.7, 0.5], [0.5, 0.3]]
     scores, before = scores_of(p), scores_of(p)
     to_network = np.diag([0.5, 0.5, 0.25, 1.0])  # the scan has four slices for each of these
     to_network[:2, 3] = -0.25  # and two voxels in plane, from edge to edge
@@ -74,6 +74,9 @@ def test_the_number_falls_with_steadiness_and_with_a_strange_volume():
     assert expect(0.9) > expect(0.9, 700.0) > expect(0.9, 200.0)
     assert expect(0.9) > expect(0.9, 6000.0) == expect(0.9, 6000.0, cut=True)
     assert expect(0.9, 200.0, cut=True) == expect(0.9), "a truncated organ may be small"
+    for steady, word in ((0.925, "good"), (0.922, "look"), (0.86, "look"), (0.855, "distrust")):
+        known = trust.Evidence(("liver",), steady)  # expected Dice 0.872, 0.867, 0.754, 0.745
+        assert trust.judge_trust([known], {"liver_volume_ml": 1500.0}, None).word == word
 
 
 def test_a_checkpoint_knows_the_volumes_of_its_training_patients(checkpoint, prepared):
@@ -87,6 +90,9 @@ def test_a_checkpoint_knows_the_volumes_of_its_training_patients(checkpoint, pre
     assert learnt["log_ml"] == pytest.approx(np.mean(np.log(ml)), abs=1e-3)
     few = (len(ml) * np.var(np.log(ml)) + 4 * 0.3**2) / (len(ml) + 4)
     assert learnt["sd"] == pytest.approx(np.sqrt(few), abs=1e-3), "few patients tell no SD"
+    content["settings"]["label_every"] = 4
+    fourth = trust.learn_volumes(content, {"": (0,), "liver": (1, 2)})["liver"]
+    assert fourth["log_ml"] == pytest.approx(learnt["log_ml"] + np.log(4), abs=2e-3)
 
 
 def test_results_list_the_least_sure_case_first(
