@@ -80,7 +80,7 @@ data/pictures | [index][::-1, ::-1].T | [index][:, ::-1].T | pictures::on_the_le
 data/splits | seeded(config.seed, name) | seeded(0, name) | prepare::split_sizes
 data/splits | r["content"] in contents or ( | ( | run_memory::never_reported
 data/splits | or (r["source"], r["patient"]) in names for | for | run_memory::averaged_folds
-data/splits | = table[case.name] | = case.name | prepare::stay_together
+data/splits | case.patient = patient\n | case.patient = case.name\n | prepare::stay_together
 data/splits | = first.setdefault(one, case.name) | = case.name | layouts::id_of_nobody
 data/splits | split.setdefault(record["patient"], name) != name | False | prepare::must_not_leak
 data/splits | {IGNORED, *prepared.get("ignore", ())} | set() | run_memory::nobody_judged
@@ -117,7 +117,7 @@ data/scans | GRID_TOLERANCE = 0.5 | GRID_TOLERANCE = 0.6 | cases::half_a_voxel
 data/scans | % every != 0] = IGNORED | % every != 0] = 0 | prepare_edges::between_the_annotated
 data/seg | (is_tumour(one[0]), -one[2].size) | one[2].size | cases::tumours_win
 data/labels | {"liver": ("liver", "tumour")} | {"liver": ("liver",)} | labels::the_default_learns
-data/labels | if declared == own: | if True: | apply_inputs::read_by_its_names
+data/labels | classes if declared == own | classes if True | apply_inputs::read_by_its_names
 data/labels | if len(found) == 1: | if found: | labels::one_label_or_none
 data/check | * spacing_mm[0] > 10 | * spacing_mm[0] > 999 | prepare_check::organs_are_doubted
 data/check | judge_hu(coarse, scan.dtype) if | [] if | prepare_check::fault_in_the_voxels
@@ -125,7 +125,7 @@ data/check | record["patient"] = one["patient"] | pass | prepare_check::under_tw
 data/check | number > 1 and number | number | prepare_edges::copies_share
 data/check | if finding[0] in accept else | if accept else | prepare_edges::an_accepted
 prepare | if inside != covered: | if False: | prepare_edges::lost
-prepare | AIR_HU if key == IMAGE and | 0 if key == IMAGE and | prepare::reaches_back
+prepare | AIR_HU if air else 0 | 0 | prepare::reaches_back
 prepare | if empty and chosen | if chosen | prepare::and_subvolumes_without_it
 prepare | (outline > 0).any(axis=2) | (outline > 9).any(axis=2) | prepare::cropped_to_the_body_no
 apply_model | if where != "test" and not accepted: | if False: | run_memory::refused_by_its_voxels
