@@ -242,7 +242,7 @@ def cut_case(record: Record, config: Config, terms: check.Terms) -> Record:
         frame = ALL if whole else choose_frame(scan, label.data, config)
         marked = mark_undrawn(label.data, record["drawn_slice"], terms.label_every)
         outline = replace(label, data=marked)
-        counts = check.count_per_slice(outline, terms)
+        counts = check.count_per_slice(outline.crop((*frame, slice(None))), terms)  # as written
     except Exception as error:
         return {"fault": check.describe_fault(error)}
     cuts = list_cuts(record["slices"], size, terms.label_every, splits.seeded(0, name))
