@@ -198,6 +198,7 @@ def list_given(words: Sequence[str], config_class: Any) -> frozenset[str]:
 def run_script(main: Callable[[Any], None], config: Any) -> None:
     """Run `main(config)`; a user's fault ends in one line and exit code 1, a signal in 130. With
     `--debug`, or LIVER_DEBUG=1, every error shows its traceback."""
+    open_streams()
     try:
         with handle_signals(signal.default_int_handler):
             main(config)
