@@ -42,16 +42,13 @@ def make_case(folder: Path, shape: tuple[int, int, int]) -> Path:
     size = np.array([0.75, 0.75, 1.0])
     x, y, z = (np.arange(n, dtype=np.float32) * mm for n, mm in zip(shape, size, strict=True))
     x, y, z = x[:, None, None], y[None, :, None], z[None, None, :]
-    waves = zoom(
-        gaussian_filter(rng.normal(size=(16, 16, 12)), 1), np.array(shape) / (16, 16, 12), order=1
-    )
+    waves = gaussian_filter(rng.normal(size=(16, 16, 12)), 1)
+    waves = zoom(waves, np.array(shape) / (16, 16, 12), order=1)
     lumpy = 1 + 1.2 * waves.astype(np.float32)
     middle = np.array(shape) * size / 2
     body = ((x - middle[0]) / 170) ** 2 + ((y - middle[1]) / 120) ** 2 < 1
-    liver = ((x - middle[0] - 60) / 85) ** 2 + ((y - middle[1]) / 75) ** 2 + (
-        (z - middle[2]) / 65
-    ) ** 2 < lumpy
-    label = (liver & body).astype(np.uint8)
+    liver = ((x - middle[0] - 60) / 85) ** 2 + ((y - middle[1]) / 75) ** 2
+    label = ((liver + ((z - middle[2]) / 65) ** 2 < lumpy) & body).astype(np.uint8)
     for shift in (30, 85):
         ball = (x - middle[0] - shift) ** 2 + (y - middle[1]) ** 2 + (z - middle[2]) ** 2 < 18**2
         label[ball & (label > 0)] = 2
@@ -59,12 +56,10 @@ def make_case(folder: Path, shape: tuple[int, int, int]) -> Path:
     hu = (hu + rng.normal(0, 12, shape).astype(np.float32)).astype(np.int16)
     affine = np.diag([*size, 1])
     folder.mkdir()
-    for name, array in {
-        "image": hu,
-        "truth": label,
-        "case_label": np.roll(label, 2, axis=0),
-        "case_masked": np.where(np.roll(label, 2, axis=0) > 0, hu, -1024).astype(np.int16),
-    }.items():
+    moved = np.roll(label, 2, axis=0)
+    masked = np.where(moved > 0, hu, -1024).astype(np.int16)
+    arrays = {"image": hu, "truth": label, "case_label": moved, "case_masked": masked}
+    for name, array in arrays.items():
         Volume(array, affine).write(folder / f"{name}.nii.gz")
     sources = {"image": str(folder / "image.nii.gz"), "truth": str(folder / "truth.nii.gz")}
     write_json({"case": "case", **sources}, folder / "case.json")
@@ -96,10 +91,8 @@ def main(config: Config) -> None:
     result = {
         "command": "python benchmarks/visualize.py",
         "data": f"synthetic case {config.shape}, {np.count_nonzero(label)} organ voxels",
-        "n": config.repeats,
-        "modes": modes,
-        "machine": machine(),
-    }
+        "n": config.repeats, "modes": modes, "machine": machine(),
+    }  # fmt: skip
     write_json(result, config.destination)
 
 
