@@ -22,7 +22,7 @@ def test_bodies_are_repeatable_and_differ(tmp_path):
         for folder, volume in zip(
             ("imagesTr", "labelsTr"), bodies.make_body(index, config), strict=True
         ):
-            written = nib.load(tmp_path / folder / f"body_{index:04d}.nii.gz")
+            written = nib.load(tmp_path / folder / f"body_{index:05d}.nii.gz")
             assert np.array_equal(np.asanyarray(written.dataobj), volume.data)
     one, other = (bodies.make_body(index, config)[0] for index in (0, 1))
     assert one.shape != other.shape or not np.array_equal(one.data, other.data)
@@ -31,6 +31,13 @@ def test_bodies_are_repeatable_and_differ(tmp_path):
     assert 150 < len(liver) * 12**3 / 1000 < 4500, "ml"
     assert liver[:, 0].mean() > label.shape[0] / 2, "in RAS, x grows to the right"
     assert -30 < np.median(image.data[label.data == 1]) < 200
+
+
+def test_some_bodies_are_slabs_or_lie_in_a_frame_and_some_hold_no_liver():
+    made = [bodies.make_body(i, bodies.Config(spacing=(16.0, 16.0, 16.0))) for i in range(60)]
+    assert 5 < sum(image.shape[2] * 16 <= 160 for image, _ in made) < 30
+    assert 0 < sum(not label.data.any() for _, label in made) < 12
+    assert {0, -1024, -2000} <= {image.data[0, 0, 0] for image, _ in made}
 
 
 def test_a_phantom_around_a_mask_keeps_its_voxels_and_its_grid(tmp_path):
