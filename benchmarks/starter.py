@@ -11,7 +11,6 @@ not made again. Writes `WORK/seed_N/starter.pt` and benchmarks/results/starter.j
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 import bodies
 import nibabel as nib
 import numpy as np
+import torch
 import tyro
 from machine import DATA, RESULTS, ROOT, machine, name_command
 from tqdm import tqdm
@@ -72,8 +72,17 @@ def make_weights(config: Config, folder: Path) -> dict[str, float]:
         if not (ROOT / made).exists():
             subprocess.run([str(word) for word in words], cwd=ROOT, check=True)
             minutes[str(command[0])] = round((time.perf_counter() - start) / 60, 1)
-    shutil.copyfile(ROOT / folder / "run/best.pt", ROOT / folder / "starter.pt")
+    checkpoint = torch.load(ROOT / folder / "run/best.pt", weights_only=True)
+    labels = map(read_volume, (ROOT / raw / "labelsTr").glob("*.nii.gz"))
+    livers = [(v.data > 0).sum() * v.voxel_ml for v in labels if is_whole(v.data)]
+    usual = {"log_ml": float(np.log(livers).mean()), "sd": float(np.log(livers).std())}
+    torch.save(checkpoint | {"expected": {"liver": usual}}, ROOT / folder / "starter.pt")
     return minutes
+
+
+def is_whole(label: np.ndarray) -> bool:
+    """Return whether there is a liver which no end of the scan cuts off."""
+    return label.any() and not any(label.take((0, -1), axis).any() for axis in (0, 1, 2))
 
 
 # The gate
@@ -115,7 +124,7 @@ def compare_shapes(count: int = 240) -> dict[str, Any]:
         volume = body or read_volume(masks[index]).ras
         step = np.maximum(np.round(4 / np.array(volume.spacing_mm)), 1).astype(int)
         mask = volume.data[:: step[0], :: step[1], :: step[2]] > 0
-        if mask.any() and not any(mask.take((0, -1), axis).any() for axis in (0, 1, 2)):
+        if is_whole(mask):
             row = measure_shape(mask, step * volume.spacing_mm)
             rows["bodies" if body else "real"].append(row)
     table: dict[str, Any] = {"n": {kind: len(some) for kind, some in rows.items()}}
