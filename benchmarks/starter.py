@@ -100,11 +100,13 @@ def measure_shape(mask: np.ndarray, spacing: np.ndarray) -> dict[str, float]:
         for share in (10, 25, 50, 75, 90):
             row[f"{share} % lie within mm of its {end}"] = np.percentile(at[:, axis], share)
     for mm in (20, 40, 60, 80):
-        part = at[np.abs(at[:, 0].max() - at[:, 0] - mm) <= spacing[0] / 2]
+        away = np.abs(at[:, 0].max() - at[:, 0] - mm)
+        part = at[at[:, 0] == at[away.argmin(), 0]]  # one plane of voxels
         name = f"left lobe, {mm} mm from its end"
         for axis, end in enumerate(("front", "top"), start=1):
             near, far = part[:, axis].min(), part[:, axis].max()
-            row |= {f"{name}: mm from the {end}, near side": near, f"{name}, far side": far}
+            row[f"{name}: mm from the {end}, near side"] = near
+            row[f"{name}: mm from the {end}, far side"] = far
             row[f"{name}: mm thick from the {end}"] = far - near
         row[f"{name}: cm²"] = len(part) * np.prod(spacing[1:]) / 100
     dome, tip = (at[near].mean(0) for near in (at[:, 2] < 12, at[:, 2] > extent[2] - 12))

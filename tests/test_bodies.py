@@ -51,17 +51,19 @@ def test_a_phantom_around_a_mask_keeps_its_voxels_and_its_grid(tmp_path):
 
 
 def test_the_starter_segments_a_body_that_it_never_saw():
-    assert STARTER.stat().st_size <= 5_000_000
+    assert STARTER.stat().st_size <= 6_000_000
     scan, truth = bodies.make_body(5000, bodies.Config())
     label = apply_model.segment(apply_model.load_model(STARTER, "cpu"), scan).label
     assert dice_metric(label.read() > 0, truth.data > 0)[0] > 0.85
 
 
 def test_the_pages_give_the_measured_dice_of_the_starter_and_say_what_it_is_not():
-    result = read_json(RESULTS / "starter.json")["seed_0"]
+    results = read_json(RESULTS / "starter.json")
+    six = results[results["shipped"]]["sets"]["six"]
+    assert all(row["inside"] >= 0.85 for row in results["gate"].values() if "inside" in row)
     readme, card = ((ROOT / name).read_text() for name in ("README.md", "docs/evidence/starter.md"))
-    assert f"{result['dice_mean']:.3f}" in readme and f"{result['dice_worst']:.3f}" in readme
-    for name, figures in result["scans"].items():
+    assert all(f"{dice:.3f}" in readme for dice in six["dice"][:2])  # mean and lowest
+    for name, figures in six["scans"].items():
         assert f"| {name} | {figures['dice']:.3f} |" in card
     for page in (readme, card):
         assert "medical device" in page
