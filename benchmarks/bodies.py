@@ -150,39 +150,42 @@ def blade(points, radii, flat: float, crease: float = 10) -> Shape:
 
 def draw_dome(rng: np.random.Generator) -> tuple[Shape, np.ndarray]:
     """What lies below the diaphragm, and the top of the right dome, mm."""
-    top = np.array([rng.uniform(52, 76), rng.uniform(-6, 14), 0])
+    top = np.array([rng.uniform(38, 78), rng.uniform(-10, 70), 0])
     radii = np.array([rng.uniform(76, 92), rng.uniform(86, 108), rng.uniform(70, 104)])
     right = ellipsoid(top - (0, 0, radii[2]), radii)
-    lower, height = rng.uniform(2, 30), rng.uniform(70, 104)
-    left = ellipsoid(
-        (rng.uniform(-76, -58), rng.uniform(-6, 10), -lower - height), (80, 92, height)
-    )
+    lower, height = rng.uniform(-6, 28), rng.uniform(70, 104)
+    centre = (rng.uniform(-76, -58), rng.uniform(-6, 10), -lower - height)
+    left = ellipsoid(centre, (80, 92, height))
     domes = right.joined(left, rng.uniform(20, 70))
     return Shape(lambda x, y, z: domes.level(x, y, np.maximum(z, -100))), top  # upright below
 
 
 def draw_left_lobe(rng: np.random.Generator) -> tuple[list[np.ndarray], list[float]]:
-    """Points along the left lobe and how thick it is there, mm: short, usual or far to the left."""
-    reach = rng.choice([rng.uniform(-45, 0), rng.uniform(-85, -45), rng.uniform(-125, -85)])
-    front = rng.uniform(30, 58)
-    start = np.array([25, rng.uniform(25, 48), rng.uniform(-85, -50)])
-    bend = np.array([reach * 0.5, front, rng.uniform(-75, -35)])
-    end = np.array([reach, front + rng.uniform(-35, 15), rng.uniform(-70, -25)])
-    thick = [rng.uniform(36, 56), rng.uniform(22, 42), rng.uniform(4, 20)]
+    """Points along the left lobe and how thick it is there, mm: short, usual or far to the left.
+
+    It lies on the front wall; a long one may bend behind the stomach or around the spleen.
+    """
+    reach = [rng.uniform(-45, 0), rng.uniform(-85, -45), rng.uniform(-128, -85)]
+    reach = rng.choice(reach, p=[0.35, 0.4, 0.25])
+    front, low = rng.uniform(44, 88), rng.uniform(-36, 22)
+    start = np.array([25, rng.uniform(12, 55), low + rng.uniform(-85, -50)])
+    bend = np.array([reach * 0.5, front, low + rng.uniform(-70, -30)])
+    end = np.array([reach, front + rng.uniform(-55, 10), low * 1.2 + rng.uniform(-55, -4)])
+    thick = [rng.uniform(30, 54), rng.uniform(14, 46), rng.uniform(1, 28)]
     points = [start, bend, end]
-    if reach < -85 and rng.random() < 0.5:  # around the spleen
-        points.append(np.array([-118, rng.uniform(-40, 10), rng.uniform(-60, -25)]))
-        thick.append(rng.uniform(6, 16))
+    if reach < -60 and rng.random() < 0.5:
+        points.append(np.array([reach - 15, rng.uniform(-50, 15), low + rng.uniform(-70, -20)]))
+        thick.append(rng.uniform(6, 24))
     return points, thick
 
 
 def draw_liver(rng: np.random.Generator, dome: Shape, top: np.ndarray) -> Shape:
     """Right lobe with a lower tip, left lobe with any reach, under the dome and inside the wall."""
     waves = draw_waves(rng, 5, (45, 140), rng.uniform(1, 4), 1).tolist()
-    tall = rng.uniform(70, 104)
-    lean, middle = rng.uniform(0.1, 0.5), -tall * rng.uniform(0.85, 1.0)
-    radii = (rng.uniform(60, 86), rng.uniform(72, 106), tall)
-    bulk = ellipsoid((rng.uniform(60, 78), rng.uniform(-8, 12), middle), radii)
+    tall = rng.uniform(60, 98)
+    lean, middle = rng.uniform(0.2, 0.7), -tall * rng.uniform(0.85, 1.0)
+    radii = (rng.uniform(50, 84), rng.uniform(64, 108), tall)
+    bulk = ellipsoid((rng.uniform(64, 84), top[1] * 0.4 + rng.uniform(-42, 2), middle), radii)
 
     def right(x, y, z):  # tapers below towards the flank
         level = bulk.level(x + np.float32(lean) * np.minimum(z - np.float32(middle), 0), y, z)
@@ -192,18 +195,17 @@ def draw_liver(rng: np.random.Generator, dome: Shape, top: np.ndarray) -> Shape:
 
     whole = Shape(right, np.array([-60.0, -130, -250]), np.array([200.0, 130, 10]))
     points, thick = draw_left_lobe(rng)
-    whole = whole.joined(blade(points, thick, rng.uniform(0.8, 1.6)), rng.uniform(10, 30))
+    whole = whole.joined(blade(points, thick, np.exp(rng.uniform(-0.7, 0.8))), rng.uniform(10, 30))
     if rng.random() < 0.6:  # how low the tip of the right lobe comes
-        low = rng.uniform(-250, -150)
-        tip = np.array([rng.uniform(80, 108), rng.uniform(-25, 40), low])
-        knee = np.array([92, rng.uniform(-10, 20), -110])
-        whole = whole.joined(
-            blade([knee, tip], [rng.uniform(34, 56), rng.uniform(8, 24)], 1.0), rng.uniform(8, 24)
-        )
+        low = rng.uniform(-220, -130)
+        tip = np.array([rng.uniform(76, 126), rng.uniform(-25, 40), low])
+        knee = np.array([rng.uniform(88, 100), rng.uniform(-10, 20), -110])
+        lower = blade([knee, tip], [rng.uniform(34, 56), rng.uniform(8, 24)], 1.0)
+        whole = whole.joined(lower, rng.uniform(8, 24))
     whole = whole.joined(jitter(rng, (18, -6, -72), (24, 26, 32), 6, 0.3), 10)  # caudate lobe
     hollow = jitter(rng, (-24, -42, -142), (72, 64, 78), 16, 0.2)
     spine = ellipsoid((0, SPINE + 8, 0), (rng.uniform(32, 44), rng.uniform(34, 46), ALONG))
-    gap = rng.uniform(0, 5)
+    gap = rng.uniform(0, 5) if rng.random() < 0.75 else rng.uniform(5, 22)  # fat at the wall
     whole = whole.without(hollow, rng.uniform(6, 20)).without(spine, 10)
     if rng.random() < 0.7:  # the bed of the right kidney
         whole = whole.without(jitter(rng, (58, -60, -182), (38, 40, 74), 10, 0.2), 12)
@@ -221,12 +223,9 @@ def draw_liver_inside(rng: np.random.Generator, hu: dict[str, float]) -> Layers:
     cava = np.array([22, -22, -24]) + rng.uniform(-6, 6, 3)
     big = rng.uniform(0.7, 1.3)
     layers: Layers = [("vein", tube(trunk, fork, 8 * big, 7 * big), hu["vein"])]
-    for _ in range(3):
-        end = rng.uniform((-40, -45, -110), (110, 60, -40))
-        layers.append(("vein", tube(fork, end, 5.5 * big, 1.5), hu["vein"]))
-    for _ in range(3):
-        end = rng.uniform((-40, -30, -80), (110, 60, -40))
-        layers.append(("vein", tube(cava, end, 5.5 * big, 1.5), hu["vein"]))
+    for start, low in [(fork, (-40, -45, -110))] * 3 + [(cava, (-40, -30, -80))] * 3:
+        end = rng.uniform(low, (110, 60, -40))
+        layers.append(("vein", tube(start, end, 5.5 * big, 1.5), hu["vein"]))
     return layers
 
 
@@ -278,12 +277,9 @@ def draw_trunk(rng: np.random.Generator, hu: dict[str, float]) -> tuple[Layers, 
 
     @Shape
     def muscle(x, y, z):
-        depth, flank = (
-            np.clip((atlas.CAVITY_Y - y) * (1 / atlas.HALF_DEPTH), 0, 1.2),
-            (x * (1 / 80)) ** 2,
-        )
-        level = cavity.level(x, y, z)
-        return level - np.float32(wall) - np.float32(back) * depth * depth / (1 + flank * flank)
+        depth = np.clip((atlas.CAVITY_Y - y) * (1 / atlas.HALF_DEPTH), 0, 1.2)
+        flank, level = (x * (1 / 80)) ** 2, cavity.level(x, y, z) - np.float32(wall)
+        return level - np.float32(back) * depth * depth / (1 + flank * flank)
 
     @Shape
     def skin(x, y, z):
@@ -295,7 +291,7 @@ def draw_trunk(rng: np.random.Generator, hu: dict[str, float]) -> tuple[Layers, 
     if rng.random() < 0.9:
         drop = float(np.float32(wall + back + fat * (1 + behind_fat) - 28 + rng.uniform(0, 8)))
         layers.append(("table", Shape(lambda x, y, z: atlas.table.level(x, y + drop, z)),
-                       float(rng.uniform(-700, 150))))  # fmt: skip
+                       float(rng.choice([rng.uniform(-700, 150), 0], p=[0.8, 0.2]))))  # fmt: skip
     layers += [("skin", skin, atlas.SOFT), ("fat", skin.grown(-2.5), hu["fat"])]
     layers += [("muscle", muscle, hu["muscle"])]
     sheet = muscle.grown(-rng.uniform(2, 6)).without(cavity.grown(rng.uniform(2, 5)))
@@ -344,14 +340,9 @@ def draw_bowel(rng: np.random.Generator, hu: dict[str, float]) -> Layers:
     """Colon with gas or stool around the belly, loops of small bowel as dense as the fat allows."""
     layers: Layers = []
     low = rng.uniform(-210, -130)
-    colon = [
-        (100, -15, -340),
-        (102, -5, low - 20),
-        (88, 25, low),
-        (40, 62, low - rng.uniform(0, 60)),
-    ]
-    colon += [(-40, 64, low - rng.uniform(-20, 70)), (-92, 30, rng.uniform(-130, -70))]
-    colon += [(-108, -20, -150), (-104, -20, -345)]
+    colon = [(100, -15, -340), (102, -5, low - 20), (88, 25, low)]
+    colon += [(40, 62, low - rng.uniform(0, 60)), (-40, 64, low - rng.uniform(-20, 70))]
+    colon += [(-92, 30, rng.uniform(-130, -70)), (-108, -20, -150), (-104, -20, -345)]
     small: list[tuple[Any, float]] = []
     for _ in range(int(rng.choice([rng.integers(8, 40), rng.integers(40, 100)]))):
         at, path = rng.uniform((-105, -25, -420), (95, 75, -95)), []
@@ -448,10 +439,8 @@ def draw_vessels(rng: np.random.Generator, hu: dict[str, float]) -> Layers:
     layers.append(("vein outside", portal, hu["vein"]))
     if rng.random() < 0.8:
         bladder = jitter(rng, (44, 48, -124), (15, 17, 30), 12, 0.35)
-        layers += [
-            ("gallbladder", bladder, hu["wall"]),
-            ("gallbladder", bladder.grown(-2), hu["bile"]),
-        ]
+        layers.append(("gallbladder", bladder, hu["wall"]))
+        layers.append(("gallbladder", bladder.grown(-2), hu["bile"]))
     if rng.random() < 0.5:  # the fissure of the ligament between the lobes
         points = [np.array([-4, 66, -100]), np.array([6, 20, -76])] + rng.uniform(-10, 10, 3)
         fissure = blade(points, rng.uniform(2, 7, 2), 0.6)
@@ -459,9 +448,8 @@ def draw_vessels(rng: np.random.Generator, hu: dict[str, float]) -> Layers:
     if rng.random() < 0.25:  # of liver-like HU, to the left or far below
         place = rng.uniform((-100, -30, -330), (40, 60, -190))
         mass = ellipsoid(place, rng.uniform(12, 55) * rng.uniform(0.7, 1.3, 3))
-        layers.append(
-            ("mass", mass.within(cavity.grown(-3)), hu["liver"] + float(rng.normal(0, 12)))
-        )
+        value = hu["liver"] + float(rng.normal(0, 12))
+        layers.append(("mass", mass.within(cavity.grown(-3)), value))
     return layers
 
 
@@ -470,18 +458,20 @@ def draw_vessels(rng: np.random.Generator, hu: dict[str, float]) -> Layers:
 
 def draw_grid(rng: np.random.Generator, config: Config, skin: float):
     """Shape (Z, Y, X) and the affine from voxels (X, Y, Z) to reference mm of one random scan."""
-    scale = rng.uniform(0.86, 1.12) * rng.uniform((0.94, 0.86, 0.8), (1.08, 1.18, 1.08))
-    width, depth = (
-        (2 * (half + skin)) * s for half, s in ((atlas.HALF_WIDTH, scale[0]), (105, scale[1]))
-    )
+    scale = rng.uniform(0.85, 1.1) * rng.uniform((0.94, 0.94, 0.8), (1.08, 1.38, 1.08))
+    width, depth = 2 * (atlas.HALF_WIDTH + skin) * scale[0], 2 * (105 + skin) * scale[1]
     margin = rng.uniform(-50, -10) if rng.random() < 0.12 else rng.uniform(0, 60)  # cut, or air
     top, bottom = rng.uniform(5, 170), rng.uniform(-420, -190)
     if rng.random() < 0.12:
         top = rng.uniform(-60, 5)
     if rng.random() < 0.15:
         bottom = rng.uniform(-190, -110)
+    if rng.random() < 0.25:  # a slab, most of them through the liver
+        middle = rng.uniform(-170, -10) if rng.random() < 0.7 else rng.uniform(-380, 130)
+        half = rng.uniform(20, 75) / scale[2]
+        top, bottom = middle + half, middle - half
     mm = np.array([width + margin, depth + margin + 20, (top - bottom) * scale[2]])
-    shape = np.maximum(np.round(mm / config.spacing), 16).astype(int)
+    shape = np.maximum(np.round(mm / config.spacing), (16, 16, 2)).astype(int)
     middle = np.array([*rng.uniform(-8, 8, 2), (top + bottom) / 2 * scale[2]])
     turn = Rotation.from_rotvec(np.deg2rad(rng.normal(0, (4, 4, 6)))).as_matrix()
     affine = np.eye(4)
@@ -506,7 +496,12 @@ def scan(rng: np.random.Generator, patient: atlas.Patient, shape, to_reference: 
         noise = gaussian_filter(noise, (0, kernel, kernel))
     hu += noise * np.float32(np.exp(rng.uniform(np.log(2), np.log(32))) / noise.std())
     hu += np.float32(rng.normal(0, 4))
-    return np.maximum(np.rint(hu), atlas.AIR - 24).astype(np.int16), label
+    hu = np.maximum(np.rint(hu), atlas.AIR - 24).astype(np.int16)
+    if rng.random() < 0.2:  # nothing was measured in a frame, square or round
+        far = np.ix_(*(np.abs(np.linspace(-1, 1, n)) for n in shape[1:]))
+        frame = (np.maximum if rng.random() < 0.5 else np.hypot)(*far) > rng.uniform(0.86, 1.05)
+        hu[:, frame], label[:, frame] = rng.choice([0, -1024, -2000]), 0
+    return hu, label
 
 
 def make_body(index: int, config: Config) -> tuple[Volume, Volume]:
@@ -556,10 +551,8 @@ def paint_around(path: Path, index: int, config: Config) -> tuple[Volume, Volume
     noise = gaussian_filter(rng.standard_normal(hu.shape, dtype=np.float32), (0, 0.8, 0.8))
     hu += noise * np.float32(rng.uniform(8, 17) / noise.std())
     image = np.maximum(np.rint(hu), atlas.AIR - 24).astype(np.int16)
-    header = given.header
-    return Volume(image.T, given.affine, header=header), Volume(
-        label.T, given.affine, header=header
-    )
+    grid = Volume(image.T, given.affine, header=given.header)
+    return grid, grid.like(label.T)
 
 
 def place_around(mask: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -594,15 +587,12 @@ def main(config: Config) -> None:
         if config.livers:
             name, pair = masks[index].name, paint_around(masks[index], index, config)
         else:
-            name, pair = f"body_{index:04d}.nii.gz", make_body(index, config)
+            name, pair = f"body_{index:05d}.nii.gz", make_body(index, config)
         for folder, volume in zip(("imagesTr", "labelsTr"), pair, strict=True):
             volume.write(config.destination / folder / name)
-    about = {"name": "Bodies", "description": "Synthetic abdominal CT of no patient"}
-    record = about | {
-        "modality": {"0": "CT"},
-        "labels": dict(zip("012", atlas.LABELS["liver"], strict=True)),
-    }
-    write_json(record, config.destination / "dataset.json")
+    record = {"name": "Bodies", "description": "Synthetic abdominal CT of no patient"}
+    record |= {"labels": dict(zip("012", atlas.LABELS["liver"], strict=True))}
+    write_json(record | {"modality": {"0": "CT"}}, config.destination / "dataset.json")
 
 
 if __name__ == "__main__":

@@ -179,10 +179,8 @@ def measure(config: Config) -> dict[str, Any]:
 
 
 def main(config: Config) -> None:
-    busy = {
-        card: {name: round(100 * forecast(step_s, how), 1) for name, how in LOADERS.items()}
-        for card, step_s in CARDS.items()
-    }
+    busy = {card: {name: round(100 * forecast(step_s, how), 1) for name, how in LOADERS.items()}
+            for card, step_s in CARDS.items()}  # fmt: skip
     assumed = {"step_s": CARDS, **HOST, "loaders": LOADERS}
     result = {"command": name_command(), "machine": machine(torch_too=True)}
     result |= {"forecast_busy_percent": busy, "assumed": assumed, "measured": None}

@@ -1,6 +1,5 @@
 """Accuracy on real CTs in 3-fold cross-validation: settings compared at equal CPU minutes.
 
-
     python benchmarks/levers.py --settings starter patches --minutes 4 --seeds 0 1 2
     python benchmarks/levers.py --settings starter patches --minutes 4 --patients 1
     python benchmarks/levers.py --settings "starter, 3 mm" --seeds 0 --applying
@@ -105,10 +104,8 @@ def run(*command: object) -> float:
     """Run one of the scripts on one thread; CPU seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, check=True, env=environment,
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    words = [sys.executable, *map(str, command)]
+    subprocess.run(words, cwd=ROOT, check=True, env=environment, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -165,10 +162,8 @@ def fit(setting: str, data: Path, folder: Path, seed: int, epochs: int) -> float
     """Train once; return the CPU seconds."""
     words, _ = read_options(setting)
     recipe = [] if words[0].startswith("--") else [words.pop(0)]
-    return run(
-        "train.py", *recipe, "--data", data, "--run-folder", folder, "--seed", seed,
-        "--max-epochs", epochs, "--val-interval", epochs, *words,
-    )  # fmt: skip
+    return run("train.py", *recipe, "--data", data, "--run-folder", folder, "--seed", seed,
+               "--max-epochs", epochs, "--val-interval", epochs, *words)  # fmt: skip
 
 
 def last_of_each(options: str) -> list[str]:
@@ -195,10 +190,8 @@ def count_epochs(config: Config, setting: str, data: Path) -> int:
     rates = read_json(path) if path.exists() else {}
     samples = count_samples(data)
     if setting not in rates:
-        seconds = [
-            fit(setting, data, config.work / "trials" / name_file(f"{setting}_{epochs}"), 0, epochs)
-            for epochs in (1, 4)
-        ]
+        places = {n: config.work / "trials" / name_file(f"{setting}_{n}") for n in (1, 4)}
+        seconds = [fit(setting, data, place, 0, epochs) for epochs, place in places.items()]
         each = (seconds[1] - seconds[0]) / 3
         rates[setting] = {"fixed": seconds[0] - each, "sample": each / samples}
         write_json(rates, path)
@@ -268,36 +261,29 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
         groups.setdefault(key, []).append(row)
     table = {}
     for key, group in groups.items():
-        dice = {
-            (row["seed"], name): scan["dice"]
-            for row in group
-            for name, scan in row["scans"].items()
-        }
+        dice = {pair: scan["dice"] for pair, scan in list_scans(group).items()}
         seeds = sorted({seed for seed, _ in dice})
         means = [statistics.mean(v for (s, _), v in dice.items() if s == seed) for seed in seeds]
-        base = {
-            (row["seed"], name): scan["dice"]
-            for row in groups.get("starter" + key[len(group[0]["setting"]) :], [])
-            for name, scan in row["scans"].items()
-        }
-        paired = [dice[k] - base[k] for k in dice if k in base]
+        base = list_scans(groups.get("starter" + key[len(group[0]["setting"]) :], []))
+        paired = [dice[k] - base[k]["dice"] for k in dice if k in base]
+        apart = [scan["hd95_mm"] for scan in list_scans(group).values()]
+        minutes = statistics.mean(row["training_cpu_minutes"] for row in group)
         table[key] = {
-            "n": len(dice),
-            "seeds": len(seeds),
+            "n": len(dice), "seeds": len(seeds),
             "dice_mean": round(statistics.mean(dice.values()), 4),
             "dice_worst": round(min(dice.values()), 4),
             "dice_of_each_seed": [round(value, 4) for value in means],
-            "hd95_mm_mean": round(
-                statistics.mean(s["hd95_mm"] for r in group for s in r["scans"].values()), 2
-            ),
-            "cpu_minutes_mean": round(
-                statistics.mean(row["training_cpu_minutes"] for row in group), 2
-            ),
+            "hd95_mm_mean": round(statistics.mean(apart), 2), "cpu_minutes_mean": round(minutes, 2),
             "minus_starter_mean": round(statistics.mean(paired), 4) if paired else None,
             "minus_starter_sd": round(statistics.stdev(paired), 4) if len(paired) > 1 else None,
             "paired": len(paired),
-        }
+        }  # fmt: skip
     return table
+
+
+def list_scans(rows: list[dict]) -> dict[tuple[int, str], dict]:
+    """Return the figures of each seed and scan."""
+    return {(row["seed"], name): scan for row in rows for name, scan in row["scans"].items()}
 
 
 def main(config: Config) -> None:

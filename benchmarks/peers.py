@@ -72,9 +72,7 @@ class Config:
     report: bool = False  # run nothing, print the table of what is known
 
 
-# ---------------------------------------------------------------------------------------
 # Running
-# ---------------------------------------------------------------------------------------
 
 
 def call(program: str, step: str, job: Path) -> float:
@@ -174,20 +172,14 @@ def run_once(config: Config, peer: str, turn: int, seed: int) -> dict:
     return row
 
 
-# ---------------------------------------------------------------------------------------
 # Comparing
-# ---------------------------------------------------------------------------------------
 
 
 def find_ours(rows: list[dict]) -> dict[tuple[int, str], float]:
     """(seed, patient) → Dice, of our rows in levers.json."""
-    chosen = [
-        row for row in rows
-        if (row["setting"], row["minutes"], row["patients"]) == (OURS, OURS_MINUTES, 4)
-    ]  # fmt: skip
-    return {
-        (row["seed"], name): scan["dice"] for row in chosen for name, scan in row["scans"].items()
-    }
+    keys, ours = ("setting", "minutes", "patients"), (OURS, OURS_MINUTES, 4)
+    chosen = [row for row in rows if tuple(row[key] for key in keys) == ours]
+    return {pair: scan["dice"] for pair, scan in levers.list_scans(chosen).items()}
 
 
 def summarise(rows: list[dict], ours: dict[tuple[int, str], float]) -> dict[str, dict]:
@@ -214,14 +206,13 @@ def summarise_group(group: list[dict], ours: dict[tuple[int, str], float]) -> di
         far = [scan["hd95_mm"] for scan in scans.values() if scan["hd95_mm"] is not None]
         less = {key: round(ours[key] - dice[key], 4) for key in dice if key in ours}
         entry[way] = {
-            "n": len(dice),
+            "n": len(dice), "dice_worst": min(dice.values()),
             "dice_mean": round(statistics.mean(dice.values()), 4),
-            "dice_worst": min(dice.values()),
             "hd95_mm_mean": round(statistics.mean(far), 2) if far else None,
             "ours_minus_theirs": {f"{name} seed {seed}": d for (seed, name), d in less.items()},
             "ours_minus_theirs_mean": round(statistics.mean(less.values()), 4) if less else None,
             "ours_at_least_in": f"{sum(d >= 0 for d in less.values())} of {len(less)}",
-        }
+        }  # fmt: skip
     return entry
 
 
@@ -234,11 +225,8 @@ def main(config: Config) -> None:
         if (*PEERS[peer], config.minutes, turn, seed) in done:
             continue
         known["rows"].append(run_once(config, peer, turn, seed))
-        known |= {
-            "conditions": CONDITIONS,
-            "machine": machine(),
-            "summary": summarise(known["rows"], ours),
-        }
+        known |= {"conditions": CONDITIONS, "machine": machine()}
+        known["summary"] = summarise(known["rows"], ours)
         write_json(known, config.results)
     print(json.dumps(summarise(known["rows"], ours), indent=1))
 

@@ -83,22 +83,19 @@ def train_from_nothing() -> None:
 
 def shrink(path: Path, colours: int = 256) -> None:
     """A PNG of few colours: a third of the bytes, which nobody sees."""
-    Image.open(path).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(
-        path, optimize=True
-    )
+    small = Image.open(path).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
 
 
 def main() -> None:
     save_figure(overview(*make_fine_phantom()), PICTURES / "overview.png")
     run("-m", "data.check", FINE, "--destination", DEMO / "fine_check")
     train_from_nothing()
-    for source, name in (
-        (DEMO / "scratch" / "curves.png", "curves.png"),
-        (DEMO / "scratch" / "preview.png", "preview.png"),
-        (DEMO / "subvolumes" / "preprocess.png", "preprocess.png"),
-        (next((DEMO / "fine_check").glob("*.png")), "check.png"),
-        (next((FOUND).glob("*/*_preview.png")), "result.png"),
-    ):
+    made = ("scratch/curves.png", "scratch/preview.png", "subvolumes/preprocess.png")
+    sources = {Path(name).name: DEMO / name for name in made}
+    sources["check.png"] = next((DEMO / "fine_check").glob("*.png"))
+    sources["result.png"] = next(FOUND.glob("*/*_preview.png"))
+    for name, source in sources.items():
         shutil.copyfile(source, PICTURES / name)
         shrink(PICTURES / name)
 

@@ -246,9 +246,7 @@ def attack_settings(work: Path, places: dict[str, Path], config: Config) -> Iter
         yield row, "accepted" if outcome == SOUND else outcome, f"{command}: {told}"
 
 
-# ---------------------------------------------------------------------------------------
 # Kills, signals, full disks, rivals: what lies there is whole, and the same command goes on
-# ---------------------------------------------------------------------------------------
 
 
 def read_tree(folder: Path) -> dict[str, bytes]:

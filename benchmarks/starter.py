@@ -1,37 +1,39 @@
-"""Starter weights from synthetic bodies alone, and their Dice on real CTs that they never saw.
+"""Starter weights from synthetic bodies alone, the gate of the bodies, and scores of the weights.
 
-    python benchmarks/starter.py --work data/starter               # make the weights, 1 to 2 hours
-    python benchmarks/starter.py --work data/starter --seed 1      # once more, all drawn anew
-    python benchmarks/starter.py --work data/starter --score-only  # of weights that are there
+    python benchmarks/starter.py --gate                            # shapes against real masks
+    python benchmarks/starter.py --seed 1                          # make the weights, then score
+    python benchmarks/starter.py --score checkpoints/starter.pt --sets painted bodies
 
-The scripts are run as a user runs them: `benchmarks/bodies.py`, `prepare.py`, `train.py`, and
-`apply_model.py` on the real CTs. What is there already in `--work` is not made again. Not one real
-voxel is trained on; the settings were chosen on the two scans in `CHOSEN_ON`, so the mean over the
-others, which stands apart in the result, is the one to believe.
-Writes `WORK/seed_N/starter.pt` and an entry of benchmarks/results/starter.json.
+No voxel of a real CT is trained on. The sets `painted` and `bodies` are synthetic: they choose
+settings and seed. `six` are real CTs, a test that chooses nothing. What `--work` holds already is
+not made again. Writes `WORK/seed_N/starter.pt` and benchmarks/results/starter.json.
 """
 
 from __future__ import annotations
 
-import json
-import shlex
-import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import bodies
+import nibabel as nib
 import numpy as np
 import torch
 import tyro
-from machine import ROOT, machine
+from machine import DATA, RESULTS, ROOT, machine, name_command
+from tqdm import tqdm
 
+from apply_model import load_model, segment
+from data.evaluate import evaluate
 from data.files import read_json, write_json
 from data.scans import lay_on_grid, read_volume
+from data.volumes import Volume
 
-CHOSEN_ON = ("ircad_19", "tace_1720")  # real scans that settings were chosen on
-BODIES = "--cases 160 --spacing 4 4 4"
+BODIES = "--cases 640 --spacing 4 4 4"
 PREPARE = (
     "--subvolume-depth 0 --foreground liver --accept outline outside hu empty "
     "--training 0.95 --validation 0.05 --test 0"
@@ -41,87 +43,185 @@ TRAIN = (
     "--loss dice_ce --learning-rate 2e-3 --batch-size 2 --patches-per-case 2 --max-epochs 6 "
     "--val-interval 6"
 )
+KEYS = ("dice", "hd95_mm", "false_positive_ml")
+SLAB = 40  # mm, of slabs that are cut from painted scans
+Item = tuple[str, str, Volume, Volume]  # set, case, scan, label map
 
 
 @dataclass
 class Config:
-    """Where to work, and what to score on."""
+    """What is made or scored, and where."""
 
-    work: Path = Path("data/starter")  # for bodies, run and results; relative: below the project
+    work: Path = Path("data/starter")  # for bodies and runs; relative: below the project
     seed: int = 0  # of bodies, weights, order and augmentation
-    source: Path = Path("../shared/data/ct")  # real CTs with labels, to score on; nothing else
-    score_only: bool = False  # weights are there, only score them
-
-
-def run(*command: object) -> float:
-    """Run one of the scripts; seconds."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
-    return time.perf_counter() - start
+    score: tuple[Path, ...] = ()  # checkpoints that are scored; none: make those of the seed
+    sets: tuple[str, ...] = ("painted", "bodies", "six")  # what they are scored on
+    gate: bool = False  # only compare the bodies' livers with real ones
 
 
 def make_weights(config: Config, folder: Path) -> dict[str, float]:
-    """Bodies, sub-volumes and training, as far as they are not there; minutes of each."""
-    raw, data, seconds = folder / "raw", folder / "prepared", {}
-    if not (ROOT / raw / "dataset.json").exists():
-        seconds["bodies"] = run("benchmarks/bodies.py", "--destination", raw, "--seed", config.seed,
-                                *shlex.split(BODIES))  # fmt: skip
-    if not (ROOT / data / "dataset.json").exists():
-        seconds["prepare"] = run("prepare.py", raw, "--destination", data, "--seed", config.seed,
-                                 *shlex.split(PREPARE))  # fmt: skip
-    checkpoint = folder / "run" / "best.pt"
-    if not (ROOT / checkpoint).exists():
-        seconds["training"] = run("train.py", "--data", data, "--run-folder", checkpoint.parent,
-                                  "--seed", config.seed, *shlex.split(TRAIN))  # fmt: skip
-    shutil.copyfile(ROOT / checkpoint, ROOT / folder / "starter.pt")
-    return {name: round(value / 60, 1) for name, value in seconds.items()}
+    """Bodies, prepared cases and training, as far as they are not there; minutes of each."""
+    raw, data, minutes = folder / "raw", folder / "prepared", {}
+    for made, *command in (
+        (raw / "dataset.json", "benchmarks/bodies.py", "--destination", raw, *BODIES.split()),
+        (data / "dataset.json", "prepare.py", raw, "--destination", data, *PREPARE.split()),
+        (folder / "run/best.pt", "train.py", "--data", data, "--run-folder", folder / "run",
+         *TRAIN.split()),
+    ):  # fmt: skip
+        start, words = time.perf_counter(), [sys.executable, *command, "--seed", config.seed]
+        if not (ROOT / made).exists():
+            subprocess.run([str(word) for word in words], cwd=ROOT, check=True)
+            minutes[str(command[0])] = round((time.perf_counter() - start) / 60, 1)
+    checkpoint = torch.load(ROOT / folder / "run/best.pt", weights_only=True)
+    labels = map(read_volume, (ROOT / raw / "labelsTr").glob("*.nii.gz"))
+    livers = [(v.data > 0).sum() * v.voxel_ml for v in labels if is_whole(v.data)]
+    usual = {"log_ml": float(np.log(livers).mean()), "sd": float(np.log(livers).std())}
+    torch.save(checkpoint | {"expected": {"liver": usual}}, ROOT / folder / "starter.pt")
+    return minutes
 
 
-def score(config: Config, folder: Path) -> dict[str, dict[str, float]]:
-    """Whole-volume figures of the liver with its tumours, of each real CT."""
-    images = sorted((config.source / "imagesTr").glob("[!.]*.nii.gz"))
-    run("apply_model.py", *(path.resolve() for path in images),
-        "--truth", (config.source / "labelsTr").resolve(), "--checkpoint", folder / "starter.pt",
-        "--destination", folder / "results", "--overwrite")  # fmt: skip
-    table = {}
-    for name in (path.name.removesuffix(".nii.gz") for path in images):
-        row = read_json(ROOT / folder / "results" / name / f"{name}.json")
-        found = read_volume(ROOT / folder / "results" / name / f"{name}_label.nii.gz")
-        truth = lay_on_grid(read_volume(config.source / "labelsTr" / f"{name}.nii.gz"), found)
-        false = (found.ras.data > 0) & (truth.ras.data == 0)
-        table[name] = {
-            key: round(row[f"liver_{key}"], 4) for key in ("dice", "precision", "recall", "hd95_mm")
-        } | {"false_positive_ml": round(float(false.sum()) * found.voxel_ml, 1)}
+def is_whole(label: np.ndarray) -> bool:
+    """Return whether there is a liver which no end of the scan cuts off."""
+    return label.any() and not any(label.take((0, -1), axis).any() for axis in (0, 1, 2))
+
+
+# The gate
+
+
+def measure_shape(mask: np.ndarray, spacing: np.ndarray) -> dict[str, float]:
+    """Return measures of a liver mask (X, Y, Z), RAS, in mm from its right, front and top."""
+    at = np.argwhere(mask) * spacing
+    extent, at = np.ptp(at, 0) + spacing, at.max(0) - at
+    ml = len(at) * float(np.prod(spacing)) / 1000
+    row = {"ml": ml, "share of its box": ml * 1000 / np.prod(extent)}
+    row["share left of the middle"] = float((at[:, 0] > extent[0] / 2).mean())
+    for axis, end in enumerate(("right", "front", "top")):
+        row[f"extent from its {end}, mm"] = extent[axis]
+        for share in (10, 25, 50, 75, 90):
+            row[f"{share} % lie within mm of its {end}"] = np.percentile(at[:, axis], share)
+    for mm in (20, 40, 60, 80):
+        away = np.abs(at[:, 0].max() - at[:, 0] - mm)
+        part = at[at[:, 0] == at[away.argmin(), 0]]  # one plane of voxels
+        name = f"left lobe, {mm} mm from its end"
+        for axis, end in enumerate(("front", "top"), start=1):
+            near, far = part[:, axis].min(), part[:, axis].max()
+            row[f"{name}: mm from the {end}, near side"] = near
+            row[f"{name}: mm from the {end}, far side"] = far
+            row[f"{name}: mm thick from the {end}"] = far - near
+        row[f"{name}: cm²"] = len(part) * np.prod(spacing[1:]) / 100
+    dome, tip = (at[near].mean(0) for near in (at[:, 2] < 12, at[:, 2] > extent[2] - 12))
+    row |= {"dome, mm from the right": dome[0], "dome, mm from the front": dome[1]}
+    return row | {"lower tip, mm from the right": tip[0]}
+
+
+def compare_shapes(count: int = 240) -> dict[str, Any]:
+    """Return 5, 50 and 95 % of each measure of real masks and of bodies that no scan cuts off.
+
+    `inside`: share of the real ones within 5 to 95 % of the bodies, give or take a voxel.
+    """
+    rows: dict[str, list[dict[str, float]]] = {"real": [], "bodies": []}
+    masks = list_masks()
+    for index in tqdm(range(-count, len(masks)), "gate", disable=None):
+        body = bodies.make_body(-index, bodies.Config(seed=98))[1] if index < 0 else None
+        volume = body or read_volume(masks[index]).ras
+        step = np.maximum(np.round(4 / np.array(volume.spacing_mm)), 1).astype(int)
+        mask = volume.data[:: step[0], :: step[1], :: step[2]] > 0
+        if is_whole(mask):
+            row = measure_shape(mask, step * volume.spacing_mm)
+            rows["bodies" if body else "real"].append(row)
+    table: dict[str, Any] = {"n": {kind: len(some) for kind, some in rows.items()}}
+    for name in rows["real"][0]:
+        real, ours = (np.array([row[name] for row in some]) for some in rows.values())
+        spans = [np.percentile(some, [5, 50, 95]).round(2).tolist() for some in (real, ours)]
+        low, high = np.array(spans[1])[[0, 2]] + np.array([-4, 4]) * ("mm" in name)
+        inside = round(float(((real >= low) & (real <= high)).mean()), 2)
+        table[name] = {"real": spans[0], "bodies": spans[1], "inside": inside}
+        print(f"{name:56}", *table[name].values())
     return table
 
 
-def main(config: Config) -> None:
-    folder = config.work / f"seed_{config.seed}"
-    (ROOT / folder).mkdir(parents=True, exist_ok=True)
-    minutes = {} if config.score_only else make_weights(config, folder)
-    if not (config.source / "imagesTr").is_dir():
-        print(f"{folder / 'starter.pt'} is made; not scored, {config.source} holds no imagesTr")
-        return
-    table = score(config, folder)
-    dice = {name: row["dice"] for name, row in table.items()}
-    others = [value for name, value in dice.items() if name not in CHOSEN_ON]
-    path = ROOT / "benchmarks" / "results" / "starter.json"
-    result = read_json(path) if path.exists() else {}
-    result[f"seed_{config.seed}"] = {
-        "command": f"python benchmarks/starter.py --seed {config.seed}",
-        "bodies": BODIES,
-        "prepare": PREPARE,
-        "train": TRAIN,
-        "minutes": minutes or result.get(f"seed_{config.seed}", {}).get("minutes", {}),
-        "machine": {**machine(), "torch_threads": torch.get_num_threads()},
-        "n": f"{len(dice)} real CTs, none trained on; settings chosen on {', '.join(CHOSEN_ON)}",
-        "dice_mean": round(float(np.mean(list(dice.values()))), 4),
-        "dice_worst": min(dice.values()),
-        "dice_mean_of_the_others": round(float(np.mean(others)), 4) if others else None,
-        "scans": table,
+def list_masks() -> list[Path]:
+    """Real liver masks, but those of LiTS without geometry: their spacing is 1."""
+    paths = sorted((DATA / "lits_labels").glob("[!.]*.nii*"))
+    return [path for path in paths if set(nib.load(path).header.get_zooms()) != {1}]
+
+
+# Scores
+
+
+def draw_scans(sets: tuple[str, ...]) -> Iterator[Item]:
+    """Yield the scans of each set, and slabs of them."""
+    for index, path in enumerate(list_masks()[1::2] if "painted" in sets else ()):
+        pair = bodies.paint_around(path, index, bodies.Config(seed=5, step=4))
+        yield from cut_slabs("painted", path.name, *(volume.ras for volume in pair))
+    for index in range(60 if "bodies" in sets else 0):
+        scan, label = bodies.make_body(index, bodies.Config(seed=99))
+        kind = "bodies" if scan.shape[2] * scan.spacing_mm[2] > 160 else "slabs of bodies"
+        yield kind + " without liver" * (not label.data.any()), f"{index}", scan, label
+    for path in sorted((DATA / "ct" / "imagesTr").glob("[!.]*")) if "six" in sets else ():
+        scan, label = read_volume(path), read_volume(DATA / "ct" / "labelsTr" / path.name)
+        yield "six", path.name, scan, lay_on_grid(label, scan)
+
+
+def cut_slabs(kind: str, name: str, scan: Volume, label: Volume) -> Iterator[Item]:
+    """Yield a RAS scan, a slab through its liver, and one without liver where it has room."""
+    yield kind, name, scan, label
+    rng, thick = np.random.default_rng(len(scan.data)), round(SLAB / scan.spacing_mm[2])
+    liver = (label.data > 0).sum((0, 1)) * scan.voxel_ml
+    held = np.convolve(liver, np.ones(thick), "valid")  # ml in the slab from each slice on
+    for what, starts in (("", held >= 50), (" without liver", held == 0)):
+        if starts.any():
+            start = int(rng.choice(np.flatnonzero(starts)))
+            box = (slice(None), slice(None), slice(start, start + thick))
+            yield f"slabs of {kind}{what}", name, scan.crop(box), label.crop(box)
+
+
+def score(sets: tuple[str, ...], checkpoints: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
+    """Return the figures of each checkpoint in each set, after the usual post-processing."""
+    models = {str(path): load_model(ROOT / path, "cpu") for path in checkpoints}
+    rows: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in models}
+    for kind, case, scan, label in tqdm(draw_scans(sets), "scans", disable=None):
+        truth = label.ras.like((label.ras.data > 0).astype(np.uint8))
+        for name, model in models.items():
+            found = truth.like((segment(model, scan).classes.data > 0).astype(np.uint8))
+            every = evaluate(found, truth, ["liver"])
+            row = {key: every[f"liver_{key}"] for key in (*KEYS[:2], "precision", "recall")}
+            row["found_ml"] = float(found.data.sum()) * found.voxel_ml
+            row["false_positive_ml"] = float((found.data > truth.data).sum()) * found.voxel_ml
+            row = {key: value and round(value, 4) for key, value in row.items()}
+            rows[name].setdefault(kind, {})[case.removesuffix(".nii.gz")] = row
+    return {
+        name: {k: summarise(k, some) for k, some in sets.items()} for name, sets in rows.items()
     }
+
+
+def summarise(kind: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return mean, lowest and highest figures of a set; of scans without liver, the ml found."""
+    table: dict[str, Any] = {"n": len(rows)}
+    keys = ("found_ml",) if "without" in kind else KEYS
+    for key in keys:
+        some = [row[key] for row in rows.values() if row[key] is not None]
+        table[key] = [round(float(v), 4) for v in (np.mean(some), min(some), max(some))]
+    print(kind, table)
+    return table | {"scans": rows if kind == "six" else {n: r[keys[0]] for n, r in rows.items()}}
+
+
+def main(config: Config) -> None:
+    path, checkpoints, about = RESULTS / "starter.json", config.score, {}
+    result = read_json(path)
+    if config.gate:
+        result["gate"] = {"command": name_command(), **compare_shapes()}
+    elif not checkpoints:
+        folder = config.work / f"seed_{config.seed}"
+        (ROOT / folder).mkdir(parents=True, exist_ok=True)
+        about = {"minutes": make_weights(config, folder)}
+        about |= {"bodies": BODIES, "prepare": PREPARE, "train": TRAIN}
+        checkpoints = (folder / "starter.pt",)
+    about |= {"command": name_command(), "machine": machine(torch_too=True)}
+    for name, sets in score(config.sets, checkpoints).items() if checkpoints else ():
+        entry = result.setdefault(name, {})
+        entry |= {**about, "sets": entry.get("sets", {}) | sets}
     write_json(result, path)
-    print(json.dumps(result[f"seed_{config.seed}"], indent=1))
 
 
 if __name__ == "__main__":

@@ -232,8 +232,6 @@ SERIES_TAGS = (
     "PixelPaddingRangeLimit", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
     "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "PixelData",
 )  # fmt: skip
-
-
 FAULTS = {
     "empty": lambda h, t: put_raw(h, t, h[t].VR if t in h else "DS", b""),
     "missing": lambda h, t: h.pop(t, None),

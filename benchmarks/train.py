@@ -35,14 +35,7 @@ from data.files import write_json
 from data.labels import IMAGE, LABEL, as_labels, resolve_classes
 from data.settings import pick
 from data.splits import read_prepared
-from preprocess import (
-    Augment,
-    Chain,
-    SubvolumeLoader,
-    Subvolumes,
-    preprocess_files,
-    subvolume_items,
-)
+from preprocess import Augment, Chain, SubvolumeLoader, Subvolumes
 from utilities import Run, build_network, pick_precision, train_one_epoch
 
 
@@ -80,10 +73,8 @@ def usual_chain(settings: train.Config) -> list[Any]:
 
 def usual_augmentation() -> list[Any]:
     return [
-        transforms.RandAffined(
-            KEYS, prob=0.5, rotate_range=(0, 0, 0.17), translate_range=(6, 6, 0),
-            mode=("bilinear", "nearest"),
-        ),
+        transforms.RandAffined(KEYS, prob=0.5, rotate_range=(0, 0, 0.17),
+                               translate_range=(6, 6, 0), mode=("bilinear", "nearest")),
         transforms.RandGaussianNoised(IMAGE, prob=0.5, std=0.02),
         transforms.ToTensord(KEYS),
     ]  # fmt: skip
@@ -178,11 +169,8 @@ def measure_ours(
         loader = SubvolumeLoader(augmented, config.batch_size, shuffle=True, seed=0)
         how = (loss_function, settings.gradient_clip, (1, 1), lambda: False)
         row = train_one_epoch(run, loader, *how)
-    return {
-        "seconds_per_step": config.batch_size / row["samples_per_s"],
-        "data_wait_percent": row["data_wait_percent"],
-        "peak_memory_mb": row["peak_memory_mb"],
-    }
+    each = {"seconds_per_step": config.batch_size / row["samples_per_s"]}
+    return each | {key: row[key] for key in ("data_wait_percent", "peak_memory_mb")}
 
 
 def measure_matmul(device: torch.device, precision: torch.dtype) -> float:
@@ -198,7 +186,7 @@ def measure_caches(
     """The cache's build against the usual chain, the same files and workers; and our cache."""
     chains = {
         "usual_chain": transforms.Compose([*usual_chain(settings), transforms.ToTensord(KEYS)]),
-        "ours": functools.partial(preprocess_files, chain=chain, device=device),
+        "ours": functools.partial(preprocess.preprocess_files, chain=chain, device=device),
     }
     result: dict[str, Any] = {"items": len(items), "workers": config.workers}
     for name, steps in chains.items():
@@ -212,24 +200,18 @@ def measure_caches(
 def in_turns(rounds: int, **loops: Callable[[], dict]) -> dict[str, dict]:
     """Measure the loops one after the other, several times; the median of each figure."""
     results = [{name: loop() for name, loop in loops.items()} for _ in range(rounds)]
-    return {
-        name: {key: statistics.median(result[name][key] for result in results) for key in first}
-        for name, first in results[0].items()
-    }
+    return {n: {key: statistics.median(result[n][key] for result in results) for key in first}
+            for n, first in results[0].items()}  # fmt: skip
 
 
 def measure_sweep(config: Config, device: torch.device, precision: torch.dtype) -> list[dict]:
     """The bare loop on a GPU: batch sizes, eager and compiled."""
     return [
-        {
-            "batch_size": size,
-            "compiled": compiled,
-            **measure_bare(config, device, precision, batch_size=size, compiled=compiled),
-            "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6,
-        }
-        for compiled in (False, True)
-        for size in (1, 2, 4, 8, 16, 32)
-    ]
+        {"batch_size": size, "compiled": compiled,
+         **measure_bare(config, device, precision, batch_size=size, compiled=compiled),
+         "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6}
+        for compiled in (False, True) for size in (1, 2, 4, 8, 16, 32)
+    ]  # fmt: skip
 
 
 def main(config: Config) -> None:
@@ -240,7 +222,7 @@ def main(config: Config) -> None:
     prepared = read_prepared(config.data)
     labels = resolve_classes(settings.labels, as_labels(prepared["labels"]))
     chain = pick(Chain, settings, labels=labels, ignore=(), crop_to_body=False)
-    items = subvolume_items(prepared, config.data, "training")
+    items = preprocess.subvolume_items(prepared, config.data, "training")
     cache, cached = measure_caches(config, items, settings, chain, device)
     loops: dict[str, Callable[[], dict]] = {
         "plain": functools.partial(measure_plain, config, items, settings, device),
@@ -251,12 +233,10 @@ def main(config: Config) -> None:
         "command": name_command(),
         "n": f"median of {config.rounds} rounds in turns, each of {config.steps} steps of "
         f"{config.batch_size} sub-volumes after one to warm up",
-        "machine": machine(torch_too=True),
-        "precision": str(precision),
-        "cache": cache,
+        "machine": machine(torch_too=True), "precision": str(precision), "cache": cache,
         **in_turns(config.rounds, **loops),
         "matmul_tflop_per_s": measure_matmul(device, precision),
-    }
+    }  # fmt: skip
     ours = result["ours"]["seconds_per_step"]
     result["ours_over_plain"] = result["plain"]["seconds_per_step"] / ours
     result["ours_of_bare"] = result["bare"]["seconds_per_step"] / ours

@@ -190,14 +190,10 @@ def judge_case(model: Model, scan: Volume, label: np.ndarray) -> dict[str, float
     shape = scan.ras_shape
     evidence = trust.weigh_scores(found.scores.numpy(), found.to_network, shape, model.names)
     expected, known = trust.judge_trust(evidence, row, model.expected).expected_dice, evidence[0]
-    return {
-        "dice": round(dice, 4) if np.isfinite(dice) else 0.0,  # nothing there and nothing found
-        "steadiness": round(known.steadiness, 5),
-        "cut": known.cut,
-        "ml": float(row[f"{name}_volume_ml"] or 0),
-        "expected_dice": round(expected, 4),
-        "seconds": round(seconds, 2),
-    }
+    dice = round(dice, 4) if np.isfinite(dice) else 0.0  # nothing there and nothing found
+    ml, cut = float(row[f"{name}_volume_ml"] or 0), known.cut
+    return {"dice": dice, "steadiness": round(known.steadiness, 5), "cut": cut, "ml": ml,
+            "expected_dice": round(expected, 4), "seconds": round(seconds, 2)}  # fmt: skip
 
 
 def collect(config: Config) -> dict[str, dict[str, Any]]:
@@ -220,9 +216,7 @@ def collect(config: Config) -> dict[str, dict[str, Any]]:
     return rows
 
 
-# ---------------------------------------------------------------------------------------
 # Calibration and figures
-# ---------------------------------------------------------------------------------------
 
 
 def evidence(rows: Sequence[dict[str, Any]], usual: dict[str, float] | None) -> np.ndarray:
@@ -273,35 +267,30 @@ def correct_some(true: np.ndarray, expected: np.ndarray) -> dict[str, float]:
         corrected[order[:many]] = 1
         return round(float(corrected.mean()), 3)
 
-    return {
-        "before": round(before, 3),
-        "random": round(before + many / len(true) * (1 - before), 3),  # in the mean
-        "expected Dice": after(np.argsort(expected, kind="stable")),
-        "true Dice": after(np.argsort(true, kind="stable")),
-    }
+    random = round(before + many / len(true) * (1 - before), 3)  # in the mean
+    orders = {"expected Dice": expected, "true Dice": true}
+    ends = {name: after(np.argsort(values, kind="stable")) for name, values in orders.items()}
+    return {"before": round(before, 3), "random": random, **ends}
 
 
 def score(rows: Sequence[dict[str, Any]], expected: np.ndarray) -> dict[str, Any]:
     """Figures of one group of scans."""
     true = np.array([row["dice"] for row in rows])
-    look, bad = expected < trust.WORDS["good"], true < GOOD
+    look, bad, error = expected < trust.WORDS["good"], true < GOOD, np.abs(expected - true)
+    mixed = bad.any() and not bad.all()
     return {
         "n": len(rows),
         "dice_min_median_max": [round(float(np.quantile(true, q)), 3) for q in (0, 0.5, 1)],
         "spearman": round(float(spearmanr(expected, true).statistic), 3),
-        "mean_absolute_error": round(float(np.abs(expected - true).mean()), 3),
-        "mean_absolute_error_where_dice_is_from_0.3": round(
-            float(np.abs(expected - true)[true >= 0.3].mean()), 3
-        ),
+        "mean_absolute_error": round(float(error.mean()), 3),
+        "mean_absolute_error_where_dice_is_from_0.3": round(float(error[true >= 0.3].mean()), 3),
         "bias": round(float((expected - true).mean()), 3),
-        "below_0.85": int(bad.sum()),
-        "not_good_by_word": int(look.sum()),
+        "below_0.85": int(bad.sum()), "not_good_by_word": int(look.sum()),
         "below_0.85_and_not_good": int((bad & look).sum()),
         "mean_dice_once_20_percent_are_corrected": correct_some(true, expected),
-        "recall_in_lowest_20_percent_if_10_percent_are_bad": (
-            round(recall_flagged(true, expected), 3) if bad.any() and not bad.all() else None
-        ),
-    }
+        "recall_in_lowest_20_percent_if_10_percent_are_bad":
+            round(recall_flagged(true, expected), 3) if mixed else None,
+    }  # fmt: skip
 
 
 def expect_unseen(
@@ -367,15 +356,13 @@ def main(config: Config) -> None:
             drawn[title] = values, np.array([row["dice"] for row in some])
             table[title] = score(some, values)
     result = {
-        "command": name_command(),
-        "checkpoint": str(config.checkpoint),
-        "machine": machine(torch_too=True),
+        "command": name_command(), "checkpoint": str(config.checkpoint),
+        "machine": machine(torch_too=True), "groups": table,
         "weights_in_use": dict(zip(WEIGHTS, used, strict=True)),
         "weights_of_all_bodies": dict(zip(WEIGHTS, np.round(weights, 3).tolist(), strict=True)),
         "weights_of_the_halves": [np.round(half, 3).tolist() for half in halves],
-        "groups": table,
         "scans": {n: row | {"expected_unseen": round(expected[n], 4)} for n, row in rows.items()},
-    }
+    }  # fmt: skip
     write_json(result, RESULTS / "trust.json")
     draw(drawn, ROOT / "docs" / "pictures" / "trust.png")
     print(json.dumps({key: result[key] for key in result if key != "scans"}, indent=1))

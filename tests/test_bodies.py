@@ -22,12 +22,19 @@ def test_bodies_are_repeatable_and_differ(tmp_path):
         for folder, volume in zip(
             ("imagesTr", "labelsTr"), bodies.make_body(index, config), strict=True
         ):
-            written = nib.load(tmp_path / folder / f"body_{index:04d}.nii.gz")
+            written = nib.load(tmp_path / folder / f"body_{index:05d}.nii.gz")
             assert np.array_equal(np.asanyarray(written.dataobj), volume.data)
     one, other = (bodies.make_body(index, config)[0] for index in (0, 1))
     assert one.shape != other.shape or not np.array_equal(one.data, other.data)
     label = bodies.make_body(0, config)[1].data
     assert np.argwhere(label)[:, 0].mean() > label.shape[0] / 2, "in RAS, x grows to the right"
+
+
+def test_some_bodies_are_slabs_or_lie_in_a_frame_and_some_hold_no_liver():
+    made = [bodies.make_body(i, bodies.Config(spacing=(16.0, 16.0, 16.0))) for i in range(60)]
+    assert 5 < sum(image.shape[2] * 16 <= 160 for image, _ in made) < 30
+    assert 0 < sum(not label.data.any() for _, label in made) < 12
+    assert {0, -1024, -2000} <= {image.data[0, 0, 0] for image, _ in made}
 
 
 def test_a_phantom_around_a_mask_keeps_its_voxels_and_its_grid(tmp_path):
@@ -41,17 +48,19 @@ def test_a_phantom_around_a_mask_keeps_its_voxels_and_its_grid(tmp_path):
 
 
 def test_the_starter_segments_a_body_that_it_never_saw():
-    assert STARTER.stat().st_size <= 5_000_000
+    assert STARTER.stat().st_size <= 6_000_000
     scan, truth = bodies.make_body(5000, bodies.Config())
     label = apply_model.segment(apply_model.load_model(STARTER, "cpu"), scan).label
     assert dice_metric(label.read() > 0, truth.data > 0)[0] > 0.85
 
 
 def test_the_pages_give_the_measured_dice_of_the_starter_and_say_what_it_is_not():
-    result = read_json(RESULTS / "starter.json")["seed_0"]
+    results = read_json(RESULTS / "starter.json")
+    six = results[results["shipped"]]["sets"]["six"]
+    assert all(row["inside"] >= 0.85 for row in results["gate"].values() if "inside" in row)
     readme, card = ((ROOT / name).read_text() for name in ("README.md", "docs/evidence/starter.md"))
-    assert f"{result['dice_mean']:.3f}" in readme and f"{result['dice_worst']:.3f}" in readme
-    for name, figures in result["scans"].items():
+    assert all(f"{dice:.3f}" in readme for dice in six["dice"][:2])  # mean and lowest
+    for name, figures in six["scans"].items():
         assert f"| {name} | {figures['dice']:.3f} |" in card
     for page in (readme, card):
         assert "medical device" in page
