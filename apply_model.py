@@ -38,7 +38,6 @@ class Options:
 
     windows: Whole = 0  # windows per network call; 0: up to 4, on the CPU only of small ones
     mirror: bool = False  # average with the front-back mirror image; twice the time
-    trim_by_hu: bool = True  # of a liver in CT: drop an edge that is as dark as fat or gas
     largest_component: bool = True  # keep the largest component of an organ; not for paired organs
     fill_holes: bool = True  # close cavities inside an organ
     tumour_inside: bool = True  # drop tumours that touch no kept organ
@@ -112,11 +111,7 @@ WRITTEN = ("label.nii.gz", "masked.nii.gz", "probability.nii.gz", "label.dcm", "
 OUTSIDE = -20.0  # logit where no window was: surely background
 AT_ONCE = 1_200_000  # voxels per call on a CPU; larger calls are no faster there
 LOCATE_MM = 25.0  # around the organ that --locate finds
-TRIMMED = ("liver",)  # organs of which an edge of fat or gas is removed
-FAT_HU = -20.0  # at an edge; tumours and cysts are brighter, fat and gas darker
-EDGE_HU = 80.0  # so much darker than the organ's median is the edge too: a fatty liver stays
 MUCH, MUCH_ML = 0.05, 20.0  # of an organ: cleaning that changes more than either is told
-NOISE = 3.0  # times the SD of the noise, where that is more
 
 
 @dataclass
@@ -200,17 +195,13 @@ def segment(
         tensor, to_network = preprocess_volume(scan, model.chain, "cpu")
     begin, near = time.perf_counter(), (model, scan, tensor, to_network, options)
     scores = predict_near(*near) if model.finder else predict(model, tensor, options)
-    seconds, trimmed = time.perf_counter() - begin, 0
-    if options.trim_by_hu and model.chain.hu_window and model.modality == "CT":
-        known = (tensor[0].cpu().numpy(), model.names, model.chain.hu_window)
-        trimmed = trim_by_hu(scores.numpy(), *known)
+    seconds = time.perf_counter() - begin
     del tensor  # as large as the scores; what follows needs the room
     classes, likely = classes_on_grid(scores, to_network, scan.ras_shape), None
     if options.probability:
         likely = scan.from_ras(probability_on_grid(scores, to_network, scan.ras_shape))
     found, classes = classes, clean(classes, model.names, options)
-    trimmed_ml = trimmed * scan.voxel_ml / abs(np.linalg.det(to_network))
-    notes = report_cleaning(found, classes, model.names, scan.voxel_ml, trimmed_ml)
+    notes = report_cleaning(found, classes, model.names, scan.voxel_ml)
     values = {name: raw[0] for name, raw in model.chain.labels.items()}
     table = np.array(list(values.values()), np.min_scalar_type(max(values.values())))
     in_order = table.tolist() == list(range(len(table)))
@@ -293,32 +284,6 @@ def ask(model: Model, device: torch.device, mirror: bool, batch: torch.Tensor) -
 # ---------------------------------------------------------------------------------------
 
 
-def trim_by_hu(
-    scores: np.ndarray, image: np.ndarray, names: Sequence[str], window: tuple[float, float]
-) -> int:
-    """Remove from a liver, in place, the edge that is fat or gas: darker than FAT_HU and far darker
-    than the surer half of the liver. Tumours and cysts are brighter; what the rest encloses in its
-    slice stays too. Return the number of voxels. `scores`: (C − 1, X, Y, Z) logits above the
-    background's; `image`: (X, Y, Z), the CT, 0 and 1 being the HU of `window`."""
-    (low, high), removed = window, 0
-    for every, name in zip(scores, names, strict=True):
-        if name not in TRIMMED or not (every > 0).any():
-            continue
-        box = find_bounding_box(every > 0)
-        score, hu = every[box], low + (high - low) * image[box]
-        found = score > 0
-        inside = found & (score >= np.median(score[found]))
-        usual = np.median(hu[inside])
-        noise = 1.4826 * np.median(np.abs(hu[inside] - usual))  # SD, if it is a normal one
-        dark = found & ~inside & (hu < min(FAT_HU, usual - max(EDGE_HU, NOISE * noise)))
-        left = found & ~dark
-        for number in np.flatnonzero(dark.any(axis=(0, 1))):
-            dark[:, :, number] &= ~find_holes(left[:, :, number])
-        np.negative(score, out=score, where=dark)  # as surely not: the edge lies in the middle
-        removed += int(np.count_nonzero(dark))
-    return removed
-
-
 def clean(classes: np.ndarray, names: Sequence[str], options: Options | None = None) -> np.ndarray:
     """Return class indices (X, Y, Z) without what anatomy excludes; `names` are those of 1, 2, … An
     organ and the tumours in it are one body. Its largest component stays, background that it
@@ -342,10 +307,10 @@ def clean(classes: np.ndarray, names: Sequence[str], options: Options | None = N
 
 
 def report_cleaning(
-    before: np.ndarray, after: np.ndarray, names: Sequence[str], voxel_ml: float, trimmed: float
+    before: np.ndarray, after: np.ndarray, names: Sequence[str], voxel_ml: float
 ) -> list[str]:
-    """Return what trimming (ml) and `clean` changed by more than MUCH of an organ or MUCH_ML, with
-    the option that prevents it, from class indices (X, Y, Z) before and after `clean`."""
+    """Return what `clean` changed by more than MUCH of an organ or MUCH_ML, in ml, with the option
+    that prevents it; from class indices (X, Y, Z) before and after it."""
     notes, box = list[str](), find_bounding_box(before)
     old, new = before[box].T, after[box].T  # as volumes are stored
     old, new = old[changed := old != new], new[changed]
@@ -354,7 +319,6 @@ def report_cleaning(
         name, much = names[organ - 1], MUCH * kept * voxel_ml
         beside, outside = (old == organ) & (new == 0), np.isin(old, tumours) & (new == 0)
         for ml, what, option in (
-            (trimmed * (name in TRIMMED), f"of fat at the edge of {name} removed", "trim-by-hu"),
             (beside.sum() * voxel_ml, f"of {name} beside its largest part removed",
              "largest-component"),
             (outside.sum() * voxel_ml, f"of tumour outside {name} removed", "tumour-inside"),

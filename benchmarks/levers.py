@@ -69,15 +69,12 @@ SETTINGS = {  # name → options of train.py; the last of two equal options coun
     "laptop, SGD": f"{LAPTOP} --optimizer sgd --schedule poly --learning-rate 1e-2",
     "laptop, Dice alone": f"{LAPTOP} --loss dice",
 }
-UNTRIMMED = "--no-trim-by-hu"  # of all rows, which tell of networks
 APPLYING = {  # how a network that was trained is applied → options of apply_model.py
     "as usual": "",
     "mirrored": "--mirror",
     "overlap 0.25": "--overlap 0.25",
     "overlap 0.75": "--overlap 0.75",
-    "without trimming by HU": UNTRIMMED,
-    "without post-processing": "--no-trim-by-hu --no-largest-component --no-fill-holes "
-    "--no-tumour-inside",
+    "without post-processing": "--no-largest-component --no-fill-holes --no-tumour-inside",
 }
 FIGURES = ("dice", "precision", "recall", "hd95_mm")
 
@@ -228,7 +225,7 @@ def run_once(config: Config, setting: str, turn: int, seed: int) -> dict:
         "patients": config.patients, "round": turn, "seed": seed,
         "training": training, "epochs": epochs,
         "training_cpu_minutes": round(seconds / 60, 2),
-        "scans": score(data, held_out, folder, config.work / "results" / name, UNTRIMMED),
+        "scans": score(data, held_out, folder, config.work / "results" / name),
     }  # fmt: skip
 
 

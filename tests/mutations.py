@@ -131,8 +131,6 @@ prepare | (outline > 0).any(axis=2) | (outline > 9).any(axis=2) | prepare::cropp
 apply_model | if where != "test" and not accepted: | if False: | run_memory::refused_by_its_voxels
 apply_model | bool(config.accept) | True | run_memory::refused_by_its_voxels
 apply_model | if seen and config.split != "training" and not | if not | run_memory::never_reported
-apply_model | if options.trim_by_hu and | if False and | apply_inputs::edge_of_fat
-apply_model | FAT_HU = -20.0 | FAT_HU = 60.0 | evaluation::nothing_else_is
 apply_model | refuse_no_hu(found, case.image) | pass | apply::bad_input
 apply_model | if options.largest_component and | if False and | evaluation::post_processing
 apply_model | if options.fill_holes: | if False: | evaluation::post_processing

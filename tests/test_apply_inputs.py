@@ -189,15 +189,6 @@ def test_where_memory_is_short_a_scan_is_done_with_less(shortages, device, sizes
     assert [shape[0] for shape in model.network.shapes] == [4, 1], "the next scan begins anew"
 
 
-def test_an_edge_of_fat_is_trimmed_unless_that_is_off():
-    hu = np.full(SHAPE, -1000, np.int16)
-    hu[10:30, 10:30], hu[30:32, 10:30] = 100, -100
-    for trim in (True, False):
-        model, how = known_model(network=Threshold(0.1)), Options(trim_by_hu=trim)
-        found = apply_model.segment(model, Volume(hu, AFFINE), how).label.data
-        assert (found[20, 20, 12], found[30, 20, 12]) == (1, not trim)
-
-
 def test_patches_slide_where_there_is_anything_but_air():
     model = known_model("patches", (32, 32, 32))
     volume = torch.zeros(1, 100, 64, 80)
@@ -237,7 +228,7 @@ def test_where_the_other_network_misses_the_organ_it_is_found_all_the_same(limit
     scan = long_scan(20, 110)
     scan.data[10:34, 20:44, 40:110] = 30  # 0.51 of the HU window
     model = known_model(finder=known_model(network=Threshold(limit)))
-    found = apply_model.segment(model, scan, Options(trim_by_hu=False)).label.data
+    found = apply_model.segment(model, scan, Options()).label.data
     assert np.array_equal(found > 0, scan.data > 0)
 
 

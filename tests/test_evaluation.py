@@ -10,7 +10,7 @@ from helpers import as_volume
 from monai import metrics
 from scipy import ndimage
 
-from apply_model import Options, clean, find_doubts, report_cleaning, trim_by_hu
+from apply_model import Options, clean, find_doubts, report_cleaning
 from data import evaluate as evaluation
 from data.evaluate import (
     describe_values,
@@ -203,53 +203,10 @@ def test_much_that_cleaning_changes_is_reported_with_the_option_that_prevents_it
     ):
         found = before.copy()
         found[part] = value
-        told = report_cleaning(found, clean(found, NAMES), NAMES, 1.0, 0)
+        told = report_cleaning(found, clean(found, NAMES), NAMES, 1.0)
         assert len(told) == 1 and told[0].startswith(what), told
         assert told[0].endswith(f"--no-{option} prevents it")
-        assert not report_cleaning(found, clean(found, NAMES), NAMES, 0.6, 0)
-    assert report_cleaning(before, before, NAMES, 0.1, 6.0)[0].startswith("6 ml of fat at the edge")
-    assert not report_cleaning(before, before, NAMES, 0.1, 4.9)  # 5 % of 100 ml are 5
-
-
-def draw_neighbour(names=("liver",), noise=5.0, hu=5):
-    """Scores and HU of a liver of 100 HU; what touches it is liver too, if less surely. Two of its
-    tumours hold water: a sure one, and one at the edge of a slice but one."""
-    shape, rng = (60, 40, 40), np.random.default_rng(0)
-    liver, neighbour = ball(shape, (20, 20, 20), 14), ball(shape, (33, 20, 20), 5)
-    tumours = ball(shape, (16, 20, 20), 4) | ball(shape, (20, 20, 31), 2)
-    image = np.where(liver & ~tumours & ~neighbour, 100, np.where(tumours, 5, hu))
-    depth = ndimage.distance_transform_edt(liver | neighbour)
-    scores = np.where(liver | neighbour, np.minimum(depth, 8) - 0.5, -6)
-    scores[neighbour] = scores[neighbour].clip(max=1)
-    every = np.repeat(scores[None], len(names), 0).astype(np.float32)
-    return every, image + rng.normal(0, noise, shape), tumours, neighbour
-
-
-def test_an_edge_of_fat_is_no_liver_and_dark_tumours_stay():
-    scores, image, tumours, neighbour = draw_neighbour(hu=-60)
-    before = scores.copy()
-    removed = trim_by_hu(scores, image, ["liver"], (0, 1))
-    assert removed == ((before > 0) & (scores < 0)).sum() >= neighbour.sum()
-    assert ((scores != before)[0] <= neighbour).all()
-    assert (scores[0][neighbour] < 0).all()
-    assert (scores[0][tumours] > 0).all()
-    scaled = before.copy()
-    trim_by_hu(scaled, (image + 200) / 450, ["liver"], (-200, 250))
-    assert np.array_equal(scaled > 0, scores > 0)
-
-
-def test_nothing_else_is_trimmed():
-    for case in (
-        {"hu": 5},  # a cyst at the edge, or bile: they look alike
-        {"hu": -60, "names": ["kidney"]},  # whose sinus is fat
-        {"hu": 50},  # a fatty rim, a poorly filled one
-        {"hu": 220},  # a tumour that is full of contrast
-        {"hu": -60, "noise": 60.0},  # of which a voxel is no edge
-    ):
-        scores, image, *_ = draw_neighbour(**case)
-        before = scores.copy()
-        trim_by_hu(scores, image, case.get("names", ["liver"]), (0, 1))
-        assert ((before > 0) & (scores < 0)).sum() < 0.01 * (before > 0).sum(), case
+        assert not report_cleaning(found, clean(found, NAMES), NAMES, 0.6)
 
 
 def test_implausible_livers_are_reported():
