@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -250,15 +251,18 @@ def attack_settings(work: Path, places: dict[str, Path], config: Config) -> Iter
 
 
 def read_tree(folder: Path) -> dict[str, bytes]:
-    """Return name → content of all files but unfinished ones and locks."""
+    """Return name → content, without seconds, of all files but unfinished ones and locks."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     kept = (path for path in files if ".partial" not in str(path) and path.name != ".lock")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
+    seconds = re.compile(rb'"(\w*seconds\w*|mark)": [^,]*')
+    return {str(p.relative_to(folder)): seconds.sub(b"", p.read_bytes()) for p in kept}
 
 
 def is_whole(path: Path) -> bool:
     """Return whether a file can be read to its end by what reads its format."""
-    readers = {".json": read_json, ".png": lambda p: Image.open(p).load(), ".pt": load_checkpoint}
+    readers = {".json": read_json, ".png": lambda p: Image.open(p).load()}
+    if path.suffix == ".pt":  # by a child: torch's threads, begun here, would not outlive a fork
+        return run(lambda: int(not load_checkpoint(path))).code == 0
     readers |= dict.fromkeys((".nii", ".gz"), lambda p: read_volume(p).read())
     try:
         readers.get(path.suffix, Path.read_bytes)(path)
@@ -312,7 +316,8 @@ def disturb(
     end = wait_for(*child)
     expected = {"SIGKILL": (0, -signal.SIGKILL), "SIGTERM": (0, 130)}[kind]
     sound = end.code in expected and "Traceback" not in end.told
-    sound |= end.code == -signal.SIGTERM and not end.told  # it came before the script's first line
+    told = end.told.replace("RuntimeWarning", "").count("\n") > 1
+    sound |= end.code == -signal.SIGTERM and not told  # it came before the script's first line
     return (SOUND if sound else "wrong end"), f"{end.code}: {end.told[-300:]}"
 
 
