@@ -197,6 +197,7 @@ def inspect_case(record: dict[str, Any], terms: Terms) -> Any:
     annotated = np.sum([counts[v] for v in counts if v and v not in terms.ignore], axis=0) > 0
     findings += judge_gaps(annotated, terms.label_every)
     record["drawn_slice"] = int(annotated.argmax())
+    record["cut"] = bool(annotated[0] or annotated[-1])  # by the end of the scan
     voxels = {value: int(number.sum()) for value, number in sorted(counts.items())}
     findings += judge_labels(voxels, label.classes, terms)
     step = choose_step(hu.shape)

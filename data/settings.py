@@ -149,7 +149,12 @@ def read_settings(
             needed = (f for f in dataclasses.fields(config_class) if f.default is f.default_factory)
             blank = default or config_class(**{f.name: tyro.MISSING for f in needed})
             default = dataclasses.replace(blank, **saved)
-        config: Any = tyro.cli(config_class, args=words, description=description, default=default)
+        how: dict[str, Any] = {
+            "prog": Path(sys.argv[0]).name,
+            "description": description,
+            "default": default,
+        }
+        config: Any = tyro.cli(config_class, args=words, **how)
         check_settings(config)
         if check:
             check(config)

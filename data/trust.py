@@ -110,16 +110,19 @@ def group_bodies(names: Sequence[str]) -> list[list[int]]:
 
 
 def learn_volumes(prepared: Mapping[str, Any], classes: Labels) -> dict[str, dict[str, float]]:
-    """Return organ → mean and SD of ln(volume in ml), tumours counted, of the training cases. Few
-    patients say little about the SD: that of adults counts as much as USUAL_WEIGHT of them."""
+    """Return organ → mean and SD of ln(volume in ml), tumours counted, of the training cases; of
+    those alone that no scan cuts off, if there are any. Few patients say little about the SD: that
+    of adults counts as much as USUAL_WEIGHT of them."""
     names, learnt = list(classes)[1:], dict[str, dict[str, float]]()
     every = int(prepared["settings"].get("label_every") or 1)  # each n-th slice is annotated
+    training = [case for case in prepared.get("cases", ()) if case["split"] == "training"]
+    whole = [case for case in training if not case.get("cut")]
     for body in group_bodies(names):
         values = [value for index in body for value in classes[names[index - 1]]]
         logs = []
-        for case in prepared.get("cases", ()):
+        for case in whole or training:
             voxels = sum(case["voxels_per_label"].get(str(value), 0) for value in values)
-            if case["split"] == "training" and voxels:
+            if voxels:
                 logs.append(math.log(voxels * every * math.prod(case["spacing_mm"]) / 1000))
         if logs:
             spread = len(logs) * float(np.var(logs)) + USUAL_WEIGHT * USUAL_SD**2

@@ -103,7 +103,8 @@ data/trust | UNSURE = 0.73, 0.27 | UNSURE = 0.67, 0.27 | trust::two_thresholds
 data/trust | "good": 0.87 | "good": 0.8 | trust::number_falls
 data/trust | "look": 0.75 | "look": 0.7 | trust::number_falls
 data/trust | voxels * every * | voxels * | trust::knows_the_volumes
-data/trust | case["split"] == "training" and voxels | voxels | trust::knows_the_volumes
+data/trust | ) if case["split"] == "training"] | )] | trust::knows_the_volumes
+data/trust | if not case.get("cut")] | ] | trust::knows_the_volumes
 data/volumes | np.linalg.det(self.affine[:3, :3]) | np.prod(self.spacing_mm) | evaluation::sheared
 data/volumes | affine=moved, | affine=self.affine, | volumes::a_box
 data/volumes | self.affine @ inv_ornt_aff( | self.affine + 0 * inv_ornt_aff( | volumes::all_48

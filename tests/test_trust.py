@@ -93,6 +93,12 @@ def test_a_checkpoint_knows_the_volumes_of_its_training_patients(checkpoint, pre
     content["settings"]["label_every"] = 4
     fourth = trust.learn_volumes(content, {"": (0,), "liver": (1, 2)})["liver"]
     assert fourth["log_ml"] == pytest.approx(learnt["log_ml"] + np.log(4), abs=2e-3)
+    cases = [case for case in content["cases"] if case["split"] == "training"]
+    assert not any(case["cut"] for case in cases)
+    for case in cases[1:]:  # organs that a scan cuts off tell no volume
+        case["cut"] = True
+    whole = trust.learn_volumes(content, {"": (0,), "liver": (1, 2)})["liver"]
+    assert whole["log_ml"] == pytest.approx(np.log(4 * ml[0]), abs=2e-3)
 
 
 def test_results_list_the_least_sure_case_first(
