@@ -264,7 +264,7 @@ def curves_figure(history: list[dict[str, float]], class_names: Sequence[str]) -
         (dices, "train_dice", "training (augmented)", "0.5"),
     ]
     for value, name in enumerate(class_names, start=1):
-        lines.append((dices, f"val_dice_{name}", name, class_colour(value)))
+        lines.append((dices, f"val_dice_{name}", f"validation, {name}", class_colour(value)))
     for axes, key, label, colour in lines:
         points = [(row["epoch"], row[key]) for row in history if key in row]
         axes.plot(*np.reshape(points, (-1, 2)).T, "-o", color=colour, label=label, markersize=4)
@@ -272,6 +272,7 @@ def curves_figure(history: list[dict[str, float]], class_names: Sequence[str]) -
     if best := find_best(history)[0]:
         dices.axvline(best, color="0.6", linestyle=":", label=f"best.pt (epoch {best})")
     for axes in (losses, dices):
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     return figure
