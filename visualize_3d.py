@@ -66,7 +66,7 @@ from data.files import InputError, atomic_write, read_json
 from data.labels import USUAL_LABELS, group_tumours, is_label_map, is_tumour
 from data.pictures import PLANES, TRUTH_COLOUR, choose_hu_window, class_colour, find_busiest_slice
 from data.scans import name_label, read_label_map, read_scan, restore_label
-from data.settings import show_progress
+from data.settings import delayed_interrupt, show_progress
 from data.volumes import AIR_HU, BODY_HU, Volume, find_bounding_box, name_case
 
 BACKGROUND_COLOUR, INK, BONE = "#14181d", "#f2f2f2", "#e9dcc3"
@@ -105,8 +105,11 @@ def main(config: Config) -> None:
             writers = {"mesh": write_mesh, "html": write_html}
             writers.get(option, functools.partial(write_pictures, option))(case, config, target)
             print(f"  wrote {target}")
+            if interrupted():
+                raise KeyboardInterrupt
 
-    refuse_failures(do_each(paths, str, write), len(paths), "cases")
+    with delayed_interrupt() as interrupted:  # VTK crashes where a signal ends one of its callbacks
+        refuse_failures(do_each(paths, str, write), len(paths), "cases")
 
 
 @dataclass
