@@ -164,7 +164,6 @@ def load_model(
     networks, loaded = zip(*(load_network(Path(path), where) for path in paths), strict=True)
     first = loaded[0]
     for path, saved in zip(paths, loaded, strict=True):
-        saved["preprocessing"].setdefault("crop_to_body", False)  # older checkpoints lack it
         for key in ("preprocessing", "inference"):
             if saved[key] != first[key]:
                 told = f"got {saved[key]}, expected {first[key]}; train both with the same settings"

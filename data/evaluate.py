@@ -379,7 +379,9 @@ def report_all(folder: Path, names: Sequence[str], weights: str) -> None:
     rows = [{k: v for k, v in row.items() if k not in NO_COLUMNS} for row in records if row]
     report(rows, names, folder, weights[:12])
     lesions = [
-        (row["case"], lesion) for row in filter(None, records) for lesion in row["lesion_list"]
+        (row["case"], lesion)
+        for row in filter(None, records)
+        for lesion in row.get("lesion_list", ())
     ]
     if lesions:
         write_table([{"case": case, **lesion} for case, lesion in lesions], folder / "lesions.csv")

@@ -125,3 +125,13 @@ def test_results_list_the_least_sure_case_first(
         rows = list(csv.DictReader(file))
     assert [(row["case"], row["trust"]) for row in rows] == [(unsure, "distrust"), (sure, "good")]
     assert all((tmp_path / row["picture"]).is_file() for row in rows)
+    path = tmp_path / sure / f"{sure}.json"  # the record of an earlier version lists no lesions
+    record = json.loads(path.read_text())
+    del record["lesion_list"]
+    path.write_text(json.dumps(record))
+    other = tmp_path / unsure / f"{unsure}.json"
+    tumour = {"lesion_list": [{"class": "tumour", "ml": 2.5}]}
+    other.write_text(json.dumps(json.loads(other.read_text()) | tumour))
+    apply_model.evaluate.report_all(tmp_path, ["liver"], "")
+    lines = (tmp_path / "lesions.csv").read_text().split()
+    assert lines == ["case,class,ml", f"{unsure},tumour,2.5"]
