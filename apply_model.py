@@ -413,8 +413,7 @@ def judge_seen(model: Model, scan: Volume, path: Path, accepted: bool) -> str:
 
 def refuse_seen(seen: Mapping[str, str], config: Config) -> None:
     """Raise InputError that names cases of a split which made the checkpoint."""
-    worst = [*seen.items()][: evaluate.WORST_SHOWN]
-    shown = ", ".join(f"{name} ({how})" for name, how in worst)
+    shown = ", ".join([f"{name} ({how})" for name, how in seen.items()][: evaluate.WORST_SHOWN])
     what = f"{len(seen)} cases of the {config.split} split made this checkpoint: {shown}"
     remedy = "train on this split, or go on with --accept seen"
     raise InputError(f"{config.data}: {what}; {remedy}")

@@ -377,7 +377,6 @@ def train(run: Run, train_loader: Any, val_loader: Any, loss_function: nn.Module
     without a `val_loader` there is no best.pt. `loss_function` maps (logits, label) to a scalar;
     `gradient_clip` and `patience` (validations without a better Dice) are off at 0. Ctrl-C finishes
     the step in all processes, writes last.pt and raises KeyboardInterrupt."""
-    is_first = rank_and_size()[0] == 0
     with delayed_interrupt() as interrupted:
         for epoch in range(len(run.history) + 1, max_epochs + 1):
             begun = time.perf_counter()
@@ -394,7 +393,7 @@ def train(run: Run, train_loader: Any, val_loader: Any, loss_function: nn.Module
             if val_loader is not None and (epoch % val_interval == 0 or epoch == max_epochs):
                 row |= validate(run, val_loader, loss_function)
             run.history.append(row | {"epoch_seconds": time.perf_counter() - begun})
-            if is_first:
+            if rank_and_size()[0] == 0:
                 run.finish_epoch(val_loader, max_epochs)
             if patience and pictures.find_best(run.history)[1] >= patience:
                 print(f"no better Dice in {patience} validations: stopped after epoch {epoch}")

@@ -375,16 +375,12 @@ def report_all(folder: Path, names: Sequence[str], weights: str) -> None:
     """Write the tables of all cases in a folder of results, of earlier calls too. review.csv lists
     the cases that a person should look at, the lowest expected Dice first."""
     paths = (path for path in sorted(folder.glob("*/*.json")) if path.stem == path.parent.name)
-    records = [read_record(path) for path in paths]
-    rows = [{k: v for k, v in row.items() if k not in NO_COLUMNS} for row in records if row]
+    records = list(filter(None, map(read_record, paths)))
+    rows = [{k: v for k, v in row.items() if k not in NO_COLUMNS} for row in records]
     report(rows, names, folder, weights[:12])
-    lesions = [
-        (row["case"], lesion)
-        for row in filter(None, records)
-        for lesion in row.get("lesion_list", ())
-    ]
+    lesions = [{"case": r["case"], **one} for r in records for one in r.get("lesion_list", ())]
     if lesions:
-        write_table([{"case": case, **lesion} for case, lesion in lesions], folder / "lesions.csv")
+        write_table(lesions, folder / "lesions.csv")
     rows.sort(key=lambda row: row["expected_dice"])
     keys = ("case", "trust", "expected_dice", "least_sure_slice", "truth", "warnings")
     review = [{key: row.get(key) for key in keys} for row in rows]
