@@ -147,8 +147,8 @@ def refuse_settings(config: Config) -> None:
 
 def choose_cases(cases: list[Case], config: Config) -> list[Case]:
     """Return the cases without those of --leave-out."""
-    for name in sorted(set(config.leave_out) - {case.name for case in cases}):
-        print(f"--leave-out {name}: there is no such case")
+    if missing := sorted(set(config.leave_out) - {case.name for case in cases}):
+        print(f"--leave-out: there is no such case: {', '.join(missing)}")
     if not (kept := [case for case in cases if case.name not in config.leave_out]):
         raise InputError(f"--leave-out names all {len(cases)} cases; leave one in")
     return kept

@@ -15,7 +15,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from children import draw_nothing
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -32,6 +31,16 @@ def run_script(
         command, cwd=cwd or ROOT, env=environment, text=True, capture_output=True, check=False,
         timeout=timeout,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def drawing_nothing() -> Iterator[None]:
+    """Pictures stay blank: drawing one takes longer than all else that a test does."""
+    from children import draw_nothing  # loads torch, which who hands out the tests does not need
+
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch.setattr)
+        yield
 
 
 @contextlib.contextmanager
@@ -162,17 +171,15 @@ def begun(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import train
 
     run = tmp_path_factory.mktemp("runs") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        draw_nothing(patch.setattr)
+    with drawing_nothing():
         train.main(small_config(few, run, max_epochs=1))
     return run
 
 
 @pytest.fixture
 def blank_pictures() -> Iterator[None]:
-    """For tests that look at no picture: drawing one takes longer than all else that they do."""
-    with pytest.MonkeyPatch.context() as patch:  # of its own, which no test undoes
-        draw_nothing(patch.setattr)
+    """For tests that look at no picture."""
+    with drawing_nothing():
         yield
 
 
@@ -186,7 +193,6 @@ def checkpoint(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         data=prepared, run_folder=run, base_channels=4, input_size=(32, 32), spacing=(8.0, 8.0),
         learning_rate=5e-3, max_epochs=3, val_interval=3, device="cpu", precision="fp32",
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        draw_nothing(patch.setattr)
+    with drawing_nothing():
         train.main(config)
     return run / "best.pt"

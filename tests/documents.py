@@ -23,10 +23,10 @@ STAND_IN = """#!/bin/bash
 printf '%s\\0' "$PWD" "${0##*/}" "$@" > "$ASK"
 read -r code < "$ANSWER"; exit $code
 """
-# sbatch runs the script once for each index of its array.
+# sbatch runs the script for the first and the last index of its array.
 SBATCH = """#!/bin/bash
 array=$(sed -n 's/.*--array=\\([0-9]*\\)-\\([0-9]*\\).*/\\1 \\2/p' "$1")
-for index in $(seq $array); do SLURM_ARRAY_TASK_ID=$index bash -e "$1" || exit; done
+for index in $array; do SLURM_ARRAY_TASK_ID=$index bash -e "$1" || exit; done
 """
 TORCHRUN = {"--standalone": 1, "--nproc-per-node": 2}  # its options, and the words they take
 

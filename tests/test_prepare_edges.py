@@ -220,8 +220,8 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_read(tmp_path):
 def test_leaving_out_is_told_and_never_everything(raw, capsys):
     with pytest.raises(InputError, match="names all 3 cases"):
         run(raw, leave_out=("case_0", "case_1", "case_2"))
-    run(raw, leave_out=("case_1", "case_7"), **TWO)
-    assert "--leave-out case_7: there is no such case" in capsys.readouterr().out
+    run(raw, leave_out=("case_1", "case_7", "case_8"), **TWO)
+    assert "--leave-out: there is no such case: case_7, case_8" in capsys.readouterr().out
     run(raw, leave_out=("case_1",), subvolume_depth=0, **TWO)
     assert "next: python train.py laptop --data" in capsys.readouterr().out
 
