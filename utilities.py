@@ -82,7 +82,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
         3, i, o, dropout_prob_down=d or 0.5, dropout_prob_up=(d or 0.5, d or 0.5)
     ),
     "unetr": lambda i, o, c, d, size, **_: nets.UNETR(
-        i, o, size, feature_size=max(c // 2, 1), dropout_rate=d
+        i, o, size, feature_size=max(c // 2, 1), hidden_size=24 * c, mlp_dim=96 * c, dropout_rate=d
     ),
     "dynunet": lambda i, o, c, d, **_: nets.DynUNet(
         3, i, o, [3] * 5, [1, 2, 2, 2, 2], [2] * 4, dropout=d or None,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import filelock
 import nibabel as nib
 import numpy as np
 import pytest
@@ -98,6 +101,23 @@ def ct_image(array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
     return image
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """All processes of the tests share one folder of what several tests only read."""
+    if "SHARED_FIXTURES" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="tests_")
+        os.environ["SHARED_FIXTURES"] = folder.name
+        config.add_cleanup(folder.cleanup)
+
+
+def make_once(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder in it, made by the process that needs it first; tests must not change it."""
+    folder = Path(os.environ["SHARED_FIXTURES"]) / name
+    with filelock.FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            make(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def usual_signals() -> None:
     """Ctrl-C is heard, also where a shell began the tests in the background."""
@@ -113,13 +133,14 @@ def real_ct() -> Path:
 
 
 @pytest.fixture(scope="session")
-def raw_phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of small phantoms in Decathlon layout; tests must not change it."""
+def raw_phantoms() -> Path:
+    """A folder of small phantoms in Decathlon layout."""
     import make_phantoms
 
-    folder = tmp_path_factory.mktemp("phantoms") / "raw"
-    make_phantoms.main(make_phantoms.Config(destination=folder, cases=6, size=48))
-    return folder
+    known = {"cases": 6, "size": 48}
+    return make_once(
+        "raw", lambda folder: make_phantoms.main(make_phantoms.Config(destination=folder, **known))
+    )
 
 
 @pytest.fixture
@@ -132,48 +153,48 @@ def raw(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(raw_phantoms: Path) -> Path:
-    """The same phantoms after prepare.py; tests must not change it."""
+    """The same phantoms after prepare.py."""
     from helpers import run
 
-    run(raw_phantoms, destination=raw_phantoms.parent / "prepared")
-    return raw_phantoms.parent / "prepared"
+    return make_once("prepared", lambda folder: run(raw_phantoms, destination=folder))
 
 
 @pytest.fixture(scope="session")
 def whole_cases(raw_phantoms: Path) -> Path:
-    """The same phantoms, each case kept whole for patches; tests must not change it."""
+    """The same phantoms, each case kept whole for patches."""
     from helpers import run
 
-    run(raw_phantoms, destination=raw_phantoms.parent / "whole", subvolume_depth=0)
-    return raw_phantoms.parent / "whole"
+    return make_once(
+        "whole", lambda folder: run(raw_phantoms, destination=folder, subvolume_depth=0)
+    )
 
 
 @pytest.fixture(scope="session")
-def few(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """At most four sub-volumes per split of the same, enough for a step; must not be changed."""
+def few(prepared: Path) -> Path:
+    """At most four sub-volumes per split of the same, enough for a step."""
     content = json.loads((prepared / "dataset.json").read_text())
     splits: dict[str, list] = {}
     for record in content["subvolumes"]:
         splits.setdefault(record["split"], []).append(record)
     content["subvolumes"] = [r for split in sorted(splits) for r in splits[split][:4]]
-    folder = tmp_path_factory.mktemp("few") / "data"
-    folder.mkdir()
-    (folder / "subvolumes").symlink_to(prepared / "subvolumes")
-    (folder / "dataset.json").write_text(json.dumps(content))
-    return folder
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "subvolumes").symlink_to(prepared / "subvolumes")
+        (folder / "dataset.json").write_text(json.dumps(content))
+
+    return make_once("few", make)
 
 
 @pytest.fixture(scope="session")
-def begun(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of one epoch on few sub-volumes; tests must not change it."""
+def begun(few: Path) -> Path:
+    """The folder of a run of one epoch on few sub-volumes."""
     from helpers import small_config
 
     import train
 
-    run = tmp_path_factory.mktemp("runs") / "run"
     with drawing_nothing():
-        train.main(small_config(few, run, max_epochs=1))
-    return run
+        return make_once("begun", lambda run: train.main(small_config(few, run, max_epochs=1)))
 
 
 @pytest.fixture
@@ -184,15 +205,14 @@ def blank_pictures() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(prepared: Path) -> Path:
     """A network that has learnt something: a few seconds on small phantoms."""
     import train
 
-    run = tmp_path_factory.mktemp("apply") / "run"
     config = train.Config(
-        data=prepared, run_folder=run, base_channels=4, input_size=(32, 32), spacing=(8.0, 8.0),
+        data=prepared, base_channels=4, input_size=(32, 32), spacing=(8.0, 8.0),
         learning_rate=5e-3, max_epochs=3, val_interval=3, device="cpu", precision="fp32",
     )  # fmt: skip
     with drawing_nothing():
-        train.main(config)
-    return run / "best.pt"
+        make = lambda run: train.main(dataclasses.replace(config, run_folder=run))  # noqa: E731
+        return make_once("run", make) / "best.pt"

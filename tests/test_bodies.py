@@ -31,9 +31,9 @@ def test_bodies_are_repeatable_and_differ(tmp_path):
 
 
 def test_some_bodies_are_slabs_or_lie_in_a_frame_and_some_hold_no_liver():
-    made = [bodies.make_body(i, bodies.Config(spacing=(16.0, 16.0, 16.0))) for i in range(60)]
-    assert 5 < sum(image.shape[2] * 16 <= 160 for image, _ in made) < 30
-    assert 0 < sum(not label.data.any() for _, label in made) < 12
+    made = [bodies.make_body(i, bodies.Config(spacing=(16.0, 16.0, 16.0))) for i in range(20, 50)]
+    assert 2 < sum(image.shape[2] * 16 <= 160 for image, _ in made) < 15
+    assert 0 < sum(not label.data.any() for _, label in made) < 6
     assert {0, -1024, -2000} <= {image.data[0, 0, 0] for image, _ in made}
 
 

@@ -204,10 +204,10 @@ def test_trains_resumes_and_applies(name, precision, ema, few, whole_cases, tmp_
 
 
 @ON_GPU
-def test_a_checkpoint_goes_to_the_gpu_once(checkpoint):
+def test_a_checkpoint_goes_to_the_gpu_once():
     """Its weights do not come back to be checked."""
     before = Counter(PRETENDED.TRIPS) if PRETENDED else Counter()
-    network, _ = load_network(checkpoint, CUDA)
+    network, _ = load_network(ROOT / "checkpoints" / "starter.pt", CUDA)
     assert next(network.parameters()).is_cuda
     trips = Counter(PRETENDED.TRIPS) - before if PRETENDED else {}
     assert {kind for kind, _ in trips} <= {"cpu→cuda"}

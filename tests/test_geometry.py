@@ -71,7 +71,7 @@ def turn_all(image, step):
 def test_every_orientation_gives_the_same_segmentation(settings):
     image = ct_image(blob((40, 44, 20)), random_affine(0))
     expected = segment_known(image, settings).ras.data
-    for turned in turn_all(image, 1 if settings is SETTINGS else 7):
+    for turned in turn_all(image, 5):
         label = segment_known(turned, settings)
         assert label.shape == turned.shape
         assert np.allclose(label.affine, turned.affine)

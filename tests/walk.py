@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-import sys
+import cProfile
 from pathlib import Path
-from types import FrameType
+from types import CodeType
 from typing import Any
 
 
@@ -20,22 +20,20 @@ class Walk:
                     span = range(node.lineno, node.end_lineno + 1)
                     for line in {node.lineno, *(d.lineno for d in node.decorator_list)}:
                         self.spans[str(path), node.name, line] = span
-        self.codes: set[Any] = set()  # torch and matplotlib call a million others
+        self.profile = cProfile.Profile()
 
     def __enter__(self) -> Walk:
-        sys.setprofile(self)
+        self.profile.enable()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        sys.setprofile(None)
-
-    def __call__(self, frame: FrameType, event: str, _: Any) -> None:
-        if event == "call":
-            self.codes.add(frame.f_code)
+        self.profile.disable()
 
     @property
     def passed(self) -> set[tuple[str, str, int]]:
-        keys = {(code.co_filename, code.co_name, code.co_firstlineno) for code in self.codes}
+        codes = [entry.code for entry in self.profile.getstats()]
+        codes = [code for code in codes if isinstance(code, CodeType)]
+        keys = {(code.co_filename, code.co_name, code.co_firstlineno) for code in codes}
         return keys & self.spans.keys()
 
     @property
