@@ -208,10 +208,9 @@ def cut_cases(
         if folds:
             record["fold"] = folds[record["patient"]]
     cut = [record["subvolumes"] for record in sound if "split" in record]
-    if cut and not any(cut):
-        what = "no sub-volume holds foreground; correct what the check found, keep some without"
-        remedy = "--keep-empty, or whole cases: --subvolume-depth 0"
-        raise InputError(f"{config.source}: {what}: {remedy}")
+    if cut and not any(record["foreground_voxels"] for record in sound if "split" in record):
+        what = "no case holds foreground; correct what the check found, or name it by --foreground"
+        raise InputError(f"{config.source}: {what}")
     if cut:
         write_dataset(records, notes, config, terms)
 

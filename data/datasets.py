@@ -54,8 +54,11 @@ LABEL = {
     "masques",
 }  # fmt: skip
 FILLER = {"tr", "train", "training", "anon", "patient", "nifti", "nii"}  # nothing beside those
-FINAL = {"final", "corrected", "revised", "reviewed", "approved"}  # of two label maps of one scan
-DRAFT = {"original", "orig", "draft", "initial", "auto", "automatic", "uncorrected", "predicted"}
+FINAL = {"final", "corrected", "revised", "reviewed", "approved", "edited", "verified", "manual"}
+DRAFT = {  # and FINAL: of two label maps of one scan
+    "original", "orig", "draft", "initial", "auto", "automatic", "uncorrected", "predicted", "pred",
+    "old", "backup", "preliminary", "unedited",
+}  # fmt: skip
 TEST = {"test", "testing"}  # cases of a challenge, whose label maps nobody has
 
 SEPARATORS = re.compile(r"[\s_\-.,;()\[\]]+")
@@ -188,12 +191,14 @@ def _find_silent(named: Iterable[tuple[str, ...]]) -> set[tuple[str, ...]]:
 
 def _read_path(path: Path, names: tuple[str, ...], kinds: Sequence[str], kind: Kind) -> Item:
     """Return the item of a path whose folders and name say `kinds`. Words of FINAL and DRAFT count
-    from the first name on that says label map."""
+    from the first name on that says label map, or is such words alone just above it."""
     read = [read_name(name) for name in names]
     first = kinds.index("label") if "label" in kinds else 0
+    first -= first > 0 and read[first - 1][2] <= FINAL | DRAFT
     words = {word for *_, words in read[first:] for word in words}
     parts = ["_".join(rest) for _, rest, _ in read]
-    bare = ["_".join(w for w in rest if w.lower() not in FINAL | DRAFT) for _, rest, _ in read]
+    kept = [[w for w in rest if w.lower() not in FINAL | DRAFT] for _, rest, _ in read]
+    bare = ["" if {*map(str.lower, some)} <= FILLER else "_".join(some) for some in kept]
     return Item(
         path,
         kind or ("label" if "label" in kinds else "scan" if "scan" in kinds else ""),
@@ -205,10 +210,7 @@ def _read_path(path: Path, names: tuple[str, ...], kinds: Sequence[str], kind: K
     )
 
 
-# ---------------------------------------------------------------------------------------
 # Pairs
-# ---------------------------------------------------------------------------------------
-
 STEPS = (  # a scan and a label map that share a key, of these kinds, are a pair
     ("uid", "uid"),  # the SEG names the series
     ("whole", "no series"),  # the same remains of both paths
@@ -368,9 +370,7 @@ def agree(scan: Item, label: Item) -> bool:
     return fits and (not own or own == other or structure or unnamed)
 
 
-# ---------------------------------------------------------------------------------------
 # What lies below a folder
-# ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -520,7 +520,8 @@ def list_lone(pairing: Pairing) -> Iterator[Entry]:
     for one in pairing.free(pairing.labels):
         organs = [s for key, s in one.keys["without structure"].items() if key in keys]
         if one.form in ("file", "seg") and not any(is_mask(one, organ) for organ in organs):
-            yield one, None, one.path, ()
+            text = f"{show(one.path)}: its scan has another label map; keep one, or call one final"
+            yield one, None, one.path, (text,) * bool(organs)
 
 
 def spell_item(item: Item) -> tuple[str, ...]:
@@ -622,9 +623,7 @@ def describe_data_set(data: DataSet) -> list[str]:
     return lines + data.notes
 
 
-# ---------------------------------------------------------------------------------------
 # Scans and truths that paths stand for
-# ---------------------------------------------------------------------------------------
 
 
 def find_scans(*paths: Path) -> list[Path]:
@@ -656,7 +655,7 @@ def _find_below(folder: Path) -> list[Path]:
     scans = [item for item in volumes if item.kind != "label"] or volumes
     kept = [item for item in scans if item.form == "series" or item.path.parent not in slices]
     if not kept:
-        what = "holds only DICOM SEGs, no scan" if items else "holds no scan"
+        what = "holds only DICOM SEGs or pictures, no scan" if items else "holds no scan"
         raise InputError(
             f"{show(folder)}: {what}; expected {', '.join(VOLUME_SUFFIXES)} files or DICOM series"
             + "".join(f"; {note}" for note in notes)

@@ -35,6 +35,7 @@ from data.labels import (
     Masks,
     as_labels,
     describe_truths,
+    find_label,
     is_tumour,
     parse_values,
     translate_classes,
@@ -479,6 +480,10 @@ def evaluate_files(prediction: Path, truth: Path | Masks, config: Config) -> dic
     if not asked and not theirs:
         asked, theirs = find_network_classes(prediction, known.labels or USUAL_LABELS)
     asked = asked or known.labels or USUAL_LABELS
+    if not theirs and not config.labels and (own := describe_truths(prediction)):
+        found = {name: find_label(name, own.labels) for name in asked}
+        if all(found.values()):
+            theirs = {name: own.labels[label or name] for name, label in found.items()}
     theirs = theirs or asked
     if missing := set(asked) - set(theirs):
         raise InputError(f"--predicted: lacks {', '.join(sorted(missing))}; name them too")
@@ -494,12 +499,25 @@ def evaluate_files(prediction: Path, truth: Path | Masks, config: Config) -> dic
         for path, classes in ((prediction, theirs), (truth, asked)):
             wanted = {BACKGROUND: (0,), **{name: classes[name] for name in group}}
             more = find_others(path, classes) if config.labels or config.predicted else ()
-            declared = {**known.labels, **classes, "others": (*config.others, *more)}
+            others = (*config.others, *more)
+            declared = {**known.labels, **classes, **({"others": others} if others else {})}
             maps.append(read_label_map(path, grid, declared, classes=wanted, ignore=known.ignore,
                                        trust_grid=config.trust_grid))  # fmt: skip
+        refuse_exchanged(prediction, *maps)
         row = evaluate(maps[0], maps[1], group) | row
         row["warnings"] = "; ".join(note for label in maps for note in label.notes)
     return row
+
+
+def refuse_exchanged(path: Path, label: Volume, truth: Volume) -> None:
+    """Raise InputError where foreground lies on foreground, but never the truth's largest class."""
+    one, other = label.ras.data, truth.ras.data
+    sizes = np.bincount(other[(other > 0) & (other < IGNORED)], minlength=2)
+    both, largest = np.count_nonzero((one > 0) & (other > 0)), sizes.argmax()
+    hit = ((one == largest) & (other == largest)).any()
+    if not hit and 4 * both > np.count_nonzero(one) + np.count_nonzero(other):
+        what = f"{path}: are its values exchanged? No voxel of the largest class is right"
+        raise InputError(f"{what}; give them by --predicted liver=1 tumour=2")
 
 
 def find_class_values(asked: Mapping[str, Sequence[str]], declared: Labels, setting: str) -> Labels:

@@ -24,7 +24,7 @@ from data.labels import (
     index_classes,
     list_values,
 )
-from data.seg import compare_frames, lay_structures, read_seg, wrong_grid
+from data.seg import compare_frames, lay_structures, read_seg, rename_segments, wrong_grid
 from data.volumes import Volume, list_parts, read_file
 
 GRID_TOLERANCE = 0.5  # voxels that scan and label map may lie apart, at the worst corner
@@ -35,9 +35,7 @@ ROUNDING = 0.01  # label values that are nearer to a whole number are that numbe
 GREY_VALUES = {"liver": 63, "right kidney": 126, "left kidney": 189, "spleen": 252}
 
 
-# ---------------------------------------------------------------------------------------
 # Reading
-# ---------------------------------------------------------------------------------------
 
 
 def read_volume(path: Path) -> Volume:
@@ -87,7 +85,7 @@ def _open_label(path: Path | Masks, scan: Volume, declared: Labels, trust: bool)
     found = [file for file in files if dicom.is_dicom(file)]
     if len(found) == 1 and dicom.is_seg_header(dicom.read_header(found[0])):
         return read_seg(found[0], scan, declared, trust)
-    return lay_on_grid(read_volume(path), scan, trust)
+    return lay_on_grid(rename_segments(read_volume(path), path, declared), scan, trust)
 
 
 def hold_only(array: np.ndarray, allowed: set[int]) -> bool:
@@ -261,9 +259,7 @@ def read_png_stack(folder: Path, name: str, scan: Volume) -> Volume:
     )
 
 
-# ---------------------------------------------------------------------------------------
 # Files of inputs, label maps in JSON
-# ---------------------------------------------------------------------------------------
 
 
 def list_files(path: Path | Masks) -> list[Path]:

@@ -33,8 +33,9 @@ SPLIT_WORDS = {
 NOBODY = {"", "anonymous", "anonymized", "anonymised", "anon", "unknown", "none", "patient"}
 # --patient-pattern → how many different ends follow the patient: dates, or counters and words.
 PATTERNS = {
-    r"^(.+?)[_-](?:19|20)\d\d[_-]?\d\d[_-]?\d\d$": 10**6,
-    r"^(.+?)[_-][a-zA-Z]*\d{1,2}$": 5,
+    r"^(.+?)[_-](?:19|20)\d\d[_.-]?\d\d[_.-]?\d\d(?:[T_-]?\d{4,6})?$": 10**6,
+    r"^(.+?)[_-]\d\d[_.-]?\d\d[_.-]?(?:19|20)\d\d$": 10**6,
+    r"^(.+?)(?:[_-]+[a-zA-Z]*|(?<=\d)[a-zA-Z]+)\d{1,2}_?$": 5,
     r"^(.*\d)[_-]?[a-zA-Z]+$": 5,
     r"^(.*\d\d)\d\d$": 5,
 }
@@ -240,9 +241,7 @@ def _match_path(text: str, known: dict[str, set[str]]) -> set[str]:
     return names
 
 
-# ---------------------------------------------------------------------------------------
 # Prepared data, as training asks for them
-# ---------------------------------------------------------------------------------------
 
 
 def read_prepared(folder: Path) -> dict[str, Any]:

@@ -164,6 +164,7 @@ def test_slices_that_nobody_annotated_are_noticed():
         (range(3, 20, 4), 2, "--label-every 4?"),
         (range(3, 20, 4), 4, ""),
         ([3, 4, 5, 12, 13, 14], 1, ""),  # two lesions
+        ([3, 4, 5, 7, 8, 9], 1, "1 gaps between annotated slices, the first behind slice 6"),
         (range(3, 20), 4, "but slices 4 and 5 are annotated"),
         ([], 1, ""),
     ):
