@@ -406,10 +406,8 @@ def claim_destination(destination: Path, source: Path, overwrite: bool) -> None:
     path, asked = destination / "check" / ".source.json", str(source.resolve())
     known = (read_record(path) or {}).get("mark", asked)
     if known != asked and not overwrite:
-        raise InputError(
-            f"{destination}: was prepared from {known}, not from {asked}; choose another "
-            "--destination, or give --overwrite to replace it"
-        )
+        what = f"{destination}: was prepared from {known}, not from {asked}"
+        raise InputError(f"{what}; choose another --destination, or give --overwrite to replace it")
     if known != asked:
         (destination / "dataset.json").unlink(missing_ok=True)
     write_json({"mark": asked}, path)

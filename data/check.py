@@ -182,8 +182,7 @@ def describe_fault(error: Exception) -> Finding:
 
 
 def inspect_case(record: dict[str, Any], terms: Terms) -> Any:
-    """Add grid, voxel counts and findings to `record`, and last `slice_sums`, the checksums of its
-    slices; return the picture of the case."""
+    """Add grid, voxel counts, findings and last `slice_sums` to `record`; return its picture."""
     scan, label = read_pair(record, terms)
     hu, outline, findings = scan.ras.data, label.data, record["findings"]
     record["shape"], record["orientation"] = list(scan.shape), scan.axcodes

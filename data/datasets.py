@@ -491,10 +491,10 @@ def make_cases(pairing: Pairing) -> list[Case]:
     parts = [spell_item(item) for item, *_ in entries]
     names = name_apart(parts)
     if longer := [n for n, p in zip(names, parts, strict=True) if n != make_safe(p[-1])]:
-        pairing.notes.append(
-            f"{len(longer)} cases are told apart by their folders, such as {longer[0]}; where a "
-            "folder is a patient with several scans, name the patients: --patient-pattern"
+        what = (
+            f"{len(longer)} cases are told apart by their folders, such as {longer[0]}; where one"
         )
+        pairing.notes.append(f"{what} is a patient with several scans: --patient-pattern")
     cases = []
     for name, (item, image, label, wrong) in zip(names, entries, strict=True):
         paths = [path for path in (image, *list_paths(label)) if path is not None]
@@ -563,10 +563,8 @@ def declare(data: DataSet, segs: Sequence[Item], values: Labels | None) -> None:
     data.declared, data.ignore = described.labels, described.ignore
     data.announced = described.announced
     if usual:
-        data.notes.append(
-            f"no dataset.json describes {show(usual[0])}: {describe_labels(USUAL_LABELS)} are "
-            "assumed; if it has others: --values liver=1 tumour=2"
-        )
+        what = f"no dataset.json describes {show(usual[0])}: {describe_labels(USUAL_LABELS)}"
+        data.notes.append(f"{what} are assumed; if it has others: --values liver=1 tumour=2")
     if segs:
         declare_segments(data, segs, alone=not files)
     masks = {name for label in files if isinstance(label, tuple) for name, _ in label}
@@ -596,10 +594,8 @@ def declare_masks(data: DataSet, names: set[str]) -> None:
     if len(others) == len(names):
         data.declared = {BACKGROUND: (0,), **{n: (i,) for i, n in enumerate(others, 1)}}
     elif others:
-        data.notes.append(
-            f"masks of {len(others)} other structures are not used ({', '.join(others[:6])} …); "
-            "name those you want: --values liver=1 spleen=2"
-        )
+        what = f"masks of {len(others)} other structures are not used ({', '.join(others[:6])} …)"
+        data.notes.append(f"{what}; name those you want: --values liver=1 spleen=2")
 
 
 def describe_data_set(data: DataSet) -> list[str]:
@@ -628,8 +624,7 @@ def describe_data_set(data: DataSet) -> list[str]:
 
 def find_scans(*paths: Path) -> list[Path]:
     """Return the scans that paths stand for: files; of a folder, the volumes and DICOM series at
-    any depth. Several slices of a series are that series once. Prints what is left out: label maps
-    by their names, and volumes among slices."""
+    any depth. Several slices of a series are that series once. Prints what is left out."""
     slices = [path for path in paths if path.is_file() and is_dicom(path)]
     series: dict[Path, Path] = {}
     for folder, count in Counter(path.parent for path in slices).items():
@@ -656,10 +651,8 @@ def _find_below(folder: Path) -> list[Path]:
     kept = [item for item in scans if item.form == "series" or item.path.parent not in slices]
     if not kept:
         what = "holds only DICOM SEGs or pictures, no scan" if items else "holds no scan"
-        raise InputError(
-            f"{show(folder)}: {what}; expected {', '.join(VOLUME_SUFFIXES)} files or DICOM series"
-            + "".join(f"; {note}" for note in notes)
-        )
+        what += f"; expected {', '.join(VOLUME_SUFFIXES)} files or DICOM series"
+        raise InputError("; ".join([f"{show(folder)}: {what}", *notes]))
     if left := [item.path for item in volumes if item not in kept]:
         notes.append(f"left out: {len(left)} label maps or files among slices, such as {left[0]}")
     for note in notes:
@@ -706,9 +699,8 @@ def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | Mas
     if gone := [path for path in truth if not path.exists()]:
         raise InputError(f"--truth {gone[0]}: no such file or folder; check the path")
     if truth and len(truth) != len(scans):
-        raise InputError(
-            f"--truth must give one label map per volume, got {len(truth)} for {len(scans)}"
-        )
+        what = "--truth must give one label map per volume,"
+        raise InputError(f"{what} got {len(truth)} for {len(scans)}")
     return list(truth) or [None] * len(scans)
 
 

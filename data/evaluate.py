@@ -35,7 +35,6 @@ from data.labels import (
     Masks,
     as_labels,
     describe_truths,
-    find_label,
     is_tumour,
     parse_values,
     translate_classes,
@@ -204,10 +203,8 @@ def score_lesions(predicted: np.ndarray, truth: np.ndarray, grid: Volume) -> dic
     lesion is a connected component of a mask (X, Y, Z). It is found, or right, if it and what
     touches it have an IoU of LESION_IOU; `_dice_50`: a Dice of 0.5, as LiTS counts. Its size is the
     diameter of the ball of equal volume."""
-    (sizes, found, dice), (_, right, _) = (
-        match_lesions(truth, predicted),
-        match_lesions(predicted, truth),
-    )
+    sizes, found, dice = match_lesions(truth, predicted)
+    _, right, _ = match_lesions(predicted, truth)
     row: dict[str, Any] = {"lesions_predicted": len(right), "lesions_right": int(right.sum())}
     row |= {"lesions": len(found), "lesions_found": int(found.sum())}
     row["lesions_found_dice_50"] = int((dice >= 0.5).sum())
@@ -223,8 +220,7 @@ def score_lesions(predicted: np.ndarray, truth: np.ndarray, grid: Volume) -> dic
 
 def match_lesions(mask: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return of each component of `mask` its voxels, whether its IoU with the components of `other`
-    that touch it is LESION_IOU, and the Dice. What of these lies in another component of `mask`
-    does not count."""
+    that touch it is LESION_IOU, and the Dice; these without what lies in others of `mask`."""
     (mine, n), (its, m) = (cc3d.connected_components(a, connectivity=26, return_N=True)
                            for a in (mask, other))  # fmt: skip
     pairs = mine.ravel().astype(np.int64) * (m + 1) + its.ravel()
@@ -480,10 +476,6 @@ def evaluate_files(prediction: Path, truth: Path | Masks, config: Config) -> dic
     if not asked and not theirs:
         asked, theirs = find_network_classes(prediction, known.labels or USUAL_LABELS)
     asked = asked or known.labels or USUAL_LABELS
-    if not theirs and not config.labels and (own := describe_truths(prediction)):
-        found = {name: find_label(name, own.labels) for name in asked}
-        if all(found.values()):
-            theirs = {name: own.labels[label or name] for name, label in found.items()}
     theirs = theirs or asked
     if missing := set(asked) - set(theirs):
         raise InputError(f"--predicted: lacks {', '.join(sorted(missing))}; name them too")
@@ -530,8 +522,7 @@ def find_class_values(asked: Mapping[str, Sequence[str]], declared: Labels, sett
 
 def find_network_classes(prediction: Path, declared: Labels) -> tuple[Labels, Labels]:
     """Return the classes of the network that made a result, in values of the truth and of the
-    result; empty where apply_model.py wrote no record beside it. A liver network counts tumours
-    as liver, so its truth does too."""
+    result; empty where no record lies beside it. A liver network's truth counts tumours, too."""
     record = read_record(prediction.with_name(f"{prediction.parent.name}.json")) or {}
     if not {"labels", "declared", "classes"} <= record.keys():
         return {}, {}

@@ -38,9 +38,8 @@ ACCEPTABLE = Literal["outside", "outline", "empty", "hu", "identity", "turned", 
 SYNONYMS = {
     "tumour": (
         "tumour", "tumor", "tumours", "tumors", "lesion", "lesions", "cancer", "metastasis",
-        "metastases", "metastasen", "neoplasm", "neoplasms", "hcc", "icc", "crlm", "carcinoma",
-        "cholangiocarcinoma", "mass", "masses", "gtv", "tumoren", "tumeur", "tumeurs", "läsion",
-        "läsionen", "lésion", "lésions",
+        "metastases", "metastasen", "neoplasm", "neoplasms", "hcc", "crlm", "carcinoma", "mass",
+        "masses", "gtv", "tumoren", "tumeur", "läsion", "lésion",
     ),
     "liver": ("liver", "livers", "hepatic", "hepar", "leber", "foie", "higado", "parenchyma"),
     BACKGROUND: ("background", "clear", "exterior", "unlabeled", "unlabelled"),
@@ -56,8 +55,7 @@ RUN_TOGETHER = re.compile(rf"\b(liver|hepatic)(?=(?:{'|'.join(WORD)})\b)")  # li
 def name_words(name: str) -> list[str]:
     """Return the words of a name in small letters, each synonym as one word, without numbers:
     ["liver", "tumour"] of `Liver_Tumor 01` and `livertumor02`, ["liver"] of `Whole liver`."""
-    composed = normalize("NFC", name)
-    parted = re.sub(r"(?<=[a-z])(?=[A-Z])|[\W\d_]+", " ", composed).lower()
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])|[\W\d_]+", " ", normalize("NFC", name)).lower()
     words = RUN_TOGETHER.sub(r"\1 ", parted).split()
     words = [word for word in words if word not in SAYS_NOTHING] or words
     return list(dict.fromkeys(WORD.get(word, word) for word in words))
@@ -134,10 +132,8 @@ def find_values(words: Sequence[str], declared: Labels, setting: str) -> tuple[i
     for word in map(str, words):
         labels = find_names(word, declared)
         if not labels and not (word.isdigit() and int(word) in known):
-            raise InputError(
-                f"{setting} {word}: is no label of these data, which declare "
-                f"{describe_labels(declared)}; name one of them"
-            )
+            what = f"{setting} {word}: is no label of these data,"
+            raise InputError(f"{what} which declare {describe_labels(declared)}; name one of them")
         values += [v for n in labels for v in declared[n]] if labels else [int(word)]
     return tuple(dict.fromkeys(values))
 
@@ -161,17 +157,14 @@ def parse_values(
             raise InputError(f"{word}: must be NAME=VALUE or NAME=VALUE,VALUE")
         found[name] = find_values(parts, known | given, setting)
         if (label := find_label(name, known)) and not {*found[name]} & {*known[label]}:
-            raise InputError(
-                f"{word}: contradicts the data, which declare {describe_labels(known)}"
-            )
+            what = f"{word}: contradicts the data,"
+            raise InputError(f"{what} which declare {describe_labels(known)}")
     found = {n: v for n, v in found.items() if v != (0,) or common_name(n) != BACKGROUND}
     values = [value for some in found.values() for value in some]
     twice = not overlap and len(values) > len(set(values))
     if twice or 0 in values or max(values, default=0) > LARGEST_VALUE:
-        raise InputError(
-            f"{setting} {' '.join(words)}: 0 is the background, and each value from 1 to "
-            f"{LARGEST_VALUE} has one name; correct it"
-        )
+        what = f"{setting} {' '.join(words)}: 0 is the background, and each value"
+        raise InputError(f"{what} from 1 to {LARGEST_VALUE} has one name; correct it")
     return found
 
 
@@ -183,10 +176,8 @@ def resolve_classes(asked: Mapping[str, Sequence[str]], declared: Labels) -> Lab
     classes = {name: find_values(words, declared, "--labels") for name, words in asked.items()}
     values = [value for some in classes.values() for value in some]
     if 0 in values or len(values) > len(set(values)):
-        raise InputError(
-            f"--labels: {describe_labels(classes)}: each label belongs to one class, and the value "
-            "0 to the background; correct it"
-        )
+        what = f"--labels: {describe_labels(classes)}: each label belongs to one class,"
+        raise InputError(f"{what} and the value 0 to the background; correct it")
     return {BACKGROUND: (0,)} | classes
 
 
@@ -229,11 +220,8 @@ def _match_classes(classes: Labels, own: Labels, declared: Labels) -> Labels:
     translated[BACKGROUND] = (0,)
     first = list(classes)[1]
     if not translated[first]:
-        raise InputError(
-            f"the label maps hold {describe_labels(declared)}, none of which is {first}; use those "
-            "of data that the network was made for",
-            kind="values",
-        )
+        what = f"the label maps hold {describe_labels(declared)}, none of which is {first}"
+        raise InputError(f"{what}; use those of data that the network was made for", kind="values")
     return translated
 
 
@@ -387,16 +375,13 @@ def part_ignored(labels: Labels, where: str) -> tuple[Labels, tuple[int, ...]]:
 
 
 def _name_regions(found: Labels, path: Path) -> Labels:
-    """Return labels that share no value: of regions that overlap (liver [1, 2], tumour [2]) the
-    smallest that has a value names it."""
+    """Return labels that share no value: the smallest of regions (liver [1, 2], tumour [2])."""
     owner: dict[int, str] = {}
     for name, values in sorted(found.items(), key=lambda item: len(item[1])):
         for value in values:
             if value in owner and len(found[owner[value]]) == len(values):
-                raise InputError(
-                    f"{path}: {owner[value]} and {name} both have the value {value}; each value "
-                    "needs one name"
-                )
+                what = f"{path}: {owner[value]} and {name} both have the value {value}"
+                raise InputError(f"{what}; each value needs one name")
             owner.setdefault(value, name)
     labels = {n: tuple(v for v in values if owner[v] == n) for n, values in found.items()}
     return {name: values for name, values in labels.items() if values}

@@ -182,11 +182,8 @@ def _lay_masks(masks: Masks, scan: Volume, declared: Labels, trust: bool) -> Vol
     labels = {name: find_label(name, declared) for name, _ in masks}
     values = {name: declared[label][0] for name, label in labels.items() if label is not None}
     if not values:
-        raise InputError(
-            f"{name_label(masks)}: none of the masks {', '.join(labels)} is one of the labels "
-            f"{describe_labels(declared)}; name them: --values",
-            kind="values",
-        )
+        what = f"{name_label(masks)}: none of the masks {', '.join(labels)} is one of the labels"
+        raise InputError(f"{what} {describe_labels(declared)}; name them: --values", kind="values")
     notes, structures = [], []
     for name, path in ((name, path) for name, path in masks if name in values):
         if list_pngs(path):
@@ -240,11 +237,8 @@ def read_png_stack(folder: Path, name: str, scan: Volume) -> Volume:
             plane = np.asarray(image).astype(np.uint8)
         plane = plane.max(axis=2).T if plane.ndim == 3 else plane.T
         if plane.shape != shape[:2]:
-            raise InputError(
-                f"{picture}: must have {shape[:2]} pixels as the slices of {scan.name}, got "
-                f"{plane.shape}; use the pictures of this scan",
-                kind="shape",
-            )
+            what = f"{picture}: must have {shape[:2]} pixels as the slices of {scan.name}, got"
+            raise InputError(f"{what} {plane.shape}; use the pictures of this scan", kind="shape")
         greys |= {*np.unique(plane).tolist()} - {0}
         array[:, :, z] = plane
     known = {*GREY_VALUES.values()}

@@ -74,10 +74,8 @@ def name_patients(cases: Sequence[Case], config: Any) -> None:
         return
     known = any(case.patient_id is not None for case in cases) and name_by_id(cases)
     if not known and (pattern := guess_pattern([case.name for case in cases])):
-        print(
-            f"case names such as {cases[0].name} look like several scans of one patient; if they "
-            f"are, keep them in one split: --patient-pattern '{pattern}'"
-        )
+        what = f"case names such as {cases[0].name} look like several scans of one patient"
+        print(f"{what}; if they are, keep them in one split: --patient-pattern '{pattern}'")
 
 
 def name_by_id(cases: Sequence[Case]) -> bool:
@@ -177,15 +175,11 @@ def _take_split(records: Sequence[dict[str, Any]], config: Any) -> dict[str, str
         if name is None:
             raise InputError(f"{path}: does not name {record['case']}; add it, or --leave-out it")
         if split.setdefault(record["patient"], name) != name:
-            raise InputError(
-                f"{path}: puts scans of patient {record['patient']} into two splits, which leaks; "
-                "keep them together"
-            )
+            what = f"{path}: puts scans of patient {record['patient']} into two splits, which leaks"
+            raise InputError(f"{what}; keep them together")
     if config.validation > 0 and "validation" not in split.values():
-        raise InputError(
-            f"{path}: puts no patient into validation, which chooses the checkpoint; name some, or "
-            "give --training 1 --validation 0 --test 0"
-        )
+        what = f"{path}: puts no patient into validation, which chooses the checkpoint"
+        raise InputError(f"{what}; name some, or give --training 1 --validation 0 --test 0")
     return split
 
 
