@@ -50,6 +50,8 @@ ALTERNATING = 1.2  # see `refuse_alternating`: of 13 scans 0.5 to 0.8, of 24 mix
 SEVERAL = "must be the series of one scan, got several"
 CHOOSE = "name a file of the scan that you mean"
 REMEDY = "export the series again from its source, or leave this file out"
+# The begin of a file without preamble: a tag of group 2 or 8 with its VR, or a short value.
+BARE = re.compile(rb"[\x02\x08]\0[\0-\x20]\0(UL|UI|CS|DA|OB|[\0-\x40]\0\0\0)")
 NEAR = 10  # folders before and after that of a series, in which it may go on
 SAMPLE = 8  # files of each that are looked at; several series may share their folders
 CONTOURS = "convert its contours to DICOM SEG or NIfTI (3D Slicer, dcmrtstruct2nii)"
@@ -61,8 +63,9 @@ logging.getLogger("pydicom").setLevel(logging.ERROR)
 
 
 def is_dicom(path: Path) -> bool:
-    """Return whether a path is a DICOM file: `DICM` after 128 bytes."""
-    return _read_start(path)[128:] == b"DICM"
+    """Return whether a path is a DICOM file: `DICM` after 128 bytes, or BARE."""
+    start = _read_start(path)
+    return start[128:] == b"DICM" or bool(BARE.match(start))
 
 
 def _read_start(path: Path) -> bytes:
@@ -106,7 +109,7 @@ def find_dicom(files: Iterable[Path]) -> list[DicomItem]:
         beside = (path.parent, path.suffix) in kinds and path.name[0] != "." and not path.is_dir()
         if beside and not _read_start(path)[:128].strip(b"\0"):
             fault = f"{path}: empty or unreadable beside DICOM files; copy it again, or remove it"
-            items.append(DicomItem(path, "", files=(path,), fault=fault, broken=True))
+            items.append(DicomItem(path, "", files=(path,), fault=fault))
     for path in tqdm(found, desc="DICOM headers", disable=None, delay=1):
         header: Any = {}
         try:
@@ -484,7 +487,7 @@ def _decode(file: Path) -> np.ndarray:
     import pydicom
 
     with one_error(file, "its PixelData cannot be decoded"):
-        header = pydicom.dcmread(file)
+        header = pydicom.dcmread(file, force=True)
         if not header.file_meta.get("TransferSyntaxUID"):
             little = pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian
             header.file_meta.TransferSyntaxUID = little[not header.original_encoding[0]]
@@ -596,7 +599,7 @@ def read_header(file: Path) -> Any:
     import pydicom
 
     with one_error(file, "its DICOM header cannot be read"):
-        return pydicom.dcmread(file, stop_before_pixels=True)
+        return pydicom.dcmread(file, stop_before_pixels=True, force=True)
 
 
 def read_text(header: Any, tag: str) -> str:

@@ -156,10 +156,11 @@ def test_odd_files_beside_a_set_end_in_one_line(name, content, message, tmp_path
         run(source, patients=file if name == "patients.csv" else None)
 
 
-@pytest.mark.parametrize("begin", [b"PK\3\4", b"\xfd7zXZ\0", b"BZh9"], ids=["zip", "xz", "bzip2"])
-def test_other_archives_are_unpacked_first(begin, tmp_path):
+@pytest.mark.parametrize("begin", [b"PK\3\4", b"\xfd7zXZ\0", b"BZh9", b"<html>", b"version ht"])
+def test_other_archives_and_texts_in_place_of_a_file_are_told(begin, tmp_path):
     (tmp_path / "a.nii.gz").write_bytes(begin + bytes(400))
-    with pytest.raises(InputError, match=r"a\.nii\.gz: is a (zip|xz|bzip2) file; unpack it"):
+    told = r"a\.nii\.gz: is a ((zip|xz|bzip2) file; unpack|web page or a Git LFS pointer; download)"
+    with pytest.raises(InputError, match=told):
         read_scan(tmp_path / "a.nii.gz")
 
 
