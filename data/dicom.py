@@ -183,10 +183,9 @@ def find_series(path: Path, notes: list[str]) -> DicomItem:
     if not own:
         asked = [item for item in items if path.is_dir() or path in item.files]
         found = [item.fault or ("SEG " * item.is_seg + str(item.path)) for item in asked]
-        raise InputError(
-            f"{path}: must be or hold one DICOM series of images (SeriesInstanceUID), got "
-            f"{'; '.join(found[:5]) or 'no images'}; name one slice of the series"
-        )
+        what = "must be or hold one DICOM series of images (SeriesInstanceUID)"
+        got = "; ".join(found[:5]) or "no images"
+        raise InputError(f"{path}: {what}, got {got}; name one slice of the series")
     for item in (item for item in items if item.fault and not item.is_seg):
         chosen = path.is_file() and item.fault.endswith(CHOOSE)
         if own[0].uid.startswith(item.uid) and not chosen:  # cut off, perhaps in its UID

@@ -367,10 +367,8 @@ def part_ignored(labels: Labels, where: str) -> tuple[Labels, tuple[int, ...]]:
     kept = {name: values for name, values in labels.items() if name.lower() != "ignore"}
     ignore = tuple(v for name, values in labels.items() if name not in kept for v in values)
     if set(ignore) & {0, *list_values(kept)}:
-        raise InputError(
-            f"{where} ignore={','.join(map(str, ignore))}: 0 is the background, and the value of a "
-            "label is annotated; give unannotated voxels a value of their own"
-        )
+        what = f"{where} ignore={','.join(map(str, ignore))}: 0 is the background, labels annotated"
+        raise InputError(f"{what}; give unannotated voxels a value of their own")
     return kept, ignore
 
 

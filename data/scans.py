@@ -197,11 +197,8 @@ def _lay_masks(masks: Masks, scan: Volume, declared: Labels, trust: bool) -> Vol
         array = mask.ras.data
         low, high = array.min(), array.max()
         if low > 0 or np.count_nonzero((array != low) & (array != high)):
-            raise InputError(
-                f"{path}: must be the mask of one structure, 0 and one other value, got "
-                f"{np.unique(array)[:5].tolist()}; is it a label map, or a scan?",
-                kind="values",
-            )
+            what, got = f"{path}: must be the mask of one structure", np.unique(array)[:5].tolist()
+            raise InputError(f"{what}, 0 and one other value, got {got}; is it one?", kind="values")
         inside = scan.from_ras((array > min(low, 0)).view(np.uint8)).data
         structures.append((name, values[name], np.flatnonzero(inside.ravel(order="F"))))
     label = scan.like(lay_structures(structures, scan.shape)[0])
@@ -246,11 +243,8 @@ def read_png_stack(folder: Path, name: str, scan: Volume) -> Volume:
         return scan.like((array == GREY_VALUES[name]).view(np.uint8))
     if len(greys) <= 1 and not greys & known:
         return scan.like((array > 0).view(np.uint8))
-    raise InputError(
-        f"{folder}: must hold black and one grey, or {GREY_VALUES}, got the greys "
-        f"{sorted(greys)[:8]}; give each structure a stack of its own",
-        kind="values",
-    )
+    what = f"must hold black and one grey, or {GREY_VALUES}, got the greys {sorted(greys)[:8]}"
+    raise InputError(f"{folder}: {what}; give each structure a stack of its own", kind="values")
 
 
 # Files of inputs, label maps in JSON

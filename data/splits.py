@@ -131,10 +131,8 @@ def split_patients(records: Sequence[dict[str, Any]], config: Any) -> dict[str, 
     fractions = np.array([config.training, config.validation, config.test])
     wanted = np.count_nonzero(fractions)
     if len(patients) < wanted:
-        raise InputError(
-            f"{len(patients)} patients cannot fill {wanted} splits; add patients or set a fraction "
-            "to 0 (two patients: --training 0.5 --validation 0.5 --test 0)"
-        )
+        what = f"{len(patients)} patients cannot fill {wanted} splits; add some or set a fraction"
+        raise InputError(f"{what} to 0 (two: --training 0.5 --validation 0.5 --test 0)")
     exact = fractions * len(patients)
     sizes = np.floor(exact + 1e-9).astype(int)
     for index in np.argsort(sizes - exact, kind="stable")[: len(patients) - sizes.sum()]:
@@ -381,10 +379,8 @@ def check_splits(prepared: dict[str, Any], labels: Labels, folder: Path) -> bool
     wanted = settings.get("split") is None and settings.get("validation", 1) > 0
     for split, asked in {"training": True, "validation": wanted}.items():
         if asked and split not in found:
-            raise InputError(
-                f"{folder / 'dataset.json'}: no sub-volume in the {split} split; prepare more "
-                "patients (three at least), or leave validation out: prepare.py --validation 0"
-            )
+            what = f"{folder / 'dataset.json'}: no sub-volume in the {split} split; prepare three"
+            raise InputError(f"{what} patients or more, or without any: prepare.py --validation 0")
     names = list(labels)[1:]
     seen = {s: count_voxels(prepared, labels, s)[1:] for s in ("training", "validation")}
     if not seen["training"].any():
