@@ -278,11 +278,7 @@ def ask(model: Model, device: torch.device, mirror: bool, batch: torch.Tensor) -
     return (logits[:, 1:] - logits[:, :1]) / len(networks)
 
 
-# ---------------------------------------------------------------------------------------
 # Cleaning, and what is doubtful
-# ---------------------------------------------------------------------------------------
-
-
 def clean(classes: np.ndarray, names: Sequence[str], options: Options | None = None) -> np.ndarray:
     """Return class indices (X, Y, Z) without what anatomy excludes; `names` are those of 1, 2, … An
     organ and the tumours in it are one body. Its largest component stays, background that it
@@ -360,11 +356,7 @@ def find_doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str
     return found
 
 
-# ---------------------------------------------------------------------------------------
 # Cases
-# ---------------------------------------------------------------------------------------
-
-
 def read_case(
     model: Model, case: datasets.Case, config: Config
 ) -> tuple[Volume, Volume | None, list[str]]:

@@ -208,10 +208,9 @@ def cut_cases(
         if folds:
             record["fold"] = folds[record["patient"]]
     cut = [record["subvolumes"] for record in sound if "split" in record]
-    if cut and not any(cut):
-        what = "no sub-volume holds foreground; correct what the check found, keep some without"
-        remedy = "--keep-empty, or whole cases: --subvolume-depth 0"
-        raise InputError(f"{config.source}: {what}: {remedy}")
+    if cut and not any(record["foreground_voxels"] for record in sound if "split" in record):
+        what = "no case holds foreground; correct what the check found, or name it by --foreground"
+        raise InputError(f"{config.source}: {what}")
     if cut:
         write_dataset(records, notes, config, terms)
 
@@ -407,10 +406,8 @@ def claim_destination(destination: Path, source: Path, overwrite: bool) -> None:
     path, asked = destination / "check" / ".source.json", str(source.resolve())
     known = (read_record(path) or {}).get("mark", asked)
     if known != asked and not overwrite:
-        raise InputError(
-            f"{destination}: was prepared from {known}, not from {asked}; choose another "
-            "--destination, or give --overwrite to replace it"
-        )
+        what = f"{destination}: was prepared from {known}, not from {asked}"
+        raise InputError(f"{what}; choose another --destination, or give --overwrite to replace it")
     if known != asked:
         (destination / "dataset.json").unlink(missing_ok=True)
     write_json({"mark": asked}, path)

@@ -248,10 +248,7 @@ def make_surface(
     return mesh
 
 
-# ---------------------------------------------------------------------------------------
 # Scenes: one function per mode makes the panels that a window or a picture shows
-# ---------------------------------------------------------------------------------------
-
 UPRIGHT = ((0.93, 0.62), (0.93, 0.92))  # ends of a slider, above the letter at the right edge
 WHOLE = (0, 0, 1, 1)  # left, bottom, right, top of a panel, as fractions of the window
 PANELS = {"axial": (0, 0.5, 0.5, 1), "coronal": (0.5, 0.5, 1, 1), "sagittal": (0.5, 0, 1, 0.5)}
@@ -504,10 +501,7 @@ def make_text(
     return vedo.Text2D(text, place, size, justify=justify, **look)
 
 
-# ---------------------------------------------------------------------------------------
 # The window, and files
-# ---------------------------------------------------------------------------------------
-
 MODE_KEYS: dict[str, Mode] = {str(number): mode for number, mode in enumerate(SCENES, start=1)}
 VIEW_KEYS: dict[str, View] = {view[0]: view for view in VIEWS}
 HELP = " · ".join(f"{key} {mode}" for key, mode in MODE_KEYS.items())

@@ -33,7 +33,7 @@ from data.labels import (
     IMAGE,
     LABEL,
     Labels,
-    find_label,
+    find_names,
     find_values,
     index_classes,
     is_tumour,
@@ -66,6 +66,7 @@ RULES = {  # kind of finding → (level, remedy); an error stops its case, a not
     "turned": ("error", "write the spacing in the order x, y, z; to keep it: --accept turned"),
     "left_right": ("error", "correct the header; of situs inversus: --accept left_right"),
     "outline_off": ("warning", "look at the picture, where that place is dotted"),
+    "gap": ("warning", "annotate these slices, or look whether voxels lie astray"),
     "organ": ("warning", "look whether the values of the label map mean what is declared"),
     "air": ("warning", "look whether HU were clipped"),
     "partly_outside": ("warning", "look at the picture"),
@@ -146,16 +147,14 @@ def read_data_set(config: Any) -> tuple[list[Case], Terms]:
 
 def choose_foreground(names: Sequence[str], labels: Labels) -> tuple[int, ...]:
     """Return the raw values that must not be lost; the default takes tumours if declared."""
-    if tuple(names) == FOREGROUND and find_label("tumour", labels) is None:
+    if tuple(names) == FOREGROUND and not find_names("tumour", labels):
         names = ("liver",)
     if not (values := find_values(names, labels, "--foreground")) or 0 in values:
         raise InputError(f"--foreground {' '.join(names)}: must name labels, not the background")
     return values
 
 
-# ---------------------------------------------------------------------------------------
 # One case
-# ---------------------------------------------------------------------------------------
 
 
 def check_case(case: Case, terms: Terms, folder: Path) -> dict[str, Any]:
@@ -183,8 +182,7 @@ def describe_fault(error: Exception) -> Finding:
 
 
 def inspect_case(record: dict[str, Any], terms: Terms) -> Any:
-    """Add grid, voxel counts and findings to `record`, and last `slice_sums`, the checksums of its
-    slices; return the picture of the case."""
+    """Add grid, voxel counts, findings and last `slice_sums` to `record`; return its picture."""
     scan, label = read_pair(record, terms)
     hu, outline, findings = scan.ras.data, label.data, record["findings"]
     record["shape"], record["orientation"] = list(scan.shape), scan.axcodes
@@ -195,7 +193,9 @@ def inspect_case(record: dict[str, Any], terms: Terms) -> Any:
     findings += judge_grid(scan, label, terms.depth)
     counts = count_per_slice(label, terms)
     annotated = np.sum([counts[v] for v in counts if v and v not in terms.ignore], axis=0) > 0
-    findings += judge_gaps(annotated, terms.label_every)
+    organs = [counts[v] for n in list_organs(terms) for v in terms.labels[n] if v in counts]
+    whole = np.sum(organs, axis=0) > 0
+    findings += judge_gaps(annotated, terms.label_every) or judge_gaps(whole, terms.label_every)
     record["drawn_slice"] = int(annotated.argmax())
     record["cut"] = bool(annotated[0] or annotated[-1])  # by the end of the scan
     voxels = {value: int(number.sum()) for value, number in sorted(counts.items())}
@@ -304,9 +304,7 @@ def draw_overlay(
     return figure
 
 
-# ---------------------------------------------------------------------------------------
 # Rules for one case
-# ---------------------------------------------------------------------------------------
 
 
 def judge_grid(scan: Volume, label: Volume, depth: int) -> list[Finding]:
@@ -359,11 +357,17 @@ def judge_gaps(annotated: np.ndarray, every: int) -> list[Finding]:
     if off.size:
         text = f"--label-every {every}, but slices {drawn[0] + 1} and {off[0] + 1} are annotated"
         return [("drawn", text)]
-    steps = np.diff(drawn)
-    if len(steps) < 2 or np.mean(steps > every) < 0.5:
+    gaps = (steps := np.diff(drawn))[steps > every]
+    if len(steps) < 2 or not gaps.size:
         return []
-    usual = np.bincount(steps).argmax()
-    return [("drawn", f"most slices between annotated ones are empty: --label-every {usual}?")]
+    usual = np.bincount(gaps).argmax()
+    if not ((drawn - drawn[0]) % usual).any():
+        return [("drawn", f"most slices between annotated ones are empty: --label-every {usual}?")]
+    if gaps.min() > 3 * every:  # lesions may lie apart
+        return []
+    kind = "gap" if 2 * len(gaps) < len(steps) else "drawn"
+    return [(kind, f"{len(gaps)} gaps between annotated slices, the first behind slice "
+             f"{drawn[int((steps > every).argmax())] + 1}")]  # fmt: skip
 
 
 def judge_hu(array: np.ndarray, stored: np.dtype) -> list[Finding]:
@@ -385,6 +389,8 @@ def judge_hu(array: np.ndarray, stored: np.dtype) -> list[Finding]:
          "no fat or air below 0, so the intercept was not applied, or it is no CT"),
         ("hu", np.mean((sample > -100) & (sample < 200)) < 0.01,
          "no soft tissue between −100 and 200; was the intercept applied twice?"),
+        ("hu", 2 * np.count_nonzero(held > 300) > np.count_nonzero(held > -500) > 0,
+         "most of it above 300; is the slope lost?"),
         ("air", airless, "no air near −1000"),
     )  # fmt: skip
     span = f"values from {low:.0f} to {high:.0f}"
@@ -415,8 +421,8 @@ def judge_outline(
 
 def find_liver(terms: Terms) -> tuple[set[int], set[int]]:
     """Return the raw values of liver and tumour that are asked for; none where the liver is not."""
-    names = (find_label(name, terms.labels) or "" for name in ("liver", "tumour"))
-    liver, tumour = (set(terms.labels.get(name, ())) for name in names)
+    names = (find_names(name, terms.labels) for name in ("liver", "tumour"))
+    liver, tumour = ({v for name in some for v in terms.labels[name]} for some in names)
     return (liver, tumour) if liver & set(terms.foreground) else (set(), set())
 
 

@@ -54,8 +54,11 @@ LABEL = {
     "masques",
 }  # fmt: skip
 FILLER = {"tr", "train", "training", "anon", "patient", "nifti", "nii"}  # nothing beside those
-FINAL = {"final", "corrected", "revised", "reviewed", "approved"}  # of two label maps of one scan
-DRAFT = {"original", "orig", "draft", "initial", "auto", "automatic", "uncorrected", "predicted"}
+FINAL = {"final", "corrected", "revised", "reviewed", "approved", "edited", "verified", "manual"}
+DRAFT = {  # and FINAL: of two label maps of one scan
+    "original", "orig", "draft", "initial", "auto", "automatic", "uncorrected", "predicted", "pred",
+    "old", "backup", "preliminary", "unedited",
+}  # fmt: skip
 TEST = {"test", "testing"}  # cases of a challenge, whose label maps nobody has
 
 SEPARATORS = re.compile(r"[\s_\-.,;()\[\]]+")
@@ -188,12 +191,14 @@ def _find_silent(named: Iterable[tuple[str, ...]]) -> set[tuple[str, ...]]:
 
 def _read_path(path: Path, names: tuple[str, ...], kinds: Sequence[str], kind: Kind) -> Item:
     """Return the item of a path whose folders and name say `kinds`. Words of FINAL and DRAFT count
-    from the first name on that says label map."""
+    from the first name on that says label map, or is such words alone just above it."""
     read = [read_name(name) for name in names]
     first = kinds.index("label") if "label" in kinds else 0
+    first -= first > 0 and read[first - 1][2] <= FINAL | DRAFT
     words = {word for *_, words in read[first:] for word in words}
     parts = ["_".join(rest) for _, rest, _ in read]
-    bare = ["_".join(w for w in rest if w.lower() not in FINAL | DRAFT) for _, rest, _ in read]
+    kept = [[w for w in rest if w.lower() not in FINAL | DRAFT] for _, rest, _ in read]
+    bare = ["" if {*map(str.lower, some)} <= FILLER else "_".join(some) for some in kept]
     return Item(
         path,
         kind or ("label" if "label" in kinds else "scan" if "scan" in kinds else ""),
@@ -205,10 +210,7 @@ def _read_path(path: Path, names: tuple[str, ...], kinds: Sequence[str], kind: K
     )
 
 
-# ---------------------------------------------------------------------------------------
 # Pairs
-# ---------------------------------------------------------------------------------------
-
 STEPS = (  # a scan and a label map that share a key, of these kinds, are a pair
     ("uid", "uid"),  # the SEG names the series
     ("whole", "no series"),  # the same remains of both paths
@@ -368,9 +370,7 @@ def agree(scan: Item, label: Item) -> bool:
     return fits and (not own or own == other or structure or unnamed)
 
 
-# ---------------------------------------------------------------------------------------
 # What lies below a folder
-# ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -491,10 +491,10 @@ def make_cases(pairing: Pairing) -> list[Case]:
     parts = [spell_item(item) for item, *_ in entries]
     names = name_apart(parts)
     if longer := [n for n, p in zip(names, parts, strict=True) if n != make_safe(p[-1])]:
-        pairing.notes.append(
-            f"{len(longer)} cases are told apart by their folders, such as {longer[0]}; where a "
-            "folder is a patient with several scans, name the patients: --patient-pattern"
+        what = (
+            f"{len(longer)} cases are told apart by their folders, such as {longer[0]}; where one"
         )
+        pairing.notes.append(f"{what} is a patient with several scans: --patient-pattern")
     cases = []
     for name, (item, image, label, wrong) in zip(names, entries, strict=True):
         paths = [path for path in (image, *list_paths(label)) if path is not None]
@@ -520,7 +520,8 @@ def list_lone(pairing: Pairing) -> Iterator[Entry]:
     for one in pairing.free(pairing.labels):
         organs = [s for key, s in one.keys["without structure"].items() if key in keys]
         if one.form in ("file", "seg") and not any(is_mask(one, organ) for organ in organs):
-            yield one, None, one.path, ()
+            text = f"{show(one.path)}: its scan has another label map; keep one, or call one final"
+            yield one, None, one.path, (text,) * bool(organs)
 
 
 def spell_item(item: Item) -> tuple[str, ...]:
@@ -562,10 +563,8 @@ def declare(data: DataSet, segs: Sequence[Item], values: Labels | None) -> None:
     data.declared, data.ignore = described.labels, described.ignore
     data.announced = described.announced
     if usual:
-        data.notes.append(
-            f"no dataset.json describes {show(usual[0])}: {describe_labels(USUAL_LABELS)} are "
-            "assumed; if it has others: --values liver=1 tumour=2"
-        )
+        what = f"no dataset.json describes {show(usual[0])}: {describe_labels(USUAL_LABELS)}"
+        data.notes.append(f"{what} are assumed; if it has others: --values liver=1 tumour=2")
     if segs:
         declare_segments(data, segs, alone=not files)
     masks = {name for label in files if isinstance(label, tuple) for name, _ in label}
@@ -595,10 +594,8 @@ def declare_masks(data: DataSet, names: set[str]) -> None:
     if len(others) == len(names):
         data.declared = {BACKGROUND: (0,), **{n: (i,) for i, n in enumerate(others, 1)}}
     elif others:
-        data.notes.append(
-            f"masks of {len(others)} other structures are not used ({', '.join(others[:6])} …); "
-            "name those you want: --values liver=1 spleen=2"
-        )
+        what = f"masks of {len(others)} other structures are not used ({', '.join(others[:6])} …)"
+        data.notes.append(f"{what}; name those you want: --values liver=1 spleen=2")
 
 
 def describe_data_set(data: DataSet) -> list[str]:
@@ -622,15 +619,12 @@ def describe_data_set(data: DataSet) -> list[str]:
     return lines + data.notes
 
 
-# ---------------------------------------------------------------------------------------
 # Scans and truths that paths stand for
-# ---------------------------------------------------------------------------------------
 
 
 def find_scans(*paths: Path) -> list[Path]:
     """Return the scans that paths stand for: files; of a folder, the volumes and DICOM series at
-    any depth. Several slices of a series are that series once. Prints what is left out: label maps
-    by their names, and volumes among slices."""
+    any depth. Several slices of a series are that series once. Prints what is left out."""
     slices = [path for path in paths if path.is_file() and is_dicom(path)]
     series: dict[Path, Path] = {}
     for folder, count in Counter(path.parent for path in slices).items():
@@ -656,11 +650,9 @@ def _find_below(folder: Path) -> list[Path]:
     scans = [item for item in volumes if item.kind != "label"] or volumes
     kept = [item for item in scans if item.form == "series" or item.path.parent not in slices]
     if not kept:
-        what = "holds only DICOM SEGs, no scan" if items else "holds no scan"
-        raise InputError(
-            f"{show(folder)}: {what}; expected {', '.join(VOLUME_SUFFIXES)} files or DICOM series"
-            + "".join(f"; {note}" for note in notes)
-        )
+        what = "holds only DICOM SEGs or pictures, no scan" if items else "holds no scan"
+        what += f"; expected {', '.join(VOLUME_SUFFIXES)} files or DICOM series"
+        raise InputError("; ".join([f"{show(folder)}: {what}", *notes]))
     if left := [item.path for item in volumes if item not in kept]:
         notes.append(f"left out: {len(left)} label maps or files among slices, such as {left[0]}")
     for note in notes:
@@ -707,9 +699,8 @@ def pair_truths(scans: Sequence[Path], truth: Sequence[Path]) -> list[Path | Mas
     if gone := [path for path in truth if not path.exists()]:
         raise InputError(f"--truth {gone[0]}: no such file or folder; check the path")
     if truth and len(truth) != len(scans):
-        raise InputError(
-            f"--truth must give one label map per volume, got {len(truth)} for {len(scans)}"
-        )
+        what = "--truth must give one label map per volume,"
+        raise InputError(f"{what} got {len(truth)} for {len(scans)}")
     return list(truth) or [None] * len(scans)
 
 

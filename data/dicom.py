@@ -40,23 +40,32 @@ TILT = 0.002  # sideways shift per gap; no gantry tilt is smaller
 SAME_PLACE_MM = 0.01
 TISSUE_HU = 2000  # padding above it is no tissue
 SAME = ("PatientID", "StudyInstanceUID", "FrameOfReferenceUID")
-PARTING = ("AcquisitionNumber", "ConvolutionKernel", "ImageType")
-TIMES = ("AcquisitionTime", "TriggerTime")  # of CT; MR interleaves the slices of one scan in time
+PARTING = (
+    "AcquisitionNumber", "ConvolutionKernel", "ImageType", "SeriesNumber", "SeriesDescription",
+    "FilterType", "KVP", "EchoTime", "SliceThickness", "TemporalPositionIdentifier",
+)  # fmt: skip
+# of CT; MR interleaves the slices of one scan in time
+TIMES = ("AcquisitionDate", "AcquisitionDateTime", "AcquisitionTime", "TriggerTime")
+ALTERNATING = 1.2  # see `refuse_alternating`: of 13 scans 0.5 to 0.8, of 24 mixtures of two 1.3 up
+SEVERAL = "must be the series of one scan, got several"
+CHOOSE = "name a file of the scan that you mean"
 REMEDY = "export the series again from its source, or leave this file out"
+# The begin of a file without preamble: a tag of group 2 or 8 with its VR, or a short value.
+BARE = re.compile(rb"[\x02\x08]\0[\0-\x20]\0(UL|UI|CS|DA|OB|[\0-\x40]\0\0\0)")
 NEAR = 10  # folders before and after that of a series, in which it may go on
+SAMPLE = 8  # files of each that are looked at; several series may share their folders
 CONTOURS = "convert its contours to DICOM SEG or NIfTI (3D Slicer, dcmrtstruct2nii)"
 # pydicom logs doubts about every tag; this module checks each tag that it uses
 logging.getLogger("pydicom").setLevel(logging.ERROR)
 
 
-# ---------------------------------------------------------------------------------------
 # Files → series
-# ---------------------------------------------------------------------------------------
 
 
 def is_dicom(path: Path) -> bool:
-    """Return whether a path is a DICOM file: `DICM` after 128 bytes."""
-    return _read_start(path)[128:] == b"DICM"
+    """Return whether a path is a DICOM file: `DICM` after 128 bytes, or BARE."""
+    start = _read_start(path)
+    return start[128:] == b"DICM" or bool(BARE.match(start))
 
 
 def _read_start(path: Path) -> bytes:
@@ -100,7 +109,7 @@ def find_dicom(files: Iterable[Path]) -> list[DicomItem]:
         beside = (path.parent, path.suffix) in kinds and path.name[0] != "." and not path.is_dir()
         if beside and not _read_start(path)[:128].strip(b"\0"):
             fault = f"{path}: empty or unreadable beside DICOM files; copy it again, or remove it"
-            items.append(DicomItem(path, "", files=(path,), fault=fault, broken=True))
+            items.append(DicomItem(path, "", files=(path,), fault=fault))
     for path in tqdm(found, desc="DICOM headers", disable=None, delay=1):
         header: Any = {}
         try:
@@ -117,7 +126,7 @@ def find_dicom(files: Iterable[Path]) -> list[DicomItem]:
                 what = f"{path}: its DICOM header ends before Rows"
                 raise InputError(f"{what}; the file is cut off or damaged, copy it again")
             elif not other and (number := count_slices(header)) is not None:
-                key = (uid, patient, "" if uid else str(path.parent), *others)
+                key = (uid, patient, *others, "" if uid else str(path.parent))
                 series[key][path] = number
         except InputError as error:  # one bad file never stops the others
             is_seg = is_seg_header(header)
@@ -146,19 +155,21 @@ def _place_series(series: dict[tuple[str, ...], dict[Path, int]]) -> Iterator[Di
     scans = [folders[key] for key, slices in series.items() if sum(slices.values()) > 1]
     direct = Counter(folder for some in scans for folder in some)
     below = Counter(up for some in scans for up in {u for f in some for u in (f, *f.parents)})
-    uids = Counter((key[0], folder) for key, some in folders.items() for folder in some)
     for key, slices in series.items():
         files, some, fault = tuple(slices), sorted(folders[key]), ""
         path = Path(os.path.commonpath(some))
         shared = (direct if path in some else below)[path] > 1
-        if any(uids[key[0], folder] > 1 for folder in some):
-            fault = f"{', '.join(SAME)} differ within a SeriesInstanceUID; part the scans"
+        same = (one for one in series if one[0] == key[0] and folders[one] & folders[key])
+        if rivals := [one for one in same if one != key]:
+            tags = [t for t, a, b in zip(SAME, key[1:], rivals[0][1:], strict=False) if a != b]
+            names = "; ".join(min(one.name for one in some) for some in (files, series[rivals[0]]))
+            fault = f"{SEVERAL} ({', '.join(tags)} of {names}); {CHOOSE}"
         elif sum(slices.values()) < 2:
             fault = "one image, or a localiser, is no scan"
         elif shared and len(some) > 1:
             where = ", ".join(map(str, some[:3]))
             fault = f"its series lies in {where}, beside others; move it to a folder of its own"
-        path = files[0] if shared or fault else path
+        path = files[0] if (shared or fault) and not rivals else path
         fault = fault and f"{path}: {fault}"
         broken = bool(fault) and sum(slices.values()) > 1
         yield DicomItem(path, key[0], key[1], len(files), {}, files, fault, broken=broken)
@@ -172,14 +183,14 @@ def find_series(path: Path, notes: list[str]) -> DicomItem:
     if not own:
         asked = [item for item in items if path.is_dir() or path in item.files]
         found = [item.fault or ("SEG " * item.is_seg + str(item.path)) for item in asked]
-        raise InputError(
-            f"{path}: must be or hold one DICOM series of images (SeriesInstanceUID), got "
-            f"{'; '.join(found[:5]) or 'no images'}; name one slice of the series"
-        )
+        what = "must be or hold one DICOM series of images (SeriesInstanceUID)"
+        got = "; ".join(found[:5]) or "no images"
+        raise InputError(f"{path}: {what}, got {got}; name one slice of the series")
     for item in (item for item in items if item.fault and not item.is_seg):
-        if own[0].uid.startswith(item.uid):  # cut off, perhaps in its UID: maybe a slice of this
+        chosen = path.is_file() and item.fault.endswith(CHOOSE)
+        if own[0].uid.startswith(item.uid) and not chosen:  # cut off, perhaps in its UID
             raise InputError(item.fault)
-        if item.images:
+        if item.images and item is not own[0]:
             notes.append(f"left out: {item.fault}")
     return own[0]
 
@@ -192,9 +203,7 @@ def list_series_files(path: Path) -> list[Path]:
         return [path] if path.is_file() else [file for file in list_below(path) if is_dicom(file)]
 
 
-# ---------------------------------------------------------------------------------------
 # Series → volume
-# ---------------------------------------------------------------------------------------
 
 
 def read_series(path: Path) -> Volume:
@@ -209,8 +218,22 @@ def read_series(path: Path) -> Volume:
         ordered = order_slices(path, slices, notes)
         affine = build_affine(path, ordered, notes)
         voxels = _read_voxels(ordered, notes)
+        if read_text(ordered[0].header, "Modality") == "CT":
+            refuse_alternating(path, ordered, voxels)
     files = tuple(dict.fromkeys(one.file for one in ordered))
     return Volume(voxels, affine, str(path), notes=tuple(notes), files=files)
+
+
+def refuse_alternating(path: Path, ordered: Sequence[Slice], voxels: np.ndarray) -> None:
+    """Raise InputError if the HU differ more from slice to slice than from every second one to the
+    next: two scans in turn, which no tag tells apart. Slices are cross-sections of one body."""
+    step = max(1, min(voxels.shape[:2]) // 64)
+    small = voxels[::step, ::step].astype(np.float32)
+    near, far = (np.abs(small[:, :, n:] - small[:, :, :-n]).mean() for n in (1, 2))
+    if len(ordered) > 5 and near > ALTERNATING * far:
+        names = " and ".join(one.file.name for one in ordered[:2])
+        what = f"{path}: every second slice is another scan's by its HU (as {names})"
+        raise InputError(f"{what}; move the slices of one scan to its own folder")
 
 
 def refuse_part(item: DicomItem, positions: set[tuple[float, ...]]) -> None:
@@ -219,28 +242,28 @@ def refuse_part(item: DicomItem, positions: set[tuple[float, ...]]) -> None:
     own = {file.parent for file in item.files}
     near: set[Path] = set()
     for folder in own if item.uid else ():
-        with contextlib.suppress(OSError):  # of a folder that may not be listed
-            places = sorted(place for place in folder.parent.iterdir() if place.is_dir())
-            at = places.index(folder)
-            near |= {*places[max(at - NEAR, 0) : at + NEAR + 1]}
+        for above, name in ((folder.parent, ""), (folder.parent.parent, folder.name)):
+            with contextlib.suppress(OSError):  # of a folder that may not be listed
+                places = sorted(place / name for place in above.iterdir() if place.is_dir())
+                at = places.index(folder)
+                near |= {*places[max(at - NEAR, 0) : at + NEAR + 1]}
     for folder in sorted(near - own):
-        uid, first = _read_first(folder)
-        if uid == item.uid and first and first not in positions:
-            raise InputError(
-                f"{item.path}: its series goes on in {folder}; give the folder that holds both, or "
-                "put all files into one"
-            )
+        if any(uid == item.uid and at not in positions for uid, at in _read_some(folder)):
+            what = f"{item.path}: its series goes on in {folder}"
+            raise InputError(f"{what}; give the folder that holds both, or put all files into one")
 
 
 @functools.cache
-def _read_first(folder: Path) -> tuple[str, tuple[float, ...]]:
-    """Return SeriesInstanceUID and position (LPS mm) of the first DICOM file in a folder."""
+def _read_some(folder: Path) -> list[tuple[str, tuple[float, ...]]]:
+    """Return SeriesInstanceUID and position (LPS mm) of about SAMPLE DICOM files in a folder."""
+    found = []
     with contextlib.suppress(InputError, OSError):
-        if file := next(filter(is_dicom, list_plain_files(folder)), None):
+        files = list_plain_files(folder)
+        for file in filter(is_dicom, files[:: math.ceil(len(files) / SAMPLE) or 1]):
             header = read_header(file)
-            place = read_numbers(header, file, "ImagePositionPatient", 3, default=[])
-            return read_text(header, "SeriesInstanceUID"), tuple(place)
-    return "", ()
+            place = read_numbers(header, file, "ImagePositionPatient", 3)
+            found.append((read_text(header, "SeriesInstanceUID"), tuple(place)))
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -370,10 +393,7 @@ def choose_scan(path: Path, ordered: list[Slice], notes: list[str]) -> list[Slic
         own = [some for some in sets.values() if any(ordered[i].file == path for i in some)]
         if apart and not own:
             found = [f"{ordered[some[0]].file.name}: {value}" for value, some in sets.items()]
-            raise InputError(
-                f"{path}: must be the series of one scan, got several ({tag} of "
-                f"{'; '.join(found[:3])}); name a file of the scan that you mean"
-            )
+            raise InputError(f"{path}: {SEVERAL} ({tag} of {'; '.join(found[:3])}); {CHOOSE}")
         if apart:
             notes.append(f"{len(ordered) - len(own[0])} slices of another {tag} left out")
             ordered = [ordered[index] for index in own[0]]
@@ -387,10 +407,8 @@ def _drop_copies(path: Path, ordered: list[Slice], notes: list[str]) -> list[Sli
         if np.abs(one.position - kept[-1].position).max() >= SAME_PLACE_MM:
             kept.append(one)
         elif np.ptp(np.stack([*read_planes([kept[-1], one])]), axis=0).any():
-            raise InputError(
-                f"{path}: slices share a position: several acquisitions, as {kept[-1].file.name} "
-                f"and {one.file.name}; move one acquisition to its own folder"
-            )
+            what = f"{path}: slices share a position: several acquisitions, as {kept[-1].file.name}"
+            raise InputError(f"{what} and {one.file.name}; move one acquisition to its own folder")
     if len(kept) < len(ordered):
         notes.append(f"{len(ordered) - len(kept)} copies of slices left out")
     return kept
@@ -468,7 +486,7 @@ def _decode(file: Path) -> np.ndarray:
     import pydicom
 
     with one_error(file, "its PixelData cannot be decoded"):
-        header = pydicom.dcmread(file)
+        header = pydicom.dcmread(file, force=True)
         if not header.file_meta.get("TransferSyntaxUID"):
             little = pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian
             header.file_meta.TransferSyntaxUID = little[not header.original_encoding[0]]
@@ -486,9 +504,7 @@ def _decode(file: Path) -> np.ndarray:
     return stored
 
 
-# ---------------------------------------------------------------------------------------
 # Volume → series
-# ---------------------------------------------------------------------------------------
 
 
 def write_series(volume: Volume, folder: Path) -> list[Path]:
@@ -569,9 +585,7 @@ def _build_slice(plane: np.ndarray, affine: np.ndarray, z: int, content: str) ->
     return header
 
 
-# ---------------------------------------------------------------------------------------
 # Headers
-# ---------------------------------------------------------------------------------------
 
 
 def wrong_tag(file: Path, tag: str, expected: str, found: object) -> InputError:
@@ -584,7 +598,7 @@ def read_header(file: Path) -> Any:
     import pydicom
 
     with one_error(file, "its DICOM header cannot be read"):
-        return pydicom.dcmread(file, stop_before_pixels=True)
+        return pydicom.dcmread(file, stop_before_pixels=True, force=True)
 
 
 def read_text(header: Any, tag: str) -> str:

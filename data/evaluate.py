@@ -203,10 +203,8 @@ def score_lesions(predicted: np.ndarray, truth: np.ndarray, grid: Volume) -> dic
     lesion is a connected component of a mask (X, Y, Z). It is found, or right, if it and what
     touches it have an IoU of LESION_IOU; `_dice_50`: a Dice of 0.5, as LiTS counts. Its size is the
     diameter of the ball of equal volume."""
-    (sizes, found, dice), (_, right, _) = (
-        match_lesions(truth, predicted),
-        match_lesions(predicted, truth),
-    )
+    sizes, found, dice = match_lesions(truth, predicted)
+    _, right, _ = match_lesions(predicted, truth)
     row: dict[str, Any] = {"lesions_predicted": len(right), "lesions_right": int(right.sum())}
     row |= {"lesions": len(found), "lesions_found": int(found.sum())}
     row["lesions_found_dice_50"] = int((dice >= 0.5).sum())
@@ -222,8 +220,7 @@ def score_lesions(predicted: np.ndarray, truth: np.ndarray, grid: Volume) -> dic
 
 def match_lesions(mask: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return of each component of `mask` its voxels, whether its IoU with the components of `other`
-    that touch it is LESION_IOU, and the Dice. What of these lies in another component of `mask`
-    does not count."""
+    that touch it is LESION_IOU, and the Dice; these without what lies in others of `mask`."""
     (mine, n), (its, m) = (cc3d.connected_components(a, connectivity=26, return_N=True)
                            for a in (mask, other))  # fmt: skip
     pairs = mine.ravel().astype(np.int64) * (m + 1) + its.ravel()
@@ -494,12 +491,25 @@ def evaluate_files(prediction: Path, truth: Path | Masks, config: Config) -> dic
         for path, classes in ((prediction, theirs), (truth, asked)):
             wanted = {BACKGROUND: (0,), **{name: classes[name] for name in group}}
             more = find_others(path, classes) if config.labels or config.predicted else ()
-            declared = {**known.labels, **classes, "others": (*config.others, *more)}
+            others = (*config.others, *more)
+            declared = {**known.labels, **classes, **({"others": others} if others else {})}
             maps.append(read_label_map(path, grid, declared, classes=wanted, ignore=known.ignore,
                                        trust_grid=config.trust_grid))  # fmt: skip
+        refuse_exchanged(prediction, *maps)
         row = evaluate(maps[0], maps[1], group) | row
         row["warnings"] = "; ".join(note for label in maps for note in label.notes)
     return row
+
+
+def refuse_exchanged(path: Path, label: Volume, truth: Volume) -> None:
+    """Raise InputError where foreground lies on foreground, but never the truth's largest class."""
+    one, other = label.ras.data, truth.ras.data
+    sizes = np.bincount(other[(other > 0) & (other < IGNORED)], minlength=2)
+    both, largest = np.count_nonzero((one > 0) & (other > 0)), sizes.argmax()
+    hit = ((one == largest) & (other == largest)).any()
+    if not hit and 4 * both > np.count_nonzero(one) + np.count_nonzero(other):
+        what = f"{path}: are its values exchanged? No voxel of the largest class is right"
+        raise InputError(f"{what}; give them by --predicted liver=1 tumour=2")
 
 
 def find_class_values(asked: Mapping[str, Sequence[str]], declared: Labels, setting: str) -> Labels:
@@ -512,8 +522,7 @@ def find_class_values(asked: Mapping[str, Sequence[str]], declared: Labels, sett
 
 def find_network_classes(prediction: Path, declared: Labels) -> tuple[Labels, Labels]:
     """Return the classes of the network that made a result, in values of the truth and of the
-    result; empty where apply_model.py wrote no record beside it. A liver network counts tumours
-    as liver, so its truth does too."""
+    result; empty where no record lies beside it. A liver network's truth counts tumours, too."""
     record = read_record(prediction.with_name(f"{prediction.parent.name}.json")) or {}
     if not {"labels", "declared", "classes"} <= record.keys():
         return {}, {}

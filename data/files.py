@@ -143,10 +143,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); "
-            "choose a folder that exists, is writable and has free space"
-        ) from error
+        what = f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); choose"
+        raise InputError(f"{what} a folder that exists, is writable and has free space") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -154,8 +152,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep a folder for this process; InputError where another process has it. The operating system
-    frees the lock of a process that dies. A folder that was made for the lock is removed if it is
-    still empty."""
+    frees the lock of one that dies. A folder made for the lock is removed if it is still empty."""
     path, new = folder / ".lock", not folder.exists()
     lock = filelock.FileLock(path, timeout=0)
     try:
@@ -238,9 +235,8 @@ def stamp_files(files: Iterable[Path]) -> list[list[Any]]:
     try:
         return [[str(f), (found := f.stat()).st_size, found.st_mtime_ns] for f in files]
     except OSError as error:
-        raise InputError(
-            f"{show_path(Path(error.filename))}: cannot be read ({error.strerror}); check the path"
-        ) from error
+        what = f"{show_path(Path(error.filename))}: cannot be read ({error.strerror})"
+        raise InputError(f"{what}; check the path") from error
 
 
 def read_record(path: Path, mark: str | None = None) -> dict[str, Any] | None:

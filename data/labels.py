@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from unicodedata import normalize
 
 from data.files import InputError, read_json, show_path
 
@@ -37,20 +38,24 @@ ACCEPTABLE = Literal["outside", "outline", "empty", "hu", "identity", "turned", 
 SYNONYMS = {
     "tumour": (
         "tumour", "tumor", "tumours", "tumors", "lesion", "lesions", "cancer", "metastasis",
-        "metastases", "neoplasm", "neoplasms", "hcc", "carcinoma", "mass",
+        "metastases", "metastasen", "neoplasm", "neoplasms", "hcc", "crlm", "carcinoma", "mass",
+        "masses", "gtv", "tumoren", "tumeur", "läsion", "lésion",
     ),
     "liver": ("liver", "livers", "hepatic", "hepar", "leber", "foie", "higado", "parenchyma"),
     BACKGROUND: ("background", "clear", "exterior", "unlabeled", "unlabelled"),
 }  # fmt: skip
 WORD = {word: name for name, words in SYNONYMS.items() for word in words}
-SAYS_NOTHING = {"whole", "total", "entire", "complete", "roi", "mask", "segmentation", "contour"}
+SAYS_NOTHING = {
+    "whole", "total", "entire", "complete", "roi", "mask", "segmentation", "contour", "ai", "auto",
+    "viable", "malignant", "primary",
+}  # fmt: skip
 RUN_TOGETHER = re.compile(rf"\b(liver|hepatic)(?=(?:{'|'.join(WORD)})\b)")  # livertumor
 
 
 def name_words(name: str) -> list[str]:
     """Return the words of a name in small letters, each synonym as one word, without numbers:
     ["liver", "tumour"] of `Liver_Tumor 01` and `livertumor02`, ["liver"] of `Whole liver`."""
-    parted = re.sub(r"(?<=[a-z])(?=[A-Z])|[\W\d_]+", " ", name).lower()
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])|[\W\d_]+", " ", normalize("NFC", name)).lower()
     words = RUN_TOGETHER.sub(r"\1 ", parted).split()
     words = [word for word in words if word not in SAYS_NOTHING] or words
     return list(dict.fromkeys(WORD.get(word, word) for word in words))
@@ -72,15 +77,18 @@ def is_tumour(name: str) -> bool:
     return "tumour" in name_words(name) or "metasta" in name.lower()
 
 
-def find_label(name: str, labels: Iterable[str]) -> str | None:
-    """Return the one of `labels` that `name` means: spelt the same, else in other letters, else a
-    synonym. Return None where none or several do."""
+def find_names(name: str, labels: Iterable[str]) -> list[str]:
+    """Return those of `labels` that `name` means: spelt the same, else in other letters, else its
+    synonyms, as `lesion 1` and `hcc` are tumours."""
     names = list(labels)
-    for spell in (str, str.lower, common_name):
-        found = [other for other in names if spell(other) == spell(name)]
-        if len(found) == 1:
-            return found[0]
-    return None
+    found = ([n for n in names if s(n) == s(name)] for s in (str, str.lower, common_name))
+    return next(filter(None, found), [])
+
+
+def find_label(name: str, labels: Iterable[str]) -> str | None:
+    """Return the one of `labels` that `name` means; None where none or several do."""
+    found = find_names(name, labels)
+    return found[0] if len(found) == 1 else None
 
 
 def group_tumours(names: Sequence[str]) -> dict[int, list[int]]:
@@ -122,13 +130,11 @@ def find_values(words: Sequence[str], declared: Labels, setting: str) -> tuple[i
     values: list[int] = []
     known = {value for some in declared.values() for value in some}
     for word in map(str, words):
-        label = find_label(word, declared)
-        if label is None and not (word.isdigit() and int(word) in known):
-            raise InputError(
-                f"{setting} {word}: is no label of these data, which declare "
-                f"{describe_labels(declared)}; name one of them"
-            )
-        values += declared[label] if label is not None else [int(word)]
+        labels = find_names(word, declared)
+        if not labels and not (word.isdigit() and int(word) in known):
+            what = f"{setting} {word}: is no label of these data,"
+            raise InputError(f"{what} which declare {describe_labels(declared)}; name one of them")
+        values += [v for n in labels for v in declared[n]] if labels else [int(word)]
     return tuple(dict.fromkeys(values))
 
 
@@ -151,32 +157,27 @@ def parse_values(
             raise InputError(f"{word}: must be NAME=VALUE or NAME=VALUE,VALUE")
         found[name] = find_values(parts, known | given, setting)
         if (label := find_label(name, known)) and not {*found[name]} & {*known[label]}:
-            raise InputError(
-                f"{word}: contradicts the data, which declare {describe_labels(known)}"
-            )
+            what = f"{word}: contradicts the data,"
+            raise InputError(f"{what} which declare {describe_labels(known)}")
     found = {n: v for n, v in found.items() if v != (0,) or common_name(n) != BACKGROUND}
     values = [value for some in found.values() for value in some]
     twice = not overlap and len(values) > len(set(values))
     if twice or 0 in values or max(values, default=0) > LARGEST_VALUE:
-        raise InputError(
-            f"{setting} {' '.join(words)}: 0 is the background, and each value from 1 to "
-            f"{LARGEST_VALUE} has one name; correct it"
-        )
+        what = f"{setting} {' '.join(words)}: 0 is the background, and each value"
+        raise InputError(f"{what} from 1 to {LARGEST_VALUE} has one name; correct it")
     return found
 
 
 def resolve_classes(asked: Mapping[str, Sequence[str]], declared: Labels) -> Labels:
     """Return class name → raw values, background first, of class name → names (or values).
     LIVER_WITH_TUMOURS, the default, takes tumours only if the data declare them."""
-    if dict(asked) == LIVER_WITH_TUMOURS and find_label("tumour", declared) is None:
+    if dict(asked) == LIVER_WITH_TUMOURS and not find_names("tumour", declared):
         asked = {"liver": ("liver",)}
     classes = {name: find_values(words, declared, "--labels") for name, words in asked.items()}
     values = [value for some in classes.values() for value in some]
     if 0 in values or len(values) > len(set(values)):
-        raise InputError(
-            f"--labels: {describe_labels(classes)}: each label belongs to one class, and the value "
-            "0 to the background; correct it"
-        )
+        what = f"--labels: {describe_labels(classes)}: each label belongs to one class,"
+        raise InputError(f"{what} and the value 0 to the background; correct it")
     return {BACKGROUND: (0,)} | classes
 
 
@@ -214,16 +215,13 @@ def _match_classes(classes: Labels, own: Labels, declared: Labels) -> Labels:
     translated: Labels = {}
     for name, values in classes.items():
         meant = [word for word, raw in own.items() if set(raw) & set(values)]
-        found = [find_label(word, declared) for word in dict.fromkeys([*meant, name])]
-        translated[name] = tuple({v: 0 for label in found if label for v in declared[label]})
+        found = [n for word in dict.fromkeys([*meant, name]) for n in find_names(word, declared)]
+        translated[name] = tuple({v: 0 for label in found for v in declared[label]})
     translated[BACKGROUND] = (0,)
     first = list(classes)[1]
     if not translated[first]:
-        raise InputError(
-            f"the label maps hold {describe_labels(declared)}, none of which is {first}; use those "
-            "of data that the network was made for",
-            kind="values",
-        )
+        what = f"the label maps hold {describe_labels(declared)}, none of which is {first}"
+        raise InputError(f"{what}; use those of data that the network was made for", kind="values")
     return translated
 
 
@@ -243,25 +241,27 @@ class Description:
 def describe(
     labels: Iterable[Path | Masks], source: Path | None = None
 ) -> tuple[Description, list[Path]]:
-    """Return what describes label maps, and the label maps that nothing describes. The segments in
-    a .seg.nrrd do, and the nearest of DESCRIBING above a label map, up to `source`, else in two
-    folders. It never reaches a neighbouring set: that has USUAL_LABELS."""
+    """Return what describes label maps, and the label maps that nothing describes. The nearest of
+    DESCRIBING above a label map does, up to `source`, else in two folders. It never reaches a
+    neighbouring set: that has USUAL_LABELS. The segments in a .seg.nrrd are read by their names,
+    so that their values may differ from file to file."""
     nearest = cache(_look)
     told: dict[str, Description] = {}
-    usual: list[Path] = []
+    usual, segments = list[Path](), dict[str, Description]()
     for label in labels:
         path, plain = list_paths(label)[0], isinstance(label, Path)
         inside = source and path.is_relative_to(source)
         depth = len(path.parents) - len(source.parents) if source and inside else 2
         near = next(filter(None, map(nearest, path.parents[:depth])), None)
         own = read_description(path) if plain and path.suffix.lower() == ".nrrd" else None
-        told |= {show_path(one.path): one for one in (near, own) if one and one.path}
+        told |= {show_path(near.path): near} if near and near.path and not own else {}
+        segments |= {show_path(path): own} if own else {}
         usual += [path] if plain and not near and not own else []
-    if usual or not told:
+    if usual or not (told or segments):
         place = show_path(usual[0]) if usual else ""
         told[f"{place}, which no dataset.json describes,"] = Description()
     facts: dict[str | int, object] = {}
-    total = Description({}, path=next(iter(told.values())).path)
+    total = Description({}, path=next(iter((told or segments).values())).path)
     for one in told.values():
         named = {common_name(n): v for n, v in (one.labels | {"ignore": one.ignore}).items() if v}
         mine = named | {value: name for name, values in named.items() for value in values}
@@ -273,6 +273,11 @@ def describe(
         total.ignore += tuple(value for value in one.ignore if value not in total.ignore)
         if one.announced is not None:
             total.announced = (total.announced or 0) + one.announced
+    for one in segments.values():
+        for name in (name for name in one.labels if find_label(name, total.labels) is None):
+            taken = {0, *list_values(total.labels)} if total.labels else set[int]()
+            free = taken.isdisjoint(one.labels[name])
+            total.labels[name] = one.labels[name] if free else (max(taken) + 1,)
     return total, usual
 
 
@@ -362,24 +367,19 @@ def part_ignored(labels: Labels, where: str) -> tuple[Labels, tuple[int, ...]]:
     kept = {name: values for name, values in labels.items() if name.lower() != "ignore"}
     ignore = tuple(v for name, values in labels.items() if name not in kept for v in values)
     if set(ignore) & {0, *list_values(kept)}:
-        raise InputError(
-            f"{where} ignore={','.join(map(str, ignore))}: 0 is the background, and the value of a "
-            "label is annotated; give unannotated voxels a value of their own"
-        )
+        what = f"{where} ignore={','.join(map(str, ignore))}: 0 is the background, labels annotated"
+        raise InputError(f"{what}; give unannotated voxels a value of their own")
     return kept, ignore
 
 
 def _name_regions(found: Labels, path: Path) -> Labels:
-    """Return labels that share no value: of regions that overlap (liver [1, 2], tumour [2]) the
-    smallest that has a value names it."""
+    """Return labels that share no value: the smallest of regions (liver [1, 2], tumour [2])."""
     owner: dict[int, str] = {}
     for name, values in sorted(found.items(), key=lambda item: len(item[1])):
         for value in values:
             if value in owner and len(found[owner[value]]) == len(values):
-                raise InputError(
-                    f"{path}: {owner[value]} and {name} both have the value {value}; each value "
-                    "needs one name"
-                )
+                what = f"{path}: {owner[value]} and {name} both have the value {value}"
+                raise InputError(f"{what}; each value needs one name")
             owner.setdefault(value, name)
     labels = {n: tuple(v for v in values if owner[v] == n) for n, values in found.items()}
     return {name: values for name, values in labels.items() if values}

@@ -24,7 +24,7 @@ from data.labels import (
     index_classes,
     list_values,
 )
-from data.seg import compare_frames, lay_structures, read_seg, wrong_grid
+from data.seg import compare_frames, lay_structures, read_seg, rename_segments, wrong_grid
 from data.volumes import Volume, list_parts, read_file
 
 GRID_TOLERANCE = 0.5  # voxels that scan and label map may lie apart, at the worst corner
@@ -35,9 +35,7 @@ ROUNDING = 0.01  # label values that are nearer to a whole number are that numbe
 GREY_VALUES = {"liver": 63, "right kidney": 126, "left kidney": 189, "spleen": 252}
 
 
-# ---------------------------------------------------------------------------------------
 # Reading
-# ---------------------------------------------------------------------------------------
 
 
 def read_volume(path: Path) -> Volume:
@@ -87,7 +85,7 @@ def _open_label(path: Path | Masks, scan: Volume, declared: Labels, trust: bool)
     found = [file for file in files if dicom.is_dicom(file)]
     if len(found) == 1 and dicom.is_seg_header(dicom.read_header(found[0])):
         return read_seg(found[0], scan, declared, trust)
-    return lay_on_grid(read_volume(path), scan, trust)
+    return lay_on_grid(rename_segments(read_volume(path), path, declared), scan, trust)
 
 
 def hold_only(array: np.ndarray, allowed: set[int]) -> bool:
@@ -184,11 +182,8 @@ def _lay_masks(masks: Masks, scan: Volume, declared: Labels, trust: bool) -> Vol
     labels = {name: find_label(name, declared) for name, _ in masks}
     values = {name: declared[label][0] for name, label in labels.items() if label is not None}
     if not values:
-        raise InputError(
-            f"{name_label(masks)}: none of the masks {', '.join(labels)} is one of the labels "
-            f"{describe_labels(declared)}; name them: --values",
-            kind="values",
-        )
+        what = f"{name_label(masks)}: none of the masks {', '.join(labels)} is one of the labels"
+        raise InputError(f"{what} {describe_labels(declared)}; name them: --values", kind="values")
     notes, structures = [], []
     for name, path in ((name, path) for name, path in masks if name in values):
         if list_pngs(path):
@@ -202,11 +197,8 @@ def _lay_masks(masks: Masks, scan: Volume, declared: Labels, trust: bool) -> Vol
         array = mask.ras.data
         low, high = array.min(), array.max()
         if low > 0 or np.count_nonzero((array != low) & (array != high)):
-            raise InputError(
-                f"{path}: must be the mask of one structure, 0 and one other value, got "
-                f"{np.unique(array)[:5].tolist()}; is it a label map, or a scan?",
-                kind="values",
-            )
+            what, got = f"{path}: must be the mask of one structure", np.unique(array)[:5].tolist()
+            raise InputError(f"{what}, 0 and one other value, got {got}; is it one?", kind="values")
         inside = scan.from_ras((array > min(low, 0)).view(np.uint8)).data
         structures.append((name, values[name], np.flatnonzero(inside.ravel(order="F"))))
     label = scan.like(lay_structures(structures, scan.shape)[0])
@@ -242,11 +234,8 @@ def read_png_stack(folder: Path, name: str, scan: Volume) -> Volume:
             plane = np.asarray(image).astype(np.uint8)
         plane = plane.max(axis=2).T if plane.ndim == 3 else plane.T
         if plane.shape != shape[:2]:
-            raise InputError(
-                f"{picture}: must have {shape[:2]} pixels as the slices of {scan.name}, got "
-                f"{plane.shape}; use the pictures of this scan",
-                kind="shape",
-            )
+            what = f"{picture}: must have {shape[:2]} pixels as the slices of {scan.name}, got"
+            raise InputError(f"{what} {plane.shape}; use the pictures of this scan", kind="shape")
         greys |= {*np.unique(plane).tolist()} - {0}
         array[:, :, z] = plane
     known = {*GREY_VALUES.values()}
@@ -254,16 +243,11 @@ def read_png_stack(folder: Path, name: str, scan: Volume) -> Volume:
         return scan.like((array == GREY_VALUES[name]).view(np.uint8))
     if len(greys) <= 1 and not greys & known:
         return scan.like((array > 0).view(np.uint8))
-    raise InputError(
-        f"{folder}: must hold black and one grey, or {GREY_VALUES}, got the greys "
-        f"{sorted(greys)[:8]}; give each structure a stack of its own",
-        kind="values",
-    )
+    what = f"must hold black and one grey, or {GREY_VALUES}, got the greys {sorted(greys)[:8]}"
+    raise InputError(f"{folder}: {what}; give each structure a stack of its own", kind="values")
 
 
-# ---------------------------------------------------------------------------------------
 # Files of inputs, label maps in JSON
-# ---------------------------------------------------------------------------------------
 
 
 def list_files(path: Path | Masks) -> list[Path]:

@@ -23,7 +23,7 @@ import tyro
 
 from data import dicom
 from data.files import InputError, atomic_write, list_plain_files, one_error
-from data.labels import BACKGROUND, Labels, find_label, index_classes, is_tumour
+from data.labels import BACKGROUND, Labels, find_label, index_classes, is_tumour, read_description
 from data.settings import run_script
 from data.volumes import TO_LPS, Volume, read_file
 
@@ -52,9 +52,22 @@ def choose_segment_values(segments: Mapping[str, int], declared: Labels) -> dict
     return values
 
 
-# ---------------------------------------------------------------------------------------
+def rename_segments(label: Volume, path: Path, declared: Labels) -> Volume:
+    """Return a .seg.nrrd with the declared values of the names that its header gives its own."""
+    own = read_description(path) if path.suffix.lower() == ".nrrd" else None
+    names = {n: v for n, v in own.labels.items() if n != BACKGROUND} if own else {}
+    chosen = choose_segment_values({name: values[0] for name, values in names.items()}, declared)
+    known = [name for name in names if find_label(name, declared)]
+    if all(chosen[name] in names[name] for name in known):
+        return label  # as declared, or of names that the user gave values
+    array = label.read()
+    named = array.astype(np.result_type(array.dtype, np.min_scalar_type(max(chosen.values()))))
+    for name, values in names.items():
+        named[np.isin(array, values)] = chosen[name]
+    return replace(label, data=named, convert=None, classes=chosen)
+
+
 # SEG → label map
-# ---------------------------------------------------------------------------------------
 
 
 def read_seg(path: Path, scan: Volume, declared: Labels, trust_grid: bool = False) -> Volume:
@@ -228,9 +241,7 @@ def _describe_segment(number: int, name: str, values: Sequence[int]) -> Any:
     return segment
 
 
-# ---------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------
 
 
 def convert_to_nifti(series: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]) -> None:

@@ -33,8 +33,9 @@ SPLIT_WORDS = {
 NOBODY = {"", "anonymous", "anonymized", "anonymised", "anon", "unknown", "none", "patient"}
 # --patient-pattern → how many different ends follow the patient: dates, or counters and words.
 PATTERNS = {
-    r"^(.+?)[_-](?:19|20)\d\d[_-]?\d\d[_-]?\d\d$": 10**6,
-    r"^(.+?)[_-][a-zA-Z]*\d{1,2}$": 5,
+    r"^(.+?)[_-](?:19|20)\d\d[_.-]?\d\d[_.-]?\d\d(?:[T_-]?\d{4,6})?$": 10**6,
+    r"^(.+?)[_-]\d\d[_.-]?\d\d[_.-]?(?:19|20)\d\d$": 10**6,
+    r"^(.+?)(?:[_-]+[a-zA-Z]*|(?<=\d)[a-zA-Z]+)\d{1,2}_?$": 5,
     r"^(.*\d)[_-]?[a-zA-Z]+$": 5,
     r"^(.*\d\d)\d\d$": 5,
 }
@@ -73,10 +74,8 @@ def name_patients(cases: Sequence[Case], config: Any) -> None:
         return
     known = any(case.patient_id is not None for case in cases) and name_by_id(cases)
     if not known and (pattern := guess_pattern([case.name for case in cases])):
-        print(
-            f"case names such as {cases[0].name} look like several scans of one patient; if they "
-            f"are, keep them in one split: --patient-pattern '{pattern}'"
-        )
+        what = f"case names such as {cases[0].name} look like several scans of one patient"
+        print(f"{what}; if they are, keep them in one split: --patient-pattern '{pattern}'")
 
 
 def name_by_id(cases: Sequence[Case]) -> bool:
@@ -132,10 +131,8 @@ def split_patients(records: Sequence[dict[str, Any]], config: Any) -> dict[str, 
     fractions = np.array([config.training, config.validation, config.test])
     wanted = np.count_nonzero(fractions)
     if len(patients) < wanted:
-        raise InputError(
-            f"{len(patients)} patients cannot fill {wanted} splits; add patients or set a fraction "
-            "to 0 (two patients: --training 0.5 --validation 0.5 --test 0)"
-        )
+        what = f"{len(patients)} patients cannot fill {wanted} splits; add some or set a fraction"
+        raise InputError(f"{what} to 0 (two: --training 0.5 --validation 0.5 --test 0)")
     exact = fractions * len(patients)
     sizes = np.floor(exact + 1e-9).astype(int)
     for index in np.argsort(sizes - exact, kind="stable")[: len(patients) - sizes.sum()]:
@@ -176,15 +173,11 @@ def _take_split(records: Sequence[dict[str, Any]], config: Any) -> dict[str, str
         if name is None:
             raise InputError(f"{path}: does not name {record['case']}; add it, or --leave-out it")
         if split.setdefault(record["patient"], name) != name:
-            raise InputError(
-                f"{path}: puts scans of patient {record['patient']} into two splits, which leaks; "
-                "keep them together"
-            )
+            what = f"{path}: puts scans of patient {record['patient']} into two splits, which leaks"
+            raise InputError(f"{what}; keep them together")
     if config.validation > 0 and "validation" not in split.values():
-        raise InputError(
-            f"{path}: puts no patient into validation, which chooses the checkpoint; name some, or "
-            "give --training 1 --validation 0 --test 0"
-        )
+        what = f"{path}: puts no patient into validation, which chooses the checkpoint"
+        raise InputError(f"{what}; name some, or give --training 1 --validation 0 --test 0")
     return split
 
 
@@ -240,9 +233,7 @@ def _match_path(text: str, known: dict[str, set[str]]) -> set[str]:
     return names
 
 
-# ---------------------------------------------------------------------------------------
 # Prepared data, as training asks for them
-# ---------------------------------------------------------------------------------------
 
 
 def read_prepared(folder: Path) -> dict[str, Any]:
@@ -388,10 +379,8 @@ def check_splits(prepared: dict[str, Any], labels: Labels, folder: Path) -> bool
     wanted = settings.get("split") is None and settings.get("validation", 1) > 0
     for split, asked in {"training": True, "validation": wanted}.items():
         if asked and split not in found:
-            raise InputError(
-                f"{folder / 'dataset.json'}: no sub-volume in the {split} split; prepare more "
-                "patients (three at least), or leave validation out: prepare.py --validation 0"
-            )
+            what = f"{folder / 'dataset.json'}: no sub-volume in the {split} split; prepare three"
+            raise InputError(f"{what} patients or more, or without any: prepare.py --validation 0")
     names = list(labels)[1:]
     seen = {s: count_voxels(prepared, labels, s)[1:] for s in ("training", "validation")}
     if not seen["training"].any():

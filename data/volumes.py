@@ -278,6 +278,8 @@ def open_stream(path: Path) -> Any:
     for other, sign in {"zip": b"PK\3\4", "xz": b"\xfd7zXZ", "bzip2": b"BZh"}.items():
         if begin.startswith(sign):
             raise InputError(f"{path}: is a {other} file; unpack it, and compress it with gzip")
+    if begin.startswith((b"<", b"versio")):
+        raise InputError(f"{path}: is a web page or a Git LFS pointer; download the file itself")
     if zipped != path.name.lower().endswith(".gz"):
         what, name = ("is", f"{path.name}.gz") if zipped else ("is not", path.name[:-3])
         raise InputError(f"{path}: its content {what} gzip, against its name; rename it {name}")

@@ -119,7 +119,7 @@ data/scans | % every != 0] = IGNORED | % every != 0] = 0 | prepare_edges::betwee
 data/seg | (is_tumour(one[0]), -one[2].size) | one[2].size | cases::tumours_win
 data/labels | {"liver": ("liver", "tumour")} | {"liver": ("liver",)} | labels::the_default_learns
 data/labels | classes if declared == own | classes if True | apply_inputs::read_by_its_names
-data/labels | if len(found) == 1: | if found: | labels::one_label_or_none
+data/labels | if len(found) == 1 else None | if found else None | labels::one_label_or_none
 data/check | * spacing_mm[0] > 10 | * spacing_mm[0] > 999 | prepare_check::organs_are_doubted
 data/check | judge_hu(coarse, scan.dtype) if | [] if | prepare_check::fault_in_the_voxels
 data/check | record["patient"] = one["patient"] | pass | prepare_check::under_two_names

@@ -129,11 +129,7 @@ def cast_all(values: Any, old: torch.dtype, new: torch.dtype) -> Any:
     )
 
 
-# ---------------------------------------------------------------------------------------
 # Copies and storages
-# ---------------------------------------------------------------------------------------
-
-
 def copy_(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     ends = source.device.type, target.device.type
     if ends[0] != ends[1]:
@@ -169,11 +165,7 @@ def storage_to(storage: Any, *, device: Any, non_blocking: bool = False) -> Any:
     return relabel(torch.empty(0, dtype=torch.uint8).set_(host).clone(), GPU).untyped_storage()
 
 
-# ---------------------------------------------------------------------------------------
 # What torch asks its CUDA part
-# ---------------------------------------------------------------------------------------
-
-
 def announce_device() -> None:
     """Tell torch's C++ of one accelerator, named CUDA, whose guard and streams do nothing."""
     folder = Path(torch.__file__).parent / "lib"

@@ -60,11 +60,7 @@ def waiting_for_nothing(copies: int = 0):
     assert trips == sent and sum(sent.values()) <= copies, trips
 
 
-# ---------------------------------------------------------------------------------------
 # Feeding
-# ---------------------------------------------------------------------------------------
-
-
 @ON_GPU
 @MODES
 def test_cache_and_augmentation_lie_on_the_gpu_and_equal_the_cpus(name, few, whole_cases, tmp_path):
@@ -163,11 +159,7 @@ def test_a_step_waits_for_nothing(name):
 # Each breaks what a check above holds: (check, module or class, name, what stands there instead).
 
 
-# ---------------------------------------------------------------------------------------
 # Whole trainings
-# ---------------------------------------------------------------------------------------
-
-
 @ON_GPU
 @pytest.mark.usefixtures("blank_pictures")
 @pytest.mark.parametrize(

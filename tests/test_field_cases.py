@@ -49,11 +49,7 @@ def label_of(folder: Path, case: str) -> np.ndarray:
     return read_file(folder / case / f"{case}_label.nii.gz").ras.data
 
 
-# ---------------------------------------------------------------------------------------
 # prepare.py
-# ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "settings", "foreground", "cases"),
     [
@@ -160,18 +156,15 @@ def test_odd_files_beside_a_set_end_in_one_line(name, content, message, tmp_path
         run(source, patients=file if name == "patients.csv" else None)
 
 
-@pytest.mark.parametrize("begin", [b"PK\3\4", b"\xfd7zXZ\0", b"BZh9"], ids=["zip", "xz", "bzip2"])
-def test_other_archives_are_unpacked_first(begin, tmp_path):
+@pytest.mark.parametrize("begin", [b"PK\3\4", b"\xfd7zXZ\0", b"BZh9", b"<html>", b"version ht"])
+def test_other_archives_and_texts_in_place_of_a_file_are_told(begin, tmp_path):
     (tmp_path / "a.nii.gz").write_bytes(begin + bytes(400))
-    with pytest.raises(InputError, match=r"a\.nii\.gz: is a (zip|xz|bzip2) file; unpack it"):
+    told = r"a\.nii\.gz: is a ((zip|xz|bzip2) file; unpack|web page or a Git LFS pointer; download)"
+    with pytest.raises(InputError, match=told):
         read_scan(tmp_path / "a.nii.gz")
 
 
-# ---------------------------------------------------------------------------------------
 # prepare.py, then apply_model.py
-# ---------------------------------------------------------------------------------------
-
-
 def test_label_other_axes(built, segment, tmp_path):
     dataset = run(built)
     assert len(dataset["cases"]) == 3 and not dataset["left_out"]
@@ -202,11 +195,7 @@ def test_label_other_origin(built, segment, tmp_path):
         segment(image, truth=(truth,), out="untrusted")
 
 
-# ---------------------------------------------------------------------------------------
 # apply_model.py
-# ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "places", "found"),
     [
@@ -215,6 +204,7 @@ def test_label_other_origin(built, segment, tmp_path):
         ("01_series_in_two_folders", "export/DIR001", "its series goes on in .*DIR000"),
         ("02_series_one_slice_per_folder", "export", 1),
         ("04_slices_given_by_glob", "ct/*.dcm", 1),
+        ("51_two_patients_one_series", "ct", r"several \(PatientID.* of a0000.dcm; b0000.dcm\)"),
         ("82_nifti_at_depth", "set", 2),
     ],
 )
@@ -243,6 +233,8 @@ def test_names_in_a_truth_are_not_contradicted(tmp_path, blank_pictures):
     classes = {"liver": ("1",), "tumour": ("2",)}
     with pytest.raises(InputError, match=r"contradicts the data, which declare .*tumour = 1"):
         evaluate.main(evaluate.Config(*files, labels=classes))
+    with pytest.raises(InputError, match="are its values exchanged"):
+        evaluate.main(evaluate.Config(*files))
     evaluate.main(evaluate.Config(*files, predicted=classes))
     assert json.loads((tmp_path / "out/results.json").read_text())[0]["liver_dice"] == 1
 

@@ -79,6 +79,7 @@ def test_tumours_are_known_by_their_names():
             {"background": (0,), "liver": (2, 1)},
         ),
         ({"clear": (0,), "Leber": (3, 4), "HCC": (9,)}, {"background": (0,), "liver": (3, 4, 9)}),
+        ({"liver": (1,), "hcc": (2,), "Lesion 2": (4,)}, {"background": (0,), "liver": (1, 2, 4)}),
     ],
 )
 def test_the_default_learns_the_liver_of_any_data(declared, classes):

@@ -32,7 +32,7 @@ from data.dicom import write_series
 from data.files import InputError
 from data.labels import describe_truths
 from data.scans import read_label_map, read_scan, stamp_inputs
-from data.seg import write_seg
+from data.seg import rename_segments, write_seg
 from data.splits import guess_pattern, name_patients, read_patients, read_split
 from data.volumes import Volume
 
@@ -142,6 +142,8 @@ TREES = {
     "a label map is missing of scans with numbers": "img/c_0000>label/c_0000 img/c_0001>",
     "MONAI Label": "x>labels/final/x labels/original/x y>labels/original/y",
     "draft": "p/ct>p/liver_mask p/liver_draft_mask",
+    "final in other words": "imagesTr/x_0000>labelsTr_final/x labelsTr/x p/ct>p/Approved/label "
+    "p/Draft/label q/ct>q/label_edited q/label",
     "final in the names of scans too": "p_ct>p_label p_final_ct>p_final_label",
     "a whole label map beside masks": "p/ct>p/label p/segs/liver p/segs/hcc",
     "numbers": "p/image>liver=p/liver+livertumor1=p/livertumor1+livertumor2=p/livertumor2",
@@ -515,9 +517,11 @@ def test_segments_of_slicer_label_info_of_monai_label_and_segs_name_the_values(t
         assert find_pairs(root).declared == {"background": (0,), "tumour": (1,), "liver": (2,)}
     described = describe_truths(slicer / "b/Segmentation.seg.nrrd")
     assert described.labels == {"background": (0,), "Liver": (2,)}  # of their own file
-    write_segnrrd(slicer / "b/Segmentation.seg.nrrd", liver=1)
-    with pytest.raises(InputError, match="one data set at a time"):
-        find_pairs(slicer)
+    write_segnrrd(file := slicer / "b/Segmentation.seg.nrrd", liver=1, cyst=2)
+    declared = find_pairs(slicer).declared  # by names: values may differ from file to file
+    assert declared == {"background": (0,), "tumour": (1,), "liver": (2,), "cyst": (3,)}
+    named = rename_segments(Volume(np.arange(3).reshape(1, 1, 3), AFFINE), file, declared)
+    assert named.data.tolist() == [[[0, 2, 3]]]
     slices = save_series(scan_of(1), segs / "p1/scan")
     for names, declared in (
         (("Segment_1", "Segment_2"), {"Segment_1", "Segment_2"}),
@@ -594,6 +598,8 @@ def test_names_of_several_scans_are_noticed():
         ("g_0000 g_0001 g_0100 g_0101 g_0102", "g_00 g_01"),
         ("P1_2020-01-31 P1_2021-02-01 P2_20200301 P2_20210401", "P1 P2"),
         ("P1a P1b P2a P2b", "P1 P2"),
+        ("P01T1 P01T2 P02T1 P02T2", "P01 P02"),
+        ("X_01.02.2020 X_03.04.2021 Y_01.02.2020 Y_05.05.2021", "X Y"),
         ("p1_portal p1_venous p2_portal p2_venous", "p1 p2"),
         ("volume-0 volume-1 volume-2 volume-10", ""),
         ("p1_portal p2_portal p3_portal", ""),

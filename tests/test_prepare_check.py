@@ -39,6 +39,7 @@ PLANTED = {
     "intercept not applied": ("hu", lambda s, m: (s + 1024, m)),
     "the same, padded": ("hu", lambda s, m: (np.where(at(s)[0] < 4, -2000, s + 1024), m)),
     "rescaled twice": ("hu", lambda s, m: (s - 1024, m)),
+    "ten times": ("hu", lambda s, m: (s * 10, m)),
     "scaled to 0..1": ("hu", lambda s, m: ((s.astype(np.float32) + 1024) / 2048, m)),
     "magnetic resonance": ("hu", lambda s, m: (np.abs(s), m)),
     "clipped to a window": ("air", lambda s, m: (np.clip(s, -200, 250), m)),
@@ -164,6 +165,7 @@ def test_slices_that_nobody_annotated_are_noticed():
         (range(3, 20, 4), 2, "--label-every 4?"),
         (range(3, 20, 4), 4, ""),
         ([3, 4, 5, 12, 13, 14], 1, ""),  # two lesions
+        ([3, 4, 5, 7, 8, 9], 1, "1 gaps between annotated slices, the first behind slice 6"),
         (range(3, 20), 4, "but slices 4 and 5 are annotated"),
         ([], 1, ""),
     ):

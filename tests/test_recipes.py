@@ -75,11 +75,7 @@ def test_the_recipe_laptop_is_the_setting_that_was_measured(monkeypatch):
     assert epochs == {recipe.max_epochs}
 
 
-# ---------------------------------------------------------------------------------------
 # Patches of whole cases
-# ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("hu_window", [(-200.0, 250.0), None])
 def test_cached_volume_is_the_preprocessed_volume(whole_cases, hu_window):
     """Training and inference see the same voxels, in all three axes."""
