@@ -172,10 +172,9 @@ def find_series(path: Path, notes: list[str]) -> DicomItem:
     if not own:
         asked = [item for item in items if path.is_dir() or path in item.files]
         found = [item.fault or ("SEG " * item.is_seg + str(item.path)) for item in asked]
-        raise InputError(
-            f"{path}: must be or hold one DICOM series of images (SeriesInstanceUID), got "
-            f"{'; '.join(found[:5]) or 'no images'}; name one slice of the series"
-        )
+        told = "; ".join(found[:5]) or "no images"
+        what = f"must be or hold one DICOM series of images (SeriesInstanceUID), got {told}"
+        raise InputError(f"{path}: {what}; name one slice of the series")
     for item in (item for item in items if item.fault and not item.is_seg):
         if own[0].uid.startswith(item.uid):  # cut off, perhaps in its UID: maybe a slice of this
             raise InputError(item.fault)
@@ -226,10 +225,8 @@ def refuse_part(item: DicomItem, positions: set[tuple[float, ...]]) -> None:
     for folder in sorted(near - own):
         uid, first = _read_first(folder)
         if uid == item.uid and first and first not in positions:
-            raise InputError(
-                f"{item.path}: its series goes on in {folder}; give the folder that holds both, or "
-                "put all files into one"
-            )
+            remedy = "give the folder that holds both, or put all files into one"
+            raise InputError(f"{item.path}: its series goes on in {folder}; {remedy}")
 
 
 @functools.cache
@@ -370,10 +367,8 @@ def choose_scan(path: Path, ordered: list[Slice], notes: list[str]) -> list[Slic
         own = [some for some in sets.values() if any(ordered[i].file == path for i in some)]
         if apart and not own:
             found = [f"{ordered[some[0]].file.name}: {value}" for value, some in sets.items()]
-            raise InputError(
-                f"{path}: must be the series of one scan, got several ({tag} of "
-                f"{'; '.join(found[:3])}); name a file of the scan that you mean"
-            )
+            what = f"must be the series of one scan, got several ({tag} of {'; '.join(found[:3])})"
+            raise InputError(f"{path}: {what}; name a file of the scan that you mean")
         if apart:
             notes.append(f"{len(ordered) - len(own[0])} slices of another {tag} left out")
             ordered = [ordered[index] for index in own[0]]
@@ -387,10 +382,9 @@ def _drop_copies(path: Path, ordered: list[Slice], notes: list[str]) -> list[Sli
         if np.abs(one.position - kept[-1].position).max() >= SAME_PLACE_MM:
             kept.append(one)
         elif np.ptp(np.stack([*read_planes([kept[-1], one])]), axis=0).any():
-            raise InputError(
-                f"{path}: slices share a position: several acquisitions, as {kept[-1].file.name} "
-                f"and {one.file.name}; move one acquisition to its own folder"
-            )
+            what = f"several acquisitions, as {kept[-1].file.name} and {one.file.name}"
+            remedy = "move one acquisition to its own folder"
+            raise InputError(f"{path}: slices share a position: {what}; {remedy}")
     if len(kept) < len(ordered):
         notes.append(f"{len(ordered) - len(kept)} copies of slices left out")
     return kept

@@ -124,10 +124,8 @@ def find_values(words: Sequence[str], declared: Labels, setting: str) -> tuple[i
     for word in map(str, words):
         label = find_label(word, declared)
         if label is None and not (word.isdigit() and int(word) in known):
-            raise InputError(
-                f"{setting} {word}: is no label of these data, which declare "
-                f"{describe_labels(declared)}; name one of them"
-            )
+            what = f"is no label of these data, which declare {describe_labels(declared)}"
+            raise InputError(f"{setting} {word}: {what}; name one of them")
         values += declared[label] if label is not None else [int(word)]
     return tuple(dict.fromkeys(values))
 
@@ -151,17 +149,14 @@ def parse_values(
             raise InputError(f"{word}: must be NAME=VALUE or NAME=VALUE,VALUE")
         found[name] = find_values(parts, known | given, setting)
         if (label := find_label(name, known)) and not {*found[name]} & {*known[label]}:
-            raise InputError(
-                f"{word}: contradicts the data, which declare {describe_labels(known)}"
-            )
+            what = f"contradicts the data, which declare {describe_labels(known)}"
+            raise InputError(f"{word}: {what}")
     found = {n: v for n, v in found.items() if v != (0,) or common_name(n) != BACKGROUND}
     values = [value for some in found.values() for value in some]
     twice = not overlap and len(values) > len(set(values))
     if twice or 0 in values or max(values, default=0) > LARGEST_VALUE:
-        raise InputError(
-            f"{setting} {' '.join(words)}: 0 is the background, and each value from 1 to "
-            f"{LARGEST_VALUE} has one name; correct it"
-        )
+        what = f"0 is the background, and each value from 1 to {LARGEST_VALUE} has one name"
+        raise InputError(f"{setting} {' '.join(words)}: {what}; correct it")
     return found
 
 
@@ -173,10 +168,8 @@ def resolve_classes(asked: Mapping[str, Sequence[str]], declared: Labels) -> Lab
     classes = {name: find_values(words, declared, "--labels") for name, words in asked.items()}
     values = [value for some in classes.values() for value in some]
     if 0 in values or len(values) > len(set(values)):
-        raise InputError(
-            f"--labels: {describe_labels(classes)}: each label belongs to one class, and the value "
-            "0 to the background; correct it"
-        )
+        what = "each label belongs to one class, and the value 0 to the background"
+        raise InputError(f"--labels: {describe_labels(classes)}: {what}; correct it")
     return {BACKGROUND: (0,)} | classes
 
 
@@ -362,10 +355,9 @@ def part_ignored(labels: Labels, where: str) -> tuple[Labels, tuple[int, ...]]:
     kept = {name: values for name, values in labels.items() if name.lower() != "ignore"}
     ignore = tuple(v for name, values in labels.items() if name not in kept for v in values)
     if set(ignore) & {0, *list_values(kept)}:
-        raise InputError(
-            f"{where} ignore={','.join(map(str, ignore))}: 0 is the background, and the value of a "
-            "label is annotated; give unannotated voxels a value of their own"
-        )
+        what = "0 is the background, and the value of a label is annotated"
+        remedy = "give unannotated voxels a value of their own"
+        raise InputError(f"{where} ignore={','.join(map(str, ignore))}: {what}; {remedy}")
     return kept, ignore
 
 
@@ -376,10 +368,8 @@ def _name_regions(found: Labels, path: Path) -> Labels:
     for name, values in sorted(found.items(), key=lambda item: len(item[1])):
         for value in values:
             if value in owner and len(found[owner[value]]) == len(values):
-                raise InputError(
-                    f"{path}: {owner[value]} and {name} both have the value {value}; each value "
-                    "needs one name"
-                )
+                what = f"{owner[value]} and {name} both have the value {value}"
+                raise InputError(f"{path}: {what}; each value needs one name")
             owner.setdefault(value, name)
     labels = {n: tuple(v for v in values if owner[v] == n) for n, values in found.items()}
     return {name: values for name, values in labels.items() if values}
