@@ -176,7 +176,7 @@ def load_model(
     return Model(
         networks[0], chain, inference, where, pick_precision(precision, where), first["declared"],
         first["modality"], first.get("expected"), first["config"].get("fold", 0), networks[1:],
-        [record for saved in loaded for record in saved.get("patients") or ()],
+        [record for saved in loaded for record in saved["patients"]],
     )  # fmt: skip
 
 
@@ -395,8 +395,9 @@ def refuse_no_hu(found: Sequence[check.Finding], path: Path) -> None:
 def judge_seen(model: Model, scan: Volume, path: Path, accepted: bool) -> str:
     """Return "seen in training", or validation, of a scan that made the checkpoint, or nothing;
     raise InputError unless that is accepted, because its Dice says nothing about new patients."""
-    parts = {record["content"]: record["split"] for record in model.patients}
-    where = parts.get(check.identify_scan(scan), "test") if model.patients else "test"
+    content = check.identify_scan(scan) if model.patients else ""
+    parts = {record["split"] for record in model.patients if record["content"] == content != ""}
+    where = min(parts, key=splits.SPLITS.index, default="test")
     if where != "test" and not accepted:
         what = f"its voxels are those of a patient in the {where} of the checkpoint"
         raise InputError(f"{path}: {what}; leave --truth out, or go on with --accept seen")
@@ -499,26 +500,19 @@ def list_cases(paths: Sequence[Path], truth: Sequence[Path]) -> list[datasets.Ca
     ]  # fmt: skip
 
 
-def read_rank() -> tuple[int, int]:
-    """Return the number of this process and of all, of RANK and WORLD_SIZE; else InputError."""
-    texts = [os.environ.get(key, usual) for key, usual in (("RANK", "0"), ("WORLD_SIZE", "1"))]
-    if not all(text.isdecimal() for text in texts) or int(texts[0]) >= int(texts[1]):
-        what = f"RANK={texts[0]} and WORLD_SIZE={texts[1]}"
-        raise InputError(f"{what}: RANK must be 0 to WORLD_SIZE − 1; unset both, or use torchrun")
-    return int(texts[0]), int(texts[1])
-
-
 def main(config: Config) -> None:
-    rank, processes = read_rank() if {"RANK", "WORLD_SIZE"} & {*os.environ} else (0, 1)
+    rank, processes = utilities.read_rank()
     checkpoints = (config.checkpoint, *config.folds)
     model = load_model(checkpoints, config.device, config.precision, config.overlap)
     if config.locate:
         model.finder = load_model(config.locate, config.device, config.precision)
+        model.patients = [*model.patients, *model.finder.patients]
     files = map(find_checkpoint, filter(None, (*checkpoints, config.locate)))
     weights = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
     if config.split:
         cases = splits.read_cases(config.data, config.split, model.fold)
-        seen = splits.find_seen(config.data, model.fold, config.split, model.patients)
+        prepared = splits.read_fold(config.data, model.fold)
+        seen = splits.find_seen(prepared, config.split, model.patients)
         if seen and config.split != "training" and not config.accept:
             refuse_seen(seen, config)
     else:

@@ -406,8 +406,8 @@ def claim_destination(destination: Path, source: Path, overwrite: bool) -> None:
     path, asked = destination / "check" / ".source.json", str(source.resolve())
     known = (read_record(path) or {}).get("mark", asked)
     if known != asked and not overwrite:
-        what = f"{destination}: was prepared from {known}, not from {asked}"
-        raise InputError(f"{what}; choose another --destination, or give --overwrite to replace it")
+        remedy = "choose another --destination, or give --overwrite to replace it"
+        raise InputError(f"{destination}: was prepared from {known}, not from {asked}; {remedy}")
     if known != asked:
         (destination / "dataset.json").unlink(missing_ok=True)
     write_json({"mark": asked}, path)

@@ -93,8 +93,7 @@ class Augment:
 def preprocess_files(item: dict, chain: Chain, device: torch.device | str) -> dict[str, Any]:
     """Return an item with its files "image" and "label" read and preprocessed on the device. The
     image is (1, X, Y, Z) float16 in 0..1 (its error, 1/2048 of the HU window, is far below the
-    noise of CT), the label uint8 class indices; of patches also where the voxels of each class
-    lie."""
+    noise of CT), the label uint8 class indices; of patches also where those of each class lie."""
     made = dict(item)
     for key, kind in zip(KEYS, (torch.float16, torch.uint8), strict=True):
         volume = read_file(Path(item[key])).ras

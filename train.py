@@ -218,9 +218,9 @@ from monai.networks.utils import one_hot
 import preprocess
 import utilities
 from data import pictures, splits
-from data.files import InputError, explain, find_checkpoint, lock_folder, read_json, write_json
+from data.files import InputError, explain, find_checkpoint, lock_folder, write_json
 from data.labels import IGNORED, as_labels, resolve_classes
-from data.settings import check_settings, format_seconds, is_first_process, pick
+from data.settings import check_settings, format_seconds, is_first_process, pick, read_saved
 from data.trust import learn_volumes
 from data.volumes import read_file
 from preprocess import KEYS, Augment, Chain, SubvolumeLoader, Subvolumes, cache_split
@@ -267,7 +267,7 @@ LOSSES: dict[str, Callable[[torch.Tensor], torch.nn.Module]] = {  # class weight
     "tversky": lambda weights: losses.TverskyLoss(**DICE, alpha=0.3, beta=0.7),
 }
 
-ANEW = {"data", "device", "max_epochs"}  # settings that a resumed run takes anew
+ANEW = {"data", "device", "max_epochs", "patience"}  # settings that a resumed run takes anew
 EXAMPLES = 8  # sub-volumes whose HU are shown
 SLOW = 3600  # seconds of training from which on it is reported
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -317,17 +317,13 @@ def check(config: Config, depth: int) -> None:
     cases), before hours are spent on them."""
     for is_wrong, message in CONTRADICTIONS:
         if is_wrong(config, depth):
-            words: dict[str, Any] = {
-                "held": f"sub-volumes of {depth} slices" if depth else "whole cases"
-            }
-            words["usual"] = (
-                "prepare.py with --subvolume-depth 0 makes whole cases"
-                if depth
-                else (
-                    "take a recipe of patches, such as laptop, or prepare with --subvolume-depth 16"
-                )
-            )
-            words |= {"window": config.window(depth), "grain": DEEPEST.get(config.network, 8)}
+            held, usual = "whole cases", "take a recipe of patches, such as laptop, or prepare"
+            usual += " with --subvolume-depth 16"
+            if depth:
+                held = f"sub-volumes of {depth} slices"
+                usual = "prepare.py with --subvolume-depth 0 makes whole cases"
+            words = {"held": held, "usual": usual, "grain": DEEPEST.get(config.network, 8)}
+            words["window"] = config.window(depth)
             raise InputError(message.format(c=config, **words))
 
 
@@ -337,8 +333,7 @@ def list_halved(config: Config, depth: int) -> tuple[int, ...]:
 
 
 def count_deepest(config: Config, depth: int) -> int:
-    """Return the voxels that are normalised together after the last pooling; in a 2D network those
-    of all slices."""
+    """Return the voxels normalised together after the last pooling, in 2D those of all slices."""
     halved, grain = list_halved(config, depth), DEEPEST.get(config.network, 8)
     slices = math.prod(config.window(depth)[len(halved) :])
     return math.prod(max(size // grain, 1) for size in halved) * slices
@@ -382,7 +377,7 @@ def resume_settings(config: Config, folder: Path, saved: dict[str, Any]) -> Conf
     old = saved["config"] | {"data": find_data(saved["config"], folder), "run_folder": folder}
     edited, path = dict[str, Any](), folder / "config.json"
     if path.is_file():
-        written = check_settings(read_json(path), f"{path}: ", Config)
+        written = read_saved(path, Config)
         before = check_settings(saved["config"], f"{path}: ", Config)
         same = ("data", "run_folder", "resume", *given)
         edited = {n: v for n, v in written.items() if n not in same and v != before.get(n)}
@@ -411,10 +406,10 @@ def find_data(settings: dict[str, Any], folder: Path) -> Path:
 
 def report_differences(saved: dict[str, Any], used: dict[str, Any]) -> None:
     """Print what differs between now and the beginning of a run, and whether it is used."""
-    begun, lines = saved.get("begun") or {}, [f"used: {n} {v}" for n, v in used.items()]
+    begun, lines = saved["begun"], [f"used: {n} {v}" for n, v in used.items()]
     now = {name: str(value) for name, value in Config().plain().items()}
-    old = begun.get("defaults", now)
-    lines += [f"not used: train.py now has {n} {now[n]}" for n in now if now[n] != old.get(n)]
+    changed = [n for n in now if now[n] != begun["defaults"].get(n)]
+    lines += [f"not used: train.py now has {n} {now[n]}" for n in changed]
     was = saved["versions"] | {"processes": begun.get("processes")}
     used = {"processes": int(os.environ.get("WORLD_SIZE", 1))} | utilities.read_versions()
     for name, mine in used.items():
@@ -454,7 +449,7 @@ def begin_with(
     network.load_state_dict({n: v for n, v in given.items() if n not in other}, strict=False)
     if other and is_first_process():
         print(f"{path}: {old.get('out_channels')} classes; begins anew: {', '.join(other)}")
-    return other, list(saved.get("patients") or ())
+    return other, saved["patients"]
 
 
 def begin_with_encoder(network: Any, path: Path) -> None:
@@ -485,13 +480,14 @@ def begin_with_encoder(network: Any, path: Path) -> None:
 
 def main(config: Config) -> None:
     check_settings(config)
-    saved = None
+    saved, (_, processes) = None, utilities.read_rank()
     if config.resume:
         config, saved = resume_run(config, config.resume)
         stopped = config.patience and pictures.find_best(saved["history"])[1] >= config.patience
         if stopped or saved["epoch"] >= config.max_epochs:
             done = f"{config.run_folder}: finished after {saved['epoch']} epochs"
-            print(f"{done}; train on with more --max-epochs, or start another with --pretrained")
+            more = "a higher --patience" if stopped else "more --max-epochs"
+            print(f"{done}; train on with {more}, or start another with --pretrained")
             return
     device = preprocess.pick_device(config.device, config.precision)
     prepared = splits.choose_fold(splits.read_prepared(config.data), config.fold, config.data)
@@ -508,7 +504,7 @@ def main(config: Config) -> None:
         print(f"look at {picture}: is the outline on the organ? Then: python train.py {words}")
         return
     with contextlib.ExitStack() as stack:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
+        if processes > 1:
             stack.enter_context(utilities.process_group(device))
         if is_first_process():
             stack.enter_context(lock_folder(config.run_folder))
@@ -531,8 +527,11 @@ def fit(config: Config, prepared: dict, chain: Chain, device: torch.device, save
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     rank, size = utilities.rank_and_size()
-    if saved is not None and saved.get("content"):
+    if saved is not None:
         splits.refuse_other_data(saved["content"], prepared, config.data)
+        if saved["preprocessing"] != dataclasses.asdict(chain):
+            what = f"{config.data / 'dataset.json'}: labels, modality or crop are not the run's"
+            raise InputError(f"{what}; prepare the data again, or start another --run-folder")
     splits.refuse_damaged(prepared, config.data, rank, size)
     if is_first_process() and chain.hu_window:
         report_hu(prepared, config.data, chain)
@@ -629,11 +628,13 @@ def build_run(
         "projections": bool(config.encoder_weights),
     }  # fmt: skip
     model = utilities.on_device(utilities.build_network(**network_args), device)
-    past = saved or {}
-    patients: list[Any] = past.get("patients") or splits.list_patients(prepared)
-    anew: list[str] = (past.get("begun") or {}).get("anew", [])
+    patients: list[Any] = saved["patients"] if saved else splits.list_patients(prepared)
+    anew: list[str] = saved["begun"]["anew"] if saved else []
     if saved is None and config.pretrained:
         anew, made_it = begin_with(model, network_args, config.pretrained)
+        if (seen := splits.find_seen(prepared, "validation", made_it)) and is_first_process():
+            what = f"{config.pretrained} was trained on {len(seen)} validation cases"
+            print(f"warning: {what} ({', '.join([*seen][:3])}): their Dice is too high")
         patients += made_it
     if saved is None and config.encoder_weights:
         begin_with_encoder(model, config.encoder_weights)

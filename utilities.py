@@ -10,6 +10,7 @@ import copy
 import functools
 import itertools
 import math
+import os
 import time
 import zipfile
 from collections import defaultdict
@@ -200,10 +201,11 @@ CHECKPOINT: dict[str, Any] = {  # entry → type; docs/checkpoints.md explains t
     "network_args": dict, "network_state": dict, "preprocessing": dict, "inference": dict,
     "declared": dict, "modality": str, "config": dict, "epoch": int, "val_dice": float,
     "history": list, "expected": dict | None, "resume": dict | None,
-    "patients": list | None, "content": dict | None, "begun": dict | None,
+    "patients": list, "content": dict, "begun": dict,
 }  # fmt: skip
 INSIDE: dict[str, dict[str, Any]] = {  # the same of what some of them hold
     "preprocessing": {"labels": dict}, "inference": {"window": tuple, "overlap": float},
+    "config": {"data": str, "run_folder": str}, "begun": {"anew": list, "defaults": dict},
     "history": {"epoch": int}, "patients": dict.fromkeys((*KNOWN, "source"), str),
     "expected": {"log_ml": float, "sd": float},
 }  # fmt: skip
@@ -236,10 +238,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if (found := checkpoint["schema"]) != SCHEMA:
         change = "train it again" if found < SCHEMA else "update this program"
         raise InputError(f"{path}: checkpoint schema must be {SCHEMA}, got {found}; {change}")
-    check_types(checkpoint, CHECKPOINT, str(path), remedy)
+    check_types(checkpoint, CHECKPOINT | {"versions": dict}, str(path), remedy)
     expected = list((checkpoint.get("expected") or {}).values())
     for part, kinds in INSIDE.items():
-        content = expected if part == "expected" else checkpoint.get(part) or []
+        content = expected if part == "expected" else checkpoint[part]
         for row in content if isinstance(content, list) else [content]:
             check_types(row, kinds, f"{path}: {part}", remedy)
     asked = {k: v for k, v in checkpoint["config"].items() if k != "labels"}  # names, not values
@@ -260,6 +262,7 @@ class SavedSettings:
     """Settings of a checkpoint with a range."""
 
     sampling: Literal["subvolumes", "patches"]
+    modality: Literal["CT", "MR"]
     labels: SavedLabels
     declared: SavedLabels
     log_ml: Annotated[float, Limit("a finite number", math.isfinite)]
@@ -307,8 +310,7 @@ def refuse_odd_weights(weights: dict[str, Any], path: Path) -> None:
 
 
 def is_memory_short(error: BaseException) -> bool:
-    """Return whether an error says that a device has too little memory, in the words of CUDA, cuDNN
-    and MPS."""
+    """Return whether an error of CUDA, cuDNN or MPS says that a device has too little memory."""
     words = ("out of memory", "ALLOC_FAILED", "not enough memory", "can't allocate memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
@@ -340,9 +342,23 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
 
 
+def read_rank() -> tuple[int, int]:
+    """Return the number of this process and of all, of RANK and WORLD_SIZE; else InputError."""
+    keys = ("RANK", "WORLD_SIZE")
+    rank, size = (os.environ.get(key, "unset") for key in keys)
+    if not {*keys} & {*os.environ}:
+        return 0, 1
+    if not (rank.isdecimal() and size.isdecimal()) or int(rank) >= int(size):
+        what = f"RANK={rank} and WORLD_SIZE={size}"
+        raise InputError(f"{what}: RANK must be 0 to WORLD_SIZE − 1; unset both, or use torchrun")
+    return int(rank), int(size)
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the other processes that torchrun started."""
+    if "MASTER_ADDR" not in os.environ:
+        raise InputError("RANK and WORLD_SIZE without MASTER_ADDR: unset both, or use torchrun")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL's collectives use the current one
     # objects go between CPUs, so that no process waits for its GPU

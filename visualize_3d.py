@@ -128,10 +128,8 @@ class Case:
     def organ(self) -> Volume:
         """Return the label map cropped to its foreground; InputError where there is none."""
         if not self.labels.data.any():
-            raise InputError(
-                f"{self.name}: the label map is missing or empty, no organ can be drawn; give one "
-                "with --label, or look at the scan with --mode slices"
-            )
+            what = f"{self.name}: the label map is missing or empty, no organ can be drawn"
+            raise InputError(f"{what}; give one with --label, or look at it with --mode slices")
         return self.labels.crop(find_bounding_box(self.labels.data))
 
     @functools.cached_property

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,7 +205,7 @@ def score_lesions(predicted: np.ndarray, truth: np.ndarray, grid: Volume) -> dic
     touches it have an IoU of LESION_IOU; `_dice_50`: a Dice of 0.5, as LiTS counts. Its size is the
     diameter of the ball of equal volume."""
     sizes, found, dice = match_lesions(truth, predicted)
-    _, right, _ = match_lesions(predicted, truth)
+    right = match_lesions(predicted, truth)[1]
     row: dict[str, Any] = {"lesions_predicted": len(right), "lesions_right": int(right.sum())}
     row |= {"lesions": len(found), "lesions_found": int(found.sum())}
     row["lesions_found_dice_50"] = int((dice >= 0.5).sum())
@@ -220,7 +221,7 @@ def score_lesions(predicted: np.ndarray, truth: np.ndarray, grid: Volume) -> dic
 
 def match_lesions(mask: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return of each component of `mask` its voxels, whether its IoU with the components of `other`
-    that touch it is LESION_IOU, and the Dice; these without what lies in others of `mask`."""
+    that touch it is LESION_IOU, and the Dice. What lies in another component does not count."""
     (mine, n), (its, m) = (cc3d.connected_components(a, connectivity=26, return_N=True)
                            for a in (mask, other))  # fmt: skip
     pairs = mine.ravel().astype(np.int64) * (m + 1) + its.ravel()
@@ -282,9 +283,10 @@ def show_worst(rows: Sequence[dict[str, Any]], key: str, folder: Path) -> None:
 def summarise(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     """Return `describe_values` over patients of each metric and class, as far as it is defined.
     `empty` counts patients without the class in truth, prediction or both; `lesions` are pooled."""
-    known = {
-        key: {row["case"]: row[key] for row in rows if row.get(key) is not None} for key in rows[0]
-    }
+    known = defaultdict[str, dict[str, Any]](dict)  # an earlier version's rows lack some
+    for row in rows:
+        for key in (key for key in row if row[key] is not None):
+            known[key][row["case"]] = row[key]
     summary: dict[str, Any] = {"patients": len(rows)}
     summary |= {key: describe_values(known[key], "low") for key in ("mean_iou", "accuracy")}
     for name in names:
@@ -300,7 +302,7 @@ def summarise(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str,
 def pool_lesions(known: dict[str, dict[str, Any]], start: str) -> dict[str, Any]:
     """Return the counts of lesions over all patients, whose keys begin with `start`."""
     counts = [key for key in known if key.startswith(f"{start}lesions")]
-    got: dict[str, Any] = {key.removeprefix(start): sum(known[key].values()) for key in counts}
+    got = defaultdict(int, {key.removeprefix(start): sum(known[key].values()) for key in counts})
     got["lesion_recall"] = divide(got["lesions_found"], got["lesions"])
     got["lesion_precision"] = divide(got["lesions_right"], got["lesions_predicted"])
     return got
@@ -341,7 +343,8 @@ def draw_summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Any:
     for axes, (unit, keys) in zip(panels, PANELS.items(), strict=True):
         for index, name in enumerate(names, start=1):
             for place, key in enumerate(keys):
-                values = [row[f"{name}_{key}"] for row in rows if row[f"{name}_{key}"] is not None]
+                found = [row.get(f"{name}_{key}") for row in rows]
+                values = [value for value in found if value is not None]
                 at, width = place - 0.5 + index / (len(names) + 1), 0.4 / len(names)
                 axes.boxplot([values], positions=[at], widths=width, showfliers=False)
                 dots = axes.plot([at] * len(values), values, "o", color=class_colour(index))
@@ -378,15 +381,15 @@ def report_all(folder: Path, names: Sequence[str], weights: str) -> None:
     lesions = [{"case": r["case"], **one} for r in records for one in r.get("lesion_list", ())]
     if lesions:
         write_table(lesions, folder / "lesions.csv")
-    rows.sort(key=lambda row: row["expected_dice"])
+    rows.sort(key=lambda row: row.get("expected_dice") or 0.0)  # an earlier version wrote none
     keys = ("case", "trust", "expected_dice", "least_sure_slice", "truth", "warnings")
     review = [{key: row.get(key) for key in keys} for row in rows]
     for row in review:
         row["picture"] = f"{row['case']}/{row['case']}_preview.png"
     write_table(review, folder / "review.csv")
-    unsure = [row for row in rows if row["trust"] != "good"]
+    unsure = [row for row in rows if row.get("trust") != "good"]
     if unsure and len(rows) > 1:
-        shown = [f"{r['case']} ({r['expected_dice']:.2f})" for r in unsure[:WORST_SHOWN]]
+        shown = [f"{r['case']} ({r.get('expected_dice') or 0:.2f})" for r in unsure[:WORST_SHOWN]]
         print(f"{len(unsure)} of {len(rows)} want looking at, in this order: {', '.join(shown)}; "
               f"all: {folder / 'review.csv'}")  # fmt: skip
 

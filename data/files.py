@@ -152,7 +152,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep a folder for this process; InputError where another process has it. The operating system
-    frees the lock of one that dies. A folder made for the lock is removed if it is still empty."""
+    frees the lock of a process that dies. A folder made for the lock is removed if still empty."""
     path, new = folder / ".lock", not folder.exists()
     lock = filelock.FileLock(path, timeout=0)
     try:

@@ -305,7 +305,7 @@ def judge_learning(history: list[dict[str, float]]) -> str:
     best, since = find_best(history)
     told = f"validation Dice {max(dice):.4f} in epoch {best} (chance {chance:.4f}), {moved}"
     rough = min(2.5 * chance, (1 + chance) / 2)
-    if max(dice) < 1.2 * chance + 0.01 or (fell < 0.02 and max(dice) < rough):
+    if max(dice) < 1.2 * chance + 0.01 or (fell < 0.02 and max(dice) < rough and rows[1:]):
         if fell > 0.1 and losses[-1] < losses[0]:
             told += "; the loss falls: more --max-epochs, or"
             return f"nothing learnt yet: {told} {suggest(history)}"

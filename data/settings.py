@@ -149,11 +149,7 @@ def read_settings(
             needed = (f for f in dataclasses.fields(config_class) if f.default is f.default_factory)
             blank = default or config_class(**{f.name: tyro.MISSING for f in needed})
             default = dataclasses.replace(blank, **saved)
-        how: dict[str, Any] = {
-            "prog": Path(sys.argv[0]).name,
-            "description": description,
-            "default": default,
-        }
+        how: Any = {"prog": Path(sys.argv[0]).name, "description": description, "default": default}
         config: Any = tyro.cli(config_class, args=words, **how)
         check_settings(config)
         if check:
@@ -184,14 +180,18 @@ def take_saved(words: list[str], config_class: type) -> tuple[list[str], dict[st
         return words, {}
     place = parts.index("--config")
     path = Path(parts[place + 1])
-    path = path / "config.json" if path.is_dir() else path
+    words = parts[:place] + parts[place + 2 :]
+    return words, read_saved(path / "config.json" if path.is_dir() else path, config_class)
+
+
+def read_saved(path: Path, config_class: Any) -> dict[str, Any]:
+    """Return the settings in a JSON file; InputError unless all are fields of the class."""
     content = read_json(path, "a JSON object of settings")
     if not isinstance(content, dict):
         raise InputError(f"{path}: must be a JSON object of settings, got {content!r:.60}")
     if unknown := sorted(content.keys() - {item.name for item in dataclasses.fields(config_class)}):
         raise InputError(f"{path}: no such setting: {', '.join(unknown)}; correct it, see --help")
-    words = parts[:place] + parts[place + 2 :]
-    return words, check_settings(content, f"{path}: ", config_class)
+    return check_settings(content, f"{path}: ", config_class)
 
 
 def list_given(words: Sequence[str], config_class: Any) -> frozenset[str]:

@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, Literal
 from unicodedata import normalize
 
 import numpy as np
@@ -22,7 +21,16 @@ from data.datasets import Case, read_paths
 from data.files import InputError, make_safe, read_csv, read_json, show_path
 from data.labels import IGNORED, IMAGE, LABEL, Description, Labels, as_labels
 from data.scans import restore_label
-from data.settings import check_types, is_first_process, show_progress
+from data.settings import (
+    Count,
+    Positive,
+    Share,
+    Whole,
+    check_settings,
+    check_types,
+    is_first_process,
+    show_progress,
+)
 
 SPLITS = ("training", "validation", "test")
 SPLIT_WORDS = {
@@ -51,6 +59,29 @@ SUBVOLUME = {
 }  # fmt: skip
 # Entries of a case that a checkpoint keeps; "content" is the checksum of its scan's voxels.
 KNOWN = ("patient", "case", "split", "content")
+
+
+class PreparedEntry:
+    """Entries of dataset.json, its cases and its sub-volumes, with a range."""
+
+    subvolume_depth: Whole
+    labels: dict[str, Whole | tuple[Whole, ...]]
+    ignore: tuple[Whole, ...]
+    split: Literal["training", "validation", "test"]
+    fold: Whole
+    first_slice: Whole
+    shape: tuple[Whole, Whole, Whole]
+    spacing_mm: tuple[Positive, Positive, Positive]
+    voxels_per_label: dict[str, Whole]
+
+
+class PreparedSettings:
+    """Settings of prepare.py in dataset.json, with a range."""
+
+    modality: Literal["CT", "MR"]
+    label_every: Count
+    validation: Share
+    folds: Whole
 
 
 def name_as_told(cases: Sequence[Case], config: Any) -> None:
@@ -173,8 +204,8 @@ def _take_split(records: Sequence[dict[str, Any]], config: Any) -> dict[str, str
         if name is None:
             raise InputError(f"{path}: does not name {record['case']}; add it, or --leave-out it")
         if split.setdefault(record["patient"], name) != name:
-            what = f"{path}: puts scans of patient {record['patient']} into two splits, which leaks"
-            raise InputError(f"{what}; keep them together")
+            what = f"puts scans of patient {record['patient']} into two splits, which leaks"
+            raise InputError(f"{path}: {what}; keep them together")
     if config.validation > 0 and "validation" not in split.values():
         what = f"{path}: puts no patient into validation, which chooses the checkpoint"
         raise InputError(f"{what}; name some, or give --training 1 --validation 0 --test 0")
@@ -250,14 +281,13 @@ def read_prepared(folder: Path) -> dict[str, Any]:
         later = "update this program" if found > PREPARED_SCHEMA else remedy
         raise InputError(f"{path}: schema must be {PREPARED_SCHEMA}, got {found}; {later}")
     check_types(prepared, PREPARED, str(path), remedy)
-    try:
-        as_labels(got := prepared["labels"])
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: labels must be whole numbers, got {got}; {remedy}") from error
+    check_settings(prepared, f"{path}: {remedy}: ", PreparedEntry)
+    check_settings(prepared["settings"], f"{path}: {remedy}: ", PreparedSettings)
     for kind, schema in (("cases", CASE), ("subvolumes", SUBVOLUME)):
         for record in prepared[kind]:
             check_types(record, schema, f"{path}: an entry of {kind}", remedy)
-            if fault := find_fault(record):
+            check_settings(record, f"{path}: {record['case']}: {remedy}: ", PreparedEntry)
+            if fault := find_fault(record, prepared["subvolume_depth"]):
                 raise InputError(f"{path}: {record['case']}: {fault}; {remedy}")
     groups = {case["case"]: case["patient"] for case in prepared["cases"]}
     places: dict[str, tuple[str, Any]] = {}
@@ -269,24 +299,21 @@ def read_prepared(folder: Path) -> dict[str, Any]:
     return prepared
 
 
-def find_fault(record: dict[str, Any]) -> str:
-    """Return what is wrong with an entry of `dataset.json`, whose types are right; or nothing."""
-    counts, steps = record["voxels_per_label"], record["spacing_mm"]
-    whole = [record.get("first_slice", 0), *record.get("shape", [1, 1, 1]), *counts.values()]
-    positive = all(type(step) in (int, float) and 0 < step < math.inf for step in steps)
-    rules = [
-        (record["split"] in SPLITS, f"split must be one of {', '.join(SPLITS)}"),
-        (all(type(n) is int and n >= 0 for n in whole), "sizes must be whole numbers from 0"),
-        (positive, f"spacing_mm must be numbers above 0, got {steps!r:.60}"),
-        (len(steps) == len(record.get("shape", steps)) == 3, "shape and spacing_mm: three numbers"),
-        (all(name.isdecimal() for name in counts), "voxels_per_label must count label values"),
-    ]
-    for key in (IMAGE, LABEL) if "first_slice" in record else ():
-        file = PureWindowsPath(record[key])  # takes / and \\
-        inside = not (file.root or file.drive or ".." in file.parts)
-        rules.append((inside, f"{record[key]} lies outside of its folder"))
-        rules.append((file.name.startswith(key), f"{key} must name a file {key}_…"))
-    return next((text for right, text in rules if not right), "")
+def find_fault(record: dict[str, Any], depth: int) -> str:
+    """Return what contradicts itself in an entry of `dataset.json`, whose sub-volumes have `depth`
+    slices (0: as their scan); or nothing."""
+    if not all(map(str.isdecimal, record["voxels_per_label"])):
+        return "voxels_per_label must count label values"
+    piece = "first_slice" in record
+    if piece and record["shape"][2] != (depth or record["shape"][2]):
+        return f"shape must be of {depth} slices"
+    for key in (IMAGE, LABEL) if piece else ():
+        file, name = PureWindowsPath(record[key]), f"{key}_{record['first_slice']:04d}."
+        if file.root or file.drive or ".." in file.parts:  # of / and of \\
+            return f"{record[key]} lies outside of its folder"
+        if file.parent.name != record["case"] or not file.name.startswith(name):
+            return f"{key} must name its case's file {name}…"
+    return ""
 
 
 def list_patients(prepared: dict[str, Any]) -> list[dict[str, str]]:
@@ -297,11 +324,11 @@ def list_patients(prepared: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def find_seen(
-    folder: Path, fold: int | str, split: str, known: Sequence[dict[str, str]]
+    prepared: dict[str, Any], split: str, known: Sequence[dict[str, str]]
 ) -> dict[str, str]:
     """Return case → "seen in training" (or in validation) of a split's cases whose patients made a
     checkpoint: one of its `known` scans has the same voxels, or the same source and name."""
-    mine, seen = list_patients(read_fold(folder, fold)), dict[str, str]()
+    mine, seen = list_patients(prepared), dict[str, str]()
     for where in SPLITS[: 1 if split == "validation" else 2][::-1]:
         theirs = [record for record in known if record["split"] == where]
         contents = {r["content"] for r in theirs} - {""}
@@ -357,8 +384,7 @@ def choose_fold(prepared: dict[str, Any], fold: int | str, folder: Path) -> dict
 
 
 def part_folds(prepared: dict[str, Any], fold: int | str, folder: Path) -> dict[str, Any]:
-    """Return prepared data in which one fold validates and all others are trained on; with "all"
-    none validates."""
+    """Return prepared data in which one fold validates and the others train; "all": none does."""
     settings, everything = prepared["settings"], fold == "all"
     count = settings.get("folds") or 0
     parts = [record.get("fold") for record in prepared["subvolumes"]]
@@ -379,8 +405,9 @@ def check_splits(prepared: dict[str, Any], labels: Labels, folder: Path) -> bool
     wanted = settings.get("split") is None and settings.get("validation", 1) > 0
     for split, asked in {"training": True, "validation": wanted}.items():
         if asked and split not in found:
-            what = f"{folder / 'dataset.json'}: no sub-volume in the {split} split; prepare three"
-            raise InputError(f"{what} patients or more, or without any: prepare.py --validation 0")
+            what = f"{folder / 'dataset.json'}: no sub-volume in the {split} split"
+            remedy = "prepare three patients or more, or leave validation out: --validation 0"
+            raise InputError(f"{what}; {remedy}")
     names = list(labels)[1:]
     seen = {s: count_voxels(prepared, labels, s)[1:] for s in ("training", "validation")}
     if not seen["training"].any():

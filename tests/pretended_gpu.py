@@ -262,7 +262,8 @@ def install(capability: tuple[int, int] = (9, 0), free: int = 80 << 30) -> None:
         "is_bf16_supported": True, "is_current_stream_capturing": False,
         "get_device_name": "pretended", "_lazy_init": None, "set_device": None,
         "empty_cache": None, "synchronize": None, "reset_peak_memory_stats": None,
-        "memory_reserved": 0, "max_memory_reserved": 0,
+        "memory_reserved": 0, "max_memory_reserved": 0, "get_rng_state": torch.zeros(1).byte(),
+        "set_rng_state": None,
     }  # fmt: skip
     for name, value in answers.items():
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)

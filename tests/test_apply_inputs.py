@@ -299,8 +299,10 @@ def write_checkpoint(path: Path, **changes) -> Path:
     }  # fmt: skip
     content = {
         "network_args": arguments, "network_state": build_network(**arguments).state_dict(),
-        "preprocessing": vars(CHAIN), "inference": INFERENCE, "config": {}, "epoch": 1,
-        "val_dice": 0.5, "history": [], "modality": "CT", "declared": USUAL_LABELS,
+        "preprocessing": vars(CHAIN), "inference": INFERENCE, "epoch": 1, "val_dice": 0.5,
+        "config": {"data": "data", "run_folder": "run"}, "modality": "CT", "history": [],
+        "declared": USUAL_LABELS, "patients": [], "content": {},
+        "begun": {"anew": [], "defaults": {}},
     }  # fmt: skip
     save_checkpoint(path, **content | changes)
     return path

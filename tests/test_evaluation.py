@@ -65,6 +65,8 @@ def test_metrics_agree_with_monai_and_the_confusion_matrix():
     for figure, values in found.items():
         ours = [row[f"{name}_{figure}"] for name in NAMES]
         assert ours == pytest.approx(values[0].tolist(), rel=1e-5), figure
+    stored = [array.transpose(2, 0, 1) for array in (predicted, truth)]
+    assert score(*stored, affine=AFFINE[:, [2, 0, 1, 3]]) == pytest.approx(row)
     matrix = np.zeros((3, 3))
     np.add.at(matrix, (truth.ravel(), predicted.ravel()), 1)  # rows are the truth
     tp = matrix.diagonal()
@@ -99,18 +101,6 @@ def test_undefined_metrics_are_none_and_a_false_alarm_scores_nothing():
     assert liver["empty"] == {"truth": 1, "prediction": 1, "both": 1}
     assert (liver["dice"]["n"], liver["dice"]["mean"]) == (2, 0)
     assert liver["hd95_mm"] == {"n": 0}
-
-
-def test_one_voxel_and_a_full_volume():
-    single = np.zeros((5, 5, 5), np.uint8)
-    other = single.copy()
-    single[0, 2, 2] = other[3, 2, 2] = 1
-    row = score(single, other, ["liver"])
-    assert row["liver_hd95_mm"] == row["liver_asd_mm"] == pytest.approx(3 * 0.8)
-    full = np.ones((5, 5, 5), np.uint8)
-    row = score(full, full, ["liver"])
-    assert (row["liver_dice"], row["liver_hd95_mm"], row["liver_nsd_2mm"]) == (1, 0, 1)
-    assert row["liver_specificity"] is None  # there is no background to get wrong
 
 
 def test_distances_on_a_sheared_grid_are_those_of_the_patient():
@@ -190,6 +180,11 @@ def test_post_processing_keeps_the_organ_and_its_tumours():
     only_largest = clean(classes, NAMES, Options(**off | {"largest_component": True}))
     assert only_largest[45, 2, 2] == 2 and not (only_largest[stray] == 1).any()
     assert not clean(np.zeros(shape, np.uint8), NAMES).any()
+    small = np.zeros((12, 12, 12), np.uint8)
+    small[:2, :2, :2] = small[2, 2, 2] = 1  # hangs by a corner
+    expected = small.copy()
+    small[5:9, 5:9, 5:9] = 2  # larger, but no liver
+    assert np.array_equal(clean(small, NAMES), expected)
 
 
 def test_much_that_cleaning_changes_is_reported_with_the_option_that_prevents_it():
@@ -207,6 +202,8 @@ def test_much_that_cleaning_changes_is_reported_with_the_option_that_prevents_it
         assert len(told) == 1 and told[0].startswith(what), told
         assert told[0].endswith(f"--no-{option} prevents it")
         assert not report_cleaning(found, clean(found, NAMES), NAMES, 0.6)
+    before[25:31, 5:15, 5] = 1
+    assert report_cleaning(before, clean(before, NAMES), NAMES, 0.3), "18 ml of 300 ml"
 
 
 def test_implausible_livers_are_reported():
@@ -214,11 +211,13 @@ def test_implausible_livers_are_reported():
     scan = np.where(ball(shape, (40, 30, 20), 28), 40, -1000).astype(np.int16)
     right = ball(shape, (52, 30, 20), 16).astype(np.uint8)
 
-    def doubt(classes, organ="liver"):
-        part = as_volume(scan[..., : classes.shape[2]], affine)
-        return find_doubts(as_volume(classes, affine), part, [organ])
+    def doubt(classes, organ="liver", fine=1):
+        maps = (classes, scan[..., : classes.shape[2]])
+        maps = (array.repeat(fine, axis=0).repeat(fine, axis=1) for array in maps)
+        finer = affine / [fine, fine, 1, 1]
+        return find_doubts(*(as_volume(array, finer) for array in maps), [organ])
 
-    assert doubt(right) == doubt(right[::-1], organ="spleen") == []
+    assert doubt(right) == doubt(right, fine=3) == doubt(right[::-1], organ="spleen") == []
     assert "left" in doubt(right[::-1])[0]
     assert ["upper end" in text for text in doubt(right[:, :, :20])] == [True]
     assert doubt(0 * right) == ["no liver found"]
@@ -241,7 +240,16 @@ def test_the_summary_names_the_worst():
     assert (low["worst"], low["worst_case"], low["median"], low["n"]) == (0.5, "b", 0.7, 3)
     assert low["sd"] == pytest.approx(0.2)
     assert describe_values({"a": -30.0, "b": 10.0}, "far")["worst_case"] == "a"
-    assert describe_values({"a": 3.0, "b": 3.1}, "high")["worst_case"] == "b"
+
+
+@BLANK
+def test_a_summary_is_of_one_network_whatever_an_earlier_version_lacks(tmp_path):
+    row = {"truth": "t", "weights": "b", **score(blobs(1), blobs(2))}
+    old = {key: value for key, value in row.items() if "nsd" not in key}
+    rows = [old | {"case": "a"}, row | {"case": "b"}, row | {"case": "c", "weights": "a"}]
+    evaluation.report(rows, NAMES, tmp_path, "b")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["patients"], summary["liver"]["nsd_2mm"]["n"]) == (2, 1)
 
 
 def write_maps(folder, maps, values=(0, 1, 2), dtype=np.uint8, suffix=".nii.gz"):

@@ -32,11 +32,8 @@ def segment(checkpoint, tmp_path, blank_pictures) -> Callable[..., dict[str, dic
     """apply_model.py on some paths, without its pictures: case → row of results.json."""
 
     def apply(*paths: Path, out: str = "results", **settings) -> dict[str, dict]:
-        settings = {
-            "checkpoint": checkpoint,
-            "device": "cpu",
-            "destination": tmp_path / out,
-        } | settings
+        how = {"checkpoint": checkpoint, "device": "cpu", "destination": tmp_path / out}
+        settings = how | settings
         apply_model.main(apply_model.Config(paths=paths, **settings))
         rows = json.loads((tmp_path / out / "results.json").read_text())
         return {row["case"]: row for row in rows}

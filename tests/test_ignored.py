@@ -88,6 +88,8 @@ def test_training_and_validation_leave_unannotated_voxels_out(batch, tmp_path):
     assert counts[:, 0].tolist() == [known.sum(), known.numel(), known.sum()]
     expected = 2 * known.sum() / (known.numel() + known.sum())
     assert validate(run, [given], loss)["val_dice_liver"] == pytest.approx(expected.item())
+    given[LABEL] = 0 * label  # a class that nobody has, found everywhere
+    assert np.isnan(validate(run, [given], loss)["val_dice_liver"])
 
 
 @pytest.mark.parametrize("every, size", [(2, 16), (3, 16), (15, 16), (4, 1)])

@@ -118,10 +118,8 @@ def test_patches_are_validated_as_whole_cases(whole_cases, tmp_path):
     config = tiny("liver-tumour-ce", None, whole_cases, None)
     known, window = cached(config), (16, 16, 8)
     loader = SubvolumeLoader(Subvolumes(known), batch_size=1, shuffle=False, seed=0)
-    carried = {
-        "inference": {"window": window},
-        "preprocessing": {"labels": chain_of(config).labels},
-    }
+    classes = {"labels": chain_of(config).labels}
+    carried = {"inference": {"window": window}, "preprocessing": classes}
     run = Run(Neighbours(), None, None, tmp_path, torch.device("cpu"), torch.float32, carried)
     row, whole = validate(run, loader, train.LOSSES["dice"](None)), []
     for item in known:

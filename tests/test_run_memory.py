@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from helpers import copy_prepared, small_config, tiny
 import apply_model
 import train
 import utilities
+from data.check import identify_scan
 from data.files import InputError
 from data.pictures import find_best, judge_learning
 from data.splits import count_voxels, find_seen, list_patients, read_prepared
+from data.volumes import read_file
 from utilities import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -65,20 +68,28 @@ def test_a_training_scan_with_a_truth_is_refused_by_its_voxels(checkpoint, prepa
         apply_model.main(config)
         rows = csv.DictReader((tmp_path / "results" / "results.csv").open())
         assert {row["case"]: row["seen"] for row in rows}[f"{split}_image"] == seen
+    loaded = read_file(scan)
+    known = [{"content": identify_scan(loaded), "split": split} for split in cases]
+    for patients in (known, known[::-1]):  # one of several networks was trained on the patient
+        model = SimpleNamespace(patients=patients)
+        with pytest.raises(InputError, match="in the training of"):
+            apply_model.judge_seen(model, loaded, scan, accepted=False)
 
 
 def test_averaged_folds_know_all_their_patients(prepared):
-    own = list_patients(read_prepared(prepared))
+    own = list_patients(content := read_prepared(prepared))
     other = [r | {"split": "training"} for r in own if r["split"] == "validation"]
     (case,) = [record["case"] for record in own if record["split"] == "validation"]
-    assert find_seen(prepared, 0, "validation", own) == {}
-    assert find_seen(prepared, 0, "validation", own + other) == {case: "seen in training"}
+    assert find_seen(content, "validation", own) == {}
+    assert find_seen(content, "validation", own + other) == {case: "seen in training"}
     chosen = [r | {"split": "validation", "content": ""} for r in own if r["split"] == "test"]
-    assert set(find_seen(prepared, 0, "test", chosen).values()) == {"seen in validation"}
+    assert set(find_seen(content, "test", chosen).values()) == {"seen in validation"}
 
 
-def test_pretrained_weights_bring_their_patients(begun, prepared, few, tmp_path):
-    train.main(small_config(few, tmp_path, max_epochs=1, pretrained=begun))
+def test_pretrained_weights_bring_their_patients(begun, few, tmp_path, capsys):
+    data = copy_prepared(few, tmp_path / "data", lambda c: swap_splits(c, other="validation"))
+    train.main(small_config(data, tmp_path, max_epochs=1, pretrained=begun))
+    assert "was trained on 4 validation cases (phantom_000" in capsys.readouterr().out
     known = load_checkpoint(tmp_path)["patients"]
     assert len(known) == 2 * len(read_prepared(few)["cases"]) == 12
     assert {*known[0]} == {"patient", "case", "split", "content", "source"}
@@ -88,11 +99,12 @@ def test_pretrained_weights_bring_their_patients(begun, prepared, few, tmp_path)
 
 def test_a_resume_takes_the_same_data_alone_from_anywhere(begun, few, tmp_path, monkeypatch):
     for name, edit, told in (
-        ("thin", lambda content: content["subvolumes"].pop(), "is missing"),
-        ("other", lambda content: swap_splits(content, "training", "validation"), "is validation"),
+        ("thin", lambda content: content["subvolumes"].pop(), "began with.*is missing"),
+        ("other", lambda content: swap_splits(content, other="validation"), "began.*is validation"),
+        ("mr", lambda content: content["settings"].update(modality="MR"), "modality or crop"),
     ):
         data = copy_prepared(few, tmp_path / name, edit)
-        with pytest.raises(InputError, match=f"not the data that this run began with.*{told}"):
+        with pytest.raises(InputError, match=told):
             train.main(train.Config(resume=begun, data=data, max_epochs=2))
     run = shutil.copytree(begun, tmp_path / "run")
     data = shutil.copytree(few, tmp_path / "moved")
@@ -112,7 +124,8 @@ def test_a_run_finds_its_data_from_any_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["voxels", "truncated", "missing"])
 def test_a_prepared_file_that_was_changed_is_named(few, tmp_path, damage):
     data = shutil.copytree(few, tmp_path / "data")
-    record = next(r for r in read_prepared(data)["subvolumes"] if r["split"] == "training")
+    split = "validation" if damage == "voxels" else "training"
+    record = next(r for r in read_prepared(data)["subvolumes"] if r["split"] == split)
     path = data / record["image"]
     whole = path.read_bytes()
     path.unlink()
@@ -129,19 +142,23 @@ def test_a_prepared_file_that_was_changed_is_named(few, tmp_path, damage):
 def test_more_epochs_go_on_at_the_rate_of_their_schedule(
     few, tmp_path, schedule, factors, monkeypatch
 ):
-    """Poly and cosine end at 0: an epoch more at that rate would learn nothing."""
-    used, step = [], utilities.train_step
+    """Poly and cosine end at 0: an epoch more at that rate would learn nothing. best.pt stays that
+    of the second epoch."""
+    used, step, dice = [], utilities.train_step, iter((0.5, 0.9, 0.7, 0.8))
 
     def watch(run, *given):
         used.append(run.optimizer.param_groups[0]["lr"])
         return step(run, *given)
 
     monkeypatch.setattr(utilities, "train_step", watch)
+    row = {"val_loss": 0.5, "val_chance": 0.1}
+    monkeypatch.setattr(utilities, "validate", lambda *_: row | {"val_dice": next(dice)})
     train.main(small_config(few, tmp_path, max_epochs=1, schedule=schedule, learning_rate=8e-3))
     train.main(train.Config(resume=tmp_path, max_epochs=4, device="cpu"))
     rates = [row["learning_rate"] for row in load_checkpoint(tmp_path / "last.pt")["history"]]
     assert rates == pytest.approx([8e-3 * factor for factor in factors], rel=1e-3)
     assert [*dict.fromkeys(used)] == rates
+    assert load_checkpoint(tmp_path / "best.pt")["epoch"] == 2
 
 
 def test_an_edited_config_is_used_or_refused_and_versions_named(begun, tmp_path, capsys):
@@ -149,6 +166,9 @@ def test_an_edited_config_is_used_or_refused_and_versions_named(begun, tmp_path,
     settings = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(settings | {"learning_rate": 0.5}))
     with pytest.raises(InputError, match="but learning_rate differ"):
+        train.main(train.Config(resume=run, device="cpu"))
+    (run / "config.json").write_text(json.dumps(settings | {"learning_rat": 0.5}))
+    with pytest.raises(InputError, match="no such setting: learning_rat"):
         train.main(train.Config(resume=run, device="cpu"))
     (run / "config.json").write_text(json.dumps(settings | {"max_epochs": 2}))
     saved = torch.load(run / "last.pt", weights_only=True)
@@ -183,6 +203,9 @@ def histories(losses, dice, rate=1e-3, chance=0.15):
         ("still rising", [0.8, 0.6, 0.5, 0.4], [0.2, 0.4, 0.6, 0.7], 1e-3),
         ("learnt", [0.1, 0.1, 0.1, 0.1], [0.93, 0.93, 0.94, 0.935], 1e-3),  # from weights
         ("learnt", [0.9, 0.4, 0.2, 0.1], [0.3, 0.8, 0.7, 0.65], 1e-3),
+        ("still rising", [0.8], [0.33], 1e-3),  # an epoch alone tells no fall of the loss
+        ("nothing learnt: .*--show", [0.8], [0.16], 1e-3),
+        ("still rising", [0.9, 0.85], [0.0, 0.33], 1e-3),
     ],
 )
 def test_the_verdict_says_whether_anything_was_learnt(word, losses, dice, rate):
@@ -254,7 +277,12 @@ def test_checkpoints_with_other_content_are_one_message(begun, tmp_path):
         ({"network_state": None}, "network_state has the wrong type"),
         ({"declared": [1]}, "declared has the wrong type, got list"),
         ({"inference": {"window": (32, 32, 16), "overlap": 1.0}}, "--overlap must be a number"),
-        ({"config": {"spacing": (0.0, 1.0)}}, "--spacing must be a number"),
+        ({"inference": {}}, "inference: window is missing"),
+        ({"patients": None}, "patients has the wrong type"),
+        ({"versions": None}, "versions has the wrong type"),
+        ({"modality": "x"}, "--modality must be"),
+        ({"config": {}}, "config: data is missing"),
+        ({"config": saved["config"] | {"spacing": (0.0, 1.0)}}, "--spacing must be a number"),
         ({"network_state": state | {variance: -state[variance] - 1}}, "negative variance"),
         ({"expected": {"liver": {"log_ml": 7.0, "sd": 0.0}}}, "--sd must be"),
         ({"expected": {"liver": {"log_ml": np.nan, "sd": 1.0}}}, "--log-ml must be"),
@@ -290,7 +318,6 @@ def test_a_dataset_json_that_prepare_did_not_write_is_one_message(few, tmp_path)
         ("{}", "schema is missing"),
         ('{"schema": 99}', "got 99; update this program"),
         (json.dumps(less), "subvolume_depth is missing; prepare the data again"),
-        (json.dumps(content | {"labels": {"liver": ["x"]}}), "labels must be whole numbers"),
     ):
         (tmp_path / "dataset.json").write_text(text)
         with pytest.raises(InputError, match=rf"dataset\.json: .*{message}"):
@@ -298,26 +325,35 @@ def test_a_dataset_json_that_prepare_did_not_write_is_one_message(few, tmp_path)
     piece, case = content["subvolumes"][0], content["cases"][0]
     other = next(c["split"] for c in content["cases"] if c["split"] != case["split"])
     for entry, changes, message in (
-        (piece, {"image": piece["label"], "label": piece["image"]}, "image must name a file"),
-        (piece, {"voxels_per_label": {"0": -5}}, "whole numbers from 0"),
+        (content, {"labels": {"liver": ["x"]}}, "--labels must be a number"),
+        (content, {"ignore": "x"}, "--ignore must be"),
+        (content, {"subvolume_depth": 8}, "shape must be of 8 slices"),
+        (content, {"settings": {"folds": "x"}}, "--folds must be a number"),
+        (content, {"settings": {"label_every": 0}}, "--label-every must be a number"),
+        (piece, {"image": piece["label"], "label": piece["image"]}, "its case's file"),
+        (piece, {"first_slice": 3}, "its case's file image_0003"),
+        (piece, {"voxels_per_label": {"0": -5}}, "must be a number 0 <= x"),
         (piece, {"voxels_per_label": {"liver": 5}}, "must count label values"),
-        (piece, {"shape": [48, 48]}, "three numbers"),
-        (piece, {"spacing_mm": [1.0, 1.0, 0.0]}, "numbers above 0"),
-        (piece, {"split": "train"}, "split must be one of"),
-        (piece, {"case": "nobody"}, "belongs to no case"),
+        (piece, {"shape": [48, 48]}, "--shape must be"),
+        (piece, {"spacing_mm": [1.0, 1.0, 0.0]}, "--spacing-mm must be a number 0 < x"),
+        (piece, {"split": "train"}, "--split must be"),
+        (case, {"case": "nobody"}, "belongs to no case"),
         (case, {"split": other}, "is in two splits"),
     ):
         before = dict(entry)
         entry |= changes
         (tmp_path / "dataset.json").write_text(json.dumps(content))
         entry |= before
-        with pytest.raises(InputError, match=rf"dataset\.json: .*{message}.*; prepare the data"):
+        with pytest.raises(InputError, match=rf"dataset\.json: .*{message}") as error:
             read_prepared(tmp_path)
+        assert "prepare the data again" in str(error.value)
 
 
-@pytest.mark.parametrize(("rank", "size"), [("x", "1"), ("0", "0"), ("3", "2"), ("-1", "2")])
-def test_impossible_processes_are_refused(monkeypatch, rank, size):
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", size)
-    with pytest.raises(InputError, match="RANK must be 0 to WORLD_SIZE"):
-        apply_model.main(apply_model.Config(paths=()))
+@pytest.mark.parametrize("ranks", ["x 1", "0 0", "3 2", "-1 2", "1", " 2"])
+def test_impossible_processes_are_refused(monkeypatch, ranks):
+    for key, value in zip(("RANK", "WORLD_SIZE"), ranks.split(" "), strict=False):
+        if value:
+            monkeypatch.setenv(key, value)
+    for main, config in ((apply_model.main, apply_model.Config()), (train.main, train.Config())):
+        with pytest.raises(InputError, match="RANK must be 0 to WORLD_SIZE"):
+            main(config)

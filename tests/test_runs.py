@@ -33,11 +33,8 @@ def edit_prepared(prepared: Path, folder: Path, *splits: str, **changes) -> Path
 
 
 def test_one_flipped_bit_is_refused_by_name(begun, tmp_path):
-    whole, path, rng = (
-        (begun / "best.pt").read_bytes(),
-        tmp_path / "a.pt",
-        np.random.default_rng(0),
-    )
+    whole, path = (begun / "best.pt").read_bytes(), tmp_path / "a.pt"
+    rng = np.random.default_rng(0)
     weights, refused = load_checkpoint(begun / "best.pt")["network_state"], 0
     for place in rng.integers(0, len(whole), 24):
         damaged = bytearray(whole)
