@@ -132,7 +132,7 @@ def test_a_run_begins_with_the_encoder_and_keeps_its_shape(few, resnet34, tmp_pa
     assert run.carried["network_args"]["projections"] is True
     monkeypatch.setattr(train, "begin_with_encoder", lambda *_: pytest.fail("read once more"))
     monkeypatch.setattr(utilities.Run, "restore", lambda *_: None)
-    train.build_run(*given, {"resumed": True})
+    train.build_run(*given, {"patients": [], "begun": {"anew": []}})
 
 
 def test_a_file_that_is_no_resnet34_is_one_clear_error(resnet34, encoder, tmp_path, checkpoint):
