@@ -361,14 +361,15 @@ def draw_summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Any:
 
 
 def tell_row(row: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return `liver 1637 ml, Dice 0.9141, expected Dice 0.91: good`, for terminal and preview."""
+    """Return `liver 1637 ml, Dice 0.9141, expected Dice 0.92 (0.88–0.95): good`, as is printed."""
     parts = []
     for name in names:
         parts.append(f"{name} {row[f'{name}_volume_ml']:.0f} ml")
         if (dice := row.get(f"{name}_dice")) is not None:
             parts.append(f"Dice {dice:.4f}")
     parts += [seen] if (seen := row.get("seen")) else []
-    return ", ".join([*parts, f"expected Dice {row['expected_dice']:.2f}: {row['trust']}"])
+    dice, low, high = (row[f"expected_{end}"] for end in ("dice", "low", "high"))
+    return ", ".join([*parts, f"expected Dice {dice:.2f} ({low:.2f}–{high:.2f}): {row['trust']}"])
 
 
 def report_all(folder: Path, names: Sequence[str], weights: str) -> None:
@@ -382,7 +383,8 @@ def report_all(folder: Path, names: Sequence[str], weights: str) -> None:
     if lesions:
         write_table(lesions, folder / "lesions.csv")
     rows.sort(key=lambda row: row.get("expected_dice") or 0.0)  # an earlier version wrote none
-    keys = ("case", "trust", "expected_dice", "least_sure_slice", "truth", "warnings")
+    keys = ("case", "trust", "expected_dice", "expected_low", "expected_high", "least_sure_slice",
+            "truth", "warnings")  # fmt: skip
     review = [{key: row.get(key) for key in keys} for row in rows]
     for row in review:
         row["picture"] = f"{row['case']}/{row['case']}_preview.png"

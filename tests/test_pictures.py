@@ -17,7 +17,6 @@ from data.pictures import (
     class_colour,
     curves_figure,
     draw_planes,
-    find_busiest_slice,
     save_figure,
     show_patient,
 )
@@ -104,13 +103,6 @@ def test_volumes_of_any_orientation_are_drawn_on_every_plane(plane, tmp_path):
     assert count_pixels(path, TRUTH_COLOUR) == 0, "one map has the colours of its classes"
     show_patient({**data, PRED: data[LABEL]}, index, path, plane=plane, names=["liver", "tumour"])
     assert count_pixels(path, TRUTH_COLOUR) > 30
-
-
-def test_the_slice_with_most_of_a_mask():
-    mask = np.zeros((5, 6, 7), bool)
-    assert [find_busiest_slice(mask, axis) for axis in range(3)] == [2, 3, 3]
-    mask[1, 2, 4] = mask[1, 3, 4] = mask[2, 2, 5] = True
-    assert [find_busiest_slice(mask, axis) for axis in range(3)] == [1, 2, 4]
 
 
 def test_grey_values_of_ct_of_a_network_and_of_mr():
