@@ -104,14 +104,14 @@ def test_a_liver_on_the_wrong_side_is_misplaced():
     """By hand: 12 columns have their mean at 9.5 and an SD of √(143 / 12); the usual place is 0.6
     SD to the right, 0.3 to the front. The mirror image lies 1.2 SD away, of which 0.3 are usual."""
     scan, sd = Volume(np.full((20, 20, 4), -1000, np.int16), np.eye(4)), math.sqrt(143 / 12)
-    scan.data[4:16, 4:16], p = 40, np.full(scan.shape, 0.001)
+    scan.data[4:16, 4:16], p = 40, np.full((40, 40, 4), 0.001)
     for x, away in ((9.5 + 0.6 * sd, 0), (9.5 - 0.6 * sd, 0.9)):
         at = np.array([[x, 9.5 + 0.3 * sd, z] for z in range(4)])
         assert trust.rate_place(at, scan, "liver") == pytest.approx(away)
         assert trust.rate_place(at, scan, "spleen") == 0, "only the liver's place is known"
         assert trust.rate_place(at, blank(20, 20, 4), "liver") == 0, "no air: no HU, or cropped"
-    p[6:8, 9:11, 1:3] = 0.99  # 3 / SD + 0.6 to the left of it, 0.3 to the back
-    (known,) = trust.weigh_scores(scores_of(p), np.eye(4), scan, ["liver"])
+    p[12:15, 18:21, 1:3] = 0.99  # about 6.5, 9.5 of the scan: 3 / SD + 0.6 to the left of it
+    (known,) = trust.weigh_scores(scores_of(p), np.diag([2.0, 2, 1, 1]), scan, ["liver"])
     assert known.misplaced == pytest.approx(math.hypot(3 / sd + 0.6, 0.3) - 0.3)
 
 
