@@ -460,8 +460,7 @@ def judge_fit(
 ) -> tuple[list[Finding], Place | None]:
     """Return whether the HU in the outline of a liver are more even elsewhere, and where: their
     interquartile range is compared with that in 1,125 places, turned and moved by up to 25 mm along
-    each axis. In 146 right outlines it was the lowest one; of outlines of real livers moved by 15
-    mm or more all 144 were doubtful, by 10 mm 26 of 36."""
+    each axis. In 146 right outlines it was the lowest; all 144 moved by 15 mm were doubtful."""
     at = np.argwhere(inside)
     if len(at) * math.prod(spacing_mm) < SMALLEST_MM3:
         return [], None

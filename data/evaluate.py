@@ -70,10 +70,9 @@ def dice_metric(
     prediction: Any = None, label: Any = None, num_classes: int = 2, *, counts: Any = None
 ) -> np.ndarray:
     """Return (num_classes − 1,) hard Dice of one patient: 2·|both| / (|prediction| + |label|). It
-    is NaN for a class in neither, and 0 for a prediction on an empty label, because a false alarm
-    must not vanish from the mean. `prediction` and `label` are class indices, arrays or tensors of
-    one shape, on the scan's own grid if the Dice is to be reported. `counts` replaces both: the sum
-    of `overlap_counts` over a patient's sub-volumes."""
+    is NaN for a class in neither, and 0 for a false alarm, which must not vanish from the mean.
+    `prediction` and `label` are class indices, arrays or tensors of one shape; to be reported, on
+    the scan's grid. `counts` replaces both: `overlap_counts`, summed over sub-volumes."""
     if counts is None:
         counts = overlap_counts(prediction, label, num_classes)
     both, predicted, true = np.asarray(counts, float)
@@ -200,10 +199,9 @@ def list_surface(mask: np.ndarray) -> np.ndarray:
 
 
 def score_lesions(predicted: np.ndarray, truth: np.ndarray, grid: Volume) -> dict[str, Any]:
-    """Return how many lesions were found and how many findings are right, in all and by size. A
-    lesion is a connected component of a mask (X, Y, Z). It is found, or right, if it and what
-    touches it have an IoU of LESION_IOU; `_dice_50`: a Dice of 0.5, as LiTS counts. Its size is the
-    diameter of the ball of equal volume."""
+    """Return how many lesions were found and how many findings are right, in all and by size (the
+    diameter of the ball of equal volume). A lesion is a connected component of a mask (X, Y, Z): it
+    is found, or right, if it and what touches it have LESION_IOU; `_dice_50`: as LiTS counts."""
     sizes, found, dice = match_lesions(truth, predicted)
     right = match_lesions(predicted, truth)[1]
     row: dict[str, Any] = {"lesions_predicted": len(right), "lesions_right": int(right.sum())}

@@ -91,9 +91,8 @@ def weigh_scores(
 def judge_trust(
     evidence: Sequence[Evidence], row: Mapping[str, Any], expected: Mapping[str, Any] | None
 ) -> Evidence:
-    """Return the found organ with the lowest expected Dice, with this Dice and its word. `row` is
-    of `data.evaluate.measure` ({class}_volume_ml); `expected` of the checkpoint, from
-    `learn_volumes`, or None."""
+    """Return the found organ with the lowest expected Dice, with its interval and word. `row` is of
+    `data.evaluate.measure` ({class}_volume_ml); `expected` of `learn_volumes`, or None."""
     for known in evidence:
         ml = sum(row[f"{name}_volume_ml"] or 0.0 for name in known.classes)
         steady = min(max(known.steadiness, 1e-3), 1 - 1e-3)
@@ -138,8 +137,7 @@ def group_bodies(names: Sequence[str]) -> list[list[int]]:
 
 def learn_volumes(prepared: Mapping[str, Any], classes: Labels) -> dict[str, dict[str, float]]:
     """Return organ → mean and SD of ln(volume in ml), tumours counted, of the training cases; of
-    those alone that no scan cuts off, if there are any. Few patients say little about the SD: that
-    of adults counts as much as USUAL_WEIGHT of them."""
+    those that no scan cuts off, if any. The SD of adults counts as much as USUAL_WEIGHT of them."""
     names, learnt = list(classes)[1:], dict[str, dict[str, float]]()
     every = int(prepared["settings"].get("label_every") or 1)  # each n-th slice is annotated
     training = [case for case in prepared.get("cases", ()) if case["split"] == "training"]
