@@ -424,8 +424,8 @@ def apply_to_case(model: Model, case: datasets.Case, config: Config, seen: str) 
     row["seen"] = seen
     if truth is not None:
         row |= evaluate.evaluate(found.classes, truth, model.names)
-    known = (found.scores.numpy(), found.to_network, scan.ras_shape, model.names)
-    doubt = trust.judge_trust(trust.weigh_scores(*known), row, model.expected)
+    known = trust.weigh_scores(found.scores.numpy(), found.to_network, scan, model.names)
+    doubt = trust.judge_trust(known, row, model.expected)
     row |= doubt.row
     notes += found.notes + find_doubts(found.classes, scan, model.names)
     summary, folder = evaluate.tell_row(row, model.names), config.destination / case.name

@@ -216,8 +216,7 @@ def cut_cases(
 
 
 def foresee(sound: list[Record], first: Record, seconds: float, config: Config) -> None:
-    """Print the disk and the time that all cases take, by those of the first; InputError where the
-    disk is too small for them."""
+    """Print disk and time of all cases, by those of the first; InputError for too small a disk."""
     voxels = [math.prod(record["shape"]) for record in sound]
     pieces, more = first["subvolumes"], sum(voxels[1:]) / voxels[0]
     size = sum(piece[f"{key}_bytes"] for piece in pieces for key in (IMAGE, LABEL)) * more

@@ -139,10 +139,8 @@ def preprocess_slices(
 def resample_depth(
     slices: torch.Tensor, slice_mm: float, chain: Chain, key: str = IMAGE
 ) -> torch.Tensor:
-    """Return slices (Z, X, Y) of patches at `chain.spacing` along z, the first in its place.
-
-    Images are interpolated linearly; a label is that of the nearest slice, or of the nearest
-    annotated one within half a step."""
+    """Return slices (Z, X, Y) of patches at `chain.spacing` along z, the first in its place: images
+    linearly; labels of the nearest slice, or the nearest annotated one within half a step."""
     size, spacing = len(slices), chain.spacing[2]
     position = np.arange(round((size - 1) * slice_mm / spacing) + 1) * (spacing / slice_mm)
     if key == IMAGE:
@@ -376,8 +374,7 @@ class Subvolumes(Dataset):
 
 
 def move(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
-    """Return a tensor on a device (None: where it lies). To a GPU it goes by the host's pinned
-    memory, and nobody waits for it."""
+    """Return a tensor on a device (None: where it lies); by pinned memory, nobody waits for it."""
     if device is None or tensor.device.type == device.type:
         return tensor
     on_gpu = device.type == "cuda"

@@ -313,8 +313,7 @@ CONTRADICTIONS: list[Rule] = [
 
 
 def check(config: Config, depth: int) -> None:
-    """Raise InputError for settings that cannot work on sub-volumes of `depth` slices (0: whole
-    cases), before hours are spent on them."""
+    """Raise InputError for settings that cannot work on `depth` slices (0: of whole cases)."""
     for is_wrong, message in CONTRADICTIONS:
         if is_wrong(config, depth):
             held, usual = "whole cases", "take a recipe of patches, such as laptop, or prepare"

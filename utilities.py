@@ -188,8 +188,7 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def choose_layout(device: torch.device) -> torch.memory_format:
-    """Return the layout of images (B, C, X, Y, Z): channels last is the fastest in half precision;
-    Apple's GPUs are wrong in it."""
+    """Return the layout of images (B, C, X, Y, Z): channels last; Apple's GPUs are wrong in it."""
     return torch.preserve_format if device.type == "mps" else torch.channels_last_3d
 
 
@@ -331,8 +330,7 @@ def measure_step(run: Run, loss_function: nn.Module, shape: Sequence[int]) -> in
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return a setting's type of numbers; `auto` is bfloat16 where the hardware multiplies it,
-    float16 on older GPUs, else float32."""
+    """Return a setting's type; `auto`: bfloat16, on older GPUs float16, where slow float32."""
     if name != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
     if device.type == "cuda":
@@ -610,8 +608,7 @@ class Run:
         return cast(torch.Tensor, sliding_window_inference(*how, **places))
 
     def fetch(self, pending: list[tuple[list[str], torch.Tensor, torch.Tensor]]) -> None:
-        """Take (cases, loss, counts) of steps from the device; raise InputError, with the names of
-        the cases, where a loss is not finite."""
+        """Take (cases, loss, counts) from the device; InputError for cases of an infinite loss."""
         values = torch.stack([loss for _, loss, _ in pending]).tolist() if pending else []
         for (cases, _, counts), value in zip(pending, values, strict=True):
             if not math.isfinite(value):

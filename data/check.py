@@ -41,6 +41,7 @@ from data.labels import (
     parse_values,
 )
 from data.settings import Count, Whole, read_settings, run_script, show_progress
+from data.trust import PLAUSIBLE_ML
 from data.volumes import AIR_HU, Volume, find_bounding_box
 
 Finding = tuple[str, str]  # kind (a key of RULES), text
@@ -88,7 +89,6 @@ HIGHEST_HU = 31_000  # of any CT, metal included; padding read as unsigned is 62
 COARSE = 128  # voxels in-plane that are enough for the statistics
 SMALLEST = 8  # voxels in-plane; a network halves a slice three times
 LARGEST_MM = (1000, 1000, 2200)  # of a scan: the widest scanners see 800 mm of a patient
-PLAUSIBLE_ML = {"liver": (500, 4000)}  # volumes of adults
 RIGHT_SIDED = ("liver",)  # organs on the patient's right
 # An outline is judged from so many mm³ on (the tips of livers often fit elsewhere), by so many of
 # its voxels, and is doubtful or wrong if its HU range is so many times the lowest one elsewhere.
@@ -460,8 +460,7 @@ def judge_fit(
 ) -> tuple[list[Finding], Place | None]:
     """Return whether the HU in the outline of a liver are more even elsewhere, and where: their
     interquartile range is compared with that in 1,125 places, turned and moved by up to 25 mm along
-    each axis. In 146 right outlines it was the lowest one; of outlines of real livers moved by 15
-    mm or more all 144 were doubtful, by 10 mm 26 of 36."""
+    each axis. In 146 right outlines it was the lowest; all 144 moved by 15 mm were doubtful."""
     at = np.argwhere(inside)
     if len(at) * math.prod(spacing_mm) < SMALLEST_MM3:
         return [], None

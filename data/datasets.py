@@ -263,9 +263,8 @@ class Pairing:
         self.labels = [one for one in self.labels if one not in more or one in self.taken]
 
     def choose_channels(self, channels: Sequence[Item]) -> None:
-        """Name nnU-Net's first channels after their case and leave the further ones out: `x_0000`
-        is x and `x_0001` … are further channels only if x has a label map and they have none of
-        their own name. Nothing is stripped from label maps."""
+        """Name nnU-Net's first channels (`x_0000`) after their case, x, and leave the further ones
+        (`x_0001` …) out, if x has a label map and they have none. Label maps keep their names."""
         known = {key for one in self.labels for some in one.keys.values() for key in some} - {""}
         renamed: dict[Item, list[Item]] = {}
         for scan in channels:

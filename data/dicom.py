@@ -658,8 +658,7 @@ def name_class(header: Any) -> str:
 def list_segments(header: Any, file: Path) -> list[tuple[int, str, int]]:
     """Return (number, name, label value) of each segment. The name is the segment's label if it is
     a known one, else what its code means. The numbers run from 1; where the label value is another,
-    the description says it (`write_seg`). Of segments with one name the first one's value counts.
-    """
+    the description says it (`write_seg`). Of segments with one name the first value counts."""
     from pydicom.sr.codedict import codes
 
     segments, values = [], dict[str, int]()

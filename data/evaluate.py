@@ -70,10 +70,9 @@ def dice_metric(
     prediction: Any = None, label: Any = None, num_classes: int = 2, *, counts: Any = None
 ) -> np.ndarray:
     """Return (num_classes − 1,) hard Dice of one patient: 2·|both| / (|prediction| + |label|). It
-    is NaN for a class in neither, and 0 for a prediction on an empty label, because a false alarm
-    must not vanish from the mean. `prediction` and `label` are class indices, arrays or tensors of
-    one shape, on the scan's own grid if the Dice is to be reported. `counts` replaces both: the sum
-    of `overlap_counts` over a patient's sub-volumes."""
+    is NaN for a class in neither, and 0 for a false alarm, which must not vanish from the mean.
+    `prediction` and `label` are class indices, arrays or tensors of one shape; to be reported, on
+    the scan's grid. `counts` replaces both: `overlap_counts`, summed over sub-volumes."""
     if counts is None:
         counts = overlap_counts(prediction, label, num_classes)
     both, predicted, true = np.asarray(counts, float)
@@ -200,10 +199,9 @@ def list_surface(mask: np.ndarray) -> np.ndarray:
 
 
 def score_lesions(predicted: np.ndarray, truth: np.ndarray, grid: Volume) -> dict[str, Any]:
-    """Return how many lesions were found and how many findings are right, in all and by size. A
-    lesion is a connected component of a mask (X, Y, Z). It is found, or right, if it and what
-    touches it have an IoU of LESION_IOU; `_dice_50`: a Dice of 0.5, as LiTS counts. Its size is the
-    diameter of the ball of equal volume."""
+    """Return how many lesions were found and how many findings are right, in all and by size (the
+    diameter of the ball of equal volume). A lesion is a connected component of a mask (X, Y, Z): it
+    is found, or right, if it and what touches it have LESION_IOU; `_dice_50`: as LiTS counts."""
     sizes, found, dice = match_lesions(truth, predicted)
     right = match_lesions(predicted, truth)[1]
     row: dict[str, Any] = {"lesions_predicted": len(right), "lesions_right": int(right.sum())}
@@ -361,14 +359,15 @@ def draw_summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Any:
 
 
 def tell_row(row: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return `liver 1637 ml, Dice 0.9141, expected Dice 0.91: good`, for terminal and preview."""
+    """Return `liver 1637 ml, Dice 0.9141, expected Dice 0.92 (0.88–0.95): good`, as is printed."""
     parts = []
     for name in names:
         parts.append(f"{name} {row[f'{name}_volume_ml']:.0f} ml")
         if (dice := row.get(f"{name}_dice")) is not None:
             parts.append(f"Dice {dice:.4f}")
     parts += [seen] if (seen := row.get("seen")) else []
-    return ", ".join([*parts, f"expected Dice {row['expected_dice']:.2f}: {row['trust']}"])
+    dice, low, high = (row[f"expected_{end}"] for end in ("dice", "low", "high"))
+    return ", ".join([*parts, f"expected Dice {dice:.2f} ({low:.2f}–{high:.2f}): {row['trust']}"])
 
 
 def report_all(folder: Path, names: Sequence[str], weights: str) -> None:
@@ -382,7 +381,8 @@ def report_all(folder: Path, names: Sequence[str], weights: str) -> None:
     if lesions:
         write_table(lesions, folder / "lesions.csv")
     rows.sort(key=lambda row: row.get("expected_dice") or 0.0)  # an earlier version wrote none
-    keys = ("case", "trust", "expected_dice", "least_sure_slice", "truth", "warnings")
+    keys = ("case", "trust", "expected_dice", "expected_low", "expected_high", "least_sure_slice",
+            "truth", "warnings")  # fmt: skip
     review = [{key: row.get(key) for key in keys} for row in rows]
     for row in review:
         row["picture"] = f"{row['case']}/{row['case']}_preview.png"

@@ -21,8 +21,7 @@ import filelock
 
 
 class InputError(ValueError):
-    """An input that cannot be used; the message says file, found, expected and remedy. `kind` names
-    its finding in `data.check`."""
+    """An input that cannot be used: file, found, expected, remedy. `kind`: one of `data.check`."""
 
     def __init__(self, message: str, kind: str = "unreadable") -> None:
         super().__init__(message)
@@ -30,8 +29,7 @@ class InputError(ValueError):
 
 
 def explain(error: Exception, place: str = "") -> str:
-    """Return an error in one line, an unforeseen one with its place and kind; LIVER_DEBUG=1 also
-    shows where that one came from."""
+    """Return an error in one line, an unforeseen one with its place; LIVER_DEBUG=1 traces it."""
     if isinstance(error, InputError):
         return str(error)
     if os.environ.get("LIVER_DEBUG"):

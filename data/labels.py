@@ -243,8 +243,7 @@ def describe(
 ) -> tuple[Description, list[Path]]:
     """Return what describes label maps, and the label maps that nothing describes. The nearest of
     DESCRIBING above a label map does, up to `source`, else in two folders. It never reaches a
-    neighbouring set: that has USUAL_LABELS. The segments in a .seg.nrrd are read by their names,
-    so that their values may differ from file to file."""
+    neighbouring set: that has USUAL_LABELS. Segments of .seg.nrrd go by their names."""
     nearest = cache(_look)
     told: dict[str, Description] = {}
     usual, segments = list[Path](), dict[str, Description]()

@@ -58,9 +58,7 @@ def show_patient(
     title: str | None = None,
 ) -> Any:
     """Draw one slice of a patient: image, outlines of label and prediction. Return the figure.
-
-    With label and prediction, the label is blue and each class of the prediction has its own
-    colour; with one of them, each of its classes has.
+    Each class has its colour; with a prediction, the label is blue.
 
     Args:
         data: "image" and, when known, "label" and "pred" (class indices): a Volume, or (1, X, Y, Z)
@@ -288,10 +286,9 @@ def find_best(history: list[dict[str, float]]) -> tuple[int, int]:
 
 
 def judge_learning(history: list[dict[str, float]]) -> str:
-    """Return the verdict on a training in one line, with the likeliest cause where it failed.
-    Nothing is learnt where the Dice is hardly above `val_chance`, that of a network which calls
-    everything foreground, or where the loss did not fall and the Dice is that of rough guesses.
-    Without validation the training's loss alone tells."""
+    """Return the verdict on a training in one line, with the likeliest cause where it failed, by
+    the training's loss, and by the Dice of the validation, if any: nothing is learnt where it is
+    hardly above `val_chance` (everything is foreground), or low while the loss did not fall."""
     if not history:
         return "nothing learnt: no epoch was finished"
     losses = [row["train_loss"] for row in history]

@@ -40,8 +40,7 @@ MAY_BE_EMPTY = (
 
 def choose_segment_values(segments: Mapping[str, int], declared: Labels) -> dict[str, int]:
     """Return the label value of each segment: the first value of the declared name that it means.
-    Any other name keeps its number, or gets a value of its own where that number is taken: SEGs of
-    one data set may number the same organs differently."""
+    Others keep their number, or get an own value where it is taken: SEGs may number differently."""
     known = {name: find_label(name, declared) for name in segments}
     values = {name: declared[label][0] for name, label in known.items() if label is not None}
     own = {value for some in declared.values() for value in some}
@@ -173,8 +172,7 @@ def lay_structures(
 
 def write_seg(label: Volume, scan: Volume, classes: Labels, path: Path) -> list[str]:
     """Write a label map as DICOM SEG of the series that `scan` was read from, and read it back.
-    `label` has the scan's own axes and raw values; `classes` says which are which, background
-    first. Returns the reason why there is none, if so."""
+    `label` has the scan's axes; `classes` names its values, background first. Returns why not."""
     import pydicom
 
     if not scan.files:

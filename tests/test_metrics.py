@@ -11,7 +11,7 @@ from data.evaluate import dice_metric, nan_mean
 def test_a_false_alarm_counts_and_an_absent_organ_does_not():
     empty = np.zeros((4, 4, 4), int)
     assert np.isnan(dice_metric(empty, empty)).all()
-    assert dice_metric(empty + 1, empty) == [0.0]
+    assert dice_metric(empty + 1, empty) == dice_metric(empty, empty + 1) == [0.0]
     assert nan_mean([np.nan, 0.0, 1.0]) == 0.5
 
 

@@ -10,7 +10,6 @@ from torch.nn.modules.dropout import _DropoutNd
 
 import apply_model
 import train
-from data.files import InputError
 from data.splits import read_prepared
 from utilities import UNet3D, build_network, predict_classes
 
@@ -72,11 +71,6 @@ def test_every_name_trains_an_epoch_and_is_rebuilt_from_its_checkpoint(option, n
     with torch.no_grad():
         logits = model.network(torch.zeros(1, 1, *model.inference["window"]))
     assert logits.shape == (1, 2, side, side, 16) and logits.isfinite().all()
-
-
-def test_an_unknown_network_is_refused_with_the_known_ones():
-    with pytest.raises(InputError, match="network must be one of unet3d, unet"):
-        build_network("unet4d", **ARGUMENTS)
 
 
 def test_dice_and_tversky_by_hand():

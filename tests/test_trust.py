@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 
 import apply_model
-from data import trust
+from data import evaluate, trust
+from data.volumes import Volume
 from utilities import load_checkpoint
 
 
 def scores_of(probability: np.ndarray) -> np.ndarray:
     """Logits (1, X, Y, Z) of one class."""
     return np.log(probability / (1 - probability))[None].astype(np.float32)
+
+
+def blank(*shape: int) -> Volume:
+    """A scan without air, in which no place is unusual."""
+    return Volume(np.zeros(shape, np.int16), np.eye(4))
 
 
 def test_voxels_between_the_two_thresholds_lower_the_steadiness():
@@ -25,7 +31,7 @@ def test_voxels_between_the_two_thresholds_lower_the_steadiness():
     scores, before = scores_of(p), scores_of(p)
     to_network = np.diag([0.5, 0.5, 0.25, 1.0])  # the scan has four slices for each of these
     to_network[:2, 3] = -0.25  # and two voxels in plane, from edge to edge
-    (known,) = trust.weigh_scores(scores, to_network, (12, 14, 32), ["liver"])
+    (known,) = trust.weigh_scores(scores, to_network, blank(12, 14, 32), ["liver"])
     assert known.steadiness == pytest.approx(16 / 20)
     assert known.slice == 20, "the slice of the scan in which the undecided voxels lie"
     doubt = np.zeros((12, 14), bool)  # the network's grid ends before the scan's last columns
@@ -33,7 +39,7 @@ def test_voxels_between_the_two_thresholds_lower_the_steadiness():
     assert np.array_equal(known.doubt, doubt), "on the scan's grid"
     assert np.array_equal(scores, before), "the label map is made of the same scores afterwards"
     assert not known.cut
-    (known,) = trust.weigh_scores(scores[..., :6], to_network, (12, 12, 24), ["liver"])
+    (known,) = trust.weigh_scores(scores[..., :6], to_network, blank(12, 12, 24), ["liver"])
     assert known.cut, "it reaches the last slice"
 
 
@@ -43,7 +49,8 @@ def test_a_tumour_belongs_to_its_organ_and_the_least_sure_organ_decides():
     p[1, 3] = 0.97  # its tumour
     p[2, 5:] = 0.5  # spleen
     scores = np.log(p / (1 - p.sum(axis=0)).clip(1e-4)).astype(np.float32)
-    liver, spleen = trust.weigh_scores(scores, np.eye(4), (8, 4, 4), ["liver", "tumour", "spleen"])
+    flat = blank(8, 4, 4)
+    liver, spleen = trust.weigh_scores(scores, np.eye(4), flat, ["liver", "tumour", "spleen"])
     assert liver.classes == ("liver", "tumour")
     assert (liver.steadiness, spleen.steadiness) == (1.0, 0.0)
     row = {f"{name}_volume_ml": 100.0 for name in ("liver", "tumour", "spleen")}
@@ -52,14 +59,15 @@ def test_a_tumour_belongs_to_its_organ_and_the_least_sure_organ_decides():
     assert judged.row["trust"] == "distrust"
     row["spleen_volume_ml"] = 0.0
     assert trust.judge_trust([liver, spleen], row, None) is liver, "what is there counts"
-    alone = trust.weigh_scores(scores[1:2], np.eye(4), (8, 4, 4), ["tumour"])
+    alone = trust.weigh_scores(scores[1:2], np.eye(4), flat, ["tumour"])
     assert alone[0].classes == ("tumour",), "a network of tumours alone"
 
 
 def test_an_empty_label_map_is_distrusted():
-    (known,) = trust.weigh_scores(scores_of(np.full((4, 4, 4), 1e-6)), np.eye(4), (4, 4, 4), "l")
+    p = np.full((4, 4, 4), 1e-6)
+    (known,) = trust.weigh_scores(scores_of(p), np.eye(4), blank(4, 4, 4), "l")
     judged = trust.judge_trust([known], {"l_volume_ml": 0.0}, None)
-    assert judged.row == {"expected_dice": 0.0, "trust": "distrust", "least_sure_slice": 1}
+    assert [*judged.row.values()] == [0.0, 0.0, 0.0, "distrust", 1]
 
 
 def test_the_number_falls_with_steadiness_and_with_a_strange_volume():
@@ -74,9 +82,32 @@ def test_the_number_falls_with_steadiness_and_with_a_strange_volume():
     assert expect(0.9) > expect(0.9, 700.0) > expect(0.9, 200.0)
     assert expect(0.9) > expect(0.9, 6000.0) == expect(0.9, 6000.0, cut=True)
     assert expect(0.9, 200.0, cut=True) == expect(0.9), "a truncated organ may be small"
-    for steady, word in ((0.925, "good"), (0.922, "look"), (0.86, "look"), (0.855, "distrust")):
-        known = trust.Evidence(("liver",), steady)  # expected Dice 0.872, 0.867, 0.754, 0.745
+    for steady, word in ((0.95, "good"), (0.945, "look"), (0.857, "look"), (0.855, "distrust")):
+        known = trust.Evidence(("liver",), steady)  # expected Dice 0.926, 0.916, 0.702, 0.697
         assert trust.judge_trust([known], {"liver_volume_ml": 1500.0}, None).word == word
+    assert expect(0.98, 4000.0) > 0.8 > expect(0.98, 4001.0) == 0.3, "no liver is as large"
+
+
+def test_an_expected_dice_has_the_interval_of_its_level():
+    """By hand: 1.45 ln(0.945 / 0.055) − 1.74 − 2.58 / 10 is the logit of 0.893, where 90 % of other
+    scans end from 0.14 below to 0.07 above."""
+    known = trust.Evidence(("liver",), 0.945, misplaced=0.1)
+    row = {"liver_volume_ml": 1500.0, "liver_dice": 0.9}
+    told = evaluate.tell_row(row | trust.judge_trust([known], row, None).row, ["liver"])
+    assert told == "liver 1500 ml, Dice 0.9000, expected Dice 0.89 (0.75–0.96): look"
+
+
+def test_a_liver_on_the_wrong_side_is_misplaced():
+    """By hand: 12 columns have their mean at 9.5 and an SD of √(143 / 12); the usual place is 0.6
+    SD to the right, 0.3 to the front of it. A liver at 6.5, 9.5 lies 3 / SD + 0.6 to its left."""
+    scan, sd = Volume(np.full((20, 20, 4), -1000, np.int16), np.eye(4)), math.sqrt(143 / 12)
+    scan.data[4:16, 4:16], p = 40, np.full((40, 40, 4), 0.001)
+    p[12:15, 18:21, 1:3] = 0.99  # on a grid that is twice as fine
+    far = math.hypot(3 / sd + 0.6, 0.3) - 0.3  # 0.3 SD are usual
+    flat = blank(20, 20, 4)
+    for organ, where, away in (("liver", scan, far), ("spleen", scan, 0), ("liver", flat, 0)):
+        (known,) = trust.weigh_scores(scores_of(p), np.diag([2.0, 2, 1, 1]), where, [organ])
+        assert known.misplaced == pytest.approx(away), "of other organs, or without air, not known"
 
 
 def test_a_checkpoint_knows_the_volumes_of_its_training_patients(checkpoint, prepared):
@@ -133,6 +164,6 @@ def test_results_list_the_least_sure_case_first(
     other = tmp_path / unsure / f"{unsure}.json"
     tumour = {"lesion_list": [{"class": "tumour", "ml": 2.5}]}
     other.write_text(json.dumps(json.loads(other.read_text()) | tumour))
-    apply_model.evaluate.report_all(tmp_path, ["liver"], "")
+    evaluate.report_all(tmp_path, ["liver"], "")
     lines = (tmp_path / "lesions.csv").read_text().split()
     assert lines == ["case,class,ml", f"{unsure},tumour,2.5"]
