@@ -427,6 +427,10 @@ def apply_to_case(model: Model, case: datasets.Case, config: Config, seen: str) 
     known = trust.weigh_scores(found.scores.numpy(), found.to_network, scan, model.names)
     doubt = trust.judge_trust(known, row, model.expected)
     row |= doubt.row
+    lesions = evaluate.list_lesions(found.classes, model.names)
+    coarse_ml = scan.voxel_ml / abs(np.linalg.det(found.to_network))
+    word, doubts = trust.judge_tumours(known[0], coarse_ml, model.names, row, len(lesions))
+    row, notes = row | word, notes + doubts
     notes += found.notes + find_doubts(found.classes, scan, model.names)
     summary, folder = evaluate.tell_row(row, model.names), config.destination / case.name
     label, masked, likely, seg, preview = (folder / f"{case.name}_{end}" for end in WRITTEN)
@@ -443,7 +447,7 @@ def apply_to_case(model: Model, case: datasets.Case, config: Config, seen: str) 
     return row | {
         "seconds": round(time.perf_counter() - begin, 2),
         "seconds_network": round(found.network_seconds, 2),
-        "lesion_list": evaluate.list_lesions(found.classes, model.names),
+        "lesion_list": lesions,
         "classes": found.label.classes,
         "labels": as_plain(model.chain.labels),
         "declared": as_plain(model.declared),

@@ -367,7 +367,9 @@ def tell_row(row: Mapping[str, Any], names: Sequence[str]) -> str:
             parts.append(f"Dice {dice:.4f}")
     parts += [seen] if (seen := row.get("seen")) else []
     dice, low, high = (row[f"expected_{end}"] for end in ("dice", "low", "high"))
-    return ", ".join([*parts, f"expected Dice {dice:.2f} ({low:.2f}–{high:.2f}): {row['trust']}"])
+    parts.append(f"expected Dice {dice:.2f} ({low:.2f}–{high:.2f}): {row['trust']}")
+    parts += [f"tumours: {row['tumour_trust']}"] if "tumour_trust" in row else []
+    return ", ".join(parts)
 
 
 def report_all(folder: Path, names: Sequence[str], weights: str) -> None:
@@ -488,7 +490,7 @@ def evaluate_files(prediction: Path, truth: Path | Masks, config: Config) -> dic
         grid = read_volume(prediction)
     names = [name for name in asked if asked[name] != (0,)]
     values = [value for name in names for value in asked[name]]
-    row: dict[str, Any] = {"warnings": ""}
+    row, notes = dict[str, Any](), list[str]()
     for group in [names] if len(set(values)) == len(values) else [[name] for name in names]:
         maps = []
         for path, classes in ((prediction, theirs), (truth, asked)):
@@ -499,9 +501,9 @@ def evaluate_files(prediction: Path, truth: Path | Masks, config: Config) -> dic
             maps.append(read_label_map(path, grid, declared, classes=wanted, ignore=known.ignore,
                                        trust_grid=config.trust_grid))  # fmt: skip
         refuse_exchanged(prediction, *maps)
-        row = evaluate(maps[0], maps[1], group) | row
-        row["warnings"] = "; ".join(note for label in maps for note in label.notes)
-    return row
+        row |= evaluate(maps[0], maps[1], group) | row  # classes stay in the order asked for
+        notes += [note for label in maps for note in label.notes]
+    return row | {"warnings": "; ".join(dict.fromkeys(notes))}
 
 
 def refuse_exchanged(path: Path, label: Volume, truth: Volume) -> None:

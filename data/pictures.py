@@ -57,17 +57,12 @@ def show_patient(
     hu_window: tuple[float, float] | None = None,
     title: str | None = None,
 ) -> Any:
-    """Draw one slice of a patient: image, outlines of label and prediction. Return the figure.
-    Each class has its colour; with a prediction, the label is blue.
-
-    Args:
-        data: "image" and, when known, "label" and "pred" (class indices): a Volume, or (1, X, Y, Z)
-            or (X, Y, Z) RAS arrays or tensors; an image in 0..1 or in HU.
-        slice_index: along the plane's axis; the slice with most label when left out.
-        path: write a PNG there; without it, draw into `axes`, the notebook or a window.
-        names: of the foreground classes, for a legend below a figure.
-        hu_window: values that are black and white; `choose_hu_window` when left out.
-    """
+    """Draw a slice of a patient, the one with most label unless given, and return the figure: a PNG
+    at `path`, or in `axes`, a notebook or a window. `data`: "image" (in 0..1 or HU), and if known
+    "label" and "pred" (class indices), each a Volume, or a (1, X, Y, Z) or (X, Y, Z) RAS array or
+    tensor. With both, the label is blue and each class of the prediction has its own colour; with
+    one, each of its classes has. `names` of the foreground classes make a legend; `hu_window` is
+    black and white."""
     cut = PLANES[plane][0]
     arrays = {key: as_array(data[key]) for key in (IMAGE, LABEL, PRED) if key in data}
     image = arrays.pop(IMAGE)

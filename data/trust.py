@@ -26,6 +26,8 @@ SPREAD = {0.92: (0.06, 0.02), 0.85: (0.14, 0.07), 0.7: (0.7, 0.13), 0.3: (0.6, 0
 USUAL_PLACE = {"liver": (0.6, 0.3)}  # to the right and front, in SD of the voxels of the body
 BODY_HU, ROOM = -110, 0.3  # the least HU of a body; SD around the usual place
 PLAUSIBLE_ML, TOO_LARGE = {"liver": (500, 4000)}, 0.3  # of adults; highest expected Dice of more
+# Beyond these, tumours are distrusted: share of the organ; share and ml outside it; their number.
+TUMOUR_SHARE, TUMOUR_OUTSIDE, TUMOUR_OUTSIDE_ML, TUMOUR_COUNT = 0.3, 0.3, 5.0, 20
 ENDING = 0.05  # of its largest slice: an organ's end is smaller than that
 USUAL_SD = 0.3  # of the logarithm of an organ's volume among adults
 USUAL_WEIGHT = 4  # training patients that this counts for
@@ -105,6 +107,27 @@ def judge_trust(
         known.interval = (max(dice - below, 0.0), min(dice + above, 1.0)) if ml else (0.0, 0.0)
         known.word = next(word for word, lowest in WORDS.items() if known.expected_dice >= lowest)
     return min(evidence, key=lambda known: known.expected_dice or 2)  # 2: not found
+
+
+def judge_tumours(
+    scores: np.ndarray, voxel_ml: float, names: Sequence[str], row: Mapping[str, Any], count: int
+) -> tuple[dict[str, str], list[str]]:
+    """Return the word of the tumours and why they are distrusted. It is never "good": nothing tells
+    how many were missed. `scores`, in voxels of `voxel_ml`, are those of `weigh_scores`; `row` and
+    `count` are of the tumours that cleaning left."""
+    tumours = [n for some in group_tumours(names).values() for n in some]
+    ml = sum(row[f"{names[n - 1]}_volume_ml"] for n in tumours)
+    whole = sum(row[f"{name}_volume_ml"] for name in names)
+    drawn = np.isin(scores.argmax(axis=0) + 1, tumours) & (scores.max(axis=0) > 0)
+    outside = np.count_nonzero(drawn) * voxel_ml - ml
+    rules = (
+        (ml > TUMOUR_SHARE * whole, f"tumours are {ml:.0f} of {whole:.0f} ml"),
+        (outside > max(TUMOUR_OUTSIDE * (ml + outside), TUMOUR_OUTSIDE_ML),
+         f"{outside:.0f} ml of tumours lay outside the organ"),
+        (count > TUMOUR_COUNT, f"{count} tumours"),
+    )  # fmt: skip
+    doubts = [f"{text}: distrust the tumours" for wrong, text in rules if wrong]
+    return {"tumour_trust": "distrust" if doubts else "look"} if tumours else {}, doubts
 
 
 def rate_volume(ml: float, usual: Mapping[str, float] | None, cut: bool = False) -> float:

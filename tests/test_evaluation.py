@@ -97,6 +97,7 @@ def test_undefined_metrics_are_none_and_a_false_alarm_scores_nothing():
     assert alarm == [0, 0, None, 0, None, None, "truth"]
     assert neither == [None, None, None, None, None, None, "both"]
     assert [rows["both"][key] for key in ("accuracy", "mean_iou", "liver_specificity")] == [1, 1, 1]
+    assert score(nothing + 1, nothing + 1)["liver_specificity"] is None, "without background"
     liver = summarise(list(rows.values()), ["liver"])["liver"]
     assert liver["empty"] == {"truth": 1, "prediction": 1, "both": 1}
     assert (liver["dice"]["n"], liver["dice"]["mean"]) == (2, 0)
@@ -321,8 +322,13 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(folders, told):
 
 @BLANK
 def test_classes_may_overlap_and_be_numbered_otherwise(folders, tmp_path):
-    whole = run_evaluation(*folders, labels={"liver": ("1", "2")})["liver_0"]
-    both = run_evaluation(*folders, labels={"liver": ("1", "2"), "tumour": ("2",)})["liver_0"]
+    liver, tumour = {"liver": ("1", "2")}, {"tumour": ("2",)}
+    whole, both, turned = (
+        run_evaluation(*folders, labels=asked)["liver_0"]
+        for asked in (liver, liver | tumour, tumour | liver)
+    )
+    firsts = [next(key for key in row if key.endswith("_dice")) for row in (both, turned)]
+    assert firsts == ["liver_dice", "tumour_dice"], "the class asked for first is told first"
     alone = run_evaluation(*folders)["liver_0"]
     assert both["liver_dice"] == whole["liver_dice"] != alone["liver_dice"]
     assert both["tumour_dice"] == alone["tumour_dice"]
