@@ -428,9 +428,8 @@ def apply_to_case(model: Model, case: datasets.Case, config: Config, seen: str) 
     doubt = trust.judge_trust(known, row, model.expected)
     row |= doubt.row
     lesions = evaluate.list_lesions(found.classes, model.names)
-    coarse_ml = scan.voxel_ml / abs(np.linalg.det(found.to_network))
-    word, doubts = trust.judge_tumours(known[0], coarse_ml, model.names, row, len(lesions))
-    row, notes = row | word, notes + doubts
+    outside = any("of tumour outside" in note for note in found.notes)
+    row |= trust.judge_tumours(model.names, row, len(lesions), outside)
     notes += found.notes + find_doubts(found.classes, scan, model.names)
     summary, folder = evaluate.tell_row(row, model.names), config.destination / case.name
     label, masked, likely, seg, preview = (folder / f"{case.name}_{end}" for end in WRITTEN)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data.labels import Labels, group_tumours
+from data.labels import Labels, group_tumours, is_tumour
 from data.volumes import Volume, find_bounding_box
 
 SURE, UNSURE = 0.73, 0.27  # probabilities; logits of 1 and −1
@@ -26,8 +26,7 @@ SPREAD = {0.92: (0.06, 0.02), 0.85: (0.14, 0.07), 0.7: (0.7, 0.13), 0.3: (0.6, 0
 USUAL_PLACE = {"liver": (0.6, 0.3)}  # to the right and front, in SD of the voxels of the body
 BODY_HU, ROOM = -110, 0.3  # the least HU of a body; SD around the usual place
 PLAUSIBLE_ML, TOO_LARGE = {"liver": (500, 4000)}, 0.3  # of adults; highest expected Dice of more
-# Beyond these, tumours are distrusted: share of the organ; share and ml outside it; their number.
-TUMOUR_SHARE, TUMOUR_OUTSIDE, TUMOUR_OUTSIDE_ML, TUMOUR_COUNT = 0.3, 0.3, 5.0, 20
+TUMOUR_SHARE, TUMOUR_COUNT = 0.3, 20  # of the organ; more of them are distrusted
 ENDING = 0.05  # of its largest slice: an organ's end is smaller than that
 USUAL_SD = 0.3  # of the logarithm of an organ's volume among adults
 USUAL_WEIGHT = 4  # training patients that this counts for
@@ -110,24 +109,14 @@ def judge_trust(
 
 
 def judge_tumours(
-    scores: np.ndarray, voxel_ml: float, names: Sequence[str], row: Mapping[str, Any], count: int
-) -> tuple[dict[str, str], list[str]]:
-    """Return the word of the tumours and why they are distrusted. It is never "good": nothing tells
-    how many were missed. `scores`, in voxels of `voxel_ml`, are those of `weigh_scores`; `row` and
-    `count` are of the tumours that cleaning left."""
-    tumours = [n for some in group_tumours(names).values() for n in some]
-    ml = sum(row[f"{names[n - 1]}_volume_ml"] for n in tumours)
-    whole = sum(row[f"{name}_volume_ml"] for name in names)
-    drawn = np.isin(scores.argmax(axis=0) + 1, tumours) & (scores.max(axis=0) > 0)
-    outside = np.count_nonzero(drawn) * voxel_ml - ml
-    rules = (
-        (ml > TUMOUR_SHARE * whole, f"tumours are {ml:.0f} of {whole:.0f} ml"),
-        (outside > max(TUMOUR_OUTSIDE * (ml + outside), TUMOUR_OUTSIDE_ML),
-         f"{outside:.0f} ml of tumours lay outside the organ"),
-        (count > TUMOUR_COUNT, f"{count} tumours"),
-    )  # fmt: skip
-    doubts = [f"{text}: distrust the tumours" for wrong, text in rules if wrong]
-    return {"tumour_trust": "distrust" if doubts else "look"} if tumours else {}, doubts
+    names: Sequence[str], row: Mapping[str, Any], count: int, outside: bool
+) -> dict[str, str]:
+    """Return the word of the tumours, which is never "good": nothing tells how many were missed.
+    `count` is their number; `outside`: cleaning removed much of them outside the organ."""
+    kinds = [name for name in names if is_tumour(name)]
+    ml, whole = (sum(row[f"{name}_volume_ml"] for name in some) for some in (kinds, names))
+    odd = outside or count > TUMOUR_COUNT or ml > TUMOUR_SHARE * whole
+    return {"tumour_trust": "distrust" if odd else "look"} if kinds else {}
 
 
 def rate_volume(ml: float, usual: Mapping[str, float] | None, cut: bool = False) -> float:

@@ -64,17 +64,14 @@ def test_a_tumour_belongs_to_its_organ_and_the_least_sure_organ_decides():
 
 
 def test_tumours_have_a_word_of_their_own():
-    """80 voxels of 1 ml are drawn as tumours; what cleaning left lies in 300 ml of liver."""
-    scores = np.full((2, 10, 10, 4), 2.0)
-    scores[1] -= 4
-    scores[1, :5, :4] = 3.0
-    for ml, count, told in ((60, 20, ""), (60, 21, "21 tumours"), (130, 2, "130 of 430 ml"),
-                            (50, 2, "30 ml of tumours lay outside")):  # fmt: skip
-        row = {"liver_volume_ml": 300.0, "tumour_volume_ml": float(ml)}
-        word, doubts = trust.judge_tumours(scores, 1.0, ["liver", "tumour"], row, count)
-        assert word == {"tumour_trust": "distrust" if told else "look"}
-        assert bool(told) == bool(doubts) and told in "".join(doubts)
-    assert trust.judge_tumours(scores[:1], 1.0, ["liver"], row, 0) == ({}, [])
+    for ml, count, outside, word in (
+        (120, 20, False, "look"), (121, 20, False, "distrust"),  # of 400 ml, of 401 ml
+        (120, 21, False, "distrust"), (120, 20, True, "distrust"),
+    ):  # fmt: skip
+        row = {"liver_volume_ml": 280.0, "tumour_volume_ml": float(ml)}
+        found = trust.judge_tumours(["liver", "tumour"], row, count, outside)
+        assert found == {"tumour_trust": word}
+    assert trust.judge_tumours(["liver"], row, 0, False) == {}
 
 
 def test_an_empty_label_map_is_distrusted():
