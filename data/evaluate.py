@@ -120,12 +120,10 @@ def measure(classes: Volume, scan: Volume, names: Sequence[str]) -> dict[str, fl
 
 
 def evaluate(predicted: Volume, truth: Volume, names: Sequence[str]) -> dict[str, Any]:
-    """Return the metrics of one patient from class indices (X, Y, Z) on one grid. `names` are those
-    of the classes 1, 2, …; voxels that are IGNORED in the truth count nowhere. The keys are
-    `{name}_{figure}` of every class and FIGURES, `{name}_empty` ("", "truth", "prediction" or
-    "both"), lesion counts of tumours, and over all classes and the background `accuracy` and
-    `mean_iou`. None stands for an undefined metric: a ratio without denominator, a distance to
-    nothing. A false alarm or a missed organ has Dice and surface Dice 0."""
+    """Return the metrics of one patient from class indices (X, Y, Z) on one grid; IGNORED voxels of
+    the truth count nowhere. Keys: `{name}_{figure}` of each class in `names` and FIGURES, `_empty`
+    ("", "truth", "prediction", "both"), lesions; over all classes `accuracy` and `mean_iou`. None
+    is undefined: without denominator or distance. A false alarm or a missed organ has Dice 0."""
     total = math.prod(truth.shape)
     box = enclose(*(find_bounding_box(volume.ras.data) for volume in (predicted, truth)))
     ours, true = predicted.ras.data[box], truth.ras.data[box]  # outside both are background
@@ -170,9 +168,8 @@ def score_class(found: np.ndarray, true: np.ndarray, grid: Volume, total: int) -
 
 def score_surfaces(found: np.ndarray, true: np.ndarray, grid: Volume) -> dict[str, float | None]:
     """Return surface Dice at 2 mm, HD95 and mean symmetric surface distance of two RAS masks.
-    Distances are in mm between centres of surface voxels, by the affine of `grid`: MONAI's metrics
-    take the spacing alone, which is wrong for sheared grids. HD95 is the larger 95th percentile of
-    both directions. Surface Dice: Nikolov et al. 2018 (arXiv:1809.04430), in surface voxels."""
+    Distances are in mm between centres of surface voxels, by the affine of `grid`, because it may
+    be sheared; HD95 is the larger of both directions. Surface Dice: arXiv:1809.04430, in voxels."""
     box = find_bounding_box(found | true)
     ours, theirs = (list_surface(m[box]) @ grid.ras_affine[:3, :3].T for m in (found, true))
     if not (len(ours) and len(theirs)):

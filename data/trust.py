@@ -108,14 +108,11 @@ def judge_trust(
     return min(evidence, key=lambda known: known.expected_dice or 2)  # 2: not found
 
 
-def judge_tumours(
-    names: Sequence[str], row: Mapping[str, Any], count: int, outside: bool
-) -> dict[str, str]:
-    """Return the word of the tumours, which is never "good": nothing tells how many were missed.
-    `count` is their number; `outside`: cleaning removed much of them outside the organ."""
+def judge_tumours(names: Sequence[str], row: Mapping[str, Any], outside: bool) -> dict[str, str]:
+    """Return the word of the tumours; not "good", because nothing tells how many were missed."""
     kinds = [name for name in names if is_tumour(name)]
     ml, whole = (sum(row[f"{name}_volume_ml"] for name in some) for some in (kinds, names))
-    odd = outside or count > TUMOUR_COUNT or ml > TUMOUR_SHARE * whole
+    odd = outside or len(row["lesion_list"]) > TUMOUR_COUNT or ml > TUMOUR_SHARE * whole
     return {"tumour_trust": "distrust" if odd else "look"} if kinds else {}
 
 

@@ -64,14 +64,12 @@ def test_a_tumour_belongs_to_its_organ_and_the_least_sure_organ_decides():
 
 
 def test_tumours_have_a_word_of_their_own():
-    for ml, count, outside, word in (
-        (120, 20, False, "look"), (121, 20, False, "distrust"),  # of 400 ml, of 401 ml
-        (120, 21, False, "distrust"), (120, 20, True, "distrust"),
-    ):  # fmt: skip
-        row = {"liver_volume_ml": 280.0, "tumour_volume_ml": float(ml)}
-        found = trust.judge_tumours(["liver", "tumour"], row, count, outside)
-        assert found == {"tumour_trust": word}
-    assert trust.judge_tumours(["liver"], row, 0, False) == {}
+    row = {"liver_volume_ml": 280.0, "tumour_volume_ml": 120.0, "lesion_list": [{}] * 20}
+    for odd in ({}, {"tumour_volume_ml": 121.0}, {"lesion_list": [{}] * 21}):  # 30 % are 120 ml
+        word = trust.judge_tumours(["liver", "tumour"], row | odd, outside=False)["tumour_trust"]
+        assert word == ("distrust" if odd else "look")
+    assert trust.judge_tumours(["liver", "tumour"], row, True) == {"tumour_trust": "distrust"}
+    assert trust.judge_tumours(["liver"], row, True) == {}
 
 
 def test_an_empty_label_map_is_distrusted():
