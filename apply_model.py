@@ -426,7 +426,9 @@ def apply_to_case(model: Model, case: datasets.Case, config: Config, seen: str) 
         row |= evaluate.evaluate(found.classes, truth, model.names)
     known = trust.weigh_scores(found.scores.numpy(), found.to_network, scan, model.names)
     doubt = trust.judge_trust(known, row, model.expected)
-    row |= doubt.row
+    row["lesion_list"] = evaluate.list_lesions(found.classes, model.names)
+    outside = any("of tumour outside" in note for note in found.notes)
+    row |= doubt.row | trust.judge_tumours(model.names, row, outside)
     notes += found.notes + find_doubts(found.classes, scan, model.names)
     summary, folder = evaluate.tell_row(row, model.names), config.destination / case.name
     label, masked, likely, seg, preview = (folder / f"{case.name}_{end}" for end in WRITTEN)
@@ -443,7 +445,6 @@ def apply_to_case(model: Model, case: datasets.Case, config: Config, seen: str) 
     return row | {
         "seconds": round(time.perf_counter() - begin, 2),
         "seconds_network": round(found.network_seconds, 2),
-        "lesion_list": evaluate.list_lesions(found.classes, model.names),
         "classes": found.label.classes,
         "labels": as_plain(model.chain.labels),
         "declared": as_plain(model.declared),

@@ -179,8 +179,7 @@ def build_resnet34(inputs: int, outputs: int, dropout: float, projections: bool)
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """Return the network on a device, its weights in the layout of its input; cuDNN may search its
-    fastest algorithms, because it sees few shapes."""
+    """Return the network on a device, its weights in the layout of its input."""
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     flat = isinstance(network, SliceBySlice) and device.type != "mps"
     layout = torch.channels_last if flat else choose_layout(device)
@@ -478,8 +477,7 @@ def train_step(run: Run, batch: dict, loss_function: nn.Module, clip: float) -> 
 
 
 def move_average(average: AveragedModel, model: nn.Module) -> None:
-    """Do `average.update_parameters(model)`, but send no count of steps to the GPU, for which the
-    host would wait in each step."""
+    """Do `average.update_parameters(model)`, without a count on the GPU, for which one waits."""
     if not average.n_averaged:
         average.update_parameters(model)
         return
@@ -598,8 +596,8 @@ class Run:
             return network(image).float()
 
     def predict(self, image: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, C, X, Y, Z) float32 of the network that is kept; those of a whole
-        case are blended from windows, and stay where it lies: a GPU may be too small for them."""
+        """Return logits (B, C, X, Y, Z) float32 of the network that is kept; those of a whole case
+        are blended from windows, and stay where it lies."""
         ask = functools.partial(self.ask, self.kept)
         if tuple(image.shape[2:]) == (window := tuple(self.carried["inference"]["window"])):
             return ask(image)

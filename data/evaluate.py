@@ -120,12 +120,10 @@ def measure(classes: Volume, scan: Volume, names: Sequence[str]) -> dict[str, fl
 
 
 def evaluate(predicted: Volume, truth: Volume, names: Sequence[str]) -> dict[str, Any]:
-    """Return the metrics of one patient from class indices (X, Y, Z) on one grid. `names` are those
-    of the classes 1, 2, …; voxels that are IGNORED in the truth count nowhere. The keys are
-    `{name}_{figure}` of every class and FIGURES, `{name}_empty` ("", "truth", "prediction" or
-    "both"), lesion counts of tumours, and over all classes and the background `accuracy` and
-    `mean_iou`. None stands for an undefined metric: a ratio without denominator, a distance to
-    nothing. A false alarm or a missed organ has Dice and surface Dice 0."""
+    """Return the metrics of one patient from class indices (X, Y, Z) on one grid; IGNORED voxels of
+    the truth count nowhere. Keys: `{name}_{figure}` of each class in `names` and FIGURES, `_empty`
+    ("", "truth", "prediction", "both"), lesions; over all classes `accuracy` and `mean_iou`. None
+    is undefined: without denominator or distance. A false alarm or a missed organ has Dice 0."""
     total = math.prod(truth.shape)
     box = enclose(*(find_bounding_box(volume.ras.data) for volume in (predicted, truth)))
     ours, true = predicted.ras.data[box], truth.ras.data[box]  # outside both are background
@@ -170,9 +168,8 @@ def score_class(found: np.ndarray, true: np.ndarray, grid: Volume, total: int) -
 
 def score_surfaces(found: np.ndarray, true: np.ndarray, grid: Volume) -> dict[str, float | None]:
     """Return surface Dice at 2 mm, HD95 and mean symmetric surface distance of two RAS masks.
-    Distances are in mm between centres of surface voxels, by the affine of `grid`: MONAI's metrics
-    take the spacing alone, which is wrong for sheared grids. HD95 is the larger 95th percentile of
-    both directions. Surface Dice: Nikolov et al. 2018 (arXiv:1809.04430), in surface voxels."""
+    Distances are in mm between centres of surface voxels, by the affine of `grid`, because it may
+    be sheared; HD95 is the larger of both directions. Surface Dice: arXiv:1809.04430, in voxels."""
     box = find_bounding_box(found | true)
     ours, theirs = (list_surface(m[box]) @ grid.ras_affine[:3, :3].T for m in (found, true))
     if not (len(ours) and len(theirs)):
@@ -367,7 +364,9 @@ def tell_row(row: Mapping[str, Any], names: Sequence[str]) -> str:
             parts.append(f"Dice {dice:.4f}")
     parts += [seen] if (seen := row.get("seen")) else []
     dice, low, high = (row[f"expected_{end}"] for end in ("dice", "low", "high"))
-    return ", ".join([*parts, f"expected Dice {dice:.2f} ({low:.2f}–{high:.2f}): {row['trust']}"])
+    parts.append(f"expected Dice {dice:.2f} ({low:.2f}–{high:.2f}): {row['trust']}")
+    parts += [f"tumours: {row['tumour_trust']}"] if "tumour_trust" in row else []
+    return ", ".join(parts)
 
 
 def report_all(folder: Path, names: Sequence[str], weights: str) -> None:
@@ -488,7 +487,7 @@ def evaluate_files(prediction: Path, truth: Path | Masks, config: Config) -> dic
         grid = read_volume(prediction)
     names = [name for name in asked if asked[name] != (0,)]
     values = [value for name in names for value in asked[name]]
-    row: dict[str, Any] = {"warnings": ""}
+    row, notes = dict[str, Any](), list[str]()
     for group in [names] if len(set(values)) == len(values) else [[name] for name in names]:
         maps = []
         for path, classes in ((prediction, theirs), (truth, asked)):
@@ -499,9 +498,9 @@ def evaluate_files(prediction: Path, truth: Path | Masks, config: Config) -> dic
             maps.append(read_label_map(path, grid, declared, classes=wanted, ignore=known.ignore,
                                        trust_grid=config.trust_grid))  # fmt: skip
         refuse_exchanged(prediction, *maps)
-        row = evaluate(maps[0], maps[1], group) | row
-        row["warnings"] = "; ".join(note for label in maps for note in label.notes)
-    return row
+        row |= evaluate(maps[0], maps[1], group) | row  # classes stay in the order asked for
+        notes += [note for label in maps for note in label.notes]
+    return row | {"warnings": "; ".join(dict.fromkeys(notes))}
 
 
 def refuse_exchanged(path: Path, label: Volume, truth: Volume) -> None:

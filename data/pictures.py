@@ -57,17 +57,11 @@ def show_patient(
     hu_window: tuple[float, float] | None = None,
     title: str | None = None,
 ) -> Any:
-    """Draw one slice of a patient: image, outlines of label and prediction. Return the figure.
-    Each class has its colour; with a prediction, the label is blue.
-
-    Args:
-        data: "image" and, when known, "label" and "pred" (class indices): a Volume, or (1, X, Y, Z)
-            or (X, Y, Z) RAS arrays or tensors; an image in 0..1 or in HU.
-        slice_index: along the plane's axis; the slice with most label when left out.
-        path: write a PNG there; without it, draw into `axes`, the notebook or a window.
-        names: of the foreground classes, for a legend below a figure.
-        hu_window: values that are black and white; `choose_hu_window` when left out.
-    """
+    """Draw a slice of a patient, the one with most label unless given, and return the figure: a PNG
+    at `path`, or in `axes`, a notebook or a window. `data`: "image" (in 0..1 or HU), and if known
+    "label" and "pred" (class indices), each a Volume, or a (1, X, Y, Z) or (X, Y, Z) RAS array or
+    tensor. Each class has its colour; with a prediction, the label is blue. `names` of the classes
+    make a legend; `hu_window` is black and white."""
     cut = PLANES[plane][0]
     arrays = {key: as_array(data[key]) for key in (IMAGE, LABEL, PRED) if key in data}
     image = arrays.pop(IMAGE)
@@ -172,9 +166,8 @@ def save_figure(figure: Any, path: Path) -> None:
 def draw_planes(
     data: Mapping[str, Any], names: Sequence[str], title: str, doubt: Any = None
 ) -> Any:
-    """Return a figure: three planes of a patient where most label is, and six axial slices. `data`
-    is as `show_patient` takes it; its label, or else its prediction, chooses the planes. The least
-    sure slice of `doubt`, a `data.trust.Evidence`, becomes a fourth panel."""
+    """Return a figure of `data`, as `show_patient` takes it: three planes where most label (or else
+    prediction) is, six axial slices, and the least sure slice of `doubt`, an Evidence."""
     from matplotlib.colors import to_rgba
     from matplotlib.figure import Figure
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data.labels import Labels, group_tumours
+from data.labels import Labels, group_tumours, is_tumour
 from data.volumes import Volume, find_bounding_box
 
 SURE, UNSURE = 0.73, 0.27  # probabilities; logits of 1 and −1
@@ -26,6 +26,7 @@ SPREAD = {0.92: (0.06, 0.02), 0.85: (0.14, 0.07), 0.7: (0.7, 0.13), 0.3: (0.6, 0
 USUAL_PLACE = {"liver": (0.6, 0.3)}  # to the right and front, in SD of the voxels of the body
 BODY_HU, ROOM = -110, 0.3  # the least HU of a body; SD around the usual place
 PLAUSIBLE_ML, TOO_LARGE = {"liver": (500, 4000)}, 0.3  # of adults; highest expected Dice of more
+TUMOUR_SHARE, TUMOUR_COUNT = 0.3, 20  # of the organ; more of them are distrusted
 ENDING = 0.05  # of its largest slice: an organ's end is smaller than that
 USUAL_SD = 0.3  # of the logarithm of an organ's volume among adults
 USUAL_WEIGHT = 4  # training patients that this counts for
@@ -105,6 +106,14 @@ def judge_trust(
         known.interval = (max(dice - below, 0.0), min(dice + above, 1.0)) if ml else (0.0, 0.0)
         known.word = next(word for word, lowest in WORDS.items() if known.expected_dice >= lowest)
     return min(evidence, key=lambda known: known.expected_dice or 2)  # 2: not found
+
+
+def judge_tumours(names: Sequence[str], row: Mapping[str, Any], outside: bool) -> dict[str, str]:
+    """Return the word of the tumours; not "good", because nothing tells how many were missed."""
+    kinds = [name for name in names if is_tumour(name)]
+    ml, whole = (sum(row[f"{name}_volume_ml"] for name in some) for some in (kinds, names))
+    odd = outside or len(row["lesion_list"]) > TUMOUR_COUNT or ml > TUMOUR_SHARE * whole
+    return {"tumour_trust": "distrust" if odd else "look"} if kinds else {}
 
 
 def rate_volume(ml: float, usual: Mapping[str, float] | None, cut: bool = False) -> float:

@@ -58,9 +58,7 @@ def without_pictures() -> Iterator[None]:
 
 def run_here(*arguments: object) -> int | str:
     """As `run_script`, in this process, where all libraries are imported already.
-
-    Returns the exit code, or the message that a script ends with.
-    """
+    Returns the exit code, or the message that a script ends with."""
     words = list(map(str, arguments))
     before, module = sys.argv, words[0] == "-m"
     sys.argv = words[module:]

@@ -1,7 +1,5 @@
 """What each of two processes does in test_engine.py, as torchrun begins them.
-
-train.py trains, is interrupted in one process, and resumes; one process writes; then one dies.
-"""
+train.py trains, is interrupted in one process, and resumes; one process writes; then one dies."""
 
 import contextlib
 import itertools

@@ -43,9 +43,7 @@ def list_commands(page: str) -> list[str]:
 
 def run_block(block: str, folder: Path) -> list[list[str]]:
     """Run a bash block as it stands, its Python programs in this process; return their words.
-
-    Starting Python and loading torch for each command would take longer than the work.
-    """
+    Starting Python and loading torch for each command would take longer than the work."""
     programs, ask, answer = folder / ".programs", folder / ".ask", folder / ".answer"
     programs.mkdir()
     for name, text in {"python": STAND_IN, "torchrun": STAND_IN, "sbatch": SBATCH}.items():

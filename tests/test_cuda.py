@@ -1,8 +1,6 @@
 """On a GPU: the same voxels, the same training, the same label maps as on the CPU; no waiting.
-
 Without a GPU `test_all_of_it_on_a_pretended_gpu` runs the others on a pretended one (see
-`pretended_gpu`), in a process of its own.
-"""
+`pretended_gpu`), in a process of its own."""
 
 import contextlib
 import os

@@ -142,8 +142,7 @@ def test_a_prepared_file_that_was_changed_is_named(few, tmp_path, damage):
 def test_more_epochs_go_on_at_the_rate_of_their_schedule(
     few, tmp_path, schedule, factors, monkeypatch
 ):
-    """Poly and cosine end at 0: an epoch more at that rate would learn nothing. best.pt stays that
-    of the second epoch."""
+    """Poly and cosine end at 0: an epoch more at that rate would learn nothing; best.pt stays."""
     used, step, dice = [], utilities.train_step, iter((0.5, 0.9, 0.7, 0.8))
 
     def watch(run, *given):

@@ -63,6 +63,15 @@ def test_a_tumour_belongs_to_its_organ_and_the_least_sure_organ_decides():
     assert alone[0].classes == ("tumour",), "a network of tumours alone"
 
 
+def test_tumours_have_a_word_of_their_own():
+    row = {"liver_volume_ml": 280.0, "tumour_volume_ml": 120.0, "lesion_list": [{}] * 20}
+    for odd in ({}, {"tumour_volume_ml": 121.0}, {"lesion_list": [{}] * 21}):  # 30 % are 120 ml
+        word = trust.judge_tumours(["liver", "tumour"], row | odd, outside=False)["tumour_trust"]
+        assert word == ("distrust" if odd else "look")
+    assert trust.judge_tumours(["liver", "tumour"], row, True) == {"tumour_trust": "distrust"}
+    assert trust.judge_tumours(["liver"], row, True) == {}
+
+
 def test_an_empty_label_map_is_distrusted():
     p = np.full((4, 4, 4), 1e-6)
     (known,) = trust.weigh_scores(scores_of(p), np.eye(4), blank(4, 4, 4), "l")
