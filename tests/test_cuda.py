@@ -203,12 +203,12 @@ def test_a_checkpoint_goes_to_the_gpu_once():
 
 @ON_GPU
 def test_a_compiled_network_trains_and_keeps_a_share_when_resumed(
-    prepared, checkpoint, tmp_path, monkeypatch
+    few, checkpoint, tmp_path, monkeypatch
 ):
     if PRETENDED:  # traced, but no kernel is built for it
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     how = {"compile": True, "pretrained": checkpoint, "pretrained_share": 0.5}
-    config = tiny("liver-unet3d", prepared, None, tmp_path, device="cuda", max_epochs=1, **how)
+    config = tiny("liver-unet3d", few, None, tmp_path, device="cuda", max_epochs=1, **how)
     train.main(config)
     train.main(train.Config(resume=tmp_path, device="cuda", max_epochs=2))
     assert load_checkpoint(tmp_path / "last.pt")["history"][1]["train_loss"] > 0

@@ -65,7 +65,8 @@ def test_every_name_trains_an_epoch_and_is_rebuilt_from_its_checkpoint(option, n
     (tmp_path / "subvolumes").symlink_to(few / "subvolumes")
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     side = {"swin_unetr": 64}.get(name, 32)  # five halvings must leave a voxel
-    how = {"input_size": (side, side), "ema_decay": 0.0, "batch_size": 1, option: name}
+    how = {"input_size": (side, side), "ema_decay": 0.0, "batch_size": 1, "optimizer": "sgd"}
+    how[option] = name
     train.main(small_config(tmp_path, tmp_path / "run", max_epochs=1, **how))
     model = apply_model.load_model(tmp_path / "run" / "last.pt", "cpu", "fp32")
     with torch.no_grad():

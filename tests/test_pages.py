@@ -81,10 +81,10 @@ def world(tmp_path, monkeypatch, blank_pictures, raw_phantoms, checkpoint):
 
 
 @pytest.fixture
-def trained(world, raw_phantoms, prepared, checkpoint):
+def trained(world, raw_phantoms, few, checkpoint):
     """The same with data, prepared data and a checkpoint, as the five steps leave them."""
     for source, place in (
-        (raw_phantoms, "data/raw"), (prepared, "data/prepared"),
+        (raw_phantoms, "data/raw"), (few, "data/prepared"),
         (checkpoint.parent, "checkpoints/liver"),
     ):  # fmt: skip
         shutil.copytree(source, world / place)
