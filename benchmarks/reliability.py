@@ -95,13 +95,10 @@ class End:
 
 
 def start(command: str | Callable[[], Any], limit: int | None = None) -> tuple[int, int]:
-    """Fork a process that runs a command; return its number and the pipe of what it prints.
-
-    `limit`: bytes that a file may have, as on a full disk.
-    """
+    """Fork a process that runs a command; return its number and the pipe of what it prints. No file
+    may have more than `limit` bytes, as on a full disk."""
     reading, writing = os.pipe()
-    child = os.fork()
-    if child:
+    if child := os.fork():
         os.close(writing)
         return child, reading
     code: Any = 1
@@ -145,8 +142,7 @@ def build_demo(folder: Path) -> dict[str, Path]:
     making = "data/make_phantoms.py --destination {out} --cases 6 --size 32"
     commands = [making, *list(STEPS.values())[:3]]
     for command, name in zip(commands, ("raw", "prepared", "run", "results"), strict=True):
-        end = run(command.format(**places, out=folder / name))
-        if end.code:
+        if (end := run(command.format(**places, out=folder / name))).code:
             raise RuntimeError(f"nothing to attack: {end.told[-2000:]}")
     return places
 
@@ -332,8 +328,7 @@ def main(config: Config) -> None:
     os.environ |= {"TQDM_DISABLE": "1", "MPLBACKEND": "Agg"}
     shutil.rmtree(config.work, ignore_errors=True)
     places = build_demo(config.work / "demo")
-    result = read_json(config.results) if config.kinds and config.results.is_file() else {}
-    kinds = result.get("kinds", {})
+    kinds = read_json(config.results)["kinds"] if config.kinds and config.results.is_file() else {}
     for kind in config.kinds or KINDS:
         work, rows, faults = config.work / kind, defaultdict(Counter), []
         work.mkdir()
@@ -343,8 +338,7 @@ def main(config: Config) -> None:
                 faults.append(f"{row}: {outcome}: {told}".replace(str(config.work), "WORK"))
         for row, counts in rows.items():
             print(f"{row:44} " + ", ".join(f"{n} {outcome}" for outcome, n in counts.items()))
-        kinds[kind] = {"rows": {row: dict(counts) for row, counts in rows.items()},
-                       "faults": faults}  # fmt: skip
+        kinds[kind] = {"rows": {row: dict(n) for row, n in rows.items()}, "faults": faults}
         write_json({"machine": machine(), "quick": config.quick, "kinds": kinds}, config.results)
     shutil.rmtree(config.work)
     faults = [fault for kind in kinds.values() for fault in kind["faults"]]

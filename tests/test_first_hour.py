@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, without_pictures
+from conftest import ROOT, run_script, without_pictures
 from helpers import small_config
 
 import apply_model
@@ -175,3 +175,10 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch
     exec(code, names)
     assert (tmp_path / "data/first_steps/liver_3d.png").stat().st_size > 1000
     assert names["found"].shape == names["scan"].shape
+
+
+def test_bad_inputs_and_settings_are_refused_by_their_names(tmp_path):
+    """The quick form of the attacks; the long form attacks bytes and the steps, too."""
+    command = ("--quick", "--kinds", "inputs", "settings", "--work", tmp_path / "work")
+    done = run_script("benchmarks/reliability.py", *command, "--results", tmp_path / "a.json")
+    assert done.returncode == 0 and done.stdout.endswith("0 faults\n"), done.stdout

@@ -137,18 +137,11 @@ def test_functions_stay_short():
 
 HOMES = {  # what → (pattern of its definition or use, the only files that may hold it)
     "asking whether something is DICOM": (r"b\"DICM\"", {"dicom.py"}),
-    "grids compared": (r"def lay_on_grid\b", {"scans.py"}),
-    "finding scans": (r"def find_scans\b", {"datasets.py"}),
     "JSON read": (r"json\.loads?\(", {"files.py"}),
     "CSV read": (r"csv\.DictReader\b", {"files.py"}),
     "CSV written": (r"csv\.DictWriter\b", {"files.py"}),
-    "raw value → class": (r"def index_classes\b", {"labels.py"}),
-    "which class is a tumour": (r"def is_tumour\b", {"labels.py"}),
     "tumour by its words": (r"[\"']tumor[\"']", {"labels.py"}),
-    "class colour": (r"def class_colour\b", {"pictures.py"}),
-    "slice with most foreground": (r"def find_busiest_slice\b", {"pictures.py"}),
     "outlines drawn": (r"\.contour\(", {"pictures.py"}),
-    "HU judged": (r"8 bits cannot hold HU", {"check.py"}),
 }
 
 
