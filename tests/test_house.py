@@ -1,7 +1,6 @@
 """The house rules that a reader relies on: where things are, how long, and that arrows run down."""
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,21 +132,3 @@ def test_functions_stay_short():
     long = {name: length for name, length in lengths.items() if length > 40}
     assert len(long) <= 0.02 * len(lengths), long
     assert max(lengths.values()) <= 60, long
-
-
-HOMES = {  # what → (pattern of its definition or use, the only files that may hold it)
-    "asking whether something is DICOM": (r"b\"DICM\"", {"dicom.py"}),
-    "JSON read": (r"json\.loads?\(", {"files.py"}),
-    "CSV read": (r"csv\.DictReader\b", {"files.py"}),
-    "CSV written": (r"csv\.DictWriter\b", {"files.py"}),
-    "tumour by its words": (r"[\"']tumor[\"']", {"labels.py"}),
-    "outlines drawn": (r"\.contour\(", {"pictures.py"}),
-}
-
-
-@pytest.mark.parametrize("what", HOMES)
-def test_each_thing_has_one_home(what):
-    pattern, homes = HOMES[what]
-    found = {path.name for path in SOURCES if re.search(pattern, path.read_text())}
-    assert found <= homes, f"{what}: also in {found - homes}"
-    assert found, f"{what}: nowhere, so this test tells nothing any more"

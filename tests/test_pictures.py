@@ -15,7 +15,9 @@ from data.pictures import (
     TRUTH_COLOUR,
     choose_hu_window,
     class_colour,
+    curves_figure,
     draw_planes,
+    find_busiest_slice,
     save_figure,
     show_patient,
 )
@@ -123,3 +125,18 @@ def test_the_picture_of_a_case_carries_its_verdict(monkeypatch):
     fine, odd, wrong = "✓ nothing to correct", "warning: text of air", "error: text of hu"
     assert [text.partition("\n")[2] for text, _ in told] == [fine, fine, odd, f"{wrong}\n{odd}"]
     assert [look["color"] for _, look in told] == ["green", "green", "darkorange", "firebrick"]
+
+
+def test_the_slice_with_most_of_a_mask():
+    mask = np.zeros((5, 6, 7), bool)
+    assert [find_busiest_slice(mask, axis) for axis in range(3)] == [2, 3, 3]
+    mask[1, 2, 4] = mask[1, 3, 4] = mask[2, 2, 5] = True
+    assert [find_busiest_slice(mask, axis) for axis in range(3)] == [1, 2, 4]
+
+
+def test_curves_mark_the_best_epoch():
+    keys = ("val_dice", "val_dice_liver", "train_loss", "val_loss", "learning_rate", "val_chance")
+    dice = enumerate((0.5, 0.8, 0.7), start=1)
+    figure = curves_figure([{"epoch": n, **dict.fromkeys(keys, v)} for n, v in dice], ["liver"])
+    labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert "best.pt (epoch 2)" in labels
