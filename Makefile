@@ -52,7 +52,7 @@ gpu: .venv/installed
 
 # One torch thread per test process: two processes fill two cores without fighting.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # tests/mutations.py lists them, each with the test that must fail.
 mutations: .venv/installed

@@ -44,6 +44,7 @@ class Config:
     first: int = 0  # index of the first body, for batches (--first 200 --cases 100)
     seed: int = 0  # body i depends on (seed, i) alone: same numbers, same bytes
     spacing: tuple[float, float, float] = (4.0, 4.0, 4.0)  # mm per voxel, x y z
+    tumours: int = 0  # first bodies with tumours of many kinds; the others have few, simple ones
     livers: Path | None = None  # folder of liver masks: paint a phantom around each instead
     step: int = 1  # with --livers: use every n-th voxel in plane
 
@@ -242,6 +243,68 @@ def draw_tumours(rng: np.random.Generator, inside: np.ndarray, liver_hu: float) 
         if rng.random() < 0.3:
             core = shape.grown(-0.35 * radius)
             layers.append(("tumour", core, float(rng.uniform(0, max(liver_hu, 0)))))
+    return layers
+
+
+def draw_lump(rng: np.random.Generator, centre: np.ndarray, radius: float) -> Shape:
+    """A ball of about `radius` mm: longer, lobed or rough, some of them two that have met."""
+    ball = ellipsoid(centre, radius * rng.uniform(0.75, 1.3, 3))
+    if rng.random() < 0.3:
+        beside = ellipsoid(centre + rng.normal(0, 0.5 * radius, 3), radius * rng.uniform(0.4, 1, 3))
+        ball = ball.joined(beside, 0.3 * radius)
+    waves = draw_waves(rng, 4, (radius, 3 * radius), rng.uniform(0, 0.15) * radius, 1)
+    most = float(np.abs(waves[:, 4]).sum())
+
+    def level(x, y, z):
+        rough = [mm * np.cos(a * x + b * y + c * z + d) for a, b, c, d, mm in waves.tolist()]
+        return ball.level(x, y, z) + sum(rough)
+
+    return Shape(level, ball.low - most, ball.high + most)
+
+
+def draw_tumour(rng: np.random.Generator, centre, radius: float, around: float, value: float):
+    """Layers of a tumour: its edge sharp, faint or a rim; inside spots, a dead core, lime."""
+    whole = core = draw_lump(rng, centre, radius)
+    layers, edge = list[Any](), rng.choice(["sharp", "faint", "rim"], p=[0.4, 0.35, 0.25])
+    if edge != "sharp" and radius > 4:
+        core = whole.grown(-float(rng.uniform(1, 1 + 0.3 * radius)))
+        rim = rng.uniform(10, 60) if edge == "rim" else (value - around) / 2
+        layers.append(("tumour", whole, around + float(rim)))
+    layers.append(("tumour", core, value))
+    inner = [(0.4, value + rng.uniform(-20, 20)) for _ in range(rng.integers(5))]
+    inner += [(rng.uniform(0.4, 0.8), rng.uniform(5, 30))] * (rng.random() < 0.35)
+    inner += [(0.12, rng.uniform(150, 500))] * int(rng.choice([0, 1, 4], p=[0.9, 0.05, 0.05]))
+    for size, hu in inner if radius > 7 else ():
+        place = centre + rng.normal(0, 0.3 * radius, 3) * (size < 0.5)
+        layers.append(("tumour", draw_lump(rng, place, size * radius).within(core), float(hu)))
+    return layers
+
+
+def draw_lesions(rng: np.random.Generator, liver: Layers, inside: np.ndarray) -> Layers:
+    """The liver, its veins, look-alikes (uneven perfusion, vessels, bile ducts, cysts), then none
+    to eight tumours: anywhere, at the edge or at a vessel. `inside`: (n, 3) points of it, mm."""
+    layers = [layer for layer in liver if layer[0] != "tumour"]
+    around, vein, depth = liver[0][2], layers[1][2], liver[0][1].level(*inside.T)
+    for _ in range(int(rng.integers(3)) * (rng.random() < 0.5)):
+        part, step = draw_lump(rng, rng.choice(inside), rng.uniform(20, 60)), rng.uniform(-14, 14)
+        edges = [(part.grown(-6 * n), around + step * n / 3) for n in (1, 2, 3)]
+        layers[1:1] = [("vein", shape, float(hu)) for shape, hu in edges]
+    for _ in range(int(rng.integers(12))):
+        start, wide = rng.choice(inside), rng.uniform(1.2, 4)
+        part = tube(start, start + rng.normal(0, 30, 3), wide, 1)
+        layers.append(("vein", part, vein if rng.random() < 0.85 else 12.0))
+    near = np.min([part.level(*inside.T) for _, part, _ in layers[1:]], axis=0)
+    for _ in range(int(rng.integers(1, 6)) * (rng.random() < 0.3)):
+        radii = np.exp(rng.uniform(np.log(2.5), np.log(25))) * rng.uniform(0.85, 1.15, 3)
+        layers.append(("vein", ellipsoid(rng.choice(inside), radii), float(rng.uniform(-5, 14))))
+    kind = rng.choice([rng.uniform(-75, -22), rng.uniform(25, 70)], p=[0.8, 0.2])  # a patient's own
+    for _ in range(int(rng.integers(1, 9)) * (rng.random() < 0.85)):
+        step = float(kind * rng.uniform(0.8, 1.2))
+        value = around + (step if around + step > 18 else abs(step))
+        radius = float(np.exp(rng.uniform(np.log(2.5), np.log(50))))
+        places = [inside, inside[depth > -8], inside[np.abs(near) < radius]][rng.integers(3)]
+        places = places if len(places) else inside
+        layers += draw_tumour(rng, rng.choice(places), radius, around, value)
     return layers
 
 
@@ -507,7 +570,10 @@ def scan(rng: np.random.Generator, patient: atlas.Patient, shape, to_reference: 
 def make_body(index: int, config: Config) -> tuple[Volume, Volume]:
     """Return image (int16 HU) and label (uint8) of body `index`, (X, Y, Z), by seed and spacing."""
     rng = np.random.default_rng([config.seed, index])
-    patient, skin, _ = draw_body(rng)
+    patient, skin, inside = draw_body(rng)
+    if index < config.tumours:
+        again = np.random.default_rng([config.seed, index, 1])  # the rest of the body is the same
+        patient.liver = draw_lesions(again, patient.liver, inside)
     shape, to_reference = draw_grid(rng, config, skin)
     image, label = scan(rng, patient, shape, to_reference)
     affine = np.diag([*config.spacing, 1.0])

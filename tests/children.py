@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import itertools
 import multiprocessing
 import os
@@ -14,6 +17,7 @@ from typing import Any, TextIO
 
 import ddp
 import numpy as np
+import pytest
 import torch
 from matplotlib.figure import Figure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -81,7 +85,8 @@ def write_blank(figure: Figure, path: Path | str, **how: object) -> None:
 def draw_nothing(set_attribute: Callable[[object, str, object], None] = setattr) -> None:
     """Blank pictures from now on, for whoever looks at none."""
     set_attribute(Figure, "savefig", write_blank)
-    set_attribute(apply_model, "draw_planes", lambda *_, **__: Figure())
+    for module in (apply_model, utilities.pictures):  # scripts that tests run load it anew
+        set_attribute(module, "draw_planes", lambda *_, **__: Figure())
     set_attribute(data.evaluate, "draw_summary", lambda *_: Figure())
     set_attribute(utilities.pictures, "curves_figure", lambda *_: Figure())
     set_attribute(utilities, "preview_figure", lambda *_: Figure())
@@ -125,19 +130,67 @@ def train_or_resume(settings: dict, dies: tuple[str, int] | None = None) -> None
         train.main(train.Config(**settings))
 
 
-def launch(log: Path, data: Path, run: Path) -> None:
-    """`ddp.work` in two processes, as torchrun begins them, but forked; they write to `log`."""
+def write_to(log: Path) -> None:
+    """All that this process says from now on goes to a file."""
     torch.set_num_threads(1)
-    draw_nothing()
     stream = log.open("w")  # for the rest of this process
     for descriptor in (1, 2):
         os.dup2(stream.fileno(), descriptor)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+
+
+def launch(log: Path, data: Path, run: Path) -> None:
+    """`ddp.work` in two processes, as torchrun begins them, but forked; they write to `log`."""
+    write_to(log)
+    draw_nothing()
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=2, start_method="fork", max_restarts=0,
         rdzv_backend="c10d", rdzv_endpoint="localhost:0",
     )  # fmt: skip
     elastic_launch(config, ddp.work)(data, run)
+
+
+def pretend_gpu(log: Path, tests: str) -> None:
+    """Run a file of tests where torch believes in a GPU; the exit code is pytest's."""
+    write_to(log)
+    sys.exit(pytest.main(["-x", "-n0", "-p", "pretended_gpu", tests]))
+
+
+def attack(log: Path, work: Path, places: dict[str, Path]) -> None:
+    """The quick form of two kinds of attacks; the exit code is the number of faults."""
+    write_to(log)
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    import reliability as attacks
+
+    faults = 0
+    for kind in ("inputs", "settings"):
+        for row, outcome, told in attacks.KINDS[kind](work, places, attacks.Config(quick=True)):
+            faults += (fault := outcome not in (attacks.SOUND, attacks.REFUSED))
+            print(f"{row}: {outcome}: {told}" if fault else ".", flush=True)
+    sys.exit(faults)
+
+
+def import_alone(log: Path, folder: Path, modules: list[str]) -> None:
+    """Import each in a process that knows no other module of the project; write what it does."""
+    write_to(log)
+    os.chdir(folder)
+    import vedo  # noqa: F401  # as torch and the others: once for all
+
+    for name in {n.partition(".")[0] for n in modules}:
+        for known in [n for n in sys.modules if n.partition(".")[0] == name]:
+            del sys.modules[known]
+    for module in modules:
+        if not os.fork():
+            try:
+                with contextlib.redirect_stdout(io.StringIO()) as told:
+                    importlib.import_module(module)
+                done = (told.getvalue(), [*folder.iterdir()], torch.cuda.is_initialized())
+            except BaseException as error:
+                done = (repr(error),)
+            if any(done):
+                print(f"{module}: {done}", flush=True)
+            os._exit(0)
+        os.wait()
 
 
 def apply(settings: dict, dies: tuple[str, int] | None = None) -> None:

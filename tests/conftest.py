@@ -107,6 +107,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(folder.cleanup)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Who needs processes of their own shares the one server that begins them."""
+    for item in items:
+        if {"run_child", "start_busy"} & set(item.function.__code__.co_names):
+            item.add_marker(pytest.mark.xdist_group("children"))
+
+
 def make_once(name: str, make: Callable[[Path], object]) -> Path:
     """A folder in it, made by the process that needs it first; tests must not change it."""
     folder = Path(os.environ["SHARED_FIXTURES"]) / name

@@ -1,4 +1,4 @@
-"""README.md and the pages in docs/: blocks, links, words and sentences; running a block."""
+"""README.md and the pages in docs/: blocks and links; running a block."""
 
 from __future__ import annotations
 
@@ -87,11 +87,3 @@ def find_links(page: str) -> list[str]:
     """Targets of the links and pictures of a page, without those on the web."""
     targets = re.findall(r"\]\(([^)]+)\)", PAGES[page])
     return [target for target in targets if "://" not in target]
-
-
-def list_sentences(text: str) -> list[str]:
-    """The sentences of a page's prose: no code, tables, headings, pictures or comments."""
-    other = r"^```.*?^```$|<!--.*?-->|!\[.*?\]\(.*?\)|^[|#].*?$|(?<=\])\([^)]*\)"
-    prose = re.sub(other, "", text, flags=re.DOTALL | re.MULTILINE)
-    ends = r"\n\s*\n|^\s*(?:[-*]|\d+\.) |(?<=[.:!?])\s+(?=[A-Z`*\[(\d])"
-    return [part for part in re.split(ends, prose, flags=re.M) if re.search(r"\w", part or "")]

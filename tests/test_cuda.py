@@ -3,8 +3,6 @@ Without a GPU `test_all_of_it_on_a_pretended_gpu` runs the others on a pretended
 `pretended_gpu`), in a process of its own."""
 
 import contextlib
-import os
-import subprocess
 import sys
 from collections import Counter
 from functools import partial
@@ -12,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from children import pretend_gpu, run_child
 from conftest import ROOT
 from helpers import augment_of, cached, tiny
 
@@ -31,15 +30,10 @@ CUDA = torch.device("cuda:0")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests run on the GPU itself")
-def test_all_of_it_on_a_pretended_gpu():
+def test_all_of_it_on_a_pretended_gpu(tmp_path):
     """Fails with the reason where a new torch needs another pretended GPU."""
-    command = [sys.executable, "-m", "pytest", "-p", "pretended_gpu", "-x"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    done = subprocess.run(
-        [*command, __file__], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    code = run_child(pretend_gpu, tmp_path / "log", __file__)
+    assert code == 0, (tmp_path / "log").read_text()
 
 
 @contextlib.contextmanager
@@ -206,7 +200,7 @@ def test_a_compiled_network_trains_and_keeps_a_share_when_resumed(
     few, checkpoint, tmp_path, monkeypatch
 ):
     if PRETENDED:  # traced, but no kernel is built for it
-        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     how = {"compile": True, "pretrained": checkpoint, "pretrained_share": 0.5}
     config = tiny("liver-unet3d", few, None, tmp_path, device="cuda", max_epochs=1, **how)
     train.main(config)

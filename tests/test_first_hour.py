@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_script, without_pictures
+from children import attack, run_child
+from conftest import ROOT, without_pictures
 from helpers import small_config
 
 import apply_model
@@ -177,8 +179,15 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch
     assert names["found"].shape == names["scan"].shape
 
 
-def test_bad_inputs_and_settings_are_refused_by_their_names(tmp_path):
+def test_bad_inputs_and_settings_are_refused_by_their_names(
+    raw_phantoms, prepared, checkpoint, tmp_path
+):
     """The quick form of the attacks; the long form attacks bytes and the steps, too."""
-    command = ("--quick", "--kinds", "inputs", "settings", "--work", tmp_path / "work")
-    done = run_script("benchmarks/reliability.py", *command, "--results", tmp_path / "a.json")
-    assert done.returncode == 0 and done.stdout.endswith("0 faults\n"), done.stdout
+    demo, log = tmp_path / "demo", tmp_path / "log"
+    scan = demo / "raw/imagesTr/phantom_000.nii.gz"
+    (tmp_path / "work").mkdir()
+    for source, name in ((raw_phantoms, "raw"), (prepared, "prepared"), (checkpoint.parent, "run")):
+        shutil.copytree(source, demo / name)
+    (demo / "results").mkdir()
+    places = {"demo": demo, "scan": scan, "truth": demo / "raw/labelsTr" / scan.name}
+    assert run_child(attack, log, tmp_path / "work", places) == 0, log.read_text()

@@ -1,11 +1,10 @@
 """The house rules that a reader relies on: where things are, how long, and that arrows run down."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import import_alone, run_child
 from conftest import ROOT
 from mutations import read_mutations
 
@@ -70,31 +69,12 @@ def test_imports_run_down_only(path):
     assert "vedo" not in imported_modules(path) or path.stem == "visualize_3d"
 
 
-IMPORTING = """
-import contextlib, importlib, io, os, sys
-import monai, nibabel, pydicom, torch, vedo  # once; each module is then the first in a copy
-sys.path.insert(0, sys.argv[1])
-for module in sys.argv[2:]:
-    if not os.fork():
-        try:
-            with contextlib.redirect_stdout(io.StringIO()) as told:
-                importlib.import_module(module)
-            done = (told.getvalue(), os.listdir(), torch.cuda.is_initialized())
-        except BaseException as error:
-            done = (repr(error),)
-        if any(done):
-            print(f"{module}: {done}", flush=True)
-        os._exit(0)
-    os.wait()
-"""
-
-
 def test_importing_does_no_work(tmp_path):
     """Each module alone: no print, no file, no device picked; torch's CUDA is not touched."""
-    modules = [name_module(path) for path in SOURCES if path.stem[0] != "_"]
-    command = [sys.executable, "-B", "-c", IMPORTING, str(ROOT), *modules]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == ""
+    modules, log = [name_module(path) for path in SOURCES if path.stem[0] != "_"], tmp_path / "log"
+    (tmp_path / "empty").mkdir()
+    assert run_child(import_alone, log, tmp_path / "empty", modules) == 0
+    assert log.read_text() == ""
 
 
 def count_lines(*paths: Path) -> int:

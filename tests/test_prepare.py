@@ -193,7 +193,7 @@ prepare.main(prepare.Config(source=source, destination=destination, workers=2))
 
 
 def test_processes_and_killing_do_not_change_a_byte(tmp_path):
-    raw = write_patients(tmp_path / "raw", affines=(None,) * 4)
+    raw = write_patients(tmp_path / "raw")
     run(raw, destination=tmp_path / "whole", pictures=True)
     killed = tmp_path / "killed"
     for stage, folder in (("checking", "check"), ("cutting", "subvolumes")):
