@@ -74,7 +74,7 @@ class Config:
     sampling: Literal["subvolumes", "patches"] = "subvolumes"
     # mm: x y (slices are then resized), or x y z of patches; "median": of the training patients
     spacing: tuple[Spacing, ...] | Literal["median"] = (1.0, 1.0)
-    input_size: tuple[Count, ...] = (256, 256)  # voxels, multiples of 8: x y, or x y z of patches
+    input_size: tuple[Count, ...] = (256, 256)  # voxels, multiples of 8 to 32: x y, or x y z
     # HU that become 0 and 1; soft tissue. None, for MR: negatives become 0, then each slice is
     # divided by its maximum. In CT the brightness of a liver would then depend on nearby bone.
     hu_window: HuWindow | None = (-200.0, 250.0)
@@ -284,8 +284,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # progress 0..1 → factor o
 }
 
 
-# How often a network halves its input on the way down, as a factor; 8 where it is not named.
-DEEPEST = {"unet": 16, "attention_unet": 16, "vnet": 16, "dynunet": 16, "resnet34_unet": 32}
+# Of what a network's input must be a multiple; 8 where it is not named.
+GRAINS = dict.fromkeys(("unet", "attention_unet", "vnet", "dynunet", "unetr"), 16)
+GRAINS |= {"swin_unetr": 32, "resnet34_unet": 32}  # these take any number of slices
 Rule = tuple[Callable[[Config, int], Any], str]  # settings and depth of sub-volumes → wrong?
 CONTRADICTIONS: list[Rule] = [
     (lambda c, depth: (c.sampling == "patches") == bool(depth),
@@ -294,9 +295,9 @@ CONTRADICTIONS: list[Rule] = [
      "--spacing of {c.sampling} must be {c.axes}, got {c.spacing}"),
     (lambda c, _: len(c.input_size) != len(c.axes.split()),
      "--input-size of {c.sampling} must be {c.axes}, got {c.input_size}"),
-    (lambda c, depth: any(size % 8 for size in list_halved(c, depth)),
-     "{window} voxels: the network's input must be a multiple of 8 along each axis (three "
-     "poolings); change --input-size, or prepare.py's --subvolume-depth"),
+    (lambda c, depth: any(size % GRAINS.get(c.network, 8) for size in list_halved(c, depth)),
+     "{window} voxels: the input of {c.network} must be a multiple of {grain} along each axis that "
+     "it halves; change --input-size, or prepare.py's --subvolume-depth"),
     (lambda c, depth: count_deepest(c, depth) < 2,
      "{window} voxels are a single one after the poolings of {c.network}, and normalisation "
      "needs two; give --input-size of more than {grain} along an axis"),
@@ -321,21 +322,20 @@ def check(config: Config, depth: int) -> None:
             if depth:
                 held = f"sub-volumes of {depth} slices"
                 usual = "prepare.py with --subvolume-depth 0 makes whole cases"
-            words = {"held": held, "usual": usual, "grain": DEEPEST.get(config.network, 8)}
-            words["window"] = config.window(depth)
-            raise InputError(message.format(c=config, **words))
+            words = {"held": held, "usual": usual, "grain": GRAINS.get(config.network, 8)}
+            raise InputError(message.format(c=config, window=config.window(depth), **words))
 
 
 def list_halved(config: Config, depth: int) -> tuple[int, ...]:
     """Return the voxels of the input along the axes on which the network pools."""
-    return config.window(depth)[: 2 if config.network == "resnet34_unet" else 3]
+    return config.window(depth)[: 2 if GRAINS.get(config.network) == 32 else 3]
 
 
 def count_deepest(config: Config, depth: int) -> int:
     """Return the voxels normalised together after the last pooling, in 2D those of all slices."""
-    halved, grain = list_halved(config, depth), DEEPEST.get(config.network, 8)
-    slices = math.prod(config.window(depth)[len(halved) :])
-    return math.prod(max(size // grain, 1) for size in halved) * slices
+    grain = GRAINS.get(config.network, 8)
+    grains = (grain, grain, 1 if config.network == "resnet34_unet" else grain)
+    return math.prod(max(n // g, 1) for n, g in zip(config.window(depth), grains, strict=True))
 
 
 def choose_spacing(config: Config, prepared: dict[str, Any]) -> Config:

@@ -215,7 +215,7 @@ def checkpoint(prepared: Path) -> Path:
     import train
 
     config = train.Config(
-        data=prepared, base_channels=4, input_size=(32, 32), spacing=(8.0, 8.0),
+        data=prepared, base_channels=4, input_size=(16, 16), spacing=(16.0, 16.0),
         learning_rate=5e-3, max_epochs=3, val_interval=3, device="cpu", precision="fp32",
     )  # fmt: skip
     with drawing_nothing():

@@ -23,7 +23,7 @@ from data.scans import read_volume
 from utilities import load_checkpoint
 
 # What a setting costs: the largest that a test takes. Commands are read as they stand.
-SUBVOLUMES = {"input_size": (32, 32), "spacing": (8.0, 8.0), "base_channels": 4}
+SUBVOLUMES = {"input_size": (16, 16), "spacing": (16.0, 16.0), "base_channels": 4}
 PATCHES = {"input_size": (32, 32, 16), "spacing": (8.0, 8.0, 5.0), "base_channels": 4}
 RUN = {"max_epochs": 1, "val_interval": 1, "device": "cpu", "precision": "fp32"}
 PHANTOMS = {"cases": 5, "size": 48, "slices": (32, 40)}
@@ -37,6 +37,8 @@ def make_small(config, learnt):
     if "max_epochs" in names:
         small |= RUN | (PATCHES if config.sampling == "patches" else SUBVOLUMES)
         small |= {"patches_per_case": 1, "learning_rate": 1e-3}
+        if config.network == "resnet34_unet":  # five halvings must leave a pixel
+            small |= {"input_size": (32, 32)}
         if (config.sampling, config.network, config.pretrained) == ("subvolumes", "unet3d", None):
             small |= {"pretrained": learnt}
         if config.pretrained and config.pretrained.name == "starter.pt":  # it has a width

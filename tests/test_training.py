@@ -251,7 +251,9 @@ def test_what_a_training_begins_with(whole_cases, tmp_path, monkeypatch):
 def test_wrong_settings_are_refused_before_training(prepared, tmp_path, capsys):
     run = tmp_path / "run"
     for change, message in (
-        ({"input_size": (36, 36)}, "multiple of 8"),
+        ({"input_size": (36, 36)}, "unet3d must be a multiple of 8"),
+        ({"input_size": (40, 40), "network": "unet"}, "unet must be a multiple of 16"),
+        ({"input_size": (48, 48), "network": "resnet34_unet"}, "must be a multiple of 32"),
         ({"sampling": "patches"}, "--subvolume-depth 0"),
         ({"spacing": (1.0, 1.0, 1.0)}, "--spacing of subvolumes must be x y"),
         ({"input_size": (16, 16), "network": "unet"}, "a single one after the poolings"),
