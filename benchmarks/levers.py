@@ -15,7 +15,7 @@ rounds of a setting take equally many steps, and the minutes that were really us
 row. The held-out patients are in the validation split, and the LAST checkpoint is applied: nothing
 is chosen by looking at them. Figures are per patient, on the scan's own grid.
 Each row is written as soon as it is known, and what is known is not run again.
-Writes benchmarks/results/levers.json.
+Writes benchmarks/results/levers.json, or what --results names.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ class Config:
     ways: tuple[str, ...] = tuple(APPLYING)  # names in APPLYING
     crop_to_body: bool = False  # prepare.py's
     report: bool = False  # run nothing, print the table of what is known
+    results: Path = RESULTS / "levers.json"  # what is known; of the first edition of the starter
 
 
 def run(*command: object) -> float:
@@ -284,7 +285,7 @@ def list_scans(rows: list[dict]) -> dict[tuple[int, str], dict]:
 
 
 def main(config: Config) -> None:
-    path = RESULTS / "levers.json"
+    path = config.results
     known = read_json(path) if path.exists() else {"rows": []}
     if config.applying:
         known["applying"] = known.get("applying", {}) | compare_applying(config)
