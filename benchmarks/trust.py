@@ -7,10 +7,10 @@ Bodies of `benchmarks/bodies.py` (seeds that no network saw) and six real CTs ar
 (kind and strength are drawn, sometimes two kinds), segmented, and their true Dice is measured. The
 weights, intervals and words are fitted on two thirds of the bodies; the last third and the real CTs
 are for the test alone. Scans that are done are kept in `data/trust/rows.json`. Beside the starter
-it needs these runs, below `data/trust`:
+it needs these runs, the last two below `data/trust`:
 
-- laptop_0, laptop_1, laptop_2: the six CTs (`prepare.py --subvolume-depth 0 --folds 3`), `train.py
-  laptop --fold` 0, 1, 2; each real CT is segmented by the fold that did not train on it;
+- laptop: `benchmarks/levers.py --settings laptop --epochs 18` leaves three; each real CT is segmented
+  by the one that did not train on it;
 - subvolumes: bodies 0 to 27 of seed 5 at 4 4 4 mm and 28 to 39 at 4 4 2 mm (`prepare.py
   --foreground liver --accept outline outside hu empty --training 0.9 --validation 0.1 --test 0`),
   `train.py --spacing 4 4 --input-size 96 96 --network unet --base-channels 16 --loss dice_ce
@@ -68,7 +68,7 @@ LEVELS = (0.92, 0.85, 0.7, 0.3, 0.0)  # lowest expected Dice of those that share
 BEFORE, WORDS = np.array([-0.97, 1.15, -0.28, 0.0]), {"good": 0.87, "look": 0.75}  # until now
 NETWORKS = {  # name → checkpoints, of a real CT the one that it did not train
     "starter": ("checkpoints/starter.pt",),
-    "laptop": tuple(f"data/trust/laptop_{fold}/best.pt" for fold in range(3)),
+    "laptop": tuple(f"data/levers/runs/laptop_4min_4p_{turn}_0/last.pt" for turn in range(3)),
     "subvolumes": ("data/trust/subvolumes/best.pt",),
     "half_trained": ("data/trust/half_trained/best.pt",),  # tested, fitted on never
 }

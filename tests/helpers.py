@@ -250,7 +250,7 @@ def field_patient(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 TIMING = {"samples_per_s", "data_wait_percent", "peak_memory_mb", "epoch_seconds"}
 SMALL = {
-    "base_channels": 4, "input_size": (16, 16), "spacing": (16.0, 16.0), "max_epochs": 3,
+    "base_channels": 4, "input_size": (16, 16), "spacing": (16.0, 16.0), "max_epochs": 2,
     "device": "cpu", "precision": "fp32", "ema_decay": 0.9,
 }  # fmt: skip
 PATCHES = {"input_size": (32, 32, 16), "spacing": (8.0, 8.0, 5.0), "patches_per_case": 1}
