@@ -17,7 +17,6 @@ from typing import Any, TextIO
 
 import ddp
 import numpy as np
-import pytest
 import torch
 from matplotlib.figure import Figure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -130,18 +129,18 @@ def train_or_resume(settings: dict, dies: tuple[str, int] | None = None) -> None
         train.main(train.Config(**settings))
 
 
-def write_to(log: Path) -> None:
-    """All that this process says from now on goes to a file."""
+def tell(log: Path, target: Callable[..., Any], *given: object) -> None:
+    """Call something; all that it says goes to a file, and what it returns is the exit code."""
     torch.set_num_threads(1)
     stream = log.open("w")  # for the rest of this process
     for descriptor in (1, 2):
         os.dup2(stream.fileno(), descriptor)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+    sys.exit(target(*given))
 
 
-def launch(log: Path, data: Path, run: Path) -> None:
-    """`ddp.work` in two processes, as torchrun begins them, but forked; they write to `log`."""
-    write_to(log)
+def launch(data: Path, run: Path) -> None:
+    """`ddp.work` in two processes, as torchrun begins them, but forked."""
     draw_nothing()
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=2, start_method="fork", max_restarts=0,
@@ -150,35 +149,26 @@ def launch(log: Path, data: Path, run: Path) -> None:
     elastic_launch(config, ddp.work)(data, run)
 
 
-def pretend_gpu(log: Path, tests: str) -> None:
-    """Run a file of tests where torch believes in a GPU; the exit code is pytest's."""
-    write_to(log)
-    sys.exit(pytest.main(["-x", "-n0", "-p", "pretended_gpu", tests]))
-
-
-def attack(log: Path, work: Path, places: dict[str, Path]) -> None:
-    """The quick form of two kinds of attacks; the exit code is the number of faults."""
-    write_to(log)
+def attack(work: Path, places: dict[str, Path]) -> int:
+    """The quick form of two kinds of attacks; the number of faults."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
     import reliability as attacks
 
-    faults = 0
-    for kind in ("inputs", "settings"):
-        for row, outcome, told in attacks.KINDS[kind](work, places, attacks.Config(quick=True)):
-            faults += (fault := outcome not in (attacks.SOUND, attacks.REFUSED))
-            print(f"{row}: {outcome}: {told}" if fault else ".", flush=True)
-    sys.exit(faults)
+    how, ends = attacks.Config(quick=True), (attacks.SOUND, attacks.REFUSED)
+    kinds = (attacks.KINDS[kind](work, places, how) for kind in ("inputs", "settings"))
+    faults = [row for row in itertools.chain(*kinds) if row[1] not in ends]
+    print(*faults, sep="\n", flush=True)
+    return len(faults)
 
 
-def import_alone(log: Path, folder: Path, modules: list[str]) -> None:
-    """Import each in a process that knows no other module of the project; write what it does."""
-    write_to(log)
+def import_alone(folder: Path, modules: list[str]) -> None:
+    """Import each in a process that knows no other module of the project; say what it does."""
     os.chdir(folder)
     import vedo  # noqa: F401  # as torch and the others: once for all
 
-    for name in {n.partition(".")[0] for n in modules}:
-        for known in [n for n in sys.modules if n.partition(".")[0] == name]:
-            del sys.modules[known]
+    own = {name.partition(".")[0] for name in modules}
+    for known in [name for name in sys.modules if name.partition(".")[0] in own]:
+        del sys.modules[known]
     for module in modules:
         if not os.fork():
             try:

@@ -1,5 +1,7 @@
 """Synthetic bodies, the starter weights that were trained on them, and what pages say of both."""
 
+import dataclasses
+
 import nibabel as nib
 import numpy as np
 from conftest import ROOT
@@ -22,10 +24,12 @@ def test_bodies_are_repeatable_and_differ(tmp_path):
         ):
             written = nib.load(tmp_path / folder / f"body_{index:05d}.nii.gz")
             assert np.array_equal(np.asanyarray(written.dataobj), volume.data)
-    one, other = (bodies.make_body(index, config)[0] for index in (0, 1))
-    assert one.shape != other.shape or not np.array_equal(one.data, other.data)
+    one, other = (bodies.make_body(index, config)[0].data for index in (0, 1))
+    assert not np.array_equal(one, other)
     label = bodies.make_body(0, config)[1].data
     assert np.argwhere(label)[:, 0].mean() > label.shape[0] / 2, "in RAS, x grows to the right"
+    many = bodies.make_body(0, dataclasses.replace(config, tumours=1))
+    assert (many[1].data == 2).sum() > (label == 2).sum() and many[1].shape == label.shape
 
 
 def test_a_phantom_around_a_mask_keeps_its_voxels_and_its_grid(tmp_path):
@@ -45,7 +49,7 @@ def test_the_starter_segments_a_body_that_it_never_saw():
     assert dice_metric(label.read() > 0, truth.data > 0)[0] > 0.85
 
 
-def test_the_pages_give_the_measured_dice_of_the_starter_and_say_what_it_is_not():
+def test_the_pages_give_the_measured_dice_of_the_starter():
     results = read_json(RESULTS / "starter.json")
     six = results[results["shipped"]]["sets"]["six"]
     assert all(row["inside"] >= 0.85 for row in results["gate"].values() if "inside" in row)
@@ -53,5 +57,3 @@ def test_the_pages_give_the_measured_dice_of_the_starter_and_say_what_it_is_not(
     assert all(f"{dice:.3f}" in readme for dice in six["dice"][:2])  # mean and lowest
     for name, figures in six["scans"].items():
         assert f"| {name} | {figures['dice']:.3f} |" in card
-    for page in (readme, card):
-        assert "medical device" in page

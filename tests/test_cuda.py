@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from children import pretend_gpu, run_child
+from children import run_child, tell
 from conftest import ROOT
 from helpers import augment_of, cached, tiny
 
@@ -32,8 +32,8 @@ CUDA = torch.device("cuda:0")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests run on the GPU itself")
 def test_all_of_it_on_a_pretended_gpu(tmp_path):
     """Fails with the reason where a new torch needs another pretended GPU."""
-    code = run_child(pretend_gpu, tmp_path / "log", __file__)
-    assert code == 0, (tmp_path / "log").read_text()
+    log, words = tmp_path / "log", ["-x", "-n0", "-p", "pretended_gpu", __file__]
+    assert run_child(tell, log, pytest.main, words) == 0, log.read_text()
 
 
 @contextlib.contextmanager

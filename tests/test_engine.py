@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from children import launch, run_child
+from children import launch, run_child, tell
 from helpers import small_config
 
 import preprocess
@@ -15,7 +15,8 @@ from utilities import load_checkpoint
 
 def test_two_processes_train_stop_and_resume_as_one_and_one_writes(few, tmp_path):
     """See ddp.py. The interrupted run ends as the unbroken one; a dying process ends the other."""
-    code, said = run_child(launch, tmp_path / "log", few, tmp_path), (tmp_path / "log").read_text()
+    code = run_child(tell, tmp_path / "log", launch, few, tmp_path)
+    said = (tmp_path / "log").read_text()
     assert said.count("done: look at the pictures") == 2, said  # of two runs
     assert "different networks" not in said
     assert "process 0: stopped" in said and "process 1: stopped" in said, said

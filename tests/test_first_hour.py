@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from children import attack, run_child
+from children import attack, run_child, tell
 from conftest import ROOT, without_pictures
 from helpers import small_config
 
@@ -190,4 +190,4 @@ def test_bad_inputs_and_settings_are_refused_by_their_names(
         shutil.copytree(source, demo / name)
     (demo / "results").mkdir()
     places = {"demo": demo, "scan": scan, "truth": demo / "raw/labelsTr" / scan.name}
-    assert run_child(attack, log, tmp_path / "work", places) == 0, log.read_text()
+    assert run_child(tell, log, attack, tmp_path / "work", places) == 0, log.read_text()

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from children import import_alone, run_child
+from children import import_alone, run_child, tell
 from conftest import ROOT
 from mutations import read_mutations
 
@@ -73,7 +73,7 @@ def test_importing_does_no_work(tmp_path):
     """Each module alone: no print, no file, no device picked; torch's CUDA is not touched."""
     modules, log = [name_module(path) for path in SOURCES if path.stem[0] != "_"], tmp_path / "log"
     (tmp_path / "empty").mkdir()
-    assert run_child(import_alone, log, tmp_path / "empty", modules) == 0
+    assert run_child(tell, log, import_alone, tmp_path / "empty", modules) == 0
     assert log.read_text() == ""
 
 

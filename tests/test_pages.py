@@ -163,8 +163,7 @@ def test_training(trained):
 
 def test_lits(world):
     """Two zip files, as downloaded; five folds in a loop and by Slurm; the figure."""
-    small = PHANTOMS | {"cases": 6, "seed": 5}
-    make_phantoms.main(make_phantoms.Config(destination=world / "unseen", **small))
+    make_phantoms.main(make_phantoms.Config(world / "unseen", **PHANTOMS | {"cases": 6, "seed": 5}))
     scans, labels = (sorted((world / "unseen" / k).iterdir()) for k in ("imagesTr", "labelsTr"))
     for batch, numbers in enumerate(([0, 1, 2], [3, 4, 28]), start=1):
         with zipfile.ZipFile(world / f"Training_Batch{batch}.zip", "w") as file:
