@@ -9,8 +9,8 @@ weights, intervals and words are fitted on two thirds of the bodies; the last th
 are for the test alone. Scans that are done are kept in `data/trust/rows.json`. Beside the starter
 it needs these runs, the last two below `data/trust`:
 
-- laptop: `benchmarks/levers.py --settings laptop --epochs 18` leaves three; each real CT is segmented
-  by the one that did not train on it;
+- laptop: `benchmarks/levers.py --settings laptop --epochs 18` leaves three; each real CT is
+  segmented by the one that did not train on it;
 - subvolumes: bodies 0 to 27 of seed 5 at 4 4 4 mm and 28 to 39 at 4 4 2 mm (`prepare.py
   --foreground liver --accept outline outside hu empty --training 0.9 --validation 0.1 --test 0`),
   `train.py --spacing 4 4 --input-size 96 96 --network unet --base-channels 16 --loss dice_ce
