@@ -139,6 +139,11 @@ class Config:
         """Axes along which spacing and input size are given."""
         return "x y z" if self.sampling == "patches" else "x y"
 
+    @property
+    def grain(self) -> int:
+        """Voxels of which the input must be a multiple along the axes that the network halves."""
+        return GRAINS.get(self.network, 8)
+
     def window(self, subvolume_depth: int) -> tuple[int, ...]:
         """Voxels (x, y, z) of the network's input."""
         depth = () if self.sampling == "patches" else (subvolume_depth,)
@@ -295,12 +300,12 @@ CONTRADICTIONS: list[Rule] = [
      "--spacing of {c.sampling} must be {c.axes}, got {c.spacing}"),
     (lambda c, _: len(c.input_size) != len(c.axes.split()),
      "--input-size of {c.sampling} must be {c.axes}, got {c.input_size}"),
-    (lambda c, depth: any(size % GRAINS.get(c.network, 8) for size in list_halved(c, depth)),
-     "{window} voxels: the input of {c.network} must be a multiple of {grain} along each axis that "
-     "it halves; change --input-size, or prepare.py's --subvolume-depth"),
+    (lambda c, depth: any(n % c.grain for n in c.window(depth)[: 2 if c.grain == 32 else 3]),
+     "{window} voxels: the input of {c.network} must be a multiple of {c.grain} along each axis "
+     "that it halves; change --input-size, or prepare.py's --subvolume-depth"),
     (lambda c, depth: count_deepest(c, depth) < 2,
      "{window} voxels are a single one after the poolings of {c.network}, and normalisation "
-     "needs two; give --input-size of more than {grain} along an axis"),
+     "needs two; give --input-size of more than {c.grain} along an axis"),
     (lambda c, _: c.encoder_weights and c.network != "resnet34_unet",
      "--encoder-weights: only --network resnet34_unet has that encoder"),
     (lambda c, _: c.pretrained_share and not c.pretrained,
@@ -322,19 +327,13 @@ def check(config: Config, depth: int) -> None:
             if depth:
                 held = f"sub-volumes of {depth} slices"
                 usual = "prepare.py with --subvolume-depth 0 makes whole cases"
-            words = {"held": held, "usual": usual, "grain": GRAINS.get(config.network, 8)}
-            raise InputError(message.format(c=config, window=config.window(depth), **words))
-
-
-def list_halved(config: Config, depth: int) -> tuple[int, ...]:
-    """Return the voxels of the input along the axes on which the network pools."""
-    return config.window(depth)[: 2 if GRAINS.get(config.network) == 32 else 3]
+            words = {"held": held, "usual": usual, "window": config.window(depth)}
+            raise InputError(message.format(c=config, **words))
 
 
 def count_deepest(config: Config, depth: int) -> int:
     """Return the voxels normalised together after the last pooling, in 2D those of all slices."""
-    grain = GRAINS.get(config.network, 8)
-    grains = (grain, grain, 1 if config.network == "resnet34_unet" else grain)
+    grains = [config.grain, config.grain, 1 if config.network == "resnet34_unet" else config.grain]
     return math.prod(max(n // g, 1) for n, g in zip(config.window(depth), grains, strict=True))
 
 

@@ -2,8 +2,6 @@
 
     python benchmarks/levers.py --settings starter patches --minutes 4 --seeds 0 1 2
     python benchmarks/levers.py --settings starter patches --minutes 4 --patients 1
-    python benchmarks/levers.py --settings "starter, 3 mm" --seeds 0 --applying
-    python benchmarks/levers.py --settings subvolumes --crop-to-body
     python benchmarks/levers.py --settings "liver-tumour-ce --loss dice_ce" --epochs 50
     python benchmarks/levers.py --report
 
@@ -15,7 +13,8 @@ rounds of a setting take equally many steps, and the minutes that were really us
 row. The held-out patients are in the validation split, and the LAST checkpoint is applied: nothing
 is chosen by looking at them. Figures are per patient, on the scan's own grid.
 Each row is written as soon as it is known, and what is known is not run again.
-Writes benchmarks/results/levers.json, or what --results names.
+Writes benchmarks/results/few_patients.json. Answered questions, with the first edition of the
+starter, are in levers.json, and their settings in its commit.
 """
 
 from __future__ import annotations
@@ -53,28 +52,8 @@ SETTINGS = {  # name → options of train.py; the last of two equal options coun
     "subvolumes": SUBVOLUMES,
     "patches": PATCHES,
     "starter": STARTER,
-    "patches, 3 mm": f"{PATCHES} {FINER}",
-    "patches, 3 mm, more augmentation": f"{PATCHES} {FINER} {STRONGER}",
-    "starter, 3 mm": f"{STARTER} {FINER}",
-    "starter, 3 mm, rate 3e-4": f"{STARTER} {FINER} --learning-rate 3e-4",
-    "starter, 3 mm, more augmentation": f"{STARTER} {FINER} {STRONGER}",
-    # the recipe `laptop`, and one thing changed
-    "laptop": LAPTOP,
+    "laptop": LAPTOP,  # the recipe
     "laptop, no share": f"{LAPTOP} --pretrained-share 0",
-    "laptop, averaged by 0.98": f"{LAPTOP} --pretrained-share 0 --ema-decay 0.98",
-    "laptop, averaged by 0.995": f"{LAPTOP} --pretrained-share 0 --ema-decay 0.995",
-    "laptop, averaged by 0.997": f"{LAPTOP} --pretrained-share 0 --ema-decay 0.997",
-    "laptop, averaged by 0.998": f"{LAPTOP} --pretrained-share 0 --ema-decay 0.998",
-    "laptop, noise up to 45 HU": f"{LAPTOP} --noise-sd 0.1",
-    "laptop, SGD": f"{LAPTOP} --optimizer sgd --schedule poly --learning-rate 1e-2",
-    "laptop, Dice alone": f"{LAPTOP} --loss dice",
-}
-APPLYING = {  # how a network that was trained is applied → options of apply_model.py
-    "as usual": "",
-    "mirrored": "--mirror",
-    "overlap 0.25": "--overlap 0.25",
-    "overlap 0.75": "--overlap 0.75",
-    "without post-processing": "--no-largest-component --no-fill-holes --no-tumour-inside",
 }
 FIGURES = ("dice", "precision", "recall", "hd95_mm")
 
@@ -91,11 +70,7 @@ class Config:
     rounds: tuple[int, ...] = (0, 1, 2)
     source: Path = DATA / "ct"  # real CTs with labels
     work: Path = Path("data/levers")  # what the scripts write; relative: below the project
-    applying: bool = False  # train nothing: apply what was trained in some ways
-    ways: tuple[str, ...] = tuple(APPLYING)  # names in APPLYING
-    crop_to_body: bool = False  # prepare.py's
     report: bool = False  # run nothing, print the table of what is known
-    results: Path = RESULTS / "levers.json"  # what is known; of the first edition of the starter
 
 
 def run(*command: object) -> float:
@@ -122,11 +97,6 @@ def list_cases(source: Path) -> list[str]:
     return sorted(p.name[:-7] for p in (source / "imagesTr").glob("[!.]*.nii.gz"))
 
 
-def name_setting(config: Config, setting: str) -> str:
-    """Return a setting with what was done to the patients, as it stands in a row."""
-    return f"{setting}, cropped to the body" if config.crop_to_body else setting
-
-
 def name_file(text: str) -> str:
     """Return a text as a name of a file."""
     return text.replace(", ", "_").replace(" ", "_").replace("/", "_")
@@ -142,7 +112,7 @@ def read_options(setting: str) -> tuple[list[str], bool]:
 
 def prepare(config: Config, training: list[str], held_out: list[str], patches: bool) -> Path:
     """Prepare the data of a round once; return their folder."""
-    kind = name_setting(config, "patches" if patches else "subvolumes")
+    kind = "patches" if patches else "subvolumes"
     name = name_file("_".join([kind, *training, "without", *held_out]))
     data = config.work / "prepared" / name
     if not (ROOT / data / "dataset.json").exists():
@@ -151,8 +121,7 @@ def prepare(config: Config, training: list[str], held_out: list[str], patches: b
         unused = sorted({*list_cases(config.source)} - {*training, *held_out})
         split.write_text(json.dumps({"training": training, "validation": held_out, "test": unused}))
         run("prepare.py", config.source, "--destination", data, "--split", split,
-            "--subvolume-depth", 0 if patches else 16,
-            *["--crop-to-body"] * config.crop_to_body)  # fmt: skip
+            "--subvolume-depth", 0 if patches else 16)  # fmt: skip
     return data
 
 
@@ -199,14 +168,13 @@ def count_epochs(config: Config, setting: str, data: Path) -> int:
 
 def name_run(config: Config, setting: str, turn: int, seed: int) -> str:
     """Return the folder of a run and of its results."""
-    label = name_setting(config, setting)
-    return name_file(f"{label}_{config.minutes:g}min_{config.patients}p_{turn}_{seed}")
+    return name_file(f"{setting}_{config.minutes:g}min_{config.patients}p_{turn}_{seed}")
 
 
-def score(data: Path, held_out: list[str], run_folder: Path, results: Path, how: str = "") -> dict:
+def score(data: Path, held_out: list[str], run_folder: Path, results: Path) -> dict:
     """Figures of each held-out patient, segmented by the last checkpoint."""
     run("apply_model.py", "--split", "validation", "--data", data, "--checkpoint",
-        run_folder / "last.pt", "--destination", results, *shlex.split(how))  # fmt: skip
+        run_folder / "last.pt", "--destination", results)  # fmt: skip
     rows = {name: read_json(ROOT / results / name / f"{name}.json") for name in held_out}
     return {
         name: {key: round(row[f"liver_{key}"], 4) for key in FIGURES} for name, row in rows.items()
@@ -222,7 +190,7 @@ def run_once(config: Config, setting: str, turn: int, seed: int) -> dict:
     folder = config.work / "runs" / name
     seconds = fit(setting, data, folder, seed, epochs)
     return {
-        "setting": name_setting(config, setting), "minutes": config.minutes,
+        "setting": setting, "minutes": config.minutes,
         "patients": config.patients, "round": turn, "seed": seed,
         "training": training, "epochs": epochs,
         "training_cpu_minutes": round(seconds / 60, 2),
@@ -230,29 +198,8 @@ def run_once(config: Config, setting: str, turn: int, seed: int) -> dict:
     }  # fmt: skip
 
 
-def compare_applying(config: Config) -> dict[str, dict]:
-    """Networks that were trained, applied in several ways: means, and the figures of each scan."""
-    table: dict[str, dict] = {}
-    for setting in config.settings:
-        for turn, seed in itertools.product(config.rounds, config.seeds):
-            training, held_out = split_patients(config, turn, seed)
-            data = prepare(config, training, held_out, read_options(setting)[1])
-            name = name_run(config, setting, turn, seed)
-            for way in config.ways:
-                place = config.work / "applying" / way.replace(" ", "_") / name
-                scans = score(data, held_out, config.work / "runs" / name, place, APPLYING[way])
-                entry = table.setdefault(f"{setting}, {way}", {"dice": {}, "hd95_mm": {}})
-                for key in ("dice", "hd95_mm"):
-                    entry[key] |= {f"{scan} seed {seed}": row[key] for scan, row in scans.items()}
-    for entry in table.values():
-        entry["dice_mean"] = round(statistics.mean(entry["dice"].values()), 4)
-        entry["dice_worst"] = min(entry["dice"].values())
-        entry["hd95_mm_mean"] = round(statistics.mean(entry["hd95_mm"].values()), 2)
-    return table
-
-
 def summarise(rows: list[dict]) -> dict[str, dict]:
-    """Of each setting: mean, worst, spread over seeds, paired difference from `starter`."""
+    """Of each setting: mean, worst, and the mean of each seed."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
         key = f"{row['setting']}, {row['minutes']:g} min, {row['patients']} patients"
@@ -262,8 +209,6 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
         dice = {pair: scan["dice"] for pair, scan in list_scans(group).items()}
         seeds = sorted({seed for seed, _ in dice})
         means = [statistics.mean(v for (s, _), v in dice.items() if s == seed) for seed in seeds]
-        base = list_scans(groups.get("starter" + key[len(group[0]["setting"]) :], []))
-        paired = [dice[k] - base[k]["dice"] for k in dice if k in base]
         apart = [scan["hd95_mm"] for scan in list_scans(group).values()]
         minutes = statistics.mean(row["training_cpu_minutes"] for row in group)
         table[key] = {
@@ -272,9 +217,6 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
             "dice_worst": round(min(dice.values()), 4),
             "dice_of_each_seed": [round(value, 4) for value in means],
             "hd95_mm_mean": round(statistics.mean(apart), 2), "cpu_minutes_mean": round(minutes, 2),
-            "minus_starter_mean": round(statistics.mean(paired), 4) if paired else None,
-            "minus_starter_sd": round(statistics.stdev(paired), 4) if len(paired) > 1 else None,
-            "paired": len(paired),
         }  # fmt: skip
     return table
 
@@ -285,16 +227,13 @@ def list_scans(rows: list[dict]) -> dict[tuple[int, str], dict]:
 
 
 def main(config: Config) -> None:
-    path = config.results
+    path = RESULTS / "few_patients.json"
     known = read_json(path) if path.exists() else {"rows": []}
-    if config.applying:
-        known["applying"] = known.get("applying", {}) | compare_applying(config)
-        write_json(known, path)
     keys = ("setting", "minutes", "patients", "round", "seed")
     done = {tuple(row[key] for key in keys) for row in known["rows"]}
     wanted = itertools.product(config.seeds, config.rounds, config.settings)
-    for seed, turn, setting in [] if config.report or config.applying else wanted:
-        run_key = (name_setting(config, setting), config.minutes, config.patients, turn, seed)
+    for seed, turn, setting in [] if config.report else wanted:
+        run_key = (setting, config.minutes, config.patients, turn, seed)
         if run_key in done:
             continue
         known["rows"].append(run_once(config, setting, turn, seed))

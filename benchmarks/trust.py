@@ -65,7 +65,6 @@ FAILED = 0.7  # a Dice below it is a failure that must not pass
 COVERED = 0.9  # of the scans are to lie within their interval
 FOLDS = 10  # of the bodies that are fitted on
 LEVELS = (0.92, 0.85, 0.7, 0.3, 0.0)  # lowest expected Dice of those that share a spread
-BEFORE, WORDS = np.array([-0.97, 1.15, -0.28, 0.0]), {"good": 0.87, "look": 0.75}  # until now
 NETWORKS = {  # name → checkpoints, of a real CT the one that it did not train
     "starter": ("checkpoints/starter.pt",),
     "laptop": tuple(f"data/levers/runs/laptop_4min_4p_{turn}_0/last.pt" for turn in range(3)),
@@ -225,15 +224,13 @@ def pick_model(network: str, case: str) -> Model:
     return next(model for model in models if not any(learnt <= p.items() for p in model.patients))
 
 
-def expect(
-    weights: np.ndarray, rows: Sequence[dict[str, Any]], too_large: float = trust.TOO_LARGE
-) -> np.ndarray:
+def expect(weights: np.ndarray, rows: Sequence[dict[str, Any]]) -> np.ndarray:
     """Expected Dice as `data.trust` has it, 0 where nothing was found."""
     keys = ("ml", "steadiness", "volume", "place")
     ml, steady, *strange = np.array([[row[key] for key in keys] for row in rows]).T
     steady = steady.clip(1e-3, 1 - 1e-3)
     known = np.stack([np.ones(len(rows)), np.log(steady / (1 - steady)), *strange])
-    most = np.where(ml > trust.PLAUSIBLE_ML["liver"][1], too_large, 1)
+    most = np.where(ml > trust.PLAUSIBLE_ML["liver"][1], trust.TOO_LARGE, 1)
     return np.minimum((ml > 0) / (1 + np.exp(-weights @ known)), most)
 
 
@@ -347,7 +344,6 @@ def main(score_only: bool = False) -> None:
         table[f"{name}, {part}"] = {
             "in_use": score(some, expect(used, some), trust.WORDS) | cover(some),
             "fitted_without_this_network": score(some, expect(others, some), trust.WORDS),
-            "before": score(some, expect(BEFORE, some, too_large=1), WORDS),
         }
     keys = ("offset", "steadiness", "volume", "place")
     result = {

@@ -69,7 +69,7 @@ utilities | run.share_buffers() | pass | engine::two_processes
 utilities | parallel(self.model) if dist.is_initialized() else self. | self. | engine::two_processes
 utilities | elif not torch.isfinite(tensor).all(): | elif False: | run_memory::other_content
 train | 0.5 * (1 + math.cos(math.pi * progress)) | 1.0 | run_memory::at_the_rate
-train | size % GRAINS.get(c.network, 8) | size % 8 | training::wrong_settings
+train | n % c.grain | n % 8 | training::wrong_settings
 train | include_background=False | include_background=True | network::by_hand
 train | alpha=0.3, beta=0.7 | alpha=0.7, beta=0.3 | network::by_hand
 train | weight=weights, lambda_dice=0.0 | lambda_dice=0.0 | network::cross_entropy

@@ -61,7 +61,7 @@ def test_a_recipe_starts_with_each_form_of_labels(name, few, whole_cases, tmp_pa
 
 def test_the_recipe_laptop_is_the_setting_that_was_measured(monkeypatch):
     """The figures of docs/evidence/few_patients.md are those of what a user gets."""
-    result = read_json(ROOT / "benchmarks" / "results" / "levers.json")
+    result = read_json(ROOT / "benchmarks" / "results" / "few_patients.json")
     options = {}  # the last of two equal ones counts
     for option in re.split(r"(?:^| )--", result["settings"]["laptop"])[1:]:
         name, *values = option.split()
