@@ -1,17 +1,15 @@
-"""Accuracy on real CTs in 3-fold cross-validation: settings compared at equal CPU minutes.
+"""Accuracy on real CTs in 3-fold cross-validation: settings compared at equal epochs.
 
-    python benchmarks/levers.py --settings starter patches --minutes 4 --seeds 0 1 2
-    python benchmarks/levers.py --settings starter patches --minutes 4 --patients 1
+    python benchmarks/levers.py --settings starter patches --seeds 0 1 2
+    python benchmarks/levers.py --settings starter patches --patients 1
     python benchmarks/levers.py --settings "liver-tumour-ce --loss dice_ce" --epochs 50
     python benchmarks/levers.py --report
 
 Three rounds over the six patients of `--source`: four train (or the first `--patients` of them),
 two are new to the network. A setting is a name in SETTINGS, or options of train.py, such as a
-recipe. The scripts are run as a user runs them, on one thread. Minutes are CPU minutes of train.py,
-caching counted; a short trial of each setting says how many epochs they are, so that seeds and
-rounds of a setting take equally many steps, and the minutes that were really used stand in each
-row. The held-out patients are in the validation split, and the LAST checkpoint is applied: nothing
-is chosen by looking at them. Figures are per patient, on the scan's own grid.
+recipe. The scripts are run as a user runs them, on one thread; the CPU minutes of train.py stand in
+each row. The held-out patients are in the validation split, and the LAST checkpoint is applied:
+nothing is chosen by looking at them. Figures are per patient, on the scan's own grid.
 Each row is written as soon as it is known, and what is known is not run again.
 Writes benchmarks/results/few_patients.json. Answered questions, with the first edition of the
 starter, are in levers.json, and their settings in its commit.
@@ -63,9 +61,8 @@ class Config:
     """What is compared, and on what."""
 
     settings: tuple[str, ...] = ("subvolumes", "patches", "starter")  # names in SETTINGS
-    minutes: float = 4.0  # of CPU time on one thread, for one training
     seeds: tuple[int, ...] = (0,)  # of weights, order and augmentation
-    epochs: int | None = None  # the same for all, whatever minutes they take; None: by the minutes
+    epochs: int = 18  # of each training
     patients: int = 4  # of the four training patients of a round, how many are used
     rounds: tuple[int, ...] = (0, 1, 2)
     source: Path = DATA / "ct"  # real CTs with labels
@@ -145,30 +142,9 @@ def last_of_each(options: str) -> list[str]:
     return [word for name, values in found.items() for word in (name, *values)]
 
 
-def count_samples(data: Path) -> int:
-    """Sub-volumes, or whole cases, of the training split."""
-    prepared = read_json(ROOT / data / "dataset.json")
-    return sum(item["split"] == "training" for item in prepared["subvolumes"])
-
-
-def count_epochs(config: Config, setting: str, data: Path) -> int:
-    """Epochs that fill the minutes, by a trial of the setting that is made once."""
-    path = ROOT / config.work / "rates.json"
-    rates = read_json(path) if path.exists() else {}
-    samples = count_samples(data)
-    if setting not in rates:
-        places = {n: config.work / "trials" / name_file(f"{setting}_{n}") for n in (1, 4)}
-        seconds = [fit(setting, data, place, 0, epochs) for epochs, place in places.items()]
-        each = (seconds[1] - seconds[0]) / 3
-        rates[setting] = {"fixed": seconds[0] - each, "sample": each / samples}
-        write_json(rates, path)
-    rate = rates[setting]
-    return max(1, round((config.minutes * 60 - rate["fixed"]) / (rate["sample"] * samples)))
-
-
 def name_run(config: Config, setting: str, turn: int, seed: int) -> str:
     """Return the folder of a run and of its results."""
-    return name_file(f"{setting}_{config.minutes:g}min_{config.patients}p_{turn}_{seed}")
+    return name_file(f"{setting}_{config.patients}p_{turn}_{seed}")
 
 
 def score(data: Path, held_out: list[str], run_folder: Path, results: Path) -> dict:
@@ -185,14 +161,13 @@ def run_once(config: Config, setting: str, turn: int, seed: int) -> dict:
     """Train, apply to the held-out patients; return the row."""
     training, held_out = split_patients(config, turn, seed)
     data = prepare(config, training, held_out, read_options(setting)[1])
-    epochs = config.epochs or count_epochs(config, setting, data)
     name = name_run(config, setting, turn, seed)
     folder = config.work / "runs" / name
-    seconds = fit(setting, data, folder, seed, epochs)
+    seconds = fit(setting, data, folder, seed, config.epochs)
     return {
-        "setting": setting, "minutes": config.minutes,
+        "setting": setting,
         "patients": config.patients, "round": turn, "seed": seed,
-        "training": training, "epochs": epochs,
+        "training": training, "epochs": config.epochs,
         "training_cpu_minutes": round(seconds / 60, 2),
         "scans": score(data, held_out, folder, config.work / "results" / name),
     }  # fmt: skip
@@ -202,7 +177,7 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
     """Of each setting: mean, worst, and the mean of each seed."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
-        key = f"{row['setting']}, {row['minutes']:g} min, {row['patients']} patients"
+        key = f"{row['setting']}, {row['patients']} patients"
         groups.setdefault(key, []).append(row)
     table = {}
     for key, group in groups.items():
@@ -229,11 +204,11 @@ def list_scans(rows: list[dict]) -> dict[tuple[int, str], dict]:
 def main(config: Config) -> None:
     path = RESULTS / "few_patients.json"
     known = read_json(path) if path.exists() else {"rows": []}
-    keys = ("setting", "minutes", "patients", "round", "seed")
+    keys = ("setting", "patients", "round", "seed")
     done = {tuple(row[key] for key in keys) for row in known["rows"]}
     wanted = itertools.product(config.seeds, config.rounds, config.settings)
     for seed, turn, setting in [] if config.report else wanted:
-        run_key = (setting, config.minutes, config.patients, turn, seed)
+        run_key = (setting, config.patients, turn, seed)
         if run_key in done:
             continue
         known["rows"].append(run_once(config, setting, turn, seed))

@@ -67,7 +67,7 @@ FOLDS = 10  # of the bodies that are fitted on
 LEVELS = (0.92, 0.85, 0.7, 0.3, 0.0)  # lowest expected Dice of those that share a spread
 NETWORKS = {  # name → checkpoints, of a real CT the one that it did not train
     "starter": ("checkpoints/starter.pt",),
-    "laptop": tuple(f"data/levers/runs/laptop_4min_4p_{turn}_0/last.pt" for turn in range(3)),
+    "laptop": tuple(f"data/levers/runs/laptop_4p_{turn}_0/last.pt" for turn in range(3)),
     "subvolumes": ("data/trust/subvolumes/best.pt",),
     "half_trained": ("data/trust/half_trained/best.pt",),  # tested, fitted on never
 }
