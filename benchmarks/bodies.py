@@ -45,6 +45,8 @@ class Config:
     seed: int = 0  # body i depends on (seed, i) alone: same numbers, same bytes
     spacing: tuple[float, float, float] = (4.0, 4.0, 4.0)  # mm per voxel, x y z
     tumours: int = 0  # first bodies with tumours of many kinds; the others have few, simple ones
+    slabs: float = 0.25  # share of bodies that are slabs of 40 to 150 mm
+    slab_middle: tuple[float, float] = (-170.0, -10.0)  # mm from the dome, of most slabs
     livers: Path | None = None  # folder of liver masks: paint a phantom around each instead
     step: int = 1  # with --livers: use every n-th voxel in plane
 
@@ -529,8 +531,9 @@ def draw_grid(rng: np.random.Generator, config: Config, skin: float):
         top = rng.uniform(-60, 5)
     if rng.random() < 0.15:
         bottom = rng.uniform(-190, -110)
-    if rng.random() < 0.25:  # a slab, most of them through the liver
-        middle = rng.uniform(-170, -10) if rng.random() < 0.7 else rng.uniform(-380, 130)
+    if rng.random() < config.slabs:  # most of them through the liver
+        span = config.slab_middle if rng.random() < 0.7 else (-380, 130)
+        middle = rng.uniform(*span)
         half = rng.uniform(20, 75) / scale[2]
         top, bottom = middle + half, middle - half
     mm = np.array([width + margin, depth + margin + 20, (top - bottom) * scale[2]])
