@@ -159,9 +159,7 @@ def test_training(trained):
     assert recipes == set(train.RECIPES) - {"liver-unet3d"}
     for recipe in recipes:
         model = load_model(trained / train.RECIPES[recipe][1].run_folder, "cpu")
-        found = segment(model, trained / "scan.nii.gz").classes
-        assert found.shape == read_volume(trained / "scan.nii.gz").shape
-        assert found.data.max() <= len(model.names)
+        assert segment(model, trained / "scan.nii.gz").classes.data.max() <= len(model.names)
     assert all(f"| `{name}`" in PAGES["docs/training.md"] for name in train.RECIPES)
     labels = load_checkpoint(trained / "checkpoints/spleen")["preprocessing"]["labels"]
     assert set(labels) == {"background", "spleen"}
