@@ -73,7 +73,7 @@ BACKGROUND_COLOUR, INK, BONE = "#14181d", "#f2f2f2", "#e9dcc3"
 DARK_TISSUE = "#b7d7c9"  # darker than the organ, but of no class: no class has this colour
 ORGAN_HU = 100  # drawn where there is no scan
 PASS_BANDS = (0.002, 0.01, 0.05)  # of the sinc filter: removes waves under 100, 45, 20 edges
-TURN_FRAMES, MOVIE_MARGIN_MM = 60, 15  # the margin: beyond the first and the last foreground
+TURN_FRAMES, MOVIE_MARGIN_MM = 36, 15  # the margin: beyond the first and the last foreground
 PAGE_TRIANGLES = 60_000  # per surface: some MB, which a laptop turns smoothly
 SIDES = [(0, 1, 0), (0, -1, 0), (1, 0, 0), (-1, 0, 0), (0, 0, 1)]  # where the viewer stands: RAS
 VIEWS = dict(zip(get_args(View), SIDES, strict=True))

@@ -435,8 +435,8 @@ def doubt_organ(
     ml, body = math.prod(spacing_mm) / 1000, organ | tumour
     whole, inner = np.count_nonzero(body) * ml, np.count_nonzero(tumour) * ml
     low, high = PLAUSIBLE_ML.get(name, (0, math.inf))
-    rows, right = body.any(axis=(0, 1)), name in RIGHT_SIDED and whole > 0
-    cut = rows[0] or rows[-1]  # by the end of the scan
+    cut = (rows := body.any(axis=(0, 1)))[0] or rows[-1]  # by the end of the scan
+    right = name in RIGHT_SIDED and whole > SMALLEST_MM3 / 1000 * cut  # a tip has no side
     parts = np.sort(np.bincount(cc3d.connected_components(body.any(axis=2)).ravel())[1:])
     own_x, patient_x = (
         np.arange(len(mask)) @ mask.sum(axis=(1, 2)) / max(mask.sum(), 1)
@@ -495,7 +495,7 @@ def judge_fit(
 def measure_spread(values: np.ndarray) -> np.ndarray:
     """Return the interquartile range of each row of HU; 1000 more where it is no soft tissue."""
     quarters = [values.shape[1] * part // 4 for part in (1, 2, 3)]
-    values.partition(quarters, axis=1)
+    values.sort(axis=1, kind="stable")  # 16 bits: radix, three times as fast as a partition
     low, middle, high = values[:, quarters].T.astype(float)
     return np.maximum(high - low, EVEN_HU) + 1000 * ((middle < -50) | (middle > 300))
 

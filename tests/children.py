@@ -35,7 +35,7 @@ def open_server() -> Any:
     """Where processes come from: not forked from a test's own, whose threads torch waits for."""
     context = multiprocessing.get_context("forkserver")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server finds it nowhere else
-    context.set_forkserver_preload(["children"])
+    context.set_forkserver_preload(["children", "torch._dynamo"])  # which optimizers need
     return context
 
 

@@ -1,6 +1,7 @@
 """The house rules that a reader relies on: where things are, how long, and that arrows run down."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ STORE = sorted((ROOT / "data").glob("*.py"))
 SOURCES = [*SIX, *STORE]
 
 
+@cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from documents import EVIDENCE, PAGES, USER_PAGES, find_links, list_blocks, list_commands, run_block
-from helpers import write_phantom_seg, write_phantom_series
+from helpers import build_2d_network, write_phantom_seg, write_phantom_series
 
 import data.check
 import data.make_phantoms as make_phantoms
 import data.settings
 import train
+import utilities
+from apply_model import load_model, segment
 from benchmarks.machine import RESULTS, sum_sources
 from data.files import read_json
 from data.scans import read_volume
@@ -76,6 +78,7 @@ def world(tmp_path, monkeypatch, blank_pictures, raw_phantoms, checkpoint):
 
     monkeypatch.setattr(data.settings, "read_settings", read_settings)
     monkeypatch.setattr(data.check, "draw_overlay", lambda *_: None)
+    monkeypatch.setattr(utilities, "build_resnet34", build_2d_network)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(ROOT / "checkpoints/starter.pt", tmp_path / "checkpoints")
@@ -154,6 +157,9 @@ def test_training(trained):
     done = follow("docs/training.md", trained, make_others)
     recipes = {words[2] for words in done if words[1] == "train.py" and words[2][0] != "-"}
     assert recipes == set(train.RECIPES) - {"liver-unet3d"}
+    for recipe in recipes:
+        model = load_model(trained / train.RECIPES[recipe][1].run_folder, "cpu")
+        assert segment(model, trained / "scan.nii.gz").classes.data.max() <= len(model.names)
     assert all(f"| `{name}`" in PAGES["docs/training.md"] for name in train.RECIPES)
     labels = load_checkpoint(trained / "checkpoints/spleen")["preprocessing"]["labels"]
     assert set(labels) == {"background", "spleen"}

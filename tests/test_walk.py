@@ -22,11 +22,11 @@ def test_segmenting_a_scan_is_a_short_walk(checkpoint, raw_phantoms):
     assert len(walk.functions) <= 45, walk.functions
 
 
-def test_the_five_steps_are_a_bounded_walk(raw_phantoms, checkpoint, tmp_path):
+def test_the_five_steps_are_a_bounded_walk(raw, checkpoint, tmp_path):
     data, run, results = (tmp_path / name for name in ("prepared", "run", "results"))
     small = {"input_size": (16, 16), "spacing": (16.0, 16.0)}
     with Walk(ROOT) as walk, contextlib.redirect_stdout(io.StringIO()):
-        prepare.main(prepare.Config(source=raw_phantoms, destination=data, workers=1))
+        prepare.main(prepare.Config(source=raw, destination=data, workers=1))
         train.main(train.Config(data=data, show=True, **small, device="cpu"))
         train.main(train.Config(
             data=data, run_folder=run, **small, base_channels=4, max_epochs=1,

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import chain_of, copy_prepared, small_config
+from helpers import build_2d_network, chain_of, copy_prepared, small_config
 from helpers import run as prepare
 from monai.networks import nets
 
@@ -17,7 +17,7 @@ from data.scans import read_volume
 from data.settings import check_settings
 from data.splits import read_prepared
 from data.volumes import find_body
-from utilities import SliceBySlice, build_network, load_checkpoint
+from utilities import build_network, load_checkpoint
 
 ARGUMENTS = {"in_channels": 1, "out_channels": 2, "base_channels": 16, "input_size": (32, 32, 32)}
 
@@ -73,9 +73,7 @@ def test_single_slices_train_the_2d_network_and_are_applied(raw_phantoms, tmp_pa
         assert record["shape"][2] == 1 and record["voxels_per_label"].keys() > {"0"}
     content["subvolumes"] = content["subvolumes"][::16]
     (data / "dataset.json").write_text(json.dumps(content))
-    monkeypatch.setattr(  # of 23 million parameters
-        utilities, "build_resnet34", lambda i, o, *_: SliceBySlice(nets.UNet(2, i, o, (4, 8), (2,)))
-    )
+    monkeypatch.setattr(utilities, "build_resnet34", build_2d_network)
     train.main(small_config(
         data, run, network="resnet34_unet", overlap=0.0, batch_size=4, max_epochs=1,
         input_size=(64, 32), spacing=(4.0, 4.0),
