@@ -33,8 +33,13 @@ from data.files import read_json, write_json
 from data.scans import lay_on_grid, read_volume
 from data.volumes import Volume
 
-# Two stages: the second goes on at 3 mm, on other bodies, most of them with tumours of many kinds.
-BODIES = {"4mm": "--cases 640 --spacing 4 4 4", "3mm": "--cases 560 --spacing 3 3 3 --tumours 400"}
+# Three stages: the second goes on at 3 mm, on other bodies, most of them with tumours of many
+# kinds. The third goes on from there with three seeds; half of its bodies are slabs.
+BODIES = {
+    "4mm": "--cases 640 --spacing 4 4 4", "3mm": "--cases 560 --spacing 3 3 3 --tumours 400",
+    "slabs": "--cases 600 --spacing 3 3 3 --tumours 480 --slabs 0.45 --slab-middle -170 60",
+}  # fmt: skip
+OFFSETS = {"4mm": 0, "3mm": 100, "slabs": 300}  # from the seed of a stage to that of its bodies
 PREPARE = (
     "--subvolume-depth 0 --foreground liver --accept outline outside hu empty "
     "--training 0.95 --validation 0.05 --test 0"
@@ -43,12 +48,15 @@ TRAIN = (
     "--sampling patches --network unet --base-channels 16 --loss dice_ce --batch-size 2 "
     "--patches-per-case 2 "
 )
-STAGES = {
+SMALL = "--spacing 3 3 3 --input-size 96 96 64 --learning-rate 1e-3 "
+STAGES = {  # {before}: folder of the run that a stage goes on from
     "4mm": "--spacing 4 4 4 --input-size 80 80 48 --learning-rate 2e-3 --max-epochs 6 "
     "--val-interval 6",
-    "3mm": "--spacing 3 3 3 --input-size 96 96 64 --learning-rate 1e-3 --max-epochs 7 "
-    "--val-interval 7 --pretrained {folder}/run_4mm/best.pt",
+    "3mm": SMALL + "--max-epochs 7 --val-interval 7 --pretrained {before}/best.pt",
+    "slabs": SMALL + "--max-epochs 6 --val-interval 6 --pretrained {before}/best.pt "
+    "--pretrained-share 0.5",
 }
+LAST = (0, 1, 2)  # seeds of the third stage, whose weights are averaged
 KEYS = ("dice", "hd95_mm", "false_positive_ml")
 SLAB = 40  # mm, of slabs that are cut from painted scans
 Item = tuple[str, str, Volume, Volume]  # set, case, scan, label map
@@ -59,37 +67,45 @@ class Config:
     """What is made or scored, and where."""
 
     work: Path = Path("data/starter")  # for bodies and runs; relative: below the project
-    seed: int = 0  # of bodies, weights, order and augmentation
+    seed: int = 2  # of the first two stages: bodies, weights, order and augmentation
     score: tuple[Path, ...] = ()  # checkpoints that are scored; none: make those of the seed
     sets: tuple[str, ...] = ("painted", "bodies", "six")  # what they are scored on
     gate: bool = False  # only compare the bodies' livers with real ones
 
 
 def make_weights(config: Config, folder: Path) -> dict[str, float]:
-    """Bodies, prepared cases and training of both stages, as far as they are not there; minutes."""
-    minutes = {}
-    for stage, options in STAGES.items():
-        raw, data, run = (folder / f"{name}_{stage}" for name in ("raw", "prepared", "run"))
-        other = config.seed + 100 * (stage == "3mm")  # of the bodies
+    """Bodies, prepared cases and training of all stages, as far as they are not there; minutes."""
+    minutes, before, runs = {}, Path(), []
+    for stage, seed in [("4mm", config.seed), ("3mm", config.seed), *(("slabs", n) for n in LAST)]:
+        name = f"{stage}_{seed}"
+        raw, data, run = (folder / f"{part}_{name}" for part in ("raw", "prepared", "run"))
         for made, *command in (
-            (raw / "dataset.json", "benchmarks/bodies.py", "--destination", raw, "--seed", other,
-             *BODIES[stage].split()),
+            (raw / "dataset.json", "benchmarks/bodies.py", "--destination", raw,
+             "--seed", seed + OFFSETS[stage], *BODIES[stage].split()),
             (data / "dataset.json", "prepare.py", raw, "--destination", data, *PREPARE.split(),
-             "--seed", config.seed),
+             "--seed", seed),
             (run / "best.pt", "train.py", "--data", data, "--run-folder", run, *TRAIN.split(),
-             *options.format(folder=folder).split(), "--seed", config.seed),
+             *STAGES[stage].format(before=before).split(), "--seed", seed),
         ):  # fmt: skip
             start, words = time.perf_counter(), [sys.executable, *map(str, command)]
             if not (ROOT / made).exists():
                 subprocess.run(words, cwd=ROOT, check=True)
-                taken = round((time.perf_counter() - start) / 60, 1)
-                minutes[f"{command[0]}, {stage}"] = taken
-    checkpoint = torch.load(ROOT / run / "best.pt", weights_only=True)
+                minutes[f"{command[0]}, {name}"] = round((time.perf_counter() - start) / 60, 1)
+        before = before if stage == "slabs" else run
+        runs += [torch.load(ROOT / run / "best.pt", weights_only=True)] * (stage == "slabs")
     labels = map(read_volume, (ROOT / raw / "labelsTr").glob("*.nii.gz"))
     livers = [(v.data > 0).sum() * v.voxel_ml for v in labels if is_whole(v.data)]
     usual = {"log_ml": float(np.log(livers).mean()), "sd": float(np.log(livers).std())}
-    torch.save(checkpoint | {"expected": {"liver": usual}}, ROOT / folder / "starter.pt")
+    save_starter(runs, {"liver": usual}, ROOT / folder / "starter.pt")
     return minutes
+
+
+def save_starter(runs: list[dict[str, Any]], expected: dict[str, Any], path: Path) -> None:
+    """Write the mean weights of checkpoints. It lists no patients, because bodies are none."""
+    states = [run["network_state"] for run in runs]
+    mean = {k: torch.stack([s[k] for s in states]).float().mean(0) for k in states[0]}
+    mean = {name: value.to(states[0][name].dtype) for name, value in mean.items()}
+    torch.save(runs[0] | {"expected": expected, "network_state": mean, "patients": []}, path)
 
 
 def is_whole(label: np.ndarray) -> bool:
