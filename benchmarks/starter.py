@@ -1,7 +1,7 @@
 """Starter weights from synthetic bodies alone, the gate of the bodies, and scores of the weights.
 
     python benchmarks/starter.py --gate                            # shapes against real masks
-    python benchmarks/starter.py --seed 1                          # make the weights, then score
+    python benchmarks/starter.py                                   # make the weights, then score
     python benchmarks/starter.py --score checkpoints/starter.pt --sets painted bodies
 
 No voxel of a real CT is trained on. The sets `painted` and `bodies` are synthetic: they choose
