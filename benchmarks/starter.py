@@ -75,7 +75,7 @@ class Config:
 
 def make_weights(config: Config, folder: Path) -> dict[str, float]:
     """Bodies, prepared cases and training of all stages, as far as they are not there; minutes."""
-    minutes, before, runs = {}, Path(), []
+    minutes, before, runs = {}, Path(), list[dict[str, Any]]()
     for stage, seed in [("4mm", config.seed), ("3mm", config.seed), *(("slabs", n) for n in LAST)]:
         name = f"{stage}_{seed}"
         raw, data, run = (folder / f"{part}_{name}" for part in ("raw", "prepared", "run"))
@@ -91,8 +91,10 @@ def make_weights(config: Config, folder: Path) -> dict[str, float]:
             if not (ROOT / made).exists():
                 subprocess.run(words, cwd=ROOT, check=True)
                 minutes[f"{command[0]}, {name}"] = round((time.perf_counter() - start) / 60, 1)
-        before = before if stage == "slabs" else run
-        runs += [torch.load(ROOT / run / "best.pt", weights_only=True)] * (stage == "slabs")
+        if stage == "slabs":
+            runs.append(torch.load(ROOT / run / "best.pt", weights_only=True))
+        else:
+            before = run
     labels = map(read_volume, (ROOT / raw / "labelsTr").glob("*.nii.gz"))
     livers = [(v.data > 0).sum() * v.voxel_ml for v in labels if is_whole(v.data)]
     usual = {"log_ml": float(np.log(livers).mean()), "sd": float(np.log(livers).std())}
