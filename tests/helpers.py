@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import filecmp
+import gzip
 import io
 import json
 import runpy
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import highdicom
@@ -245,6 +246,7 @@ def build_field_case(name: str, out: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setattr(sys, "argv", ["make.py", str(out)])
         patch.setattr(sys, "path", [*sys.path])
+        patch.setattr(gzip, "compress", partial(gzip.compress, compresslevel=1))
         runpy.run_path(str(FIELD_CASES / name / "make.py"), run_name="__main__")
     return out
 

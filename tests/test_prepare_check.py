@@ -128,13 +128,11 @@ def test_an_outline_that_fits_is_left_alone():
 def test_the_tip_of_a_liver_that_the_scan_cuts_off_has_no_side():
     """5 × 5 voxels of 0.125 ml in each slice: 75 ml at an end, 125 ml, 75 ml within the scan."""
     hu = np.zeros((40, 40, 40), np.int16)
-    for first, last, expected in (
-        (16, 40, []), (0, 40, ["left_right"]), (4, 28, ["organ", "left_right"]),
-    ):  # fmt: skip
+    for first, last, expected in ((16, 40, ""), (0, 40, "left_right"), (4, 28, "organ left_right")):
         mask = np.zeros(hu.shape, bool)
         mask[4:9, 10:15, first:last] = True
         found = check.doubt_organ("liver", mask, mask & False, hu, (5.0, 5.0, 5.0))
-        assert [kind for kind, _ in found] == expected
+        assert " ".join(kind for kind, _ in found) == expected
 
 
 def test_six_real_cases_raise_no_alarm_and_their_turned_outlines_do(tmp_path, real_ct):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -261,7 +262,7 @@ def screen():
 def test_views_turn_the_last_panel_and_every_slider_moves(results, monkeypatch):
     make = v.make_plotter
     monkeypatch.setattr(v, "make_plotter", lambda options, offscreen: make(options, True))
-    window = v.Window([results], config(results))
+    window = v.Window([results], replace(config(results), size=(160, 120)))
     window.press("n")
     first = window.scene
     for key in "12345h1":
