@@ -93,7 +93,7 @@ def main() -> None:
     train_from_nothing()
     made = ("scratch/curves.png", "scratch/preview.png", "subvolumes/preprocess.png")
     sources = {Path(name).name: DEMO / name for name in made}
-    sources["check.png"] = next((DEMO / "fine_check").glob("*.png"))
+    sources["check.png"] = next((DEMO / "fine_check/check").glob("*.png"))
     sources["result.png"] = next(FOUND.glob("*/*_preview.png"))
     for name, source in sources.items():
         shutil.copyfile(source, PICTURES / name)

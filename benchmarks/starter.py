@@ -28,7 +28,7 @@ from machine import DATA, RESULTS, ROOT, machine, name_command
 from tqdm import tqdm
 
 from apply_model import load_model, segment
-from data.evaluate import evaluate
+from data.evaluate import LESION_SIZES, evaluate
 from data.files import read_json, write_json
 from data.scans import lay_on_grid, read_volume
 from data.volumes import Volume
@@ -213,15 +213,45 @@ def score(sets: tuple[str, ...], checkpoints: tuple[Path, ...]) -> dict[str, dic
     for kind, case, scan, label in tqdm(draw_scans(sets), "scans", disable=None):
         truth = label.ras.like((label.ras.data > 0).astype(np.uint8))
         for name, model in models.items():
-            found = truth.like((segment(model, scan).classes.data > 0).astype(np.uint8))
+            classes = segment(model, scan).classes
+            found = truth.like((classes.data > 0).astype(np.uint8))
             every = evaluate(found, truth, ["liver"])
             row = {key: every[f"liver_{key}"] for key in (*KEYS[:2], "precision", "recall")}
             row["found_ml"] = float(found.data.sum()) * found.voxel_ml
             row["false_positive_ml"] = float((found.data > truth.data).sum()) * found.voxel_ml
+            if "tumour" in model.names:
+                row |= score_tumours(classes, label.ras, model.names)
             row = {key: value and round(value, 4) for key, value in row.items()}
             rows[name].setdefault(kind, {})[case.removesuffix(".nii.gz")] = row
     return {
         name: {k: summarise(k, some) for k, some in sets.items()} for name, sets in rows.items()
+    }
+
+
+def score_tumours(found: Volume, truth: Volume, names: list[str]) -> dict[str, Any]:
+    """Return the figures of the tumours of one scan, from class indices: lesions of 10 mm and more,
+    found at an IoU of 0.1, and findings of any size that match no lesion."""
+    row = {k: v for k, v in evaluate(found, truth, names).items() if k.startswith("tumour_")}
+    large = [group for group in LESION_SIZES if group != "_0_to_10_mm"]
+    row |= {key: sum(row[f"tumour_{key}{g}"] for g in large) for key in ("lesions", "lesions_found")}
+    true, ours = (int((v.data == names.index("tumour") + 1).sum()) for v in (truth, found))
+    return {
+        "tumour_dice": row["tumour_dice"], "tumour_ml": true * found.voxel_ml,
+        "tumour_found_ml": ours * found.voxel_ml, "lesions": row["lesions"],
+        "lesions_found": row["lesions_found"],
+        "false_findings": row["tumour_lesions_predicted"] - row["tumour_lesions_right"],
+    }  # fmt: skip
+
+
+def sum_tumours(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the tumours' figures of a set: Dice where 10 ml and more are, lesions, false ones."""
+    dice = [row["tumour_dice"] for row in rows if row["tumour_ml"] >= 10]
+    none = [row["tumour_found_ml"] for row in rows if row["tumour_ml"] <= 3]
+    table = {key: sum(row[key] for row in rows) for key in ("lesions", "lesions_found")}
+    return table | {
+        "dice": [round(float(np.mean(dice)), 4), len(dice)] if dice else None,
+        "false_findings": round(float(np.mean([row["false_findings"] for row in rows])), 2),
+        "found_ml where at most 3 ml are": sorted(none),
     }
 
 
@@ -232,6 +262,8 @@ def summarise(kind: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for key in keys:
         some = [row[key] for row in rows.values() if row[key] is not None]
         table[key] = [round(float(v), 4) for v in (np.mean(some), min(some), max(some))]
+    if any("tumour_ml" in row for row in rows.values()):
+        table["tumours"] = sum_tumours([*rows.values()])
     print(kind, table)
     return table | {"scans": rows if kind == "six" else {n: r[keys[0]] for n, r in rows.items()}}
 

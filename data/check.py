@@ -1,13 +1,23 @@
 """Check a data set: each scan with its label map; findings with a level and a remedy.
 
-    python -m data.check data/raw
+    python -m data.check data/raw            # the first half of prepare.py
+    python prepare.py data/raw --check-only  # the same
 
 Lists the recognised data, prints the table of cases and every finding with its remedy, and writes
-the table as `check.csv` and a picture `<case>.png` of each case under `--destination`: three planes
-through the foreground with the annotated outlines. `prepare.py` runs the same check first.
+the table as `check.csv` and a picture `<case>.png` of each case under `--destination`, in `check`:
+three planes through the foreground with the annotated outlines.
 """
 
 from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # prepare.py has the options and their values
+    sys.argv.append("--check-only")
+    runpy.run_path(str(Path(__file__).parents[1] / "prepare.py"), run_name="__main__")
+    sys.exit()
 
 import hashlib
 import math
@@ -16,18 +26,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 
 from data import pictures, scans
 from data.datasets import Case, describe_data_set, find_pairs
 from data.files import InputError, explain, write_csv
 from data.labels import (
-    ACCEPTABLE,
     FOREGROUND,
     IGNORED,
     IMAGE,
@@ -40,7 +47,6 @@ from data.labels import (
     list_values,
     parse_values,
 )
-from data.settings import Count, Whole, read_settings, run_script, show_progress
 from data.trust import PLAUSIBLE_ML
 from data.volumes import AIR_HU, Volume, find_bounding_box
 
@@ -630,34 +636,3 @@ def report_cases(
         remedy = remedy.replace("CASES", " ".join(names))
         print(f"{level}: {', '.join(names)}: {found}; {remedy}")
     write_csv(rows, path)
-
-
-@dataclass
-class Config:
-    source: tyro.conf.Positional[Path] = Path("data/raw")  # folder with the scans, as downloaded
-    destination: Path = Path("check")  # folder for check.csv and the pictures
-    images: Path | None = None  # folder of the scans, where names do not tell them
-    labels: Path | None = None  # folder of their label maps
-    values: tuple[str, ...] = ()  # what label values mean, such as liver=6 tumour=7
-    foreground: tuple[str, ...] = FOREGROUND  # labels that must not be lost
-    modality: Literal["CT", "MR"] = "CT"  # MR: intensities are no HU
-    label_every: Count = 1  # only every so many-th slice was drawn
-    subvolume_depth: Whole = 16  # slices below which a scan is thin
-    trust_image_grid: tuple[str, ...] | None = None  # cases whose label map is laid on the scan
-    # voxel on voxel; without names: all whose headers disagree
-    accept: tuple[ACCEPTABLE, ...] = ()  # errors to take as warnings
-
-
-def main(config: Config) -> None:
-    cases, terms = read_data_set(config)
-    cases = show_progress(cases, desc="checking", unit="case")
-    records = [check_case(case, terms, config.destination) for case in cases]
-    told = compare_cases(records, terms)
-    report_cases(records, told, config.accept, config.destination / "check.csv")
-    print(f"look at {config.destination}; next: python prepare.py {config.source}")
-    if wrong := sum(bool(list_errors(record, config.accept)) for record in records):
-        raise InputError(f"{wrong} of {count_words(len(records), 'case')} with errors, see above")
-
-
-if __name__ == "__main__":
-    run_script(main, read_settings(Config, __doc__))

@@ -63,6 +63,8 @@ def busy(begun: Any, told: Any) -> None:
     """A script in the midst of its training steps."""
     sys.stderr = os.fdopen(os.dup(told.fileno()), "w")
     os.dup2(told.fileno(), 2)
+    for number in (signal.SIGINT, signal.SIGTERM):  # those of prepare.py's server ignore them
+        signal.signal(number, signal.default_int_handler)
 
     def step(_: None) -> None:
         with delayed_interrupt():

@@ -66,13 +66,13 @@ def test_the_check_works_alone(raw, tmp_path):
     command = ("-m", "data.check", raw, "--destination", tmp_path / "out")
     done = call_script(*command)
     assert (done.returncode, done.stderr) == (0, "")
-    names = {path.name for path in (tmp_path / "out").iterdir()}
+    names = {path.name for path in (tmp_path / "out/check").iterdir() if path.suffix != ".json"}
     assert names == {"check.csv", "case_0.png", "case_1.png", "case_2.png"}
-    assert (tmp_path / "out/check.csv").read_text().startswith("case,shape,spacing mm")
+    assert (tmp_path / "out/check/check.csv").read_text().startswith("case,shape,spacing mm")
     save_case(raw, "case_1", *(array[24:25] for array in ras_arrays(1)))
     done = call_script(*command)
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
-    assert "1 of 3 cases with errors" in done.stderr
+    assert "1 of 3 cases have errors" in done.stderr
 
 
 @pytest.mark.parametrize(("stage", "step"), [(check, "read_pair"), (prepare, "choose_frame")])

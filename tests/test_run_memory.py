@@ -205,6 +205,7 @@ def histories(losses, dice, rate=1e-3, chance=0.15):
         ("still rising", [0.8], [0.33], 1e-3),  # an epoch alone tells no fall of the loss
         ("nothing learnt: .*--show", [0.8], [0.16], 1e-3),
         ("still rising", [0.9, 0.85], [0.0, 0.33], 1e-3),
+        ("learnt", [0.9, 0.4, 0.2], [np.nan, np.nan, 0.93], 1e-3),  # validated once
     ],
 )
 def test_the_verdict_says_whether_anything_was_learnt(word, losses, dice, rate):
