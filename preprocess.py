@@ -122,6 +122,11 @@ def preprocess_slices(
     affine = torch.diag(torch.tensor([*spacing_mm[:2], 1.0], dtype=torch.float64))
     slices: Any = MetaTensor(turned.to(device, torch.float32), affine=affine)
     mode = "nearest" if key == LABEL else "bilinear"
+    if key == IMAGE:  # the mean of pixels that a coarse grid would skip: less noise, no aliasing
+        steps = [mm / own for mm, own in zip(chain.spacing[:2], spacing_mm[:2], strict=True)]
+        wide = [1 + 2 * int(max(step - 1, 0) / 2) for step in steps]
+        edge = [number // 2 for number in wide]
+        slices = functional.avg_pool2d(slices, wide, 1, edge, count_include_pad=False)
     how: dict[str, Any] = {"padding_mode": "border", "dtype": torch.float32}  # float64 is slower
     slices = transforms.Spacing(chain.spacing[:2], mode=mode, **how)(slices)
     if key == IMAGE and chain.hu_window:
@@ -140,11 +145,13 @@ def resample_depth(
     slices: torch.Tensor, slice_mm: float, chain: Chain, key: str = IMAGE
 ) -> torch.Tensor:
     """Return slices (Z, X, Y) of patches at `chain.spacing` along z, the first in its place: images
-    linearly; labels of the nearest slice, or the nearest annotated one within half a step."""
+    linearly, or as means of thinner slices; labels of the nearest slice, or the nearest annotated
+    one within half a step."""
     size, spacing = len(slices), chain.spacing[2]
     position = np.arange(round((size - 1) * slice_mm / spacing) + 1) * (spacing / slice_mm)
     if key == IMAGE:
-        return torch.einsum("wz,zxy->wxy", interpolation_matrix(position, size).to(slices), slices)
+        weights = interpolation_matrix(position, size, max(spacing / slice_mm, 1))
+        return torch.einsum("wz,zxy->wxy", weights.to(slices), slices)
     distance = np.abs(position[:, None] - np.arange(size))
     unknown = (slices == IGNORED).flatten(1).all(dim=1).cpu().numpy()
     half = spacing / slice_mm / 2 + 1e-6
@@ -182,10 +189,12 @@ def resampling_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def interpolation_matrix(position: np.ndarray, size: int) -> torch.Tensor:
-    """Return weights (len(position), size) of linear interpolation; edges repeat beyond."""
+def interpolation_matrix(position: np.ndarray, size: int, reach: float = 1) -> torch.Tensor:
+    """Return weights (len(position), size) of linear interpolation, or of means of what is closer
+    than `reach`; edges repeat beyond."""
     distance = np.abs(np.clip(position, 0, size - 1)[:, None] - np.arange(size))
-    return torch.from_numpy(np.maximum(1 - distance, 0).astype(np.float32))
+    weights = np.maximum(reach - distance, 0)
+    return torch.from_numpy((weights / weights.sum(axis=1, keepdims=True)).astype(np.float32))
 
 
 def to_source_grid(scores: torch.Tensor, to_network: np.ndarray, box: Box) -> torch.Tensor:

@@ -231,28 +231,25 @@ def score(sets: tuple[str, ...], checkpoints: tuple[Path, ...]) -> dict[str, dic
 def score_tumours(found: Volume, truth: Volume, names: list[str]) -> dict[str, Any]:
     """Return the figures of the tumours of one scan, from class indices: lesions of 10 mm and more,
     found at an IoU of 0.1, and findings of any size that match no lesion."""
-    row = {k: v for k, v in evaluate(found, truth, names).items() if k.startswith("tumour_")}
-    large = [group for group in LESION_SIZES if group != "_0_to_10_mm"]
-    row |= {key: sum(row[f"tumour_{key}{g}"] for g in large) for key in ("lesions", "lesions_found")}
+    every = evaluate(found, truth, names)
     true, ours = (int((v.data == names.index("tumour") + 1).sum()) for v in (truth, found))
-    return {
-        "tumour_dice": row["tumour_dice"], "tumour_ml": true * found.voxel_ml,
-        "tumour_found_ml": ours * found.voxel_ml, "lesions": row["lesions"],
-        "lesions_found": row["lesions_found"],
-        "false_findings": row["tumour_lesions_predicted"] - row["tumour_lesions_right"],
-    }  # fmt: skip
+    row = {"dice": every["tumour_dice"], "ml": true * found.voxel_ml}
+    row |= {"found_ml": ours * found.voxel_ml}
+    for key in ("lesions", "lesions_found"):
+        row[key] = sum(every[f"tumour_{key}{group}"] for group in list(LESION_SIZES)[1:])
+    false = every["tumour_lesions_predicted"] - every["tumour_lesions_right"]
+    return {f"tumour_{key}": value for key, value in (row | {"false_findings": false}).items()}
 
 
 def sum_tumours(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the tumours' figures of a set: Dice where 10 ml and more are, lesions, false ones."""
     dice = [row["tumour_dice"] for row in rows if row["tumour_ml"] >= 10]
     none = [row["tumour_found_ml"] for row in rows if row["tumour_ml"] <= 3]
-    table = {key: sum(row[key] for row in rows) for key in ("lesions", "lesions_found")}
-    return table | {
-        "dice": [round(float(np.mean(dice)), 4), len(dice)] if dice else None,
-        "false_findings": round(float(np.mean([row["false_findings"] for row in rows])), 2),
-        "found_ml where at most 3 ml are": sorted(none),
-    }
+    keys = ("lesions", "lesions_found", "false_findings")
+    table = {key: sum(row[f"tumour_{key}"] for row in rows) for key in keys}
+    table["false findings a scan"] = round(table["false_findings"] / len(rows), 2)
+    table["dice, n"] = [round(float(np.mean(dice)), 4), len(dice)] if dice else None
+    return table | {"ml found where at most 3 ml are": sorted(none)}
 
 
 def summarise(kind: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -19,7 +19,13 @@ from data.evaluate import dice_metric
 from data.labels import IMAGE, LABEL
 from data.scans import read_volume
 from data.volumes import Volume, find_body, write_masked
-from preprocess import Chain, classes_on_grid, preprocess_files, preprocess_volume
+from preprocess import (
+    Chain,
+    classes_on_grid,
+    preprocess_files,
+    preprocess_slices,
+    preprocess_volume,
+)
 
 SETTINGS = Chain(
     sampling="subvolumes", spacing=(1.0, 1.0), hu_window=(-200.0, 250.0), input_size=(96, 96),
@@ -177,6 +183,20 @@ def test_the_chain_equals_monais_own_3d_transforms(tmp_path):
     ours = preprocess_files(files, SETTINGS, "cpu")
     assert (ours[IMAGE].float() - usual[IMAGE].as_tensor()).abs().max() < 1e-3
     assert (ours[LABEL] == usual[LABEL].as_tensor()).float().mean() > 0.9999
+
+
+def test_a_coarse_grid_takes_means_of_images_and_nearest_labels():
+    """Stripes of 0, 0, 90 HU along x and y, 1 mm each, at 3 mm: every pixel is the mean of nine, 50
+    (30 + 30 − 10). Slices of 0 and 60 HU by turns, at 2 mm: half of its own and of both beside."""
+    stripes = np.add.outer([0, 0, 90] * 10, [0, 0, 90] * 10)[..., None] + np.zeros(6) - 10
+    chain = replace(PATCHES, spacing=(3.0, 3.0, 2.0), hu_window=(0.0, 100.0))
+    image = preprocess_volume(Volume(stripes.astype(np.int16), np.eye(4)), chain, "cpu")[0]
+    assert torch.allclose(image[0, 1:-1, 1:-1], torch.tensor(0.5))
+    turns = np.zeros((30, 30, 7)) + [0, 60, 0, 60, 0, 60, 0]
+    image = preprocess_volume(Volume(turns.astype(np.int16), np.eye(4)), chain, "cpu")[0]
+    assert torch.allclose(image[0, 5, 5, 1:-1], torch.tensor(0.3))
+    label = (stripes > 100).astype(np.uint8)  # at pixels 2, 5, …; the grid has 0, 3, 6, …
+    assert not preprocess_slices(label, (1, 1, 1), chain, "cpu", LABEL)[:, :-1, :-1].any()
 
 
 def test_scaled_and_unsigned_scans_keep_their_hu_in_the_masked_volume(tmp_path):
