@@ -1,15 +1,15 @@
 """Accuracy on real CTs in 3-fold cross-validation: settings compared at equal epochs.
 
-    python benchmarks/levers.py --settings starter patches --seeds 0 1 2
-    python benchmarks/levers.py --settings starter patches --patients 1
+    python benchmarks/levers.py --seeds 0 1 2
+    python benchmarks/levers.py --settings laptop "laptop --pretrained-share 0" --patients 1
     python benchmarks/levers.py --settings "liver-tumour-ce --loss dice_ce" --epochs 50
     python benchmarks/levers.py --report
 
 Three rounds over the six patients of `--source`: four train (or the first `--patients` of them),
-two are new to the network. A setting is a name in SETTINGS, or options of train.py, such as a
-recipe. The scripts are run as a user runs them, on one thread; the CPU minutes of train.py stand in
-each row. The held-out patients are in the validation split, and the LAST checkpoint is applied:
-nothing is chosen by looking at them. Figures are per patient, on the scan's own grid.
+two are new to the network. A setting is options of train.py, with or without a recipe. The
+scripts are run as a user runs them, on one thread; the CPU minutes of train.py stand in each row.
+The held-out patients are in the validation split, and the LAST checkpoint is applied: nothing is
+chosen by looking at them. Figures are per patient, on the scan's own grid.
 Each row is written as soon as it is known, and what is known is not run again.
 Writes benchmarks/results/few_patients.json. Answered questions, with the first edition of the
 starter, are in levers.json, and their settings in its commit.
@@ -34,25 +34,6 @@ from machine import DATA, RESULTS, ROOT, machine
 import train
 from data.files import read_json, write_json
 
-SUBVOLUMES = "--network unet --input-size 128 128 --loss dice_ce --learning-rate 2e-3"
-PATCHES = (
-    "--sampling patches --spacing 4 4 4 --input-size 80 80 48 --network unet --base-channels 16 "
-    "--loss dice_ce --learning-rate 2e-3"
-)
-STARTER = f"{PATCHES} --pretrained checkpoints/starter.pt --learning-rate 1e-3"
-FINER = "--spacing 3 3 3 --input-size 96 96 64"
-STRONGER = (
-    "--rotation-degrees 25 --scaling 0.35 --intensity-scaling 0.3 --intensity-shift 0.2 "
-    "--noise-sd 0.05"
-)
-LAPTOP = f"{STARTER} {FINER} {STRONGER} --pretrained-share 0.5"
-SETTINGS = {  # name → options of train.py; the last of two equal options counts
-    "subvolumes": SUBVOLUMES,
-    "patches": PATCHES,
-    "starter": STARTER,
-    "laptop": LAPTOP,  # the recipe
-    "laptop, no share": f"{LAPTOP} --pretrained-share 0",
-}
 FIGURES = ("dice", "precision", "recall", "hd95_mm")
 
 
@@ -60,7 +41,7 @@ FIGURES = ("dice", "precision", "recall", "hd95_mm")
 class Config:
     """What is compared, and on what."""
 
-    settings: tuple[str, ...] = ("subvolumes", "patches", "starter")  # names in SETTINGS
+    settings: tuple[str, ...] = ("laptop",)  # options of train.py, as one text each
     seeds: tuple[int, ...] = (0,)  # of weights, order and augmentation
     epochs: int = 18  # of each training
     patients: int = 4  # of the four training patients of a round, how many are used
@@ -101,7 +82,7 @@ def name_file(text: str) -> str:
 
 def read_options(setting: str) -> tuple[list[str], bool]:
     """Return the words for train.py, and whether they take patches of whole cases."""
-    words = last_of_each(SETTINGS.get(setting, setting))
+    words = shlex.split(setting)
     recipe = train.RECIPES.get(words[0], train.RECIPES[next(iter(train.RECIPES))])[1]
     patches = words[words.index("--sampling") + 1] if "--sampling" in words else recipe.sampling
     return words, patches == "patches"
@@ -128,18 +109,6 @@ def fit(setting: str, data: Path, folder: Path, seed: int, epochs: int) -> float
     recipe = [] if words[0].startswith("--") else [words.pop(0)]
     return run("train.py", *recipe, "--data", data, "--run-folder", folder, "--seed", seed,
                "--max-epochs", epochs, "--val-interval", epochs, *words)  # fmt: skip
-
-
-def last_of_each(options: str) -> list[str]:
-    """Return options as words; of one that is given twice, the last."""
-    found: dict[str, list[str]] = {}
-    for word in shlex.split(options):
-        if word.startswith("--") or not found:
-            found.pop(word, None)
-            found[name := word] = []
-        else:
-            found[name].append(word)
-    return [word for name, values in found.items() for word in (name, *values)]
 
 
 def name_run(config: Config, setting: str, turn: int, seed: int) -> str:
@@ -212,7 +181,7 @@ def main(config: Config) -> None:
         if run_key in done:
             continue
         known["rows"].append(run_once(config, setting, turn, seed))
-        known |= {"settings": SETTINGS, "machine": machine(), "summary": summarise(known["rows"])}
+        known |= {"machine": machine(), "summary": summarise(known["rows"])}
         write_json(known, path)
     print(json.dumps(summarise(known["rows"]), indent=1))
 
