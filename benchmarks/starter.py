@@ -59,6 +59,7 @@ STAGES = {  # {before}: folder of the run that a stage goes on from
 LAST = (0, 1, 2)  # seeds of the third stage, whose weights are averaged
 KEYS = ("dice", "hd95_mm", "false_positive_ml")
 SLAB = 40  # mm, of slabs that are cut from painted scans
+NOISE = 100  # HU, SD in each voxel, of degraded real CTs
 Item = tuple[str, str, Volume, Volume]  # set, case, scan, label map
 
 
@@ -190,7 +191,10 @@ def draw_scans(sets: tuple[str, ...]) -> Iterator[Item]:
         yield kind + " without liver" * (not label.data.any()), f"{index}", scan, label
     for path in sorted((DATA / "ct" / "imagesTr").glob("[!.]*")) if "six" in sets else ():
         scan, label = read_volume(path), read_volume(DATA / "ct" / "labelsTr" / path.name)
-        yield "six", path.name, scan, lay_on_grid(label, scan)
+        label = lay_on_grid(label, scan)
+        yield "six", path.name, scan, label
+        noise = np.random.default_rng(0).normal(0, NOISE, scan.shape).astype(np.float32)
+        yield f"six with noise of {NOISE} HU", path.name, scan.like(scan.data + noise), label
 
 
 def cut_slabs(kind: str, name: str, scan: Volume, label: Volume) -> Iterator[Item]:

@@ -186,12 +186,16 @@ def test_the_chain_equals_monais_own_3d_transforms(tmp_path):
 
 
 def test_a_coarse_grid_takes_means_of_images_and_nearest_labels():
-    """Stripes of 0, 0, 90 HU along x and y, 1 mm each, at 3 mm: every pixel is the mean of nine, 50
-    (30 + 30 − 10). Slices of 0 and 60 HU by turns, at 2 mm: half of its own and of both beside."""
+    """Stripes of 0, 0, 90 HU along x and y, 1 mm each, at 3 mm: of a pixel of 0 and those beside it
+    (weights ½, 1, ½) the mean is 22.5, of both axes less 10 it is 35. At 4 mm the weights are 1:
+    30 + 30 − 10. Slices of 0 and 60 HU by turns, at 2 mm: half of its own and of both beside."""
     stripes = np.add.outer([0, 0, 90] * 10, [0, 0, 90] * 10)[..., None] + np.zeros(6) - 10
     chain = replace(PATCHES, spacing=(3.0, 3.0, 2.0), hu_window=(0.0, 100.0))
-    image = preprocess_volume(Volume(stripes.astype(np.int16), np.eye(4)), chain, "cpu")[0]
-    assert torch.allclose(image[0, 1:-1, 1:-1], torch.tensor(0.5))
+    for mm, mean in ((3.0, 0.35), (4.0, 0.5), (2.0, None)):
+        coarse = replace(chain, spacing=(mm, mm, 2.0))
+        image = preprocess_volume(Volume(stripes.astype(np.int16), np.eye(4)), coarse, "cpu")[0]
+        assert mean is None or torch.allclose(image[0, 1:-1, 1:-1], torch.tensor(mean))
+    assert torch.allclose(image[0, 0, :3, 0], torch.tensor([0.0, 0.8, 0.0]))  # all are taken
     turns = np.zeros((30, 30, 7)) + [0, 60, 0, 60, 0, 60, 0]
     image = preprocess_volume(Volume(turns.astype(np.int16), np.eye(4)), chain, "cpu")[0]
     assert torch.allclose(image[0, 5, 5, 1:-1], torch.tensor(0.3))
