@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import runpy
 import signal
@@ -142,7 +141,7 @@ def raw_phantoms() -> Path:
     """A folder of small phantoms in Decathlon layout."""
     import make_phantoms
 
-    known = {"cases": 6, "size": 48}
+    known = {"cases": 6, "size": 48, "slices": (34, 42)}
     return make_once(
         "raw", lambda folder: make_phantoms.main(make_phantoms.Config(destination=folder, **known))
     )
@@ -177,18 +176,15 @@ def whole_cases(raw_phantoms: Path) -> Path:
 @pytest.fixture(scope="session")
 def few(prepared: Path) -> Path:
     """At most four sub-volumes per split of the same, enough for a step."""
-    content = json.loads((prepared / "dataset.json").read_text())
-    splits: dict[str, list] = {}
-    for record in content["subvolumes"]:
-        splits.setdefault(record["split"], []).append(record)
-    content["subvolumes"] = [r for split in sorted(splits) for r in splits[split][:4]]
+    from helpers import copy_prepared
 
-    def make(folder: Path) -> None:
-        folder.mkdir()
-        (folder / "subvolumes").symlink_to(prepared / "subvolumes")
-        (folder / "dataset.json").write_text(json.dumps(content))
+    def cut(content: dict) -> None:
+        splits: dict[str, list] = {}
+        for record in content["subvolumes"]:
+            splits.setdefault(record["split"], []).append(record)
+        content["subvolumes"] = [r for split in sorted(splits) for r in splits[split][:4]]
 
-    return make_once("few", make)
+    return make_once("few", lambda folder: copy_prepared(prepared, folder, cut))
 
 
 @pytest.fixture(scope="session")

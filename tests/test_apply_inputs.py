@@ -286,11 +286,6 @@ def test_a_missing_result_is_made_again_and_a_corrected_one_stays(use, tmp_path,
     assert (result / "a_label.nii.gz").read_bytes() == corrected
 
 
-def test_two_processes_do_not_write_into_one_folder(use, tmp_path):
-    with apply_model.lock_folder(use["destination"]), pytest.raises(InputError, match="process"):
-        apply(use, save(SCAN, tmp_path / "a.nii.gz"))
-
-
 def write_checkpoint(path: Path, **changes) -> Path:
     """A small untrained network, as train.py saves it."""
     arguments = {
@@ -333,7 +328,6 @@ def test_networks_of_other_settings_are_not_averaged(tmp_path):
     ("changes", "told"),
     [
         ({"network_state": torch.nn.Linear(2, 2).state_dict()}, "do not fit its network"),
-        ({"network_state": {"weight": torch.tensor([float("nan")])}}, "not numbers"),
         ({"network_args": {"name": "unet3d"}}, "do not fit its network"),
         ({"preprocessing": {"labels": {}, "odd": 1}}, "preprocessing"),
     ],

@@ -25,7 +25,6 @@ from utilities import Run, UNet3D, load_checkpoint, load_network, on_device, tra
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 PRETENDED = sys.modules.get("pretended_gpu")  # counts what a real GPU's debug mode forbids
-MODES = pytest.mark.parametrize("name", ["liver-unet3d", "liver-tumour-ce"])
 CUDA = torch.device("cuda:0")
 
 
@@ -55,7 +54,7 @@ def waiting_for_nothing(copies: int = 0):
 
 # Feeding
 @ON_GPU
-@MODES
+@pytest.mark.parametrize("name", ["liver-unet3d", "liver-tumour-ce"])
 def test_cache_and_augmentation_lie_on_the_gpu_and_equal_the_cpus(name, few, whole_cases, tmp_path):
     config = tiny(name, few, whole_cases, tmp_path, augment_probability=1.0)
     augment, made = augment_of(config, noise_sd=0.0), []
@@ -90,7 +89,8 @@ def make_samples(device: str = "cpu") -> Subvolumes:
     return Subvolumes([make_item(index, device) for index in range(3)], augment, 0, 1, CUDA)
 
 
-def check_batch() -> None:
+@ON_GPU
+def test_a_batch_waits_for_nothing_and_depends_on_seed_epoch_and_sample_only():
     """One batch: no waiting, three copies; the same again, and another in another epoch."""
     samples = make_samples()
     with waiting_for_nothing(copies=3):
@@ -102,10 +102,8 @@ def check_batch() -> None:
     assert not torch.equal(samples.make_batch([0])[IMAGE].cpu(), again[IMAGE].cpu())
 
 
-def check_streams() -> None:
-    """Batches are made in a stream of their own, and each side waits for the other's events."""
-    if not PRETENDED:
-        pytest.skip("counted on the pretended GPU alone")
+@pytest.mark.skipif(not PRETENDED, reason="counted on the pretended GPU alone")
+def test_batches_are_made_in_a_stream_of_their_own_and_each_side_waits_for_the_other():
     loader = SubvolumeLoader(make_samples("cuda"), 1, shuffle=False, seed=0)
     PRETENDED.LOG.clear()
     PRETENDED.STREAMS.clear()
@@ -117,10 +115,11 @@ def check_streams() -> None:
     }  # fmt: skip
 
 
-def check_step(name: str = "dice_ce", ignoring: bool = True) -> None:
-    """A step with scaled, clipped gradients and averaged weights waits for nothing."""
-    loss = train.LOSSES[name](torch.tensor([0.5, 1.5])).to(CUDA)
-    loss = train.AnnotatedLoss(loss) if ignoring else loss
+@ON_GPU
+@pytest.mark.parametrize("name", train.LOSSES)
+def test_a_step_waits_for_nothing(name):
+    """With scaled, clipped gradients, averaged weights and unannotated slices."""
+    loss = train.AnnotatedLoss(train.LOSSES[name](torch.tensor([0.5, 1.5])).to(CUDA))
     model = on_device(UNet3D(base_channels=2), CUDA)
     optimizer = train.OPTIMIZERS["adam"](model.parameters(), 1e-3)
     carried = {"preprocessing": {"labels": ("other", "liver")}}
@@ -133,20 +132,9 @@ def check_step(name: str = "dice_ce", ignoring: bool = True) -> None:
     assert 0 < value.item() < 9
 
 
-def check_probe() -> None:
+@ON_GPU
+def test_the_probe_finds_no_fault():
     assert preprocess.try_device(CUDA, "fp32") == ""
-
-
-@ON_GPU
-@pytest.mark.parametrize("check", [check_batch, check_streams, check_probe])
-def test_batches_streams_and_the_probe(check):
-    check()
-
-
-@ON_GPU
-@pytest.mark.parametrize("name", train.LOSSES)
-def test_a_step_waits_for_nothing(name):
-    check_step(name)
 
 
 # Whole trainings
@@ -196,6 +184,7 @@ def test_a_checkpoint_goes_to_the_gpu_once():
 
 
 @ON_GPU
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_compiled_network_trains_and_keeps_a_share_when_resumed(
     few, checkpoint, tmp_path, monkeypatch
 ):

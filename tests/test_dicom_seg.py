@@ -24,7 +24,6 @@ from data.volumes import Volume, read_file
 DEPTH = 20
 CLASSES = {"background": (0,), "liver": (1,), "tumour": (2,)}
 REAL = SHARED_DATA / "dicom"
-NEEDS_REAL = pytest.mark.skipif(not REAL.is_dir(), reason="the real DICOM series are not here")
 
 
 def make_series(folder: Path, **changes) -> tuple[Volume, np.ndarray, list[pydicom.Dataset]]:
@@ -282,7 +281,7 @@ def test_segments_are_known_by_name_whatever_their_numbers(tmp_path):
     assert case["voxels_per_label"]["3"] == np.count_nonzero(truth == 2)
 
 
-@NEEDS_REAL
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real DICOM series are not here")
 def test_the_real_series_equals_its_nifti(tmp_path, real_ct):
     dataset = run(REAL, destination=tmp_path / "out", training=1, validation=0, test=0)
     (case,) = dataset["cases"]

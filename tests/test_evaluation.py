@@ -14,10 +14,12 @@ from apply_model import Options, clean, find_doubts, report_cleaning
 from data import evaluate as evaluation
 from data.evaluate import (
     describe_values,
+    dice_metric,
     evaluate,
     list_lesions,
     match_lesions,
     measure,
+    nan_mean,
     score_lesions,
     summarise,
     write_table,
@@ -84,6 +86,20 @@ def test_metrics_agree_with_monai_and_the_confusion_matrix():
         assert ours == pytest.approx(values[1:].tolist()), figure
     assert row["accuracy"] == pytest.approx(tp.sum() / matrix.sum())
     assert row["mean_iou"] == pytest.approx(expected["iou"].mean())
+
+
+def test_dice_of_tensors_and_arrays_is_monais_and_an_absent_organ_has_none():
+    prediction, label = np.random.default_rng(0).integers(0, 4, (2, 12, 12, 12))
+    ours = dice_metric(prediction, label, num_classes=4)
+    tensors = [torch.from_numpy(a) for a in (prediction, label)]
+    assert np.array_equal(ours, dice_metric(*tensors, num_classes=4))
+    metric = metrics.DiceMetric(include_background=False, num_classes=4)
+    theirs = metric(*(tensor[None, None] for tensor in tensors))
+    assert ours == pytest.approx(theirs.numpy()[0], abs=1e-6)
+    empty = np.zeros((4, 4, 4), int)
+    assert np.isnan(dice_metric(empty, empty)).all()
+    assert dice_metric(empty + 1, empty) == dice_metric(empty, empty + 1) == [0.0]
+    assert nan_mean([np.nan, 0.0, 1.0]) == 0.5
 
 
 def test_undefined_metrics_are_none_and_a_false_alarm_scores_nothing():

@@ -17,7 +17,6 @@ from data.datasets import find_scans
 from data.files import InputError
 from data.scans import find_others, read_scan
 from data.seg import convert_to_seg, convert_to_series
-from data.volumes import read_file
 
 
 @pytest.fixture
@@ -39,11 +38,6 @@ def segment(checkpoint, tmp_path, blank_pictures) -> Callable[..., dict[str, dic
         return {row["case"]: row for row in rows}
 
     return apply
-
-
-def label_of(folder: Path, case: str) -> np.ndarray:
-    """The label map that apply_model.py wrote for a case, axes R, A, S."""
-    return read_file(folder / case / f"{case}_label.nii.gz").ras.data
 
 
 # prepare.py
@@ -112,15 +106,12 @@ def test_unicode_names(tmp_path):
     source = build_field_case("56_unicode_names", tmp_path / "raw")
     apart = run(source, images=source / "images", labels=source / "labels")
     assert len(apart["cases"]) == 4
-    split = {
-        row["case"]: row["split"] for row in run(source / "b", split=source / "split.json")["cases"]
-    }
+    rows = run(source / "b", split=source / "split.json")["cases"]
+    split = {row["case"]: row["split"] for row in rows}
     asked = json.loads((source / "split.json").read_text())
     assert {normalize("NFC", n): s for s, names in asked.items() for n in names} == split
-    patients = {
-        row["patient"] for row in run(source / "b", patients=source / "patients.csv")["cases"]
-    }
-    assert patients == {"P0", "P2", "P3"}
+    rows = run(source / "b", patients=source / "patients.csv")["cases"]
+    assert {row["patient"] for row in rows} == {"P0", "P2", "P3"}
 
 
 def test_own_series_are_several_patients(tmp_path, capsys):
@@ -236,22 +227,16 @@ def test_names_in_a_truth_are_not_contradicted(tmp_path, blank_pictures):
     assert json.loads((tmp_path / "out/results.json").read_text())[0]["liver_dice"] == 1
 
 
-def test_classes_are_those_of_the_network(built_patient, segment, tmp_path):
+def test_classes_are_those_of_the_network(segment, tmp_path):
     """A liver network counts tumours as liver; `--truth` and data.evaluate agree on it."""
-    scan, truth = built_patient
-    (row,) = segment(scan, truth=(truth,)).values()
+    built = build_field_case("truth_values", tmp_path / "raw")
+    truth = built / "truth_ok.nii.gz"
+    (row,) = segment(built / "scan.nii.gz", truth=(truth,)).values()
     evaluate.main(
         evaluate.Config(tmp_path / "results/scan/scan_label.nii.gz", truth, tmp_path / "out")
     )
     (again,) = json.loads((tmp_path / "out/results.json").read_text())
     assert again["liver_dice"] == row["liver_dice"] > 0 and "tumour_dice" not in again
-
-
-@pytest.fixture
-def built_patient(tmp_path) -> tuple[Path, Path]:
-    """Scan and label map, with tumours, of one patient."""
-    built = build_field_case("truth_values", tmp_path / "raw")
-    return built / "scan.nii.gz", built / "truth_ok.nii.gz"
 
 
 def test_maps_of_many_organs(tmp_path, capsys):

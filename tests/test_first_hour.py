@@ -95,15 +95,13 @@ def test_a_recipe_gives_its_settings_and_options_win(monkeypatch):
     assert labels == {"liver": ("liver", "tumour"), "spleen": ("spleen",)}
 
 
-def test_the_settings_of_a_run_are_fed_back_and_options_win(few, tmp_path, monkeypatch):
-    run, hu_window = tmp_path / "run", (-150.0, 200.0)
-    train.main(small_config(few, run, max_epochs=1, loss="dice_ce", hu_window=hu_window))
-    saved = load_checkpoint(run)["config"]
-    for words in (["--config", run], [f"--config={run / 'config.json'}"]):
+def test_the_settings_of_a_run_are_fed_back_and_options_win(begun, tmp_path, monkeypatch):
+    saved = load_checkpoint(begun)["config"]
+    for words in (["--config", begun], [f"--config={begun / 'config.json'}"]):
         again = read(monkeypatch, *words, "--loss", "ce", "--run-folder", tmp_path)
         assert again.plain() == {**saved, "loss": "ce", "run_folder": str(tmp_path)}
         assert {"loss", "hu_window", "base_channels"} <= again.list_given()
-    laptop = read(monkeypatch, "laptop", "--config", run, recipes=train.RECIPES)
+    laptop = read(monkeypatch, "laptop", "--config", begun, recipes=train.RECIPES)
     assert laptop.input_size == tuple(saved["input_size"])
 
 

@@ -1,13 +1,23 @@
-"""The house rules that a reader relies on: where things are, how long, and that arrows run down."""
+"""The house rules that a reader relies on: where things are, how long, how far one walks through
+them, and that arrows run down."""
 
 import ast
+import contextlib
+import io
 from functools import cache
 from pathlib import Path
 
 import pytest
-from children import import_alone, run_child, tell
+from children import import_alone, run_child, tell, write_blank
 from conftest import ROOT
+from matplotlib.figure import Figure
 from mutations import read_mutations
+from walk import Walk
+
+import apply_model
+import prepare
+import train
+import visualize_3d
 
 SCRIPTS = ("prepare", "preprocess", "utilities", "train", "apply_model", "visualize_3d")
 FLOORS = (  # imports run down only; within the store-room in the order of its own floors
@@ -114,3 +124,34 @@ def test_functions_stay_short():
     long = {name: length for name, length in lengths.items() if length > 40}
     assert len(long) <= 0.02 * len(lengths), long
     assert max(lengths.values()) <= 60, long
+
+
+def test_segmenting_a_scan_is_a_short_walk(checkpoint, raw_phantoms):
+    model = apply_model.load_model(checkpoint, "cpu", "fp32")
+    scan = min((raw_phantoms / "imagesTr").iterdir())
+    with Walk(ROOT) as walk:
+        apply_model.segment(model, scan)
+    assert walk.lines <= 450, walk.functions
+    assert len(walk.rooms) <= 9, walk.rooms
+    assert len(walk.functions) <= 45, walk.functions
+
+
+def test_the_five_steps_are_a_bounded_walk(raw, checkpoint, tmp_path, monkeypatch):
+    """Figures are laid out, but not painted: that is matplotlib's, and takes longer than all."""
+    monkeypatch.setattr(Figure, "savefig", write_blank)
+    data, run, results = (tmp_path / name for name in ("prepared", "run", "results"))
+    small = {"input_size": (16, 16), "spacing": (16.0, 16.0)}
+    with Walk(ROOT) as walk, contextlib.redirect_stdout(io.StringIO()):
+        prepare.main(prepare.Config(source=raw, destination=data, workers=1))
+        train.main(train.Config(data=data, show=True, **small, device="cpu"))
+        train.main(train.Config(
+            data=data, run_folder=run, **small, base_channels=4, max_epochs=1,
+            pretrained=checkpoint, device="cpu", precision="fp32",
+        ))  # fmt: skip
+        apply_model.main(apply_model.Config(
+            split="test", data=data, checkpoint=run / "best.pt", destination=results, device="cpu",
+        ))  # fmt: skip
+        case = next(path for path in results.iterdir() if path.is_dir())
+        view = {"screenshot": tmp_path / "view.png", "size": (160, 120)}
+        visualize_3d.main(visualize_3d.Config(paths=(case,), **view))
+    assert walk.lines <= 4000

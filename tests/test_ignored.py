@@ -1,17 +1,15 @@
 """Unannotated voxels: no loss, no gradient and no metric counts them."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from helpers import cached, small_config
+from helpers import cached, copy_prepared, small_config
 
 import train
 from data.labels import IGNORED, IMAGE, LABEL
 from data.scans import list_cuts
-from data.splits import read_prepared
 from preprocess import Chain, preprocess_slices, resample_depth
 from utilities import Run, load_checkpoint, train_step, validate
 
@@ -126,10 +124,8 @@ def test_raw_values_become_classes_or_ignored():
 
 @pytest.mark.usefixtures("blank_pictures")
 def test_a_training_ignores_the_values_that_the_data_declare(few, tmp_path):
-    content = read_prepared(few) | {"ignore": [2]}
-    (tmp_path / "subvolumes").symlink_to(few / "subvolumes")
-    (tmp_path / "dataset.json").write_text(json.dumps(content))
-    config = small_config(tmp_path, tmp_path / "run", max_epochs=1, labels={"liver": ("liver",)})
+    data = copy_prepared(few, tmp_path / "data", lambda content: content.update(ignore=[2]))
+    config = small_config(data, tmp_path / "run", max_epochs=1, labels={"liver": ("liver",)})
     assert any((item[LABEL] == IGNORED).any() for item in cached(config))
     train.main(config)
     row = load_checkpoint(tmp_path / "run" / "last.pt")["history"][0]

@@ -581,6 +581,8 @@ def test_patients_are_read_from_spreadsheets_and_an_id_of_nobody_joins_no_scans(
         assert printed in out and bool(out) == bool(printed) and "secret" not in out
         name_patients(cases, SimpleNamespace(patients=None, patient_pattern="(.)"))
         assert capsys.readouterr().out == ""
+        with pytest.raises(InputError, match="finds no group in a"):
+            name_patients(cases, SimpleNamespace(patients=None, patient_pattern=r"x(\d)"))
     path = tmp_path / "patients.csv"
     for separator in ",;\t":
         text = "case,patient\r\na,anna\r\nb,bert".replace(",", separator)

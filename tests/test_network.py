@@ -1,17 +1,15 @@
 """The network is the published one; every network, loss and optimizer trains and reloads."""
 
-import json
 from itertools import cycle
 from typing import get_args
 
 import pytest
 import torch
-from helpers import small_config
+from helpers import copy_prepared, small_config
 from torch.nn.modules.dropout import _DropoutNd
 
 import apply_model
 import train
-from data.splits import read_prepared
 from utilities import UNet3D, build_network, predict_classes
 
 ARGUMENTS = {"in_channels": 1, "out_channels": 2, "base_channels": 16, "input_size": (32, 32, 32)}
@@ -63,15 +61,16 @@ def test_every_name_trains_an_epoch_and_is_rebuilt_from_its_checkpoint(
     network, loss, optimizer, schedule, few, tmp_path
 ):
     assert len(NETWORKS) >= max(map(len, OTHERS))  # so every name is met
-    content = read_prepared(few)
-    training = [record for record in content["subvolumes"] if record["split"] == "training"]
-    content["subvolumes"], content["settings"]["validation"] = training[:1], 0.0
-    (tmp_path / "subvolumes").symlink_to(few / "subvolumes")
-    (tmp_path / "dataset.json").write_text(json.dumps(content))
+
+    def keep_one(content):
+        training = [record for record in content["subvolumes"] if record["split"] == "training"]
+        content["subvolumes"], content["settings"]["validation"] = training[:1], 0.0
+
+    data = copy_prepared(few, tmp_path / "data", keep_one)
     side = {"swin_unetr": 64}.get(network, 32)  # five halvings must leave a voxel
     how = {"input_size": (side, side), "ema_decay": 0.0, "batch_size": 1, "network": network}
     how |= {"loss": loss, "optimizer": optimizer, "schedule": schedule}
-    train.main(small_config(tmp_path, tmp_path / "run", max_epochs=1, **how))
+    train.main(small_config(data, tmp_path / "run", max_epochs=1, **how))
     model = apply_model.load_model(tmp_path / "run" / "last.pt", "cpu", "fp32")
     if network != "swin_unetr":  # a window of it takes seconds
         with torch.no_grad():

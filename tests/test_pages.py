@@ -44,7 +44,7 @@ def make_small(config, learnt):
         if config.resume:
             small = {"device": "cpu"}
     if "screenshot" in names:
-        small |= {"size": (160, 120)}
+        small |= {"size": (80, 60)}
         if not any((config.screenshot, config.turntable, config.movie, config.mesh, config.html)):
             small |= {"screenshot": Path("window.png")}  # in place of a window
     return dataclasses.replace(config, **{n: v for n, v in small.items() if n in names})
@@ -189,29 +189,33 @@ def test_lits(world):
     assert len(list((world / "results").glob("shard_[03]/*/*_label.nii.gz"))) == 2
 
 
+def read_half(path):
+    """Every second slice of a volume: what is done with DICOM takes its time by the slice."""
+    return read_volume(path).crop((slice(None), slice(None), slice(None, None, 2)))
+
+
 def test_labelling(trained, raw_phantoms):
     """Correct drafts: of NIfTI as label maps, of DICOM as SEG, in the last case as NIfTI."""
-    scans, labels = (sorted((raw_phantoms / k).iterdir())[:4] for k in ("imagesTr", "labelsTr"))
+    scans, labels = (sorted((raw_phantoms / k).iterdir())[:3] for k in ("imagesTr", "labelsTr"))
     (trained / "data/own/imagesTr").mkdir(parents=True)
-    slices, voxels_in = {}, []
+    slices, truths = {}, {path.name: read_half(path) for path in labels}
     for path in scans:
-        shutil.copy(path, trained / "data/own/imagesTr")
-        scan, case = read_volume(path).ras, path.name.removesuffix(".nii.gz")
-        x, y, z = np.round(scan.spacing_mm, 3)
+        scan, case = read_half(path), path.name.removesuffix(".nii.gz")
+        scan.write(trained / "data/own/imagesTr" / path.name)
+        x, y, z = np.round(scan.ras.spacing_mm, 3)
         slices[case] = write_phantom_series(
-            trained / "data/dicom" / case, scan.data, PatientID=case, PixelSpacing=[y, x],
+            trained / "data/dicom" / case, scan.ras.data, PatientID=case, PixelSpacing=[y, x],
             ImagePositionPatient=lambda n, z=z: [-100.0, -90.0, z * n],
         )  # fmt: skip
 
     def correct(block):
-        for path in labels:
-            case, truth = path.name.removesuffix(".nii.gz"), read_volume(path)
+        for name, truth in truths.items():
+            case = name.removesuffix(".nii.gz")
             if "apply_model.py data/own" in block:
                 draft = read_volume(trained / f"results/own/{case}/{case}_label.nii.gz")
-                target = trained / "data/own/labelsTr" / path.name
+                target = trained / "data/own/labelsTr" / name
                 target.parent.mkdir(exist_ok=True)
                 draft.like(truth.read().astype(np.uint8)).write(target)
-                voxels_in.append(np.count_nonzero(truth.read()))
             if "apply_model.py data/dicom" in block:
                 draft = trained / f"results/dicom/{case}/{case}_label.nii.gz"
                 assert draft.with_name(f"{case}_label.dcm").exists()
@@ -225,7 +229,8 @@ def test_labelling(trained, raw_phantoms):
     follow("docs/labelling.md", trained, correct)
     for name in ("own", "dicom"):
         prepared = read_json(trained / f"data/{name}/prepared/dataset.json")
-        assert sum(case["foreground_voxels"] for case in prepared["cases"]) == sum(voxels_in)
+        found = sum(case["foreground_voxels"] for case in prepared["cases"])
+        assert found == sum(np.count_nonzero(truth.read()) for truth in truths.values())
     config = load_checkpoint(trained / "checkpoints/own")["config"]
     assert config["pretrained"] == "checkpoints/liver/best.pt"
 

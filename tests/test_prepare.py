@@ -150,14 +150,6 @@ def test_scans_of_one_patient_stay_together(raw):
         run(raw, patients=table)
 
 
-def test_patients_are_read_from_case_names():
-    cases = [prepare.Case(name, name, None, None) for name in ("a_scan1", "a_scan2", "b_scan1")]
-    prepare.splits.name_patients(cases, Config(patient_pattern=r"(\w)_scan"))
-    assert [case.patient for case in cases] == ["a", "a", "b"]
-    with pytest.raises(InputError, match="finds no group in a_scan1"):
-        prepare.splits.name_patients(cases, Config(patient_pattern=r"x(\d)"))
-
-
 def test_a_given_split_is_kept_and_must_not_leak(raw):
     given, table = raw.parent / "split.json", raw.parent / "patients.csv"
     given.write_text('{"training": ["case_1"], "validation": ["case_2"], "test": ["case_0"]}')

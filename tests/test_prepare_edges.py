@@ -16,7 +16,7 @@ from helpers import call_script, ras_arrays, read_voxels, run, save_case, write_
 
 import prepare
 from data import check
-from data.files import InputError, lock_folder
+from data.files import InputError
 from data.settings import human_bytes
 from prepare import Config
 
@@ -91,9 +91,8 @@ def test_whatever_a_case_raises_the_others_are_done(stage, step, raw, monkeypatc
     written = json.loads((raw.parent / "prepared/dataset.json").read_text())
     assert [case["case"] for case in written["cases"]] == ["case_0", "case_2"]
     monkeypatch.undo()
-    assert (
-        len(run(raw, crop_to_body=True, **TWO)["cases"]) == 3
-    )  # no verdict on the scan was remembered
+    again = run(raw, crop_to_body=True, **TWO)["cases"]
+    assert len(again) == 3, "no verdict on the scan was remembered"
 
 
 def test_a_full_disk_is_no_verdict_on_a_scan(raw, monkeypatch):
@@ -168,12 +167,6 @@ def test_only_leftovers_of_killed_runs_are_removed(raw, tmp_path):
     assert not unfinished.exists()
 
 
-def test_a_second_prepare_into_a_folder_is_refused(raw):
-    destination = raw.parent / "prepared"
-    with lock_folder(destination), pytest.raises(InputError, match=f"{destination}: .*wait"):
-        run(raw)
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_signal_ends_in_a_command_without_tracebacks(workers, tmp_path):
     raw, out = write_patients(tmp_path / "raw", affines=(None,) * 6), tmp_path / "out"
@@ -209,7 +202,6 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_read(tmp_path):
         ({"workers": -1}, "--workers"), ({"folds": 1}, "--folds must be 2 or more, got 1"),
         ({"training": 0.5}, "add up to 1"), ({"training": float("nan")}, "--training"),
         ({"patient_pattern": "("}, "--patient-pattern"), ({"values": ("liver=x",)}, "--values"),
-        ({"values": ("a=1", "b=1")}, "--values"), ({"values": ("a=70000",)}, "--values"),
         ({"crop_to_body": True, "modality": "MR"}, "--crop-to-body"),
         ({"crop_to_body": True, "subvolume_depth": 0}, "--crop-to-body"),
     ):  # fmt: skip

@@ -248,14 +248,14 @@ def test_voxels_that_nobody_judged_are_no_background():
     assert weights.tolist() == pytest.approx([0.7321, 1.2679], abs=1e-4)
 
 
-@pytest.mark.parametrize("classes", [{"liver": ("liver",), "tumour": ("tumour",)}, {"all": ("1",)}])
-def test_the_recipe_laptop_starts_with_other_classes(classes, whole_cases, tmp_path):
+def test_the_recipe_laptop_starts_with_other_classes(whole_cases, tmp_path):
     """Half of the starter's weights are kept, but for a head of another number of classes."""
+    classes = {"liver": ("liver",), "tumour": ("tumour",)}
     train.main(tiny("laptop", None, whole_cases, tmp_path, max_epochs=1, labels=classes))
     saved = load_checkpoint(tmp_path / "last.pt")
     first, learnt = load_checkpoint(ROOT / "checkpoints" / "starter.pt"), saved["resume"]["model"]
     head = set(saved["begun"]["anew"])
-    assert bool(head) == (len(classes) == 2)
+    assert head
     for name, weights in saved["network_state"].items():
         if weights.is_floating_point():
             start = learnt[name] if name in head else first["network_state"][name]

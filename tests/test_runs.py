@@ -3,14 +3,12 @@
 import json
 import os
 import pickle
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from documents import PAGES
-from helpers import chain_of, small_config
+from helpers import chain_of, copy_prepared, small_config
 
 import train
 from data.files import InputError, find_checkpoint
@@ -19,17 +17,6 @@ from preprocess import Chain
 from utilities import CHECKPOINT, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
-
-
-def edit_prepared(prepared: Path, folder: Path, *splits: str, **changes) -> Path:
-    """A copy of prepared data with two sub-volumes of each split, and other entries."""
-    content = read_prepared(prepared)
-    by_split = {s: [r for r in content["subvolumes"] if r["split"] == s] for s in splits}
-    content["subvolumes"] = [record for records in by_split.values() for record in records[-3:-1]]
-    folder.mkdir()
-    (folder / "subvolumes").symlink_to(prepared / "subvolumes")
-    (folder / "dataset.json").write_text(json.dumps(content | changes))
-    return folder
 
 
 def test_one_flipped_bit_is_refused_by_name(begun, tmp_path):
@@ -117,21 +104,24 @@ def test_a_full_disk_ends_a_training_in_one_message(few, tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
 
 
-def test_an_empty_split_is_refused_before_anything_is_cached(prepared, tmp_path, monkeypatch):
+def test_an_empty_split_is_refused_before_anything_is_cached(few, tmp_path, monkeypatch):
+    def empty(content):
+        content["subvolumes"] = [r for r in content["subvolumes"] if r["split"] != split]
+
     monkeypatch.setattr(train, "cache_split", lambda *_: pytest.fail("something was cached"))
-    for split, other in (("training", "validation"), ("validation", "training")):
-        data = edit_prepared(prepared, tmp_path / split, other)
+    for split in ("training", "validation"):
+        data = copy_prepared(few, tmp_path / split, empty)
         with pytest.raises(InputError, match=f"no sub-volume in the {split} split"):
             train.main(small_config(data, tmp_path / "run"))
 
 
-def test_a_class_that_no_validation_patient_has_chooses_no_checkpoint(prepared, tmp_path, capsys):
-    data = edit_prepared(prepared, tmp_path / "data", "training", "validation")
-    content = read_prepared(data)
-    for record in content["subvolumes"]:
-        if record["split"] == "validation":
-            record["voxels_per_label"] = {"0": 1000}
-    (data / "dataset.json").write_text(json.dumps(content))
+def test_a_class_that_no_validation_patient_has_chooses_no_checkpoint(few, tmp_path, capsys):
+    def lose_liver(content):
+        for record in content["subvolumes"]:
+            if record["split"] == "validation":
+                record["voxels_per_label"] = {"0": 1000}
+
+    data = copy_prepared(few, tmp_path / "data", lose_liver)
     train.main(small_config(data, tmp_path / "run", max_epochs=1))
     assert "no validation patient has liver" in capsys.readouterr().out
     assert not (tmp_path / "run" / "best.pt").exists()
@@ -142,15 +132,3 @@ def test_mr_is_trained_without_a_hu_window_unless_one_is_given(capsys):
     assert "--hu-window None is used" in capsys.readouterr().out
     given = train.Config(hu_window=(0.0, 500.0))
     assert train.drop_hu_window(given) == given
-
-
-def test_a_run_that_began_with_other_weights_resumes_without_them(few, begun, tmp_path):
-    start = shutil.copy(begun / "last.pt", tmp_path / "start.pt")
-    how = {"pretrained": start, "max_epochs": 1, "schedule": "constant"}
-    train.main(small_config(few, tmp_path / "run", **how))
-    half = load_checkpoint(tmp_path / "run" / "last.pt")
-    start.unlink()
-    train.main(train.Config(resume=tmp_path / "run", device="cpu", max_epochs=2))
-    resumed = load_checkpoint(tmp_path / "run" / "last.pt")
-    assert (half["epoch"], resumed["epoch"]) == (1, 2)
-    assert resumed["config"]["pretrained"] == half["config"]["pretrained"] == str(start)

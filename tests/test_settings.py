@@ -140,8 +140,13 @@ def test_any_writers_failure_is_one_message_and_leaves_what_was_there(tmp_path, 
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_folder_is_for_one_process_until_it_ends(prepared, tmp_path):
+def test_a_folder_is_for_one_process_until_it_ends(prepared, raw, checkpoint, tmp_path):
     folder = tmp_path / "run"
+    use = {"paths": (raw / "imagesTr",), "checkpoint": checkpoint, "device": "cpu"}
+    configs = {
+        prepare: prepare.Config(raw, folder), train: small_config(prepared, folder),
+        apply_model: apply_model.Config(destination=folder, **use),
+    }  # fmt: skip
     hold = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
     hold += "from pathlib import Path; from data.files import lock_folder\n"
     hold += f"with lock_folder(Path({str(folder)!r})): print('held', flush=True); input()"
@@ -149,8 +154,9 @@ def test_a_folder_is_for_one_process_until_it_ends(prepared, tmp_path):
         [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert child.stdout.readline() == "held\n"
-    with pytest.raises(InputError, match=rf"{folder}: another process writes here"):
-        train.main(small_config(prepared, folder))
+    for script, config in configs.items():
+        with pytest.raises(InputError, match=rf"{folder}: another process writes here.*wait"):
+            script.main(config)
     child.kill()
     child.communicate()
     with lock_folder(folder):
@@ -173,39 +179,25 @@ def test_a_record_is_read_by_its_mark_or_not_at_all(tmp_path):
 
 
 SCRIPT = f"""
-import sys, time; sys.path.insert(0, {str(ROOT)!r})
+import sys; sys.path.insert(0, {str(ROOT)!r})
 from data.settings import run_script
 
 def main(word):
-    print("begun", flush=True)
-    if word == "fail":
-        raise KeyError("odd")
-    time.sleep(600)
+    raise KeyError(word)
 
-run_script(main, sys.argv[1])
+run_script(main, "odd")
 """
 
 
 def test_an_unexpected_error_is_one_line_and_a_traceback_when_asked():
-    done = run_script("-c", SCRIPT, "fail")
+    done = run_script("-c", SCRIPT)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: KeyError: 'odd'; run again with LIVER_DEBUG=1 for")
-    assert "Traceback" in run_script("-c", SCRIPT, "fail", "--debug").stderr
+    assert "Traceback" in run_script("-c", SCRIPT, "--debug").stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_script_with_130_and_what_to_do(number):
-    command, pipe = [sys.executable, "-c", SCRIPT, "wait"], subprocess.PIPE
-    child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
-    assert child.stdout.readline() == "begun\n"
-    child.send_signal(number)
-    _, errors = child.communicate(timeout=HANGS)
-    assert child.returncode == 130
-    assert errors.strip() == "interrupted; run the same command again to go on"
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_lets_a_step_finish_and_the_next_one_ends_the_process(number):
+def test_the_first_signal_lets_a_step_finish_and_the_next_one_ends_with_130_and_what_to_do(number):
     """But not its echo within a second, as `timeout` and torchrun send it."""
     child, said = start_busy()
     try:
@@ -218,6 +210,7 @@ def test_the_first_signal_lets_a_step_finish_and_the_next_one_ends_the_process(n
         os.kill(child.pid, number)
         child.join(HANGS)
         assert child.exitcode == 130
+        assert said.readline() == "interrupted; run the same command again to go on\n"
     finally:
         child.kill()
 

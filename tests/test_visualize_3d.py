@@ -212,18 +212,13 @@ def test_slices_are_radiological(tmp_path):
     assert np.median(columns) < panel.shape[1] / 2
 
 
-def read_frames(path: Path) -> list[np.ndarray]:
-    with Image.open(path) as film:
-        frames = ImageSequence.Iterator(film)
-        return [np.array(frame.convert("RGB")).astype(int) for frame in frames]
-
-
 def test_a_film_goes_over_the_foreground_and_15_mm(tmp_path):
     labels = np.zeros((20, 20, 30), np.uint8)
     labels[4:16, 4:16, 8:12] = 1
     path = save(labels, np.diag([5, 5, 5, 1]), tmp_path / "map.nii.gz")
     v.main(config(path, movie=tmp_path / "film.gif"))
-    frames = read_frames(tmp_path / "film.gif")
+    with Image.open(tmp_path / "film.gif") as film:
+        frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(film)]
     assert len(frames) == 10
     axial = [frame[60 : SIZE[1] // 2 - 60, 40 : SIZE[0] // 2 - 40] for frame in frames]
     drawn = [share_of(part, LABEL_COLOURS[1]) > 0.002 for part in axial]

@@ -22,13 +22,13 @@ from utilities import build_network, load_checkpoint
 ARGUMENTS = {"in_channels": 1, "out_channels": 2, "base_channels": 16, "input_size": (32, 32, 32)}
 
 
-def test_a_network_of_cropped_slices_crops_what_it_is_applied_to(raw_phantoms, tmp_path):
+def test_a_network_of_cropped_slices_crops_what_it_is_applied_to(raw, tmp_path):
     data, run = tmp_path / "prepared", tmp_path / "run"
-    prepare(raw_phantoms, destination=data, crop_to_body=True)
+    prepare(raw, destination=data, crop_to_body=True)
     train.main(small_config(data, run, max_epochs=1))
     model = apply_model.load_model(run / "last.pt", "cpu", "fp32")
     assert model.chain.crop_to_body
-    scan = read_volume(min((raw_phantoms / "imagesTr").iterdir()))
+    scan = read_volume(min((raw / "imagesTr").iterdir()))
     tensor, to_network = apply_model.preprocess_volume(scan, model.chain, "cpu")
     edges = np.array([[part.start, part.stop - 1] for part in find_body(scan)])
     ends = np.diag(to_network)[:2, None] * edges + to_network[:2, 3, None]
@@ -65,9 +65,9 @@ def test_spacing_median_is_that_of_the_training_scans_and_kept_as_numbers(few, t
         check_settings(train.Config(spacing="mean"))
 
 
-def test_single_slices_train_the_2d_network_and_are_applied(raw_phantoms, tmp_path, monkeypatch):
+def test_single_slices_train_the_2d_network_and_are_applied(raw, tmp_path, monkeypatch):
     data, run, results = (tmp_path / name for name in ("slices", "run", "results"))
-    prepare(raw_phantoms, destination=data, subvolume_depth=1)
+    prepare(raw, destination=data, subvolume_depth=1)
     content = read_prepared(data)
     for record in content["subvolumes"]:  # only slices with liver
         assert record["shape"][2] == 1 and record["voxels_per_label"].keys() > {"0"}
