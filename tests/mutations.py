@@ -40,7 +40,9 @@ preprocess | torch.Generator(slices.device) | torch.Generator() | cuda::pretende
 preprocess | stream.wait_event(used) | pass | cuda::pretended_gpu
 preprocess | _stream(self.dataset.device).wait_event(made) | _stream() | cuda::pretended_gpu
 preprocess | theta = move( | theta = (lambda tensor, _: tensor)( | cuda::pretended_gpu
-preprocess | (position, size).to(slices) | (position, size) | cuda::pretended_gpu
+preprocess | weights.to(slices) | weights | cuda::pretended_gpu
+preprocess | step / 2 - 1) > 0 | step / 2 - 9) > 0 | geometry::takes_means
+preprocess | max(spacing / slice_mm, 1) | 1 | geometry::takes_means
 train | where(known.any(), | where(known.any().item() == known.any(), | cuda::pretended_gpu
 utilities | return loss.detach(), torch | return loss.item(), torch | cuda::pretended_gpu
 utilities | if not average.n_averaged: | if True: | cuda::pretended_gpu
