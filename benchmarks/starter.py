@@ -6,7 +6,8 @@
 
 No voxel of a real CT is trained on. The sets `painted` and `bodies` are synthetic: they choose
 settings and seed. `six` are real CTs, a test that chooses nothing. What `--work` holds already is
-not made again. Writes `WORK/seed_N/starter.pt` and benchmarks/results/starter.json.
+not made again. Writes `starter.pt` and `starter_tumours.pt` below WORK/seed_N, and
+benchmarks/results/starter.json.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,18 @@ from data.scans import lay_on_grid, read_volume
 from data.volumes import Volume
 
 # Three stages: the second goes on at 3 mm, on other bodies, most of them with tumours of many
-# kinds. The third goes on from there with three seeds; half of its bodies are slabs.
+# kinds. The third goes on from there with three seeds; half of its bodies are slabs. From their
+# mean go the stages of the weights of liver and tumour apart.
 BODIES = {
     "4mm": "--cases 640 --spacing 4 4 4", "3mm": "--cases 560 --spacing 3 3 3 --tumours 400",
     "slabs": "--cases 600 --spacing 3 3 3 --tumours 480 --slabs 0.45 --slab-middle -170 60",
+    "tumours_3mm": "--cases 600 --spacing 3 3 3 --tumours 540 --slabs 0.3 --slab-middle -170 60",
+    "tumours_2mm": "--cases 320 --spacing 2 2 2 --tumours 300 --slabs 0.2 --slab-middle -170 60",
 }  # fmt: skip
-OFFSETS = {"4mm": 0, "3mm": 100, "slabs": 300}  # from the seed of a stage to that of its bodies
+SEEDS: dict[str, Callable[[int], tuple[int, int]]] = {  # of a training → of bodies and their split
+    "4mm": lambda n: (n, n), "3mm": lambda n: (n + 100, n), "slabs": lambda n: (n + 300, n),
+    "tumours_3mm": lambda n: (400, 5), "tumours_2mm": lambda n: (500, 6),
+}  # fmt: skip
 PREPARE = (
     "--subvolume-depth 0 --foreground liver --accept outline outside hu empty "
     "--training 0.95 --validation 0.05 --test 0"
@@ -48,13 +55,15 @@ TRAIN = (
     "--sampling patches --network unet --base-channels 16 --loss dice_ce --batch-size 2 "
     "--patches-per-case 2 "
 )
-SMALL = "--spacing 3 3 3 --input-size 96 96 64 --learning-rate 1e-3 "
-STAGES = {  # {before}: folder of the run that a stage goes on from
+SMALL = "--spacing 3 3 3 --input-size 96 96 64 --learning-rate 1e-3 --pretrained {before} "
+APART = SMALL + "--labels liver=liver tumour=tumour --foreground-sampling 0.8 "
+STAGES = {  # {before}: checkpoint that a stage goes on from
     "4mm": "--spacing 4 4 4 --input-size 80 80 48 --learning-rate 2e-3 --max-epochs 6 "
     "--val-interval 6",
-    "3mm": SMALL + "--max-epochs 7 --val-interval 7 --pretrained {before}/best.pt",
-    "slabs": SMALL + "--max-epochs 6 --val-interval 6 --pretrained {before}/best.pt "
-    "--pretrained-share 0.5",
+    "3mm": SMALL + "--max-epochs 7 --val-interval 7",
+    "slabs": SMALL + "--max-epochs 6 --val-interval 6 --pretrained-share 0.5",
+    "tumours_3mm": APART + "--max-epochs 5 --val-interval 5",
+    "tumours_2mm": APART + "--spacing 2 2 2 --patches-per-case 4 --max-epochs 10 --val-interval 10",
 }
 LAST = (0, 1, 2)  # seeds of the third stage, whose weights are averaged
 KEYS = ("dice", "hd95_mm", "false_positive_ml")
@@ -75,40 +84,49 @@ class Config:
 
 
 def make_weights(config: Config, folder: Path) -> dict[str, float]:
-    """Bodies, prepared cases and training of all stages, as far as they are not there; minutes."""
-    minutes, before, runs = {}, Path(), list[dict[str, Any]]()
-    for stage, seed in [("4mm", config.seed), ("3mm", config.seed), *(("slabs", n) for n in LAST)]:
-        name = f"{stage}_{seed}"
-        raw, data, run = (folder / f"{part}_{name}" for part in ("raw", "prepared", "run"))
+    """Write both starters; bodies, cases and runs as far as they are not there. Return minutes."""
+    minutes = dict[str, float]()
+
+    def go_on(before: Path, stage: str, seed: int) -> Path:
+        """Make a stage from a checkpoint on, and return its own."""
+        drawn, split = SEEDS[stage](seed)
+        raw, data = (folder / f"{part}_{stage}_{drawn}" for part in ("raw", "prepared"))
+        run = folder / f"run_{stage}_{seed}"
         for made, *command in (
             (raw / "dataset.json", "benchmarks/bodies.py", "--destination", raw,
-             "--seed", seed + OFFSETS[stage], *BODIES[stage].split()),
+             "--seed", drawn, *BODIES[stage].split()),
             (data / "dataset.json", "prepare.py", raw, "--destination", data, *PREPARE.split(),
-             "--seed", seed),
+             "--seed", split),
             (run / "best.pt", "train.py", "--data", data, "--run-folder", run, *TRAIN.split(),
              *STAGES[stage].format(before=before).split(), "--seed", seed),
         ):  # fmt: skip
             start, words = time.perf_counter(), [sys.executable, *map(str, command)]
             if not (ROOT / made).exists():
                 subprocess.run(words, cwd=ROOT, check=True)
-                minutes[f"{command[0]}, {name}"] = round((time.perf_counter() - start) / 60, 1)
-        if stage == "slabs":
-            runs.append(torch.load(ROOT / run / "best.pt", weights_only=True))
-        else:
-            before = run
-    labels = map(read_volume, (ROOT / raw / "labelsTr").glob("*.nii.gz"))
+                minutes[f"{command[0]}, {run.name}"] = round((time.perf_counter() - start) / 60, 1)
+        return run / "best.pt"
+
+    second = go_on(go_on(Path(), "4mm", config.seed), "3mm", config.seed)
+    last = [go_on(second, "slabs", seed) for seed in LAST]
+    labels = map(
+        read_volume, (ROOT / folder).glob(f"raw_slabs_{SEEDS['slabs'](LAST[-1])[0]}/labelsTr/*")
+    )
     livers = [(v.data > 0).sum() * v.voxel_ml for v in labels if is_whole(v.data)]
     usual = {"log_ml": float(np.log(livers).mean()), "sd": float(np.log(livers).std())}
-    save_starter(runs, {"liver": usual}, ROOT / folder / "starter.pt")
+    save_starter(last, folder / "starter.pt", {"liver": usual})
+    coarse = go_on(folder / "starter.pt", "tumours_3mm", 0)
+    save_starter([go_on(coarse, "tumours_2mm", 0)], folder / "starter_tumours.pt")
     return minutes
 
 
-def save_starter(runs: list[dict[str, Any]], expected: dict[str, Any], path: Path) -> None:
+def save_starter(paths: list[Path], path: Path, expected: dict[str, Any] | None = None) -> None:
     """Write the mean weights of checkpoints. It lists no patients, because bodies are none."""
+    runs = [torch.load(ROOT / run, weights_only=True) for run in paths]
     states = [run["network_state"] for run in runs]
     mean = {k: torch.stack([s[k] for s in states]).float().mean(0) for k in states[0]}
     mean = {name: value.to(states[0][name].dtype) for name, value in mean.items()}
-    torch.save(runs[0] | {"expected": expected, "network_state": mean, "patients": []}, path)
+    given = {"expected": expected or runs[0]["expected"], "network_state": mean, "patients": []}
+    torch.save(runs[0] | given, ROOT / path)
 
 
 def is_whole(label: np.ndarray) -> bool:
@@ -279,7 +297,7 @@ def main(config: Config) -> None:
         (ROOT / folder).mkdir(parents=True, exist_ok=True)
         about = {"minutes": make_weights(config, folder)}
         about |= {"bodies": BODIES, "prepare": PREPARE, "train": [TRAIN, STAGES]}
-        checkpoints = (folder / "starter.pt",)
+        checkpoints = (folder / "starter.pt", folder / "starter_tumours.pt")
     about |= {"command": name_command(), "machine": machine(torch_too=True)}
     for name, sets in score(config.sets, checkpoints).items() if checkpoints else ():
         entry = result.setdefault(name, {})
