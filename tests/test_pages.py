@@ -39,7 +39,7 @@ def make_small(config, learnt):
             small |= {"input_size": (32, 32)}
         if (config.sampling, config.network, config.pretrained) == ("subvolumes", "unet3d", None):
             small |= {"pretrained": learnt}
-        if config.pretrained and config.pretrained.name == "starter.pt":  # it has a width
+        if config.pretrained and config.pretrained.name.startswith("starter"):  # it has a width
             del small["base_channels"]
         if config.resume:
             small = {"device": "cpu"}
@@ -77,7 +77,8 @@ def world(tmp_path, monkeypatch, blank_pictures, raw_phantoms, checkpoint):
     monkeypatch.setattr(utilities, "build_resnet34", build_2d_network)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    shutil.copy(ROOT / "checkpoints/starter.pt", tmp_path / "checkpoints")
+    for starter in ROOT.glob("checkpoints/starter*.pt"):
+        shutil.copy(starter, tmp_path / "checkpoints")
     shutil.copy(min((raw_phantoms / "imagesTr").iterdir()), tmp_path / "scan.nii.gz")
     return tmp_path
 
