@@ -3,7 +3,6 @@
     python benchmarks/levers.py --seeds 0 1 2
     python benchmarks/levers.py --settings laptop "laptop --pretrained-share 0" --patients 1
     python benchmarks/levers.py --settings "liver-tumour-ce --loss dice_ce" --epochs 50
-    python benchmarks/levers.py --report
 
 Three rounds over the six patients of `--source`: four train (or the first `--patients` of them),
 two are new to the network. A setting is options of train.py, with or without a recipe. The
@@ -48,7 +47,6 @@ class Config:
     rounds: tuple[int, ...] = (0, 1, 2)
     source: Path = DATA / "ct"  # real CTs with labels
     work: Path = Path("data/levers")  # what the scripts write; relative: below the project
-    report: bool = False  # run nothing, print the table of what is known
 
 
 def run(*command: object) -> float:
@@ -176,7 +174,7 @@ def main(config: Config) -> None:
     keys = ("setting", "patients", "round", "seed")
     done = {tuple(row[key] for key in keys) for row in known["rows"]}
     wanted = itertools.product(config.seeds, config.rounds, config.settings)
-    for seed, turn, setting in [] if config.report else wanted:
+    for seed, turn, setting in wanted:
         run_key = (setting, config.patients, turn, seed)
         if run_key in done:
             continue

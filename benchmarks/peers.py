@@ -2,7 +2,6 @@
 
     make peers      # makes their own environment, .venv-peers, and runs all: hours
     python benchmarks/peers.py --peers nnunet_lowres --seeds 0 1 2
-    python benchmarks/peers.py --report
 
 nnU-Net plans, augments, trains and applies as it comes; what is shortened is its schedule, whose
 learning rate falls to zero over the minutes, and it plans for a memory of MEMORY_GB. The network,
@@ -69,7 +68,6 @@ class Config:
     source: Path = DATA / "ct"  # real CTs with labels
     work: Path = ROOT / "data" / "peers"  # what the programs write
     results: Path = RESULTS / "peers.json"
-    report: bool = False  # run nothing, print the table of what is known
 
 
 # Running
@@ -221,7 +219,7 @@ def main(config: Config) -> None:
     ours = find_ours(read_json(RESULTS / "levers.json")["rows"])
     done = {tuple(row[key] for key in KEYS) for row in known["rows"]}
     wanted = [(p, t, s) for s in config.seeds for p in config.peers for t in config.rounds]
-    for peer, turn, seed in [] if config.report else wanted:
+    for peer, turn, seed in wanted:
         if (*PEERS[peer], config.minutes, turn, seed) in done:
             continue
         known["rows"].append(run_once(config, peer, turn, seed))

@@ -6,7 +6,7 @@
 (b) bare: forward and backward on one resident batch, in this project's precision and layout;
 (ours) `utilities.train_one_epoch` on cached, augmented sub-volumes.
 All three use the same network, sub-volumes and batch size. The cache's build is timed against the
-usual chain with the same workers. On a GPU, batch sizes 1 to 32 are measured eager and compiled.
+usual chain with the same workers.
 Writes benchmarks/results/train_<device>.json.
 """
 
@@ -126,22 +126,21 @@ def measure_plain(config: Config, items: list, settings: train.Config, device: A
     return {"seconds_per_step": seconds_per_step(step, config.steps, device)}
 
 
-def measure_bare(config: Config, device: torch.device, precision: torch.dtype, **more: Any) -> dict:
+def measure_bare(config: Config, device: torch.device, precision: torch.dtype) -> dict:
     """(b) forward and backward on one resident batch."""
     model = new_network(config, device).to(memory_format=torch.channels_last_3d)
-    size = (more.get("batch_size", config.batch_size), 1, *config.input_size, 16)
+    size = (config.batch_size, 1, *config.input_size, 16)
     image = torch.rand(size, device=device).to(memory_format=torch.channels_last_3d)
     with (
         FlopCounterMode(display=False) as counter,
         torch.autocast(device.type, precision, enabled=precision != torch.float32),
     ):
         model(image).float().sum().backward()
-    network = torch.compile(model) if more.get("compiled") else model
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            logits = network(image)
+            logits = model(image)
         logits.float().mean().backward()
 
     seconds = seconds_per_step(step, config.steps, device)
@@ -204,16 +203,6 @@ def in_turns(rounds: int, **loops: Callable[[], dict]) -> dict[str, dict]:
             for n, first in results[0].items()}  # fmt: skip
 
 
-def measure_sweep(config: Config, device: torch.device, precision: torch.dtype) -> list[dict]:
-    """The bare loop on a GPU: batch sizes, eager and compiled."""
-    return [
-        {"batch_size": size, "compiled": compiled,
-         **measure_bare(config, device, precision, batch_size=size, compiled=compiled),
-         "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6}
-        for compiled in (False, True) for size in (1, 2, 4, 8, 16, 32)
-    ]  # fmt: skip
-
-
 def main(config: Config) -> None:
     warnings.simplefilter("ignore")
     device = preprocess.pick_device(config.device)
@@ -240,8 +229,6 @@ def main(config: Config) -> None:
     ours = result["ours"]["seconds_per_step"]
     result["ours_over_plain"] = result["plain"]["seconds_per_step"] / ours
     result["ours_of_bare"] = result["bare"]["seconds_per_step"] / ours
-    if device.type == "cuda":
-        result["sweep"] = measure_sweep(config, device, precision)
     write_json(result, config.results or RESULTS / f"train_{device.type}.json")
     print(json.dumps(result, indent=1))
 
