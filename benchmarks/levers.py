@@ -180,6 +180,7 @@ def main(config: Config) -> None:
             continue
         known["rows"].append(run_once(config, setting, turn, seed))
         known |= {"machine": machine(), "summary": summarise(known["rows"])}
+        known["laptop"] = train.RECIPES["laptop"][1].plain()
         write_json(known, path)
     print(json.dumps(summarise(known["rows"]), indent=1))
 
