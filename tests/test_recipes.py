@@ -1,5 +1,6 @@
 """Recipes take each form of labels and are what was measured; patches are balanced and whole."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
