@@ -109,11 +109,6 @@ def fit(setting: str, data: Path, folder: Path, seed: int, epochs: int) -> float
                "--max-epochs", epochs, "--val-interval", epochs, *words)  # fmt: skip
 
 
-def name_run(config: Config, setting: str, turn: int, seed: int) -> str:
-    """Return the folder of a run and of its results."""
-    return name_file(f"{setting}_{config.patients}p_{turn}_{seed}")
-
-
 def score(data: Path, held_out: list[str], run_folder: Path, results: Path) -> dict:
     """Figures of each held-out patient, segmented by the last checkpoint."""
     run("apply_model.py", "--split", "validation", "--data", data, "--checkpoint",
@@ -128,7 +123,7 @@ def run_once(config: Config, setting: str, turn: int, seed: int) -> dict:
     """Train, apply to the held-out patients; return the row."""
     training, held_out = split_patients(config, turn, seed)
     data = prepare(config, training, held_out, read_options(setting)[1])
-    name = name_run(config, setting, turn, seed)
+    name = name_file(f"{setting}_{config.patients}p_{turn}_{seed}")
     folder = config.work / "runs" / name
     seconds = fit(setting, data, folder, seed, config.epochs)
     return {

@@ -254,9 +254,8 @@ def score_tumours(found: Volume, truth: Volume, names: list[str]) -> dict[str, A
     """Return the figures of the tumours of one scan, from class indices: lesions of 10 mm and more,
     found at an IoU of 0.1, and findings of any size that match no lesion."""
     every = evaluate(found, truth, names)
-    true, ours = (int((v.data == names.index("tumour") + 1).sum()) for v in (truth, found))
-    row = {"dice": every["tumour_dice"], "ml": true * found.voxel_ml}
-    row |= {"found_ml": ours * found.voxel_ml}
+    ml = int((truth.data == names.index("tumour") + 1).sum()) * truth.voxel_ml
+    row = {"dice": every["tumour_dice"], "ml": ml, "found_ml": ml + every["tumour_volume_error_ml"]}
     for key in ("lesions", "lesions_found"):
         row[key] = sum(every[f"tumour_{key}{group}"] for group in list(LESION_SIZES)[1:])
     false = every["tumour_lesions_predicted"] - every["tumour_lesions_right"]

@@ -300,9 +300,8 @@ def judge_learning(history: list[dict[str, float]]) -> str:
             told += "; the loss falls: more --max-epochs, or"
             return f"nothing learnt yet: {told} {suggest(history)}"
         return f"nothing learnt: {told}; {suggest(history)}"
-    earlier = max(dice[: -max(len(dice) // 4, 1)], default=0.0)
-    once = not rows[1:] and history[1:]  # validated at the end alone: no earlier Dice to rise from
-    if not once and max(dice) - earlier > 0.01 and since <= len(dice) // 4:
+    earlier = max(dice[: -max(len(dice) // 4, 1)], default=math.inf if history[1:] else 0.0)
+    if max(dice) - earlier > 0.01 and since <= len(dice) // 4:
         return f"still rising: {told}; more --max-epochs may help"
     return f"learnt: {told}" if max(dice) >= 0.5 else f"little learnt: {told}; {suggest(history)}"
 
