@@ -123,10 +123,7 @@ def preprocess_slices(
     slices: Any = MetaTensor(turned.to(device, torch.float32), affine=affine)
     mode = "nearest" if key == LABEL else "bilinear"
     if key == IMAGE:
-        steps = np.divide(chain.spacing[:2], spacing_mm[:2])
-        if chain.sampling == "subvolumes":  # the last grid may be coarser still
-            steps = np.maximum(steps, np.divide(array.shape[:2], chain.input_size))
-        slices = average_pixels(slices, steps)
+        slices = average_pixels(slices, np.divide(chain.spacing[:2], spacing_mm[:2]))
     how: dict[str, Any] = {"padding_mode": "border", "dtype": torch.float32}  # float64 is slower
     slices = transforms.Spacing(chain.spacing[:2], mode=mode, **how)(slices)
     if key == IMAGE and chain.hu_window:
