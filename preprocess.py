@@ -146,10 +146,12 @@ def average_pixels(slices: torch.Tensor, steps: Iterable[float]) -> torch.Tensor
             half = math.ceil(left_out)
             weights = np.minimum(left_out + 1 - np.abs(np.arange(-half, half + 1)), 1)
             edges = [half * (axis == 2)] * 2 + [half * (axis == 1)] * 2
-            size, wide = slices.shape[axis], functional.pad(slices, edges, mode="replicate")
-            slices = torch.zeros_like(slices)
-            for first, weight in enumerate(weights / weights.sum()):  # in place: little memory
-                slices.add_(wide.narrow(axis, first, size), alpha=weight)
+            size, means = slices.shape[axis], torch.zeros_like(slices)
+            for some, mean in zip(slices.split(4), means.split(4), strict=True):  # fit in a cache
+                wide = functional.pad(some, edges, mode="replicate")
+                for first, weight in enumerate(weights / weights.sum()):
+                    mean.add_(wide.narrow(axis, first, size), alpha=weight)
+            slices = means
     return slices
 
 
