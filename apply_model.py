@@ -37,7 +37,6 @@ class Options:
     """How a scan is segmented, beside what the checkpoint says."""
 
     windows: Whole = 0  # windows per network call; 0: up to 4, on the CPU only of small ones
-    mirror: bool = False  # average with the front-back mirror image; twice the time
     largest_component: bool = True  # keep the largest component of an organ; not for paired organs
     fill_holes: bool = True  # close cavities inside an organ
     tumour_inside: bool = True  # drop tumours that touch no kept organ
@@ -249,7 +248,7 @@ def predict(
     at_once, cpu = options.windows or min(max(most, 1), 4), torch.device("cpu")
     ways = list(dict.fromkeys([(model.device, at_once), (model.device, 1), (cpu, 1)]))
     for device, count in ways if part.numel() else ():
-        predictor = functools.partial(ask, model, device, options.mirror)
+        predictor = functools.partial(ask, model, device)
         try:
             scores[(slice(None), *box)] = sliding_window_inference(
                 part[None], window, count, predictor, model.inference["overlap"], "gaussian",
@@ -264,17 +263,13 @@ def predict(
     return scores
 
 
-def ask(model: Model, device: torch.device, mirror: bool, batch: torch.Tensor) -> torch.Tensor:
-    """Return how far each class's logit lies above the background's, (B, C − 1, X, Y, Z); `mirror`
-    averages with the front-back image (left-right would mix up liver and spleen)."""
+def ask(model: Model, device: torch.device, batch: torch.Tensor) -> torch.Tensor:
+    """Return how far each class's logit lies above the background's, (B, C − 1, X, Y, Z)."""
     networks, same = (model.network, *model.others), device == model.device
     precision = model.precision if same else pick_precision("auto", device)
     batch = batch.to(memory_format=utilities.choose_layout(device))
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         logits = sum(network.to(device)(batch).float() for network in networks)
-        if mirror:
-            turned = sum(network(batch.flip(3)).float() for network in networks)
-            logits = (logits + turned.flip(3)) / 2
     return (logits[:, 1:] - logits[:, :1]) / len(networks)
 
 

@@ -130,8 +130,7 @@ def test_networks_are_averaged_and_probabilities_written(scans, checkpoint, tmp_
     scan = min((scans / "images").iterdir())
     apply_model.main(apply_model.Config(
         paths=(scan,), checkpoint=checkpoint, folds=(checkpoint,), destination=tmp_path,
-        mirror=True, probability=True, device="cpu", precision="fp32", largest_component=False,
-        fill_holes=False,
+        probability=True, device="cpu", precision="fp32", largest_component=False, fill_holes=False,
     ))  # fmt: skip
     name = scan.name.removesuffix(".nii.gz")
     likely = read_volume(tmp_path / name / f"{name}_probability.nii.gz")

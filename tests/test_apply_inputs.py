@@ -158,14 +158,6 @@ def test_several_networks_give_the_mean_of_their_logits():
     assert torch.allclose(scores, torch.tensor(0.4))  # of 0.6 and 0.2
 
 
-def test_mirroring_is_front_to_back_alone(checkpoint):
-    model = apply_model.load_model(checkpoint, "cpu", "fp32")
-    half = torch.rand(1, 32, 16, 16, generator=torch.Generator().manual_seed(0))
-    scores = apply_model.predict(model, torch.cat([half, half.flip(2)], 2), Options(mirror=True))
-    assert torch.allclose(scores, scores.flip(2), atol=1e-4)
-    assert not torch.allclose(scores, scores.flip(1), atol=1e-2)
-
-
 @pytest.mark.parametrize(
     ("shortages", "device", "sizes"),
     [
