@@ -40,6 +40,7 @@ class Options:
     largest_component: bool = True  # keep the largest component of an organ; not for paired organs
     fill_holes: bool = True  # close cavities inside an organ
     tumour_inside: bool = True  # drop tumours that touch no kept organ
+    sure_tumours: bool = True  # count tumours whose probability nowhere exceeds 0.8 as organ
     probability: bool = False  # also the probability of foreground, 0..1
 
 
@@ -92,6 +93,7 @@ import cc3d
 import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
+from torch.nn import functional
 from tqdm import tqdm
 
 import preprocess
@@ -110,6 +112,7 @@ WRITTEN = ("label.nii.gz", "masked.nii.gz", "probability.nii.gz", "label.dcm", "
 OUTSIDE = -20.0  # logit where no window was: surely background
 AT_ONCE = 1_200_000  # voxels per call on a CPU; larger calls are no faster there
 LOCATE_MM = 25.0  # around the organ that --locate finds
+SURE = 0.8  # probability that a tumour reaches somewhere; chosen in docs/evidence/starter.md
 MUCH, MUCH_ML = 0.05, 20.0  # of an organ: cleaning that changes more than either is told
 
 
@@ -195,6 +198,8 @@ def segment(
     scores = predict_near(*near) if model.finder else predict(model, tensor, options)
     seconds = time.perf_counter() - begin
     del tensor  # as large as the scores; what follows needs the room
+    if options.sure_tumours:
+        demote_faint_tumours(scores, model.names)
     classes, likely = classes_on_grid(scores, to_network, scan.ras_shape), None
     if options.probability:
         likely = scan.from_ras(probability_on_grid(scores, to_network, scan.ras_shape))
@@ -274,6 +279,19 @@ def ask(model: Model, device: torch.device, batch: torch.Tensor) -> torch.Tensor
 
 
 # Cleaning, and what is doubtful
+def demote_faint_tumours(scores: torch.Tensor, names: Sequence[str]) -> None:
+    """Exchange, in place, the scores (C − 1, X, Y, Z) of tumour and organ in those components of a
+    tumour whose probability nowhere exceeds SURE: they become organ, and the sum of both stays."""
+    for organ, tumours in group_tumours(names).items():
+        for index in tumours:
+            found = ((scores[index - 1] > 0) & (scores[index - 1] >= scores.amax(dim=0))).numpy()
+            pieces = cc3d.connected_components(found, connectivity=26)
+            likely = functional.pad(scores[:, found], (0, 0, 1, 0)).softmax(dim=0)[index]
+            faint = found & ~np.isin(pieces, pieces[found][likely.numpy() > SURE])
+            one, other = scores[organ - 1], scores[index - 1]
+            one[faint], other[faint] = other[faint], one[faint]
+
+
 def clean(classes: np.ndarray, names: Sequence[str], options: Options | None = None) -> np.ndarray:
     """Return class indices (X, Y, Z) without what anatomy excludes; `names` are those of 1, 2, … An
     organ and the tumours in it are one body. Its largest component stays, background that it

@@ -115,7 +115,6 @@ class Config:
     batch_size: Count = 2  # sub-volumes per step (and per process under torchrun)
     max_epochs: Count = 100  # passes over the training sub-volumes
     gradient_clip: Amount = 12.0  # largest gradient norm; 0 leaves it alone
-    ema_decay: Part = 0.0  # keep a moving average of the weights; 0.99 steadies a constant rate
     patience: Whole = 0  # stop after so many validations without a better Dice; 0 = never
     val_interval: Count = 1  # epochs between validations
 
@@ -659,7 +658,7 @@ def build_run(
         },
     }  # fmt: skip
     kind = choose_precision(config, device, window)
-    how = (config.ema_decay, config.pretrained_share, config.compile, config.tensorboard, anew)
+    how = (config.pretrained_share, config.compile, config.tensorboard, anew)
     run = utilities.Run(model, optimizer, scheduler, config.run_folder, device, kind, carried, *how)
     if saved is not None:
         run.restore(saved)

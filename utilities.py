@@ -28,7 +28,6 @@ from monai.inferers import sliding_window_inference
 from monai.networks import nets
 from torch import nn
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data import pictures
 from data.evaluate import dice_metric, list_overlaps, nan_mean, overlap_counts
@@ -469,22 +468,9 @@ def train_step(run: Run, batch: dict, loss_function: nn.Module, clip: float) -> 
         nn.utils.clip_grad_norm_(run.model.parameters(), clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    if run.average:
-        move_average(run.average, run.model)
     found = predict_classes(logits.detach()).masked_fill(label[:, 0] == IGNORED, 0)
     counts = list_overlaps(found, label[:, 0], logits.shape[1])
     return loss.detach(), torch.stack([torch.stack(numbers) for numbers in counts], dim=1)
-
-
-def move_average(average: AveragedModel, model: nn.Module) -> None:
-    """Do `average.update_parameters(model)`, without a count on the GPU, for which one waits."""
-    if not average.n_averaged:
-        average.update_parameters(model)
-        return
-    mine, its = (itertools.chain(m.parameters(), m.buffers()) for m in (average.module, model))
-    pairs = [(a, b.detach()) for a, b in zip(mine, its, strict=True) if a.is_floating_point()]
-    cast(Any, average.multi_avg_fn)(*map(list, zip(*pairs, strict=True)), None)
-    average.n_averaged += 1
 
 
 @torch.no_grad()
@@ -546,7 +532,6 @@ class Run:
     device: torch.device
     precision: torch.dtype  # of the convolutions
     carried: dict[str, Any]  # the entries of checkpoints that training does not change
-    ema_decay: float = 0.0  # of the weights' moving average, per step; 0: no average
     pretrained_share: float = 0.0  # of the first weights in those that are kept
     compile_network: bool = False  # run the network through torch.compile
     tensorboard: bool = False  # also write the history as TensorBoard event files
@@ -561,28 +546,24 @@ class Run:
         self.network: Any = torch.compile(network) if self.compile_network else network
         half = self.precision == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        moving = get_ema_multi_avg_fn(self.ema_decay)
-        average = functools.partial(AveragedModel, multi_avg_fn=moving, use_buffers=True)
-        self.average = average(self.model) if self.ema_decay else None
-        self.learnt = self.average.module if self.average else self.model
         # what is validated, saved and applied: the weights learnt, or nearer to the first ones
         self.first = copy.deepcopy(self.model) if self.pretrained_share else None
-        self.kept = copy.deepcopy(self.model) if self.pretrained_share else self.learnt
+        self.kept = copy.deepcopy(self.model) if self.pretrained_share else self.model
         self.class_names = list(self.carried["preprocessing"]["labels"])[1:]
-        names = ("model", "optimizer", "scheduler", "scaler", "average", "first")
+        names = ("model", "optimizer", "scheduler", "scaler", "first")
         parts = {name: getattr(self, name) for name in names}
         self.resumed = {name: part for name, part in parts.items() if part is not None}
 
     def share_buffers(self) -> None:
         """Give every process the first one's batch-norm statistics, which are those saved."""
-        for buffer in (*self.model.buffers(), *self.learnt.buffers()):
+        for buffer in self.model.buffers():
             dist.broadcast(buffer, 0)
 
     def update_kept(self) -> None:
         """Interpolate between the first weights and those learnt since, of which few patients then
         degrade less: Wortsman et al. 2022, arXiv:2109.01903."""
         assert self.first
-        share, state = self.pretrained_share, self.learnt.state_dict()
+        share, state = self.pretrained_share, self.model.state_dict()
         pairs = zip(state.items(), self.first.state_dict().values(), strict=True)
         known = [(n, v, old) for (n, v), old in pairs if n not in self.anew]
         mixed = {n: v.lerp(old, share) for n, v, old in known if v.is_floating_point()}

@@ -36,16 +36,18 @@ from data.volumes import Volume
 
 # Three stages: the second goes on at 3 mm, on other bodies, most of them with tumours of many
 # kinds. The third goes on from there with three seeds; half of its bodies are slabs. From their
-# mean go the stages of the weights of liver and tumour apart.
+# mean go the stages of the weights of liver and tumour apart, the last again with three seeds.
 BODIES = {
     "4mm": "--cases 640 --spacing 4 4 4", "3mm": "--cases 560 --spacing 3 3 3 --tumours 400",
     "slabs": "--cases 600 --spacing 3 3 3 --tumours 480 --slabs 0.45 --slab-middle -170 60",
     "tumours_3mm": "--cases 600 --spacing 3 3 3 --tumours 540 --slabs 0.3 --slab-middle -170 60",
     "tumours_2mm": "--cases 320 --spacing 2 2 2 --tumours 300 --slabs 0.2 --slab-middle -170 60",
+    "tumours_slabs": "--cases 300 --spacing 2 2 2 --tumours 300 --slabs 0.45 --slab-middle -170 60",
 }  # fmt: skip
 SEEDS: dict[str, Callable[[int], tuple[int, int]]] = {  # of a training → of bodies and their split
     "4mm": lambda n: (n, n), "3mm": lambda n: (n + 100, n), "slabs": lambda n: (n + 300, n),
     "tumours_3mm": lambda n: (400, 5), "tumours_2mm": lambda n: (500, 6),
+    "tumours_slabs": lambda n: (n + 600, n),
 }  # fmt: skip
 PREPARE = (
     "--subvolume-depth 0 --foreground liver --accept outline outside hu empty "
@@ -57,15 +59,17 @@ TRAIN = (
 )
 SMALL = "--spacing 3 3 3 --input-size 96 96 64 --learning-rate 1e-3 --pretrained {before} "
 APART = SMALL + "--labels liver=liver tumour=tumour --foreground-sampling 0.8 "
+FINE = APART + "--spacing 2 2 2 --patches-per-case 4 "
 STAGES = {  # {before}: checkpoint that a stage goes on from
     "4mm": "--spacing 4 4 4 --input-size 80 80 48 --learning-rate 2e-3 --max-epochs 6 "
     "--val-interval 6",
     "3mm": SMALL + "--max-epochs 7 --val-interval 7",
     "slabs": SMALL + "--max-epochs 6 --val-interval 6 --pretrained-share 0.5",
     "tumours_3mm": APART + "--max-epochs 5 --val-interval 5",
-    "tumours_2mm": APART + "--spacing 2 2 2 --patches-per-case 4 --max-epochs 10 --val-interval 10",
+    "tumours_2mm": FINE + "--max-epochs 10 --val-interval 10",
+    "tumours_slabs": FINE + "--foreground-sampling 0.67 --max-epochs 8 --val-interval 8",
 }
-LAST = (0, 1, 2)  # seeds of the third stage, whose weights are averaged
+LAST = (0, 1, 2)  # seeds of a last stage, whose weights are averaged
 KEYS = ("dice", "hd95_mm", "false_positive_ml")
 SLAB = 40  # mm, of slabs that are cut from painted scans
 NOISE = 100  # HU, SD in each voxel, of degraded real CTs
@@ -115,7 +119,9 @@ def make_weights(config: Config, folder: Path) -> dict[str, float]:
     usual = {"log_ml": float(np.log(livers).mean()), "sd": float(np.log(livers).std())}
     save_starter(last, folder / "starter.pt", {"liver": usual})
     coarse = go_on(folder / "starter.pt", "tumours_3mm", 0)
-    save_starter([go_on(coarse, "tumours_2mm", 0)], folder / "starter_tumours.pt")
+    fine = go_on(coarse, "tumours_2mm", 0)
+    last = [go_on(fine, "tumours_slabs", seed) for seed in LAST]
+    save_starter(last, folder / "starter_tumours.pt")
     return minutes
 
 

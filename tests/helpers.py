@@ -259,7 +259,7 @@ def field_patient(seed: int) -> tuple[np.ndarray, np.ndarray]:
 TIMING = {"samples_per_s", "data_wait_percent", "peak_memory_mb", "epoch_seconds"}
 SMALL = {
     "base_channels": 4, "input_size": (16, 16), "spacing": (16.0, 16.0), "max_epochs": 2,
-    "device": "cpu", "precision": "fp32", "ema_decay": 0.9,
+    "device": "cpu", "precision": "fp32",
 }  # fmt: skip
 PATCHES = {"input_size": (32, 32, 16), "spacing": (8.0, 8.0, 5.0), "patches_per_case": 1}
 
@@ -273,7 +273,7 @@ def tiny(name: str, prepared, whole_cases, run, **changes) -> train.Config:
     """A recipe made small, on sub-volumes or whole cases as it needs them."""
     recipe = train.RECIPES[name][1]
     patches = recipe.sampling == "patches"
-    small = SMALL | {"max_epochs": 2, "ema_decay": 0.0} | (PATCHES if patches else {})
+    small = SMALL | {"max_epochs": 2} | (PATCHES if patches else {})
     if recipe.network == "resnet34_unet":  # five halvings must leave a pixel
         small |= {"input_size": (32, 32), "spacing": (8.0, 8.0)}
     if recipe.pretrained:

@@ -45,7 +45,6 @@ preprocess | step / 2 - 1) > 0 | step / 2 - 9) > 0 | geometry::takes_means
 preprocess | max(spacing / slice_mm, 1) | 1 | geometry::takes_means
 train | where(known.any(), | where(known.any().item() == known.any(), | cuda::pretended_gpu
 utilities | return loss.detach(), torch | return loss.item(), torch | cuda::pretended_gpu
-utilities | if not average.n_averaged: | if True: | cuda::pretended_gpu
 utilities | .parameters(), clip) | .parameters(), clip, 2.0, True) | cuda::pretended_gpu
 utilities | = image.to(self.device, non_blocking=True, | = image.to("cpu", | cuda::pretended_gpu
 utilities | (network, device).eval() | (network, device).eval().cpu() | cuda::pretended_gpu
@@ -55,7 +54,6 @@ utilities | group["lr"] = rate | pass | run_memory::at_the_rate
 utilities | run.network.train() | pass | training::train_mode
 utilities | run.kept.eval()\n    names | names | training::train_mode
 utilities | nn.utils.clip_grad_norm_(run.model.parameters(), clip) | pass | ignored::clipped
-utilities | (m.parameters(), m.buffers()) | (m.parameters(),) | ignored::clipped
 utilities | torch.set_rng_state(resume["random"].cpu()) | pass | training::control_c
 utilities | set_epoch(epoch, len(run.losses)) | set_epoch(epoch) | training::control_c
 utilities | ("model", "optimizer", | ("model", | training::share_of_the_pretrained
@@ -131,7 +129,7 @@ apply_model | min(parts, key=splits | max(parts, key=splits | run_memory::refuse
 apply_model | *model.others), | *model.others[:0]), | apply_inputs::the_mean_of
 apply_model | if options.fill_holes: | if False: | evaluation::post_processing
 apply_model | (body if options.tumour_inside else part | (part | evaluation::post_processing
-apply_model | batch.flip(3) | batch.flip(2) | apply_inputs::front_to_back
+apply_model | likely.numpy() > SURE | likely.numpy() > 0.75 | evaluation::nowhere_sure
 apply_model | if saved[key] != first[key]: | if False: | apply_inputs::are_not_averaged
 apply_model | scan.from_ras(classes if | scan.like(classes if | geometry::every_orientation
 """

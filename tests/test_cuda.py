@@ -118,12 +118,12 @@ def test_batches_are_made_in_a_stream_of_their_own_and_each_side_waits_for_the_o
 @ON_GPU
 @pytest.mark.parametrize("name", train.LOSSES)
 def test_a_step_waits_for_nothing(name):
-    """With scaled, clipped gradients, averaged weights and unannotated slices."""
+    """With scaled, clipped gradients and unannotated slices."""
     loss = train.AnnotatedLoss(train.LOSSES[name](torch.tensor([0.5, 1.5])).to(CUDA))
     model = on_device(UNet3D(base_channels=2), CUDA)
     optimizer = train.OPTIMIZERS["adam"](model.parameters(), 1e-3)
     carried = {"preprocessing": {"labels": ("other", "liver")}}
-    run = Run(model, optimizer, None, ROOT, CUDA, torch.float16, carried, 0.9)
+    run = Run(model, optimizer, None, ROOT, CUDA, torch.float16, carried)
     batch = Subvolumes([make_item(0), make_item(1)], device=CUDA).make_batch([0, 1])
     batch[LABEL][:, :, :4] = IGNORED
     train_step(run, batch, loss, 12.0)  # the optimizer makes its state
@@ -140,12 +140,10 @@ def test_the_probe_finds_no_fault():
 # Whole trainings
 @ON_GPU
 @pytest.mark.usefixtures("blank_pictures")
-@pytest.mark.parametrize(
-    "name, precision, ema", [("liver-unet3d", "bf16", 0.9), ("liver-tumour-ce", "fp16", 0.0)]
-)
-def test_trains_resumes_and_applies(name, precision, ema, few, whole_cases, tmp_path):
+@pytest.mark.parametrize("name, precision", [("liver-unet3d", "bf16"), ("liver-tumour-ce", "fp16")])
+def test_trains_resumes_and_applies(name, precision, few, whole_cases, tmp_path):
     """Half precision and its gradient scaling, exact resume, and label maps as the CPU's."""
-    how = {"device": "cuda", "precision": precision, "ema_decay": ema, "schedule": "constant"}
+    how = {"device": "cuda", "precision": precision, "schedule": "constant"}
     how |= {"learning_rate": 5e-3, "max_epochs": 2}
     if name == "liver-unet3d":  # in smaller ones a CPU's bfloat16 gradients are wrong
         how |= {"input_size": (64, 64), "spacing": (4.0, 4.0)}

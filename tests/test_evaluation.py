@@ -10,7 +10,7 @@ from helpers import as_volume
 from monai import metrics
 from scipy import ndimage
 
-from apply_model import Options, clean, find_doubts, report_cleaning
+from apply_model import Options, clean, demote_faint_tumours, find_doubts, report_cleaning
 from data import evaluate as evaluation
 from data.evaluate import (
     describe_values,
@@ -200,6 +200,17 @@ def test_post_processing_keeps_the_organ_and_its_tumours():
     expected = small.copy()
     small[5:9, 5:9, 5:9] = 2  # larger, but no liver
     assert np.array_equal(clean(small, NAMES), expected)
+
+
+def test_a_tumour_that_is_nowhere_sure_becomes_organ():
+    """Above SURE of 0.8 is e^2.5 / (1 + 1 + e^2.5) = 0.86; e^2 / (1 + 1 + e^2) = 0.79 is not."""
+    scores = torch.full((3, 9, 6, 6), -9.0)
+    scores[0, 1:8, 1:5, 1:5], scores[1, 2:4, 2:4, 2:4], scores[1, 5:7, 2:4, 2:4] = 0.0, 1.0, 1.0
+    scores[1, 3, 3, 3], scores[1, 6, 3, 3] = 2.0, 2.5
+    expected = scores.clone()
+    expected[:2, 2:4, 2:4, 2:4] = scores[[1, 0], 2:4, 2:4, 2:4]
+    demote_faint_tumours(scores, ["liver", "tumour", "spleen"])
+    assert torch.equal(scores, expected)
 
 
 def test_much_that_cleaning_changes_is_reported_with_the_option_that_prevents_it():

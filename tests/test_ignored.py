@@ -51,25 +51,20 @@ def test_a_batch_without_annotation_moves_nothing(batch):
     assert value.item() == 0 and not logits.grad.any()
 
 
-def make_run(network, rate, folder, *more):
+def make_run(network, rate, folder):
     carried = {"preprocessing": {"labels": ("other", "liver")}, "inference": {"window": (8, 8, 8)}}
     optimizer = torch.optim.SGD(network.parameters(), lr=rate)
-    return Run(network, optimizer, None, folder, torch.device("cpu"), torch.float32, carried, *more)
+    return Run(network, optimizer, None, folder, torch.device("cpu"), torch.float32, carried)
 
 
-def test_gradients_are_clipped_and_statistics_averaged_as_weights_are(batch, tmp_path):
-    network = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 1), torch.nn.BatchNorm3d(2))
-    run, (image, label), states = make_run(network, 1.0, tmp_path, 0.5), batch, []
+def test_gradients_are_clipped(batch, tmp_path):
+    network = torch.nn.Conv3d(1, 2, 1)
+    run, (image, label) = make_run(network, 1.0, tmp_path), batch
     given, loss = {IMAGE: image[:, :1], LABEL: label, "case": "ab"}, train.LOSSES["ce"](None)
-    for _ in range(2):
-        before = torch.nn.utils.parameters_to_vector(network.parameters()).clone()
-        train_step(run, given, loss, 0.01)
-        moved = torch.nn.utils.parameters_to_vector(network.parameters()) - before
-        assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
-        states.append({name: value.clone() for name, value in network.state_dict().items()})
-    for name, value in run.learnt.state_dict().items():
-        if value.is_floating_point():
-            assert torch.allclose(value, (states[0][name] + states[1][name]) / 2), name
+    before = torch.nn.utils.parameters_to_vector(network.parameters()).clone()
+    train_step(run, given, loss, 0.01)
+    moved = torch.nn.utils.parameters_to_vector(network.parameters()) - before
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_training_and_validation_leave_unannotated_voxels_out(batch, tmp_path):

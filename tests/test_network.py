@@ -68,7 +68,7 @@ def test_every_name_trains_an_epoch_and_is_rebuilt_from_its_checkpoint(
 
     data = copy_prepared(few, tmp_path / "data", keep_one)
     side = {"swin_unetr": 64}.get(network, 32)  # five halvings must leave a voxel
-    how = {"input_size": (side, side), "ema_decay": 0.0, "batch_size": 1, "network": network}
+    how = {"input_size": (side, side), "batch_size": 1, "network": network}
     how |= {"loss": loss, "optimizer": optimizer, "schedule": schedule}
     train.main(small_config(data, tmp_path / "run", max_epochs=1, **how))
     model = apply_model.load_model(tmp_path / "run" / "last.pt", "cpu", "fp32")

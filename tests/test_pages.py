@@ -34,7 +34,7 @@ def make_small(config, learnt):
     small = {"workers": 1, "device": "cpu"} | (PHANTOMS if "tumours" in names else {})
     if "max_epochs" in names:
         small |= SMALL | (PATCHES if config.sampling == "patches" else {}) | {"max_epochs": 1}
-        small |= {"val_interval": 1, "learning_rate": 1e-3, "ema_decay": 0.0}
+        small |= {"val_interval": 1, "learning_rate": 1e-3}
         if config.network == "resnet34_unet":  # five halvings must leave a pixel
             small |= {"input_size": (32, 32)}
         if (config.sampling, config.network, config.pretrained) == ("subvolumes", "unet3d", None):

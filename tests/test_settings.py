@@ -35,7 +35,7 @@ CONFIGS = [m.Config for m in (train, prepare, apply_model, visualize_3d, evaluat
         ("hu_window", (250.0, -200.0), "low, then high"),
         ("spacing", (0.0, 0.0), "a number 0.05 <= x <= 50"),
         ("input_size", (256, 0), "a number 1 <= x"),
-        ("ema_decay", math.nan, "a number 0 <= x < 1"),
+        ("dropout", math.nan, "a number 0 <= x < 1"),
         ("flip_probability", 1.01, "a number 0 <= x <= 1"),
         ("noise_sd", math.inf, "a number 0 <= x"),
         ("batch_size", True, "a number"),

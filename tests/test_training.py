@@ -89,19 +89,17 @@ def test_control_c_finishes_the_step_and_resume_goes_on_from_there(few, tmp_path
     assert_same_run(whole, stopped)
 
 
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_a_share_of_the_pretrained_weights_stays(ema_decay, finished, few, tmp_path):
+def test_a_share_of_the_pretrained_weights_stays(finished, few, tmp_path):
     """The weights that are kept lie between the first ones and those learnt; resume is exact, and
     does without the file of the first ones."""
     start = shutil.copy(finished / "best.pt", tmp_path / "start.pt")
     how = QUICK | {"pretrained": start, "pretrained_share": 0.25, "schedule": "constant"}
-    how |= {"ema_decay": ema_decay, "max_epochs": 2}
+    how |= {"max_epochs": 2}
     train.main(small_config(few, tmp_path / "whole", **how))
     saved, begun = load_checkpoint(tmp_path / "whole" / "last.pt"), load_checkpoint(finished)
-    average, held = saved["resume"].get("average"), saved["resume"]["model"]
+    held = saved["resume"]["model"]
     for name, first in begun["network_state"].items():
         kept, learnt = saved["network_state"][name], held[name]
-        learnt = average[f"module.{name}"] if average else learnt
         expected = 0.25 * first + 0.75 * learnt if learnt.is_floating_point() else learnt
         assert torch.allclose(kept, expected, atol=1e-6), name
         assert "weight" not in name or not torch.equal(first, learnt)
@@ -221,7 +219,7 @@ def test_training_is_in_train_mode_and_validation_is_not(few, tmp_path, monkeypa
         return ask(run, network, image)
 
     monkeypatch.setattr(utilities.Run, "ask", watch)
-    train.main(small_config(few, tmp_path, max_epochs=2, ema_decay=0.0))
+    train.main(small_config(few, tmp_path, max_epochs=2))
     assert seen == {(True, True), (False, False)}
 
 
