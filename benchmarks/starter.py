@@ -84,6 +84,7 @@ class Config:
     seed: int = 2  # of the first two stages: bodies, weights, order and augmentation
     score: tuple[Path, ...] = ()  # checkpoints that are scored; none: make those of the seed
     sets: tuple[str, ...] = ("painted", "bodies", "six")  # what they are scored on
+    locate: Path | None = None  # checkpoint that finds the box which the scored ones segment
     gate: bool = False  # only compare the bodies' livers with real ones
 
 
@@ -120,7 +121,7 @@ def make_weights(config: Config, folder: Path) -> dict[str, float]:
     save_starter(last, folder / "starter.pt", {"liver": usual})
     coarse = go_on(folder / "starter.pt", "tumours_3mm", 0)
     fine = go_on(coarse, "tumours_2mm", 0)
-    last = [go_on(fine, "tumours_slabs", seed) for seed in LAST]
+    last = [go_on(fine, "tumours_slabs", seed) for seed in LAST[:2]]
     save_starter(last, folder / "starter_tumours.pt")
     return minutes
 
@@ -234,11 +235,14 @@ def cut_slabs(kind: str, name: str, scan: Volume, label: Volume) -> Iterator[Ite
             yield f"slabs of {kind}{what}", name, scan.crop(box), label.crop(box)
 
 
-def score(sets: tuple[str, ...], checkpoints: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
+def score(config: Config, checkpoints: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
     """Return the figures of each checkpoint in each set, after the usual post-processing."""
-    models = {str(path): load_model(ROOT / path, "cpu") for path in checkpoints}
+    where = f" --locate {config.locate}" if config.locate else ""
+    models = {f"{path}{where}": load_model(ROOT / path, "cpu") for path in checkpoints}
+    for model in models.values() if config.locate else ():
+        model.finder = load_model(ROOT / config.locate, "cpu")
     rows: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in models}
-    for kind, case, scan, label in tqdm(draw_scans(sets), "scans", disable=None):
+    for kind, case, scan, label in tqdm(draw_scans(config.sets), "scans", disable=None):
         truth = label.ras.like((label.ras.data > 0).astype(np.uint8))
         for name, model in models.items():
             classes = segment(model, scan).classes
@@ -304,7 +308,7 @@ def main(config: Config) -> None:
         about |= {"bodies": BODIES, "prepare": PREPARE, "train": [TRAIN, STAGES]}
         checkpoints = (folder / "starter.pt", folder / "starter_tumours.pt")
     about |= {"command": name_command(), "machine": machine(torch_too=True)}
-    for name, sets in score(config.sets, checkpoints).items() if checkpoints else ():
+    for name, sets in score(config, checkpoints).items() if checkpoints else ():
         entry = result.setdefault(name, {})
         entry |= {**about, "sets": entry.get("sets", {}) | sets}
     write_json(result, path)
