@@ -69,7 +69,8 @@ NETWORKS = {  # name → checkpoints, of a real CT the one that it did not train
     "starter": ("checkpoints/starter.pt",),
     "laptop": tuple(f"data/levers/runs/laptop_4p_{turn}_0/last.pt" for turn in range(3)),
     "subvolumes": ("data/trust/subvolumes/best.pt",),
-    "half_trained": ("data/trust/half_trained/best.pt",),  # tested, fitted on never
+    "half_trained": ("data/trust/half_trained/best.pt",),  # tested, fitted on never, as is this:
+    "starter_tumours": ("checkpoints/starter_tumours.pt",),
 }
 PARTS = ("fit", "fit", "test")  # of the bodies, in turn
 FITTED = ("starter", "laptop", "subvolumes")
@@ -181,13 +182,14 @@ def make_case(group: str, index: int) -> tuple[Volume, np.ndarray, list[tuple[st
 
 
 def judge_case(model: Model, scan: Volume, label: np.ndarray) -> dict[str, float]:
-    """True Dice of the first class, and the evidence for the expected one."""
+    """True Dice of the liver with its tumours, and the evidence for the expected one."""
     found = segment(model, scan)
     row, name = measure(found.classes, scan, model.names), model.names[0]
     truth = scan.like((label > 0).astype(np.uint8)).ras.data
-    dice = float(dice_metric(found.classes.data, truth)[0])
+    dice = float(dice_metric(found.classes.data > 0, truth)[0])
     known = trust.weigh_scores(found.scores.numpy(), found.to_network, scan, model.names)[0]
-    ml, usual = float(row[f"{name}_volume_ml"] or 0), (model.expected or {}).get(name)
+    ml = sum(float(row[f"{one}_volume_ml"] or 0) for one in model.names)
+    usual = (model.expected or {}).get(name)
     return {
         "dice": round(dice, 4) if np.isfinite(dice) else 0.0,  # nothing there and nothing found
         "steadiness": round(known.steadiness, 5), "ml": ml, "place": round(known.misplaced, 4),
