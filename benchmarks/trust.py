@@ -204,7 +204,8 @@ def collect(score_only: bool) -> dict[str, dict[str, Any]]:
     for group, count in {"bodies": BODIES, "real": 30 * DATA.is_dir()}.items():
         for index in range(0 if score_only else count):
             part = "real" if group == "real" else PARTS[index // 2 % 3]
-            names = {network: f"{network} {part} {index:03d}" for network in NETWORKS}
+            used = FITTED if part == "fit" else NETWORKS
+            names = {network: f"{network} {part} {index:03d}" for network in used}
             if set(names.values()) <= set(rows):
                 continue
             scan, label, done, case = make_case(group, index)
