@@ -198,8 +198,7 @@ def segment(
     scores = predict_near(*near) if model.finder else predict(model, tensor, options)
     seconds = time.perf_counter() - begin
     del tensor  # as large as the scores; what follows needs the room
-    if options.sure_tumours:
-        demote_faint_tumours(scores, model.names)
+    demote_faint_tumours(scores, model.names if options.sure_tumours else ())
     classes, likely = classes_on_grid(scores, to_network, scan.ras_shape), None
     if options.probability:
         likely = scan.from_ras(probability_on_grid(scores, to_network, scan.ras_shape))
