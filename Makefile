@@ -34,7 +34,7 @@ demo: .venv/installed
 	@echo "done: open $(DEMO)/results/summary.png and $(DEMO)/liver_3d.png"
 	@echo "next: source .venv/bin/activate    # then the commands of README.md run as they stand"
 
-# Weights trained on synthetic CTs of 4 mm, of 3 mm, on slabs with three seeds, on tumours; three hours.
+# Weights trained on synthetic CTs of 4 mm, of 3 mm, on slabs with three seeds, on tumours; about five hours.
 starter: .venv/installed
 	$(BIN)/python benchmarks/starter.py
 

@@ -113,6 +113,7 @@ OUTSIDE = -20.0  # logit where no window was: surely background
 AT_ONCE = 1_200_000  # voxels per call on a CPU; larger calls are no faster there
 LOCATE_MM = 25.0  # around the organ that --locate finds
 SURE = 0.8  # probability that a tumour reaches somewhere; chosen in docs/evidence/starter.md
+FAINT = "most of the tumour is nowhere sure and counts as organ; --no-sure-tumours keeps it"
 MUCH, MUCH_ML = 0.05, 20.0  # of an organ: cleaning that changes more than either is told
 
 
@@ -198,17 +199,16 @@ def segment(
     scores = predict_near(*near) if model.finder else predict(model, tensor, options)
     seconds = time.perf_counter() - begin
     del tensor  # as large as the scores; what follows needs the room
-    demote_faint_tumours(scores, model.names if options.sure_tumours else ())
+    notes = demote_faint_tumours(scores, model.names if options.sure_tumours else ())
     classes, likely = classes_on_grid(scores, to_network, scan.ras_shape), None
     if options.probability:
         likely = scan.from_ras(probability_on_grid(scores, to_network, scan.ras_shape))
     found, classes = classes, clean(classes, model.names, options)
-    notes = report_cleaning(found, classes, model.names, scan.voxel_ml)
+    notes += report_cleaning(found, classes, model.names, scan.voxel_ml)
     values = {name: raw[0] for name, raw in model.chain.labels.items()}
     table = np.array(list(values.values()), np.min_scalar_type(max(values.values())))
-    in_order = table.tolist() == list(range(len(table)))
-    label = scan.from_ras(classes if in_order else table[classes])
-    label, indices = replace(label, classes=values), Volume(classes, scan.ras_affine)
+    raw = classes if table.tolist() == [*range(len(table))] else table[classes]
+    label, indices = replace(scan.from_ras(raw), classes=values), Volume(classes, scan.ras_affine)
     return Segmentation(label, indices, scores, to_network, likely, notes, seconds)
 
 
@@ -269,26 +269,27 @@ def predict(
 
 def ask(model: Model, device: torch.device, batch: torch.Tensor) -> torch.Tensor:
     """Return how far each class's logit lies above the background's, (B, C − 1, X, Y, Z)."""
-    networks, same = (model.network, *model.others), device == model.device
-    precision = model.precision if same else pick_precision("auto", device)
+    precision = model.precision if device == model.device else pick_precision("auto", device)
     batch = batch.to(memory_format=utilities.choose_layout(device))
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        logits = sum(network.to(device)(batch).float() for network in networks)
-    return (logits[:, 1:] - logits[:, :1]) / len(networks)
+        logits = sum(some.to(device)(batch).float() for some in (model.network, *model.others))
+    return (logits[:, 1:] - logits[:, :1]) / (1 + len(model.others))
 
 
 # Cleaning, and what is doubtful
-def demote_faint_tumours(scores: torch.Tensor, names: Sequence[str]) -> None:
+def demote_faint_tumours(scores: torch.Tensor, names: Sequence[str]) -> list[str]:
     """Exchange, in place, the scores (C − 1, X, Y, Z) of tumour and organ in those components of a
-    tumour whose probability nowhere exceeds SURE: they become organ, and the sum of both stays."""
-    for organ, tumours in group_tumours(names).items():
-        for index in tumours:
-            found = ((scores[index - 1] > 0) & (scores[index - 1] >= scores.amax(dim=0))).numpy()
-            pieces = cc3d.connected_components(found, connectivity=26)
-            likely = functional.pad(scores[:, found], (0, 0, 1, 0)).softmax(dim=0)[index]
-            faint = found & ~np.isin(pieces, pieces[found][likely.numpy() > SURE])
-            one, other = scores[organ - 1], scores[index - 1]
-            one[faint], other[faint] = other[faint], one[faint]
+    tumour whose probability nowhere exceeds SURE: they become organ. Return a note if most do."""
+    notes = list[str]()
+    for index, organ in [(t, o) for o, some in group_tumours(names).items() for t in some]:
+        found = ((scores[index - 1] > 0) & (scores[index - 1] >= scores.amax(dim=0))).numpy()
+        pieces = cc3d.connected_components(found, connectivity=26)
+        likely = functional.pad(scores[:, found], (0, 0, 1, 0)).softmax(dim=0)[index]
+        faint = found & ~np.isin(pieces, pieces[found][likely.numpy() > SURE])
+        one, other = scores[organ - 1], scores[index - 1]
+        one[faint], other[faint] = other[faint], one[faint]
+        notes += [FAINT] * bool(2 * faint.sum() > found.sum())
+    return notes
 
 
 def clean(classes: np.ndarray, names: Sequence[str], options: Options | None = None) -> np.ndarray:

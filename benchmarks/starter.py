@@ -28,6 +28,7 @@ import tyro
 from machine import DATA, RESULTS, ROOT, machine, name_command
 from tqdm import tqdm
 
+import apply_model
 from apply_model import load_model, segment
 from data.evaluate import LESION_SIZES, evaluate
 from data.files import read_json, write_json
@@ -36,7 +37,7 @@ from data.volumes import Volume
 
 # Three stages: the second goes on at 3 mm, on other bodies, most of them with tumours of many
 # kinds. The third goes on from there with three seeds; half of its bodies are slabs. From their
-# mean go the stages of the weights of liver and tumour apart, the last again with three seeds.
+# mean go the stages of the weights of liver and tumour apart, the last with two seeds.
 BODIES = {
     "4mm": "--cases 640 --spacing 4 4 4", "3mm": "--cases 560 --spacing 3 3 3 --tumours 400",
     "slabs": "--cases 600 --spacing 3 3 3 --tumours 480 --slabs 0.45 --slab-middle -170 60",
@@ -85,6 +86,7 @@ class Config:
     score: tuple[Path, ...] = ()  # checkpoints that are scored; none: make those of the seed
     sets: tuple[str, ...] = ("painted", "bodies", "six")  # what they are scored on
     locate: Path | None = None  # checkpoint that finds the box which the scored ones segment
+    sure: float = apply_model.SURE  # probability that a tumour must exceed somewhere; 0: any
     gate: bool = False  # only compare the bodies' livers with real ones
 
 
@@ -237,8 +239,10 @@ def cut_slabs(kind: str, name: str, scan: Volume, label: Volume) -> Iterator[Ite
 
 def score(config: Config, checkpoints: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
     """Return the figures of each checkpoint in each set, after the usual post-processing."""
-    where = f" --locate {config.locate}" if config.locate else ""
-    models = {f"{path}{where}": load_model(ROOT / path, "cpu") for path in checkpoints}
+    how = f" --locate {config.locate}" if config.locate else ""
+    how += "" if config.sure == apply_model.SURE else f" --sure {config.sure:g}"
+    models = {f"{path}{how}": load_model(ROOT / path, "cpu") for path in checkpoints}
+    apply_model.SURE = config.sure
     for model in models.values() if config.locate else ():
         model.finder = load_model(ROOT / config.locate, "cpu")
     rows: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in models}

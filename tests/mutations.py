@@ -126,12 +126,12 @@ apply_model | (body, connectivity=26) | (body, connectivity=6) | evaluation::pos
 apply_model | MUCH * kept * voxel_ml | MUCH * kept | evaluation::that_cleaning_changes
 apply_model | (x_mm * step, y_mm * step, | (x_mm, y_mm, | evaluation::implausible_livers
 apply_model | min(parts, key=splits | max(parts, key=splits | run_memory::refused_by_its_voxels
-apply_model | *model.others), | *model.others[:0]), | apply_inputs::the_mean_of
+apply_model | *model.others)) | *model.others[:0])) | apply_inputs::the_mean_of
 apply_model | if options.fill_holes: | if False: | evaluation::post_processing
 apply_model | (body if options.tumour_inside else part | (part | evaluation::post_processing
 apply_model | likely.numpy() > SURE | likely.numpy() > 0.75 | evaluation::nowhere_sure
 apply_model | if saved[key] != first[key]: | if False: | apply_inputs::are_not_averaged
-apply_model | scan.from_ras(classes if | scan.like(classes if | geometry::every_orientation
+apply_model | replace(scan.from_ras(raw) | replace(scan.like(raw) | geometry::every_orientation
 """
 LOADED = ["pytest", "torch._dynamo", "monai.losses", "highdicom", "vedo"]
 DIFFERS = 10  # what is added to pytest's exit code, which an exception's would equal

@@ -209,8 +209,12 @@ def test_a_tumour_that_is_nowhere_sure_becomes_organ():
     scores[1, 3, 3, 3], scores[1, 6, 3, 3] = 2.0, 2.5
     expected = scores.clone()
     expected[:2, 2:4, 2:4, 2:4] = scores[[1, 0], 2:4, 2:4, 2:4]
-    demote_faint_tumours(scores, ["liver", "tumour", "spleen"])
+    names = ["liver", "tumour", "spleen"]
+    assert demote_faint_tumours(scores, names) == []  # 8 of 16 voxels: no more than half
     assert torch.equal(scores, expected)
+    scores[1, 6, 3, 3] = 2.0
+    (note,) = demote_faint_tumours(scores, names)
+    assert "--no-sure-tumours" in note and (scores[1] <= scores[0]).all()
 
 
 def test_much_that_cleaning_changes_is_reported_with_the_option_that_prevents_it():
