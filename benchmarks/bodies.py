@@ -45,6 +45,7 @@ class Config:
     seed: int = 0  # body i depends on (seed, i) alone: same numbers, same bytes
     spacing: tuple[float, float, float] = (4.0, 4.0, 4.0)  # mm per voxel, x y z
     tumours: int = 0  # first bodies with tumours of many kinds; the others have few, simple ones
+    edition: int = 1  # of lesions; 2: more small and dark ones, trees of vessels, fat at the porta
     slabs: float = 0.25  # share of bodies that are slabs of 40 to 150 mm
     slab_middle: tuple[float, float] = (-170.0, -10.0)  # mm from the dome, of most slabs
     livers: Path | None = None  # folder of liver masks: paint a phantom around each instead
@@ -282,9 +283,41 @@ def draw_tumour(rng: np.random.Generator, centre, radius: float, around: float, 
     return layers
 
 
-def draw_lesions(rng: np.random.Generator, liver: Layers, inside: np.ndarray) -> Layers:
+def draw_tree(rng: np.random.Generator, start, step, radius: float, forks: int) -> list[Shape]:
+    """A vessel of `radius` mm from `start` along `step`, which parts in two, `forks` times."""
+    end, long = start + step, 0.8 * float(np.linalg.norm(step))
+    vessels = [tube(start, end, radius, 0.8 * radius)]
+    for _ in range(2 * (forks > 0)):
+        turned = step / np.linalg.norm(step) + rng.normal(0, 0.45, 3)
+        turned *= long / np.linalg.norm(turned)
+        vessels += draw_tree(rng, end, turned, radius * rng.uniform(0.5, 0.8), forks - 1)
+    return vessels
+
+
+def draw_porta(rng: np.random.Generator, vein: float) -> tuple[Layers, np.ndarray]:
+    """Fat with portal vein, artery and bile duct where they enter the liver, which are none of it;
+    and the place in mm where the vein parts."""
+    below = np.array([20, 2, -106]) + rng.uniform(-5, 5, 3)
+    fork = below + rng.uniform((0, 2, 4), (12, 16, 20))
+    paths = [(below, fork), (fork, fork + rng.uniform((4, -14, -4), (18, 0, 8)))]
+    paths += [(fork, fork + rng.uniform((-26, 4, 2), (-6, 22, 16)))]
+    wide, sheath, layers = rng.uniform(4, 8), rng.uniform(0.3, 3.5), list[Any]()
+    thin = [(rng.uniform(1.2, 4.5), rng.uniform(0, 20)), (rng.uniform(1, 2.5), vein * 1.2)]
+    fat = float(rng.uniform(-100, 10))
+    layers += [("fat", tube(a, b, wide + sheath, 0.7 * wide + sheath), fat) for a, b in paths]
+    layers += [("porta", tube(a, b, wide, 0.7 * wide), vein) for a, b in paths]
+    for radius, hu in thin:
+        away = rng.normal(0, 1, 3)
+        away *= (wide + radius) / np.linalg.norm(away)
+        for a, b in paths[: rng.integers(1, 4)]:
+            layers.append(("porta", tube(a + away, b + away, radius, radius), float(hu)))
+    return layers, fork
+
+
+def draw_lesions(rng: np.random.Generator, liver: Layers, inside: np.ndarray, new: bool) -> Layers:
     """The liver, its veins, look-alikes (uneven perfusion, vessels, bile ducts, cysts), then none
-    to eight tumours: anywhere, at the edge or at a vessel. `inside`: (n, 3) points of it, mm."""
+    to eight tumours: anywhere, at the edge or at a vessel. `inside`: (n, 3) points of it, mm. `new`
+    ones: to fifteen, smaller and darker, few cysts; vessels are trees; fat at the porta."""
     layers = [layer for layer in liver if layer[0] != "tumour"]
     around, vein, depth = liver[0][2], layers[1][2], liver[0][1].level(*inside.T)
     for _ in range(int(rng.integers(3)) * (rng.random() < 0.5)):
@@ -295,19 +328,28 @@ def draw_lesions(rng: np.random.Generator, liver: Layers, inside: np.ndarray) ->
         start, wide = rng.choice(inside), rng.uniform(1.2, 4)
         part = tube(start, start + rng.normal(0, 30, 3), wide, 1)
         layers.append(("vein", part, vein if rng.random() < 0.85 else 12.0))
+    vein *= rng.uniform(0.95, 1.4) if new else 1
+    porta, fork = draw_porta(rng, vein) if new else ([], inside[0])
+    for root in [fork, np.array([22, -22, -24]) + rng.uniform(-8, 8, 3)] * (new * 3):
+        step = (rng.choice(inside) - root) * 0.4
+        tree = draw_tree(rng, root, step, rng.uniform(2.5, 6), 3)
+        layers += [("vein", vessel, vein) for vessel in tree]
     near = np.min([part.level(*inside.T) for _, part, _ in layers[1:]], axis=0)
-    for _ in range(int(rng.integers(1, 6)) * (rng.random() < 0.3)):
+    for _ in range(int(rng.integers(1, 3 if new else 6)) * (rng.random() < (0.1 if new else 0.3))):
         radii = np.exp(rng.uniform(np.log(2.5), np.log(25))) * rng.uniform(0.85, 1.15, 3)
         layers.append(("vein", ellipsoid(rng.choice(inside), radii), float(rng.uniform(-5, 14))))
-    kind = rng.choice([rng.uniform(-75, -22), rng.uniform(25, 70)], p=[0.8, 0.2])  # a patient's own
-    for _ in range(int(rng.integers(1, 9)) * (rng.random() < 0.85)):
+    dark = 0.92 if new else 0.8
+    kinds = [rng.uniform(-100 if new else -75, -22), rng.uniform(25, 50 if new else 70)]
+    kind = rng.choice(kinds, p=[dark, 1 - dark])  # a patient's own
+    for _ in range(int(rng.integers(1, 16 if new else 9)) * (rng.random() < 0.85)):
         step = float(kind * rng.uniform(0.8, 1.2))
         value = around + (step if around + step > 18 else abs(step))
-        radius = float(np.exp(rng.uniform(np.log(2.5), np.log(50))))
+        value = max(around + step, 12) if new and around > 40 else value
+        radius = float(np.exp(rng.uniform(np.log(2.5), np.log(30 if new else 50))))
         places = [inside, inside[depth > -8], inside[np.abs(near) < radius]][rng.integers(3)]
         places = places if len(places) else inside
         layers += draw_tumour(rng, rng.choice(places), radius, around, value)
-    return layers
+    return layers + porta
 
 
 def draw_bones(rng: np.random.Generator, hu: dict[str, float], skin: float) -> Layers:
@@ -576,7 +618,7 @@ def make_body(index: int, config: Config) -> tuple[Volume, Volume]:
     patient, skin, inside = draw_body(rng)
     if index < config.tumours:
         again = np.random.default_rng([config.seed, index, 1])  # the rest of the body is the same
-        patient.liver = draw_lesions(again, patient.liver, inside)
+        patient.liver = draw_lesions(again, patient.liver, inside, config.edition > 1)
     shape, to_reference = draw_grid(rng, config, skin)
     image, label = scan(rng, patient, shape, to_reference)
     affine = np.diag([*config.spacing, 1.0])

@@ -35,20 +35,20 @@ from data.files import read_json, write_json
 from data.scans import lay_on_grid, read_volume
 from data.volumes import Volume
 
-# Three stages: the second goes on at 3 mm, on other bodies, most of them with tumours of many
-# kinds. The third goes on from there with three seeds; half of its bodies are slabs. From their
-# mean go the stages of the weights of liver and tumour apart, the last with two seeds.
+# The second stage goes on at 3 mm, on other bodies, most of them with tumours of many kinds. The
+# third goes on from there with three seeds; half of its bodies are slabs. From their mean go the
+# stages of liver and tumour apart, the last with two seeds. From their mean goes the liver alone.
 BODIES = {
     "4mm": "--cases 640 --spacing 4 4 4", "3mm": "--cases 560 --spacing 3 3 3 --tumours 400",
     "slabs": "--cases 600 --spacing 3 3 3 --tumours 480 --slabs 0.45 --slab-middle -170 60",
     "tumours_3mm": "--cases 600 --spacing 3 3 3 --tumours 540 --slabs 0.3 --slab-middle -170 60",
     "tumours_2mm": "--cases 320 --spacing 2 2 2 --tumours 300 --slabs 0.2 --slab-middle -170 60",
-    "tumours_slabs": "--cases 300 --spacing 2 2 2 --tumours 300 --slabs 0.45 --slab-middle -170 60",
+    "2mm": "--cases 300 --spacing 2 2 2 --tumours 300 --slabs 0.45 --slab-middle -170 60",
 }  # fmt: skip
 SEEDS: dict[str, Callable[[int], tuple[int, int]]] = {  # of a training → of bodies and their split
     "4mm": lambda n: (n, n), "3mm": lambda n: (n + 100, n), "slabs": lambda n: (n + 300, n),
     "tumours_3mm": lambda n: (400, 5), "tumours_2mm": lambda n: (500, 6),
-    "tumours_slabs": lambda n: (n + 600, n),
+    "2mm": lambda n: (n + 600, n),
 }  # fmt: skip
 PREPARE = (
     "--subvolume-depth 0 --foreground liver --accept outline outside hu empty "
@@ -68,7 +68,8 @@ STAGES = {  # {before}: checkpoint that a stage goes on from
     "slabs": SMALL + "--max-epochs 6 --val-interval 6 --pretrained-share 0.5",
     "tumours_3mm": APART + "--max-epochs 5 --val-interval 5",
     "tumours_2mm": FINE + "--max-epochs 10 --val-interval 10",
-    "tumours_slabs": FINE + "--foreground-sampling 0.67 --max-epochs 8 --val-interval 8",
+    "2mm": FINE + "--foreground-sampling 0.67 --max-epochs 8 --val-interval 8",
+    "liver": SMALL + "--spacing 2 2 2 --patches-per-case 4 --max-epochs 5 --val-interval 5",
 }
 LAST = (0, 1, 2)  # seeds of a last stage, whose weights are averaged
 KEYS = ("dice", "hd95_mm", "false_positive_ml")
@@ -96,12 +97,13 @@ def make_weights(config: Config, folder: Path) -> dict[str, float]:
 
     def go_on(before: Path, stage: str, seed: int) -> Path:
         """Make a stage from a checkpoint on, and return its own."""
-        drawn, split = SEEDS[stage](seed)
-        raw, data = (folder / f"{part}_{stage}_{drawn}" for part in ("raw", "prepared"))
+        kind = "2mm" if stage == "liver" else stage
+        drawn, split = SEEDS[kind](seed)
+        raw, data = (folder / f"{part}_{kind}_{drawn}" for part in ("raw", "prepared"))
         run = folder / f"run_{stage}_{seed}"
         for made, *command in (
             (raw / "dataset.json", "benchmarks/bodies.py", "--destination", raw,
-             "--seed", drawn, *BODIES[stage].split()),
+             "--seed", drawn, *BODIES[kind].split()),
             (data / "dataset.json", "prepare.py", raw, "--destination", data, *PREPARE.split(),
              "--seed", split),
             (run / "best.pt", "train.py", "--data", data, "--run-folder", run, *TRAIN.split(),
@@ -115,27 +117,24 @@ def make_weights(config: Config, folder: Path) -> dict[str, float]:
 
     second = go_on(go_on(Path(), "4mm", config.seed), "3mm", config.seed)
     last = [go_on(second, "slabs", seed) for seed in LAST]
-    labels = map(
-        read_volume, (ROOT / folder).glob(f"raw_slabs_{SEEDS['slabs'](LAST[-1])[0]}/labelsTr/*")
-    )
-    livers = [(v.data > 0).sum() * v.voxel_ml for v in labels if is_whole(v.data)]
-    usual = {"log_ml": float(np.log(livers).mean()), "sd": float(np.log(livers).std())}
-    save_starter(last, folder / "starter.pt", {"liver": usual})
-    coarse = go_on(folder / "starter.pt", "tumours_3mm", 0)
-    fine = go_on(coarse, "tumours_2mm", 0)
-    last = [go_on(fine, "tumours_slabs", seed) for seed in LAST[:2]]
-    save_starter(last, folder / "starter_tumours.pt")
+    save_starter(last, folder / "slabs.pt")
+    fine = go_on(go_on(folder / "slabs.pt", "tumours_3mm", 0), "tumours_2mm", 0)
+    for stage, before, name in (
+        ("2mm", fine, "starter_tumours.pt"),
+        ("liver", folder / "starter_tumours.pt", "starter.pt"),
+    ):
+        last = [go_on(before, stage, seed) for seed in LAST[:2]]
+        save_starter(last, folder / name)
     return minutes
 
 
-def save_starter(paths: list[Path], path: Path, expected: dict[str, Any] | None = None) -> None:
+def save_starter(paths: list[Path], path: Path) -> None:
     """Write the mean weights of checkpoints. It lists no patients, because bodies are none."""
     runs = [torch.load(ROOT / run, weights_only=True) for run in paths]
     states = [run["network_state"] for run in runs]
     mean = {k: torch.stack([s[k] for s in states]).float().mean(0) for k in states[0]}
     mean = {name: value.to(states[0][name].dtype) for name, value in mean.items()}
-    given = {"expected": expected or runs[0]["expected"], "network_state": mean, "patients": []}
-    torch.save(runs[0] | given, ROOT / path)
+    torch.save(runs[0] | {"network_state": mean, "patients": []}, ROOT / path)
 
 
 def is_whole(label: np.ndarray) -> bool:
