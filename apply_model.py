@@ -89,7 +89,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import cc3d
+import cc3d  # of 26 neighbours takes uint8 alone: with bool it fails on lines of voxels
 import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
@@ -283,7 +283,7 @@ def demote_faint_tumours(scores: torch.Tensor, names: Sequence[str]) -> list[str
     notes = list[str]()
     for index, organ in [(t, o) for o, some in group_tumours(names).items() for t in some]:
         found = ((scores[index - 1] > 0) & (scores[index - 1] >= scores.amax(dim=0))).numpy()
-        pieces = cc3d.connected_components(found, connectivity=26)
+        pieces = cc3d.connected_components(found.view(np.uint8), connectivity=26)
         likely = functional.pad(scores[:, found], (0, 0, 1, 0)).softmax(dim=0)[index]
         faint = found & ~np.isin(pieces, pieces[found][likely.numpy() > SURE])
         one, other = scores[organ - 1], scores[index - 1]
@@ -301,7 +301,7 @@ def clean(classes: np.ndarray, names: Sequence[str], options: Options | None = N
     part = classes[box].T.copy()  # as volumes are stored: five times faster
     for organ, tumours in group_tumours(names).items() if part.size else ():
         body = np.isin(part, [organ, *tumours])
-        pieces = cc3d.connected_components(body, connectivity=26)
+        pieces = cc3d.connected_components(body.view(np.uint8), connectivity=26)
         sizes = np.bincount(pieces.ravel())
         kept = np.bincount(pieces[part == organ], minlength=len(sizes)) > 0
         if options.largest_component and kept.any():

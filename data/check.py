@@ -527,7 +527,7 @@ def judge_tumour(outline: np.ndarray, terms: Terms) -> list[Finding]:
         return []
     box = tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in find_bounding_box(tumour))
     liver, tumour = mask_values(outline[box], liver_values), tumour[box]
-    parts = cc3d.connected_components(liver | tumour)
+    parts = cc3d.connected_components((liver | tumour).view(np.uint8))
     with_liver = np.bincount(parts[liver], minlength=parts.max() + 1) > 0
     apart = int(np.count_nonzero(~with_liver[parts[tumour]]))
     return [("tumour_apart", f"{apart} tumour voxels touch no liver")] * (apart > 0)

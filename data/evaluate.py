@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import cc3d
+import cc3d  # of uint8, see apply_model
 import numpy as np
 import tyro
 from scipy.ndimage import find_objects
@@ -217,8 +217,10 @@ def score_lesions(predicted: np.ndarray, truth: np.ndarray, grid: Volume) -> dic
 def match_lesions(mask: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return of each component of `mask` its voxels, whether its IoU with the components of `other`
     that touch it is LESION_IOU, and the Dice. What lies in another component does not count."""
-    (mine, n), (its, m) = (cc3d.connected_components(a, connectivity=26, return_N=True)
-                           for a in (mask, other))  # fmt: skip
+    (mine, n), (its, m) = (
+        cc3d.connected_components(a.view(np.uint8), connectivity=26, return_N=True)
+        for a in (mask, other)
+    )
     pairs = mine.ravel().astype(np.int64) * (m + 1) + its.ravel()
     table = np.bincount(pairs, minlength=(n + 1) * (m + 1)).reshape(n + 1, m + 1)
     sizes, both = table[1:].sum(axis=1), table[1:, 1:].sum(axis=1)
@@ -233,7 +235,8 @@ def list_lesions(classes: Volume, names: Sequence[str]) -> list[dict[str, Any]]:
 
     rows, flat = list[dict[str, Any]](), {"spacing": classes.ras.spacing_mm[:2]}
     for index, name in [pair for pair in enumerate(names, start=1) if is_tumour(pair[1])]:
-        parts = cc3d.connected_components(classes.ras.data == index, connectivity=26)
+        mask = (classes.ras.data == index).view(np.uint8)
+        parts = cc3d.connected_components(mask, connectivity=26)
         for number, box in enumerate(find_objects(parts), start=1):
             levels = np.moveaxis(parts[box] == number, 2, 0).astype(np.uint8)
             longest = max(regionprops(level, **flat)[0].feret_diameter_max for level in levels)

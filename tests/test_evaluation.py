@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from apply_model import Options, clean, demote_faint_tumours, find_doubts, report_cleaning
 from data import evaluate as evaluation
+from data.check import Terms, judge_tumour
 from data.evaluate import (
     describe_values,
     dice_metric,
@@ -156,6 +157,20 @@ def test_each_lesion_has_its_volume_and_its_longest_axial_diameter():
     assert bar == {"class": "tumour", "ml": 0.12, "longest_axial_mm": pytest.approx(20, abs=0.1),
                    "first_slice": 4, "last_slice": 5}  # fmt: skip
     assert (dot["ml"], dot["longest_axial_mm"], dot["first_slice"]) == (0.0, 1.0, 9)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_voxels_in_one_line_are_counted_and_cleaned(axis):
+    """Parts of 1, 1 and 2 voxels in a line, on which cc3d fails if they are bool."""
+    classes = np.moveaxis(np.zeros((1, 1, 6), np.uint8), 2, axis)
+    line = classes.ravel()
+    line[[0, 2, 4, 5]] = 2
+    assert len(list_lesions(as_volume(classes), NAMES)) == 3
+    assert match_lesions(classes == 2, classes == 2)[0].tolist() == [1, 1, 2]
+    line[[2, 4]] = 1
+    terms = Terms({"background": (0,), "liver": (1,), "tumour": (2,)}, (1, 2))
+    assert judge_tumour(classes, terms)[0][1].startswith("1 tumour voxels")
+    assert clean(classes, NAMES).ravel().tolist() == [0, 0, 0, 0, 1, 2]
 
 
 def test_a_lesion_is_matched_with_all_that_touches_it():
