@@ -51,7 +51,7 @@ SEEDS: dict[str, Callable[[int], tuple[int, int]]] = {  # of a training → of b
     "2mm": lambda n: (n + 600, n),
 }  # fmt: skip
 PREPARE = (
-    "--subvolume-depth 0 --foreground liver --accept outline outside hu empty "
+    "--subvolume-depth 0 --foreground liver --accept outline outside hu empty left_right "
     "--training 0.95 --validation 0.05 --test 0"
 )
 TRAIN = (
