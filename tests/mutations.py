@@ -122,7 +122,7 @@ apply_model | bool(config.accept) | True | run_memory::refused_by_its_voxels
 apply_model | if seen and config.split != "training" and not | if not | run_memory::never_reported
 apply_model | if options.largest_component and | if False and | evaluation::post_processing
 apply_model | np.argmax(sizes * kept) | np.argmax(sizes[1:]) + 1 | evaluation::post_processing
-apply_model | 8), connectivity=26)\n        sizes | 8), connectivity=6)\n        sizes | evaluation::post_processing
+apply_model | =26)\n        sizes | =6)\n        sizes | evaluation::post_processing
 apply_model | (body.view(np.uint8) | (body | evaluation::in_one_line
 apply_model | MUCH * kept * voxel_ml | MUCH * kept | evaluation::that_cleaning_changes
 apply_model | (x_mm * step, y_mm * step, | (x_mm, y_mm, | evaluation::implausible_livers
