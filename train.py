@@ -168,10 +168,10 @@ RECIPES: dict[str, tuple[str, Config]] = {
         "liver with its tumours; 19 M 3D U-Net on 16-slice sub-volumes, Dice", Config(),
     ),
     "laptop": (
-        "the same in a CPU's minutes: whole cases at 3 mm, from the starter weights", Config(
+        "the same in a CPU's minutes: whole cases at 2 mm, from the starter weights", Config(
             # prepare.py … --subvolume-depth 0 --destination data/whole
             data=Path("data/whole"), run_folder=Path("checkpoints/laptop"),
-            sampling="patches", spacing=(3.0, 3.0, 3.0), input_size=(96, 96, 64),
+            sampling="patches", spacing=(2.0, 2.0, 2.0), input_size=(96, 96, 64),
             # stronger augmentation than usual: few patients, few minutes
             rotation_degrees=25.0, scaling=0.35, noise_sd=0.05, intensity_scaling=0.3,
             intensity_shift=0.2, network="unet", base_channels=16,
