@@ -37,18 +37,21 @@ from data.volumes import Volume
 
 # The second stage goes on at 3 mm, on other bodies, most of them with tumours of many kinds. The
 # third goes on from there with three seeds; half of its bodies are slabs. From their mean go the
-# stages of liver and tumour apart, the last with two seeds. From their mean goes the liver alone.
+# stages of liver and tumour apart, the third with two seeds. From their mean go the liver alone,
+# with two seeds, and tumours among trees of vessels and fat at the porta.
 BODIES = {
     "4mm": "--cases 640 --spacing 4 4 4", "3mm": "--cases 560 --spacing 3 3 3 --tumours 400",
     "slabs": "--cases 600 --spacing 3 3 3 --tumours 480 --slabs 0.45 --slab-middle -170 60",
     "tumours_3mm": "--cases 600 --spacing 3 3 3 --tumours 540 --slabs 0.3 --slab-middle -170 60",
     "tumours_2mm": "--cases 320 --spacing 2 2 2 --tumours 300 --slabs 0.2 --slab-middle -170 60",
     "2mm": "--cases 300 --spacing 2 2 2 --tumours 300 --slabs 0.45 --slab-middle -170 60",
+    "vessels": "--cases 300 --spacing 2 2 2 --tumours 300 --slabs 0.3 --slab-middle -170 60 "
+    "--edition 2",
 }  # fmt: skip
 SEEDS: dict[str, Callable[[int], tuple[int, int]]] = {  # of a training → of bodies and their split
     "4mm": lambda n: (n, n), "3mm": lambda n: (n + 100, n), "slabs": lambda n: (n + 300, n),
     "tumours_3mm": lambda n: (400, 5), "tumours_2mm": lambda n: (500, 6),
-    "2mm": lambda n: (n + 600, n),
+    "2mm": lambda n: (n + 600, n), "vessels": lambda n: (n + 700, n),
 }  # fmt: skip
 PREPARE = (
     "--subvolume-depth 0 --foreground liver --accept outline outside hu empty left_right "
@@ -61,6 +64,7 @@ TRAIN = (
 SMALL = "--spacing 3 3 3 --input-size 96 96 64 --learning-rate 1e-3 --pretrained {before} "
 APART = SMALL + "--labels liver=liver tumour=tumour --foreground-sampling 0.8 "
 FINE = APART + "--spacing 2 2 2 --patches-per-case 4 "
+LONG = "--foreground-sampling 0.67 --max-epochs 8 --val-interval 8 "
 STAGES = {  # {before}: checkpoint that a stage goes on from
     "4mm": "--spacing 4 4 4 --input-size 80 80 48 --learning-rate 2e-3 --max-epochs 6 "
     "--val-interval 6",
@@ -68,7 +72,8 @@ STAGES = {  # {before}: checkpoint that a stage goes on from
     "slabs": SMALL + "--max-epochs 6 --val-interval 6 --pretrained-share 0.5",
     "tumours_3mm": APART + "--max-epochs 5 --val-interval 5",
     "tumours_2mm": FINE + "--max-epochs 10 --val-interval 10",
-    "2mm": FINE + "--foreground-sampling 0.67 --max-epochs 8 --val-interval 8",
+    "2mm": FINE + LONG,
+    "vessels": FINE + LONG + "--pretrained-share 0.5",
     "liver": SMALL + "--spacing 2 2 2 --patches-per-case 4 --max-epochs 5 --val-interval 5",
 }
 LAST = (0, 1, 2)  # seeds of a last stage, whose weights are averaged
@@ -119,12 +124,9 @@ def make_weights(config: Config, folder: Path) -> dict[str, float]:
     last = [go_on(second, "slabs", seed) for seed in LAST]
     save_starter(last, folder / "slabs.pt")
     fine = go_on(go_on(folder / "slabs.pt", "tumours_3mm", 0), "tumours_2mm", 0)
-    for stage, before, name in (
-        ("2mm", fine, "starter_tumours.pt"),
-        ("liver", folder / "starter_tumours.pt", "starter.pt"),
-    ):
-        last = [go_on(before, stage, seed) for seed in LAST[:2]]
-        save_starter(last, folder / name)
+    save_starter([go_on(fine, "2mm", seed) for seed in LAST[:2]], mean := folder / "2mm.pt")
+    save_starter([go_on(mean, "liver", seed) for seed in LAST[:2]], folder / "starter.pt")
+    save_starter([go_on(mean, "vessels", 0)], folder / "starter_tumours.pt")
     return minutes
 
 
