@@ -330,7 +330,8 @@ def draw_lesions(rng: np.random.Generator, liver: Layers, inside: np.ndarray, ne
         layers.append(("vein", part, vein if rng.random() < 0.85 else 12.0))
     vein *= rng.uniform(0.95, 1.4) if new else 1
     porta, fork = draw_porta(rng, vein) if new else ([], inside[0])
-    for root in [fork, np.array([22, -22, -24]) + rng.uniform(-8, 8, 3)] * (new * 3):
+    roots = [fork, np.array([22, -22, -24]) + rng.uniform(-8, 8, 3)] * 3 if new else []
+    for root in roots:
         step = (rng.choice(inside) - root) * 0.4
         tree = draw_tree(rng, root, step, rng.uniform(2.5, 6), 3)
         layers += [("vein", vessel, vein) for vessel in tree]

@@ -91,7 +91,6 @@ class Config:
     seed: int = 2  # of the first two stages: bodies, weights, order and augmentation
     score: tuple[Path, ...] = ()  # checkpoints that are scored; none: make those of the seed
     sets: tuple[str, ...] = ("painted", "bodies", "six")  # what they are scored on
-    locate: Path | None = None  # checkpoint that finds the box which the scored ones segment
     sure: float = apply_model.SURE  # probability that a tumour must exceed somewhere; 0: any
     gate: bool = False  # only compare the bodies' livers with real ones
 
@@ -240,12 +239,9 @@ def cut_slabs(kind: str, name: str, scan: Volume, label: Volume) -> Iterator[Ite
 
 def score(config: Config, checkpoints: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
     """Return the figures of each checkpoint in each set, after the usual post-processing."""
-    how = f" --locate {config.locate}" if config.locate else ""
-    how += "" if config.sure == apply_model.SURE else f" --sure {config.sure:g}"
+    how = "" if config.sure == apply_model.SURE else f" --sure {config.sure:g}"
     models = {f"{path}{how}": load_model(ROOT / path, "cpu") for path in checkpoints}
     apply_model.SURE = config.sure
-    for model in models.values() if config.locate else ():
-        model.finder = load_model(ROOT / config.locate, "cpu")
     rows: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in models}
     for kind, case, scan, label in tqdm(draw_scans(config.sets), "scans", disable=None):
         truth = label.ras.like((label.ras.data > 0).astype(np.uint8))

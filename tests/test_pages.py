@@ -41,6 +41,7 @@ def make_small(config, learnt):
             small |= {"pretrained": learnt}
         if config.pretrained and config.pretrained.name.startswith("starter"):  # it has a width
             del small["base_channels"]
+            small |= {"spacing": (4.0, 4.0, 4.0)}  # and knows no livers of a few voxels
         if config.resume:
             small = {"device": "cpu"}
     if "screenshot" in names:
