@@ -5,8 +5,8 @@
     python benchmarks/starter.py --score checkpoints/starter.pt --sets painted bodies
 
 No voxel of a real CT is trained on. The sets `painted` and `bodies` are synthetic: they choose
-settings and seed. `six` are real CTs, a test that chooses nothing. What `--work` holds already is
-not made again. Writes `starter.pt` and `starter_tumours.pt` below WORK/seed_N, and
+settings and seed. `six` and `degraded` are real CTs, a test that chooses nothing. What `--work`
+holds already is not made again. Writes `starter.pt` and `starter_tumours.pt` below WORK/seed_N, and
 benchmarks/results/starter.json.
 """
 
@@ -27,6 +27,7 @@ import torch
 import tyro
 from machine import DATA, RESULTS, ROOT, machine, name_command
 from tqdm import tqdm
+from trust import harm
 
 import apply_model
 from apply_model import load_model, segment
@@ -38,7 +39,8 @@ from data.volumes import Volume
 # The second stage goes on at 3 mm, on other bodies, most of them with tumours of many kinds. The
 # third goes on from there with three seeds; half of its bodies are slabs. From their mean go the
 # stages of liver and tumour apart, the third with two seeds. From their mean go the liver alone,
-# with two seeds, and tumours among trees of vessels and fat at the porta.
+# with two seeds, and tumours among trees of vessels and fat at the porta. From these goes the liver
+# alone once more; it is half of the starter.
 BODIES = {
     "4mm": "--cases 640 --spacing 4 4 4", "3mm": "--cases 560 --spacing 3 3 3 --tumours 400",
     "slabs": "--cases 600 --spacing 3 3 3 --tumours 480 --slabs 0.45 --slab-middle -170 60",
@@ -65,6 +67,7 @@ SMALL = "--spacing 3 3 3 --input-size 96 96 64 --learning-rate 1e-3 --pretrained
 APART = SMALL + "--labels liver=liver tumour=tumour --foreground-sampling 0.8 "
 FINE = APART + "--spacing 2 2 2 --patches-per-case 4 "
 LONG = "--foreground-sampling 0.67 --max-epochs 8 --val-interval 8 "
+LIVER = SMALL + "--spacing 2 2 2 --patches-per-case 4 --max-epochs 5 --val-interval 5"
 STAGES = {  # {before}: checkpoint that a stage goes on from
     "4mm": "--spacing 4 4 4 --input-size 80 80 48 --learning-rate 2e-3 --max-epochs 6 "
     "--val-interval 6",
@@ -74,12 +77,18 @@ STAGES = {  # {before}: checkpoint that a stage goes on from
     "tumours_2mm": FINE + "--max-epochs 10 --val-interval 10",
     "2mm": FINE + LONG,
     "vessels": FINE + LONG + "--pretrained-share 0.5",
-    "liver": SMALL + "--spacing 2 2 2 --patches-per-case 4 --max-epochs 5 --val-interval 5",
+    "liver": LIVER,
+    "liver_vessels": LIVER,
 }
 LAST = (0, 1, 2)  # seeds of a last stage, whose weights are averaged
 KEYS = ("dice", "hd95_mm", "false_positive_ml")
 SLAB = 40  # mm, of slabs that are cut from painted scans
 NOISE = 100  # HU, SD in each voxel, of degraded real CTs
+DEGRADED = [  # what else is done to them, and how strongly (`harm` of trust.py)
+    ("thick slices", 2), ("thick slices", 4), ("HU shifted", 40), ("HU shifted", -40),
+    ("contrast", 0.6), ("blur", 4), ("streaks", 40), ("turned", 10), ("cropped view", 0.7),
+    ("cropped z", 0.5), ("mirrored", 1), ("upside down", 1),
+]  # fmt: skip
 Item = tuple[str, str, Volume, Volume]  # set, case, scan, label map
 
 
@@ -101,7 +110,7 @@ def make_weights(config: Config, folder: Path) -> dict[str, float]:
 
     def go_on(before: Path, stage: str, seed: int) -> Path:
         """Make a stage from a checkpoint on, and return its own."""
-        kind = "2mm" if stage == "liver" else stage
+        kind = {"liver": "2mm", "liver_vessels": "vessels"}.get(stage, stage)
         drawn, split = SEEDS[kind](seed)
         raw, data = (folder / f"{part}_{kind}_{drawn}" for part in ("raw", "prepared"))
         run = folder / f"run_{stage}_{seed}"
@@ -124,8 +133,9 @@ def make_weights(config: Config, folder: Path) -> dict[str, float]:
     save_starter(last, folder / "slabs.pt")
     fine = go_on(go_on(folder / "slabs.pt", "tumours_3mm", 0), "tumours_2mm", 0)
     save_starter([go_on(fine, "2mm", seed) for seed in LAST[:2]], mean := folder / "2mm.pt")
-    save_starter([go_on(mean, "liver", seed) for seed in LAST[:2]], folder / "starter.pt")
-    save_starter([go_on(mean, "vessels", 0)], folder / "starter_tumours.pt")
+    save_starter([go_on(mean, "vessels", 0)], apart := folder / "starter_tumours.pt")
+    liver = [go_on(mean, "liver", seed) for seed in LAST[:2]]
+    save_starter([*liver, *[go_on(apart, "liver_vessels", 0)] * 2], folder / "starter.pt")
     return minutes
 
 
@@ -216,12 +226,17 @@ def draw_scans(sets: tuple[str, ...]) -> Iterator[Item]:
         scan, label = bodies.make_body(index, bodies.Config(seed=99))
         kind = "bodies" if scan.shape[2] * scan.spacing_mm[2] > 160 else "slabs of bodies"
         yield kind + " without liver" * (not label.data.any()), f"{index}", scan, label
-    for path in sorted((DATA / "ct" / "imagesTr").glob("[!.]*")) if "six" in sets else ():
+    for path in sorted((DATA / "ct" / "imagesTr").glob("[!.]*")):
         scan, label = read_volume(path), read_volume(DATA / "ct" / "labelsTr" / path.name)
         label = lay_on_grid(label, scan)
-        yield "six", path.name, scan, label
-        noise = np.random.default_rng(0).normal(0, NOISE, scan.shape).astype(np.float32)
-        yield f"six with noise of {NOISE} HU", path.name, scan.like(scan.data + noise), label
+        if "six" in sets:
+            yield "six", path.name, scan, label
+            noise = np.random.default_rng(0).normal(0, NOISE, scan.shape).astype(np.float32)
+            yield f"six with noise of {NOISE} HU", path.name, scan.like(scan.data + noise), label
+        for kind, strength in DEGRADED if "degraded" in sets else ():
+            whole, rng = scan.ras.like(scan.ras.data.astype(np.float32)), np.random.default_rng(0)
+            harmed, truth = harm(whole, label.ras.data, kind, strength, rng)
+            yield f"six, {kind} {strength:g}", path.name, harmed, harmed.like(truth)
 
 
 def cut_slabs(kind: str, name: str, scan: Volume, label: Volume) -> Iterator[Item]:
