@@ -234,8 +234,9 @@ def find_source_box(part: Box, to_network: np.ndarray, shape: Sequence[int]) -> 
     for axis, (inside, size) in enumerate(zip(part, shape, strict=True)):
         position = to_network[axis, axis] * np.arange(size) + to_network[axis, 3]
         near = np.flatnonzero((position > inside.start - 1) & (position < inside.stop))
-        some = inside.stop > inside.start and near.size > 0
-        box.append(slice(int(near[0]), int(near[-1]) + 1) if some else slice(0, 0))
+        if inside.stop <= inside.start or not near.size:
+            return (slice(0, 0),) * len(shape)
+        box.append(slice(int(near[0]), int(near[-1]) + 1))
     return tuple(box)
 
 

@@ -203,6 +203,18 @@ def test_a_coarse_grid_takes_means_of_images_and_nearest_labels():
     assert not preprocess_slices(label, (1, 1, 1), chain, "cpu", LABEL)[:, :-1, :-1].any()
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_speck_between_the_voxels_of_a_coarse_scan_is_none_of_them(axis):
+    """Scan voxels 4 mm apart, network voxels 2 mm: of a speck at (4, 4, 4) or one step from it, the
+    first lies on a scan voxel, (2, 2, 2); the other between two, and reaches neither."""
+    to_network = np.diag([2.0, 2, 2, 1])
+    for step, expected in ((0, [[2, 2, 2]]), (1, [])):
+        scores, at = torch.full((1, 8, 8, 8), -1.0), [4, 4, 4]
+        at[axis] += step
+        scores[(0, *at)] = 1
+        assert np.argwhere(classes_on_grid(scores, to_network, (4, 4, 4))).tolist() == expected
+
+
 def test_scaled_and_unsigned_scans_keep_their_hu_in_the_masked_volume(tmp_path):
     path, hounsfield = tmp_path / "a.nii.gz", blob((40, 40, 16))
     image = ct_image((hounsfield + 1024) * 2, random_affine(2))
