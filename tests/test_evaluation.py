@@ -161,7 +161,8 @@ def test_each_lesion_has_its_volume_and_its_longest_axial_diameter():
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_voxels_in_one_line_are_counted_and_cleaned(axis):
-    """Parts of 1, 1 and 2 voxels in a line, on which cc3d fails if they are bool."""
+    """Parts of 1, 1 and 2 voxels in a line, on which cc3d fails if they are bool. Of one slice both
+    ends cut all."""
     classes = np.moveaxis(np.zeros((1, 1, 6), np.uint8), 2, axis)
     line = classes.ravel()
     line[[0, 2, 4, 5]] = 2
@@ -170,7 +171,7 @@ def test_voxels_in_one_line_are_counted_and_cleaned(axis):
     line[[2, 4]] = 1
     terms = Terms({"background": (0,), "liver": (1,), "tumour": (2,)}, (1, 2))
     assert judge_tumour(classes, terms)[0][1].startswith("1 tumour voxels")
-    assert clean(classes, NAMES).ravel().tolist() == [0, 0, 0, 0, 1, 2]
+    assert clean(classes, NAMES).ravel().tolist() == [0, 0, int(axis < 2), 0, 1, 2]
 
 
 def test_a_lesion_is_matched_with_all_that_touches_it():
@@ -215,6 +216,19 @@ def test_post_processing_keeps_the_organ_and_its_tumours():
     expected = small.copy()
     small[5:9, 5:9, 5:9] = 2  # larger, but no liver
     assert np.array_equal(clean(small, NAMES), expected)
+
+
+@pytest.mark.parametrize("end", [slice(0, 1), slice(-1, None)])
+def test_lobes_that_the_same_end_of_the_scan_cuts_both_stay(end):
+    """Two of them may be one beyond it. Where the end cuts only the smaller one, it goes."""
+    classes = np.zeros((20, 9, 6), np.uint8)
+    classes[2:9, 2:7], classes[12:16, 2:7], classes[17:19, 2:4, 2:4] = 1, 1, 1
+    expected = classes.copy()
+    expected[17:19] = 0  # reaches no end
+    assert np.array_equal(clean(classes, NAMES), expected)
+    classes[2:9, :, 0] = classes[2:9, :, -1] = 0
+    classes[12:16, :, 0 if end.start else -1] = 0
+    assert not clean(classes, NAMES)[12:].any()
 
 
 def test_a_tumour_that_is_nowhere_sure_becomes_organ():
