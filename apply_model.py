@@ -294,9 +294,9 @@ def demote_faint_tumours(scores: torch.Tensor, names: Sequence[str]) -> list[str
 
 def clean(classes: np.ndarray, names: Sequence[str], options: Options | None = None) -> np.ndarray:
     """Return class indices (X, Y, Z) without what anatomy excludes; `names` are those of 1, 2, … An
-    organ and the tumours in it are one body. Its largest component stays, with those that the same
-    end of the scan cuts. Background that it encloses on all sides becomes organ, and tumours that
-    touch no kept organ are dropped."""
+    organ and the tumours in it are one body. Its largest component stays, with those from a tenth of
+    it on that the same end of the scan cuts. Background that it encloses on all sides becomes
+    organ, and tumours that touch no kept organ are dropped."""
     options = options or Options()
     box = find_bounding_box(classes)
     part = classes[box].T.copy()  # as volumes are stored: five times faster
@@ -310,7 +310,7 @@ def clean(classes: np.ndarray, names: Sequence[str], options: Options | None = N
             stays[largest] = True
             for end, cut in ((0, box[2].start == 0), (-1, box[2].stop == classes.shape[2])):
                 stays[pieces[end]] |= cut and largest in pieces[end]  # may be one beyond the scan
-            kept &= stays
+            kept &= stays & (10 * sizes >= sizes[largest])
         part[~kept[pieces] & (body if options.tumour_inside else part == organ)] = 0
         if options.fill_holes:
             part[find_holes(np.isin(part, [organ, *tumours])) & (part == 0)] = organ

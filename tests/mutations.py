@@ -122,6 +122,7 @@ apply_model | bool(config.accept) | True | run_memory::refused_by_its_voxels
 apply_model | if seen and config.split != "training" and not | if not | run_memory::never_reported
 apply_model | if options.largest_component and | if False and | evaluation::post_processing
 apply_model | np.argmax(sizes * kept) | np.argmax(sizes[1:]) + 1 | evaluation::post_processing
+apply_model | (10 * sizes >= sizes[largest]) | True | evaluation::both_stay
 apply_model | largest in pieces[end]  # | True  # | evaluation::both_stay
 apply_model | =26)\n        sizes | =6)\n        sizes | evaluation::post_processing
 apply_model | (body.view(np.uint8) | (body | evaluation::in_one_line

@@ -225,6 +225,7 @@ def test_lobes_that_the_same_end_of_the_scan_cuts_both_stay(end):
     classes[2:9, 2:7], classes[12:16, 2:7], classes[17:19, 2:4, 2:4] = 1, 1, 1
     expected = classes.copy()
     expected[17:19] = 0  # reaches no end
+    classes[18, 7:9] = 1  # 12 of 210 voxels: less than a tenth
     assert np.array_equal(clean(classes, NAMES), expected)
     classes[2:9, :, 0] = classes[2:9, :, -1] = 0
     classes[12:16, :, 0 if end.start else -1] = 0
