@@ -294,8 +294,8 @@ def demote_faint_tumours(scores: torch.Tensor, names: Sequence[str]) -> list[str
 
 def clean(classes: np.ndarray, names: Sequence[str], options: Options | None = None) -> np.ndarray:
     """Return class indices (X, Y, Z) without what anatomy excludes; `names` are those of 1, 2, … An
-    organ and the tumours in it are one body. Its largest component stays, with those from a tenth of
-    it on that the same end of the scan cuts. Background that it encloses on all sides becomes
+    organ and the tumours in it are one body. Its largest component stays, with those of at least a
+    tenth that the same end of the scan cuts. Background that it encloses on all sides becomes
     organ, and tumours that touch no kept organ are dropped."""
     options = options or Options()
     box = find_bounding_box(classes)
