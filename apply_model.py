@@ -294,9 +294,8 @@ def demote_faint_tumours(scores: torch.Tensor, names: Sequence[str]) -> list[str
 
 def clean(classes: np.ndarray, names: Sequence[str], options: Options | None = None) -> np.ndarray:
     """Return class indices (X, Y, Z) without what anatomy excludes; `names` are those of 1, 2, … An
-    organ and the tumours in it are one body. Its largest component stays, with those of at least a
-    tenth that the same end of the scan cuts. Background that it encloses on all sides becomes
-    organ, and tumours that touch no kept organ are dropped."""
+    organ with its tumours is one body. Its largest component stays, with those of at least a tenth
+    that the same end of the scan cuts. What it encloses is filled; tumours apart from it go."""
     options = options or Options()
     box = find_bounding_box(classes)
     part = classes[box].T.copy()  # as volumes are stored: five times faster
@@ -355,15 +354,14 @@ def find_doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str
     found, outer = list[str](), find_bounding_box(classes.ras.data)
     step = check.choose_step(classes.ras_shape)
     coarse, hu = classes.ras.data[::step, ::step], scan.ras.data[::step, ::step]
-    x_mm, y_mm, z_mm = scan.ras.spacing_mm
+    x_mm, y_mm, z_mm = np.multiply(scan.ras.spacing_mm, (step, step, 1)).tolist()
     for organ, tumours in group_tumours(names).items():
         name, body = names[organ - 1], np.isin(classes.ras.data[outer].T, [organ, *tumours]).T
         if not body.any():
             found.append(f"no {name} found")
             continue
         masks = coarse == organ, np.isin(coarse, tumours)
-        doubts = check.doubt_organ(name, *masks, hu, (x_mm * step, y_mm * step, z_mm))
-        found += [text for _, text in doubts]
+        found += [text for _, text in check.doubt_organ(name, *masks, hu, (x_mm, y_mm, z_mm))]
         pairs = zip(outer, find_bounding_box(body), strict=True)
         box, touched = [slice(a.start + b.start, a.start + b.stop) for a, b in pairs], list[str]()
         sides = (("left", "right"), ("back", "front"), ("lower", "upper"))
@@ -446,8 +444,11 @@ def apply_to_case(model: Model, case: datasets.Case, config: Config, seen: str) 
     doubt = trust.judge_trust(known, row, model.expected)
     row["lesion_list"] = evaluate.list_lesions(found.classes, model.names)
     outside = any("of tumour outside" in note for note in found.notes)
+    doubts = find_doubts(found.classes, scan, model.names)
+    if doubt.word == "good" and any("cut off?" not in text for text in doubts):
+        doubt.word = "look"
     row |= doubt.row | trust.judge_tumours(model.names, row, outside)
-    notes += found.notes + find_doubts(found.classes, scan, model.names)
+    notes += found.notes + doubts
     summary, folder = evaluate.tell_row(row, model.names), config.destination / case.name
     label, masked, likely, seg, preview = (folder / f"{case.name}_{end}" for end in WRITTEN)
     air = 0 if model.modality == "MR" else AIR_HU

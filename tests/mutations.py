@@ -122,12 +122,14 @@ apply_model | bool(config.accept) | True | run_memory::refused_by_its_voxels
 apply_model | if seen and config.split != "training" and not | if not | run_memory::never_reported
 apply_model | if options.largest_component and | if False and | evaluation::post_processing
 apply_model | np.argmax(sizes * kept) | np.argmax(sizes[1:]) + 1 | evaluation::post_processing
+apply_model | doubt.word = "look" | pass | bodies::is_not_called_good
+data/check | patient[2] > (rows | patient[2] < (rows | prepare_check::doubted_by_volume
 apply_model | (10 * sizes >= sizes[largest]) | True | evaluation::both_stay
 apply_model | largest in pieces[end]  # | True  # | evaluation::both_stay
 apply_model | =26)\n        sizes | =6)\n        sizes | evaluation::post_processing
 apply_model | (body.view(np.uint8) | (body | evaluation::in_one_line
 apply_model | MUCH * kept * voxel_ml | MUCH * kept | evaluation::that_cleaning_changes
-apply_model | (x_mm * step, y_mm * step, | (x_mm, y_mm, | evaluation::implausible_livers
+apply_model | (step, step, 1)).tolist() | (1, 1, 1)).tolist() | evaluation::implausible_livers
 apply_model | min(parts, key=splits | max(parts, key=splits | run_memory::refused_by_its_voxels
 apply_model | *model.others)) | *model.others[:0])) | apply_inputs::the_mean_of
 apply_model | if options.fill_holes: | if False: | evaluation::post_processing

@@ -55,6 +55,19 @@ def test_starters_segment_a_body_that_they_never_saw(name):
     assert "tumours" not in name or dice_metric(found, true, 3)[1] > 0.5
 
 
+def test_what_is_implausible_is_not_called_good(tmp_path):
+    """A body that is stored upside down, whose Dice is expected to be 0.96."""
+    scan = bodies.make_body(21, bodies.Config(seed=1001))[0]
+    scan.like(scan.data[:, :, ::-1].copy()).write(tmp_path / "scan.nii.gz")
+    starter = ROOT / "checkpoints" / "starter.pt"
+    apply_model.main(apply_model.Config(
+        paths=(tmp_path / "scan.nii.gz",), checkpoint=starter, destination=tmp_path, device="cpu",
+    ))  # fmt: skip
+    row = read_json(tmp_path / "scan" / "scan.json")
+    assert row["expected_dice"] > 0.92 and row["trust"] == "look"
+    assert "upside down" in row["warnings"]
+
+
 def test_the_pages_give_the_measured_dice_of_the_starter():
     results = read_json(RESULTS / "starter.json")
     six = results[results["shipped"]]["sets"]["six"]

@@ -166,6 +166,10 @@ def test_organs_are_doubted_by_volume_side_parts_and_tumours():
     assert doubt((25, 35), tumour=8) == "tumour of 960 ml in 240 ml of liver: values exchanged?"
     assert "two parts side by side" in doubt((5, 12), (30, 37))
     assert "on the patient's left" in doubt((5, 15))
+    hu[:, :8, 5:] = -900  # lung beside the upper half
+    assert doubt((25, 35)) == ""
+    hu[:] = hu[:, :, ::-1].copy()
+    assert "upside down" in doubt((25, 35))
 
 
 def test_slices_that_nobody_annotated_are_noticed():
