@@ -296,8 +296,7 @@ def clean(classes: np.ndarray, names: Sequence[str], options: Options | None = N
     """Return class indices (X, Y, Z) without what anatomy excludes; `names` are those of 1, 2, … An
     organ with its tumours is one body. Its largest component stays, with those of at least a tenth
     that the same end of the scan cuts. What it encloses is filled; tumours apart from it go."""
-    options = options or Options()
-    box = find_bounding_box(classes)
+    options, box = options or Options(), find_bounding_box(classes)
     part = classes[box].T.copy()  # as volumes are stored: five times faster
     for organ, tumours in group_tumours(names).items() if part.size else ():
         body = np.isin(part, [organ, *tumours])
@@ -305,11 +304,10 @@ def clean(classes: np.ndarray, names: Sequence[str], options: Options | None = N
         sizes = np.bincount(pieces.ravel())
         kept = np.bincount(pieces[part == organ], minlength=len(sizes)) > 0
         if options.largest_component and kept.any():
-            largest, stays = np.argmax(sizes * kept), np.zeros(len(sizes), bool)
-            stays[largest] = True
-            for end, cut in ((0, box[2].start == 0), (-1, box[2].stop == classes.shape[2])):
-                stays[pieces[end]] |= cut and largest in pieces[end]  # may be one beyond the scan
-            kept &= stays & (10 * sizes >= sizes[largest])
+            most = np.argmax(sizes * kept)
+            cut = [0] * (box[2].start == 0) + [-1] * (box[2].stop == classes.shape[2])
+            same = np.unique([end for end in pieces[cut] if most in end])  # one beyond the scan?
+            kept &= np.isin(np.arange(len(sizes)), [most, *same]) & (10 * sizes >= sizes[most])
         part[~kept[pieces] & (body if options.tumour_inside else part == organ)] = 0
         if options.fill_holes:
             part[find_holes(np.isin(part, [organ, *tumours])) & (part == 0)] = organ
@@ -321,8 +319,7 @@ def clean(classes: np.ndarray, names: Sequence[str], options: Options | None = N
 def report_cleaning(
     before: np.ndarray, after: np.ndarray, names: Sequence[str], voxel_ml: float
 ) -> list[str]:
-    """Return what `clean` changed by more than MUCH of an organ or MUCH_ML, in ml, with the option
-    that prevents it; from class indices (X, Y, Z) before and after it."""
+    """Return what `clean` changed by more than MUCH of an organ or MUCH_ML, with the remedy."""
     notes, box = list[str](), find_bounding_box(before)
     old, new = before[box].T, after[box].T  # as volumes are stored
     old, new = old[changed := old != new], new[changed]

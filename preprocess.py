@@ -228,16 +228,14 @@ def to_source_grid(scores: torch.Tensor, to_network: np.ndarray, box: Box) -> to
 
 
 def find_source_box(part: Box, to_network: np.ndarray, shape: Sequence[int]) -> Box:
-    """Return the box of the source's grid (`shape`) that is less than a network voxel from a box
-    of the network's grid; an empty one if nothing is."""
+    """Return the box of the source's grid that is less than a voxel from one of the network's."""
     box = []
     for axis, (inside, size) in enumerate(zip(part, shape, strict=True)):
         position = to_network[axis, axis] * np.arange(size) + to_network[axis, 3]
         near = np.flatnonzero((position > inside.start - 1) & (position < inside.stop))
-        if inside.stop <= inside.start or not near.size:
-            return (slice(0, 0),) * len(shape)
-        box.append(slice(int(near[0]), int(near[-1]) + 1))
-    return tuple(box)
+        box.append(slice(int(near[0]), int(near[-1]) + 1) if near.size else slice(0, 0))
+    some = all(edge.stop > edge.start for edge in (*part, *box))
+    return tuple(box) if some else (slice(0, 0),) * len(box)
 
 
 def classes_on_grid(

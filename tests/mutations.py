@@ -124,8 +124,8 @@ apply_model | if options.largest_component and | if False and | evaluation::post
 apply_model | np.argmax(sizes * kept) | np.argmax(sizes[1:]) + 1 | evaluation::post_processing
 apply_model | doubt.word = "look" | pass | bodies::is_not_called_good
 data/check | patient[2] > (rows | patient[2] < (rows | prepare_check::doubted_by_volume
-apply_model | (10 * sizes >= sizes[largest]) | True | evaluation::both_stay
-apply_model | largest in pieces[end]  # | True  # | evaluation::both_stay
+apply_model | (10 * sizes >= sizes[most]) | True | evaluation::both_stay
+apply_model | if most in end] | ] | evaluation::both_stay
 apply_model | =26)\n        sizes | =6)\n        sizes | evaluation::post_processing
 apply_model | (body.view(np.uint8) | (body | evaluation::in_one_line
 apply_model | MUCH * kept * voxel_ml | MUCH * kept | evaluation::that_cleaning_changes
