@@ -340,10 +340,10 @@ def report_cleaning(
 
 
 def find_holes(mask: np.ndarray) -> np.ndarray:
-    """Return what a mask of two or three axes encloses on all sides; corners do not close."""
+    """Return what a mask encloses on all sides; corners do not close."""
     around = np.pad(~mask, 1, constant_values=True)
-    spaces = cc3d.connected_components(around, connectivity=4 if mask.ndim == 2 else 6)
-    return (around & (spaces != spaces.flat[0]))[(slice(1, -1),) * mask.ndim]
+    spaces = cc3d.connected_components(around, connectivity=6)
+    return (around & (spaces != spaces.flat[0]))[1:-1, 1:-1, 1:-1]
 
 
 def find_doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str]:

@@ -226,7 +226,8 @@ def draw_scans(sets: tuple[str, ...]) -> Iterator[Item]:
         scan, label = bodies.make_body(index, bodies.Config(seed=99))
         kind = "bodies" if scan.shape[2] * scan.spacing_mm[2] > 160 else "slabs of bodies"
         yield kind + " without liver" * (not label.data.any()), f"{index}", scan, label
-    for path in sorted((DATA / "ct" / "imagesTr").glob("[!.]*")):
+    real = sorted((DATA / "ct" / "imagesTr").glob("[!.]*"))
+    for path in real if {"six", "degraded"} & {*sets} else ():
         scan, label = read_volume(path), read_volume(DATA / "ct" / "labelsTr" / path.name)
         label = lay_on_grid(label, scan)
         if "six" in sets:

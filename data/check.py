@@ -443,7 +443,8 @@ def doubt_organ(
     low, high = PLAUSIBLE_ML.get(name, (0, math.inf))
     cut = (rows := body.any(axis=(0, 1)))[0] or rows[-1]  # by the end of the scan
     right = name in RIGHT_SIDED and whole > SMALLEST_MM3 / 1000 * cut  # a tip has no side
-    parts = np.sort(np.bincount(cc3d.connected_components(body.any(axis=2)).ravel())[1:])
+    flat = cc3d.connected_components(body.any(axis=2).view(np.uint8))
+    parts = np.sort(np.bincount(flat.ravel())[1:])
     seen = hu[:, ::4, rows] > -300
     own, patient = (np.argwhere(one).sum(axis=0) / max(one.sum(), 1) for one in (body, seen))
     rules = (

@@ -123,6 +123,7 @@ apply_model | if seen and config.split != "training" and not | if not | run_memo
 apply_model | if options.largest_component and | if False and | evaluation::post_processing
 apply_model | np.argmax(sizes * kept) | np.argmax(sizes[1:]) + 1 | evaluation::post_processing
 apply_model | doubt.word = "look" | pass | bodies::is_not_called_good
+data/check | axis=2).view(np.uint8)) | axis=2)) | evaluation::in_one_line
 data/check | patient[2] > (rows | patient[2] < (rows | prepare_check::doubted_by_volume
 apply_model | (10 * sizes >= sizes[most]) | True | evaluation::both_stay
 apply_model | if most in end] | ] | evaluation::both_stay
