@@ -199,7 +199,8 @@ def segment(
     scores = predict_near(*near) if model.finder else predict(model, tensor, options)
     seconds = time.perf_counter() - begin
     del tensor  # as large as the scores; what follows needs the room
-    notes = demote_faint_tumours(scores, model.names if options.sure_tumours else ())
+    some = model.names[1:] and options.sure_tumours
+    notes = demote_faint_tumours(scores, model.names) if some else []
     classes, likely = classes_on_grid(scores, to_network, scan.ras_shape), None
     if options.probability:
         likely = scan.from_ras(probability_on_grid(scores, to_network, scan.ras_shape))
@@ -310,7 +311,9 @@ def clean(classes: np.ndarray, names: Sequence[str], options: Options | None = N
             kept &= np.isin(np.arange(len(sizes)), [most, *same]) & (10 * sizes >= sizes[most])
         part[~kept[pieces] & (body if options.tumour_inside else part == organ)] = 0
         if options.fill_holes:
-            part[find_holes(np.isin(part, [organ, *tumours])) & (part == 0)] = organ
+            around = np.pad(~np.isin(part, [organ, *tumours]), 1, constant_values=True)
+            spaces = cc3d.connected_components(around, connectivity=6)  # corners do not close
+            part[((spaces != spaces.flat[0]) & around)[1:-1, 1:-1, 1:-1] & (part == 0)] = organ
     result = np.zeros_like(classes)  # memory that nobody writes to is not taken
     result[box] = part.T
     return result
@@ -337,13 +340,6 @@ def report_cleaning(
             if ml > min(much, MUCH_ML):
                 notes.append(f"{ml:.0f} ml {what}; --no-{option} prevents it")
     return notes
-
-
-def find_holes(mask: np.ndarray) -> np.ndarray:
-    """Return what a mask encloses on all sides; corners do not close."""
-    around = np.pad(~mask, 1, constant_values=True)
-    spaces = cc3d.connected_components(around, connectivity=6)
-    return (around & (spaces != spaces.flat[0]))[1:-1, 1:-1, 1:-1]
 
 
 def find_doubts(classes: Volume, scan: Volume, names: Sequence[str]) -> list[str]:
@@ -379,8 +375,11 @@ def read_case(
     notes, found = list(scan.notes), list[check.Finding]()
     if "MR" not in (model.modality, case.modality):
         found = check.judge_hu(scan.data[::2, ::2], scan.dtype) + check.judge_geometry(scan)
-    if not config.force and "hu" not in case.accepted:
-        refuse_no_hu(found, case.image)
+    for fault in [text for kind, text in found if kind == "hu"]:
+        if not config.force and "hu" not in case.accepted:
+            remedy = "convert it with its rescale slope and intercept, or go on with --force"
+            what = f"{case.image}: does not look like CT in HU ({fault})"
+            raise InputError(f"{what}; {remedy}", kind="hu")
     notes += [fault for _, fault in found]
     if config.dicom_seg and case.alone and not scan.files:
         raise InputError(f"{case.image}: is no DICOM series; --dicom-seg needs one")
@@ -395,14 +394,6 @@ def read_case(
     )  # fmt: skip
     truth = label.ras.like(scans.mark_undrawn(label.ras.data, *case.drawn))
     return scan, truth, list(dict.fromkeys([*notes, *label.notes]))
-
-
-def refuse_no_hu(found: Sequence[check.Finding], path: Path) -> None:
-    """Raise InputError where a finding says that a scan is no CT in HU."""
-    for fault in [fault for kind, fault in found if kind == "hu"]:
-        remedy = "convert it with its rescale slope and intercept, or go on with --force"
-        what = f"{path}: does not look like CT in HU ({fault})"
-        raise InputError(f"{what}; {remedy}", kind="hu")
 
 
 def judge_seen(model: Model, scan: Volume, path: Path, accepted: bool) -> str:

@@ -130,8 +130,7 @@ def preprocess_slices(
         low, high = chain.hu_window
         slices = ((slices - low) / (high - low)).clamp(0, 1)
     elif key == IMAGE:
-        slices = slices.clamp(min=0)
-        slices = slices / slices.amax(dim=(1, 2), keepdim=True).clamp(min=1e-6)
+        slices = slices.clamp(min=0) / slices.amax(dim=(1, 2), keepdim=True).clamp(min=1e-6)
     if chain.sampling == "subvolumes":  # "nearest" would shift labels by half a pixel
         exact = mode.replace("nearest", "nearest-exact")
         slices = transforms.Resize(chain.input_size, mode=exact)(slices)
@@ -188,8 +187,7 @@ def preprocess_volume(
         if not first:  # all at once, so that no second copy is needed
             slices = torch.empty((ras.shape[2], *part.shape[1:]), device=place)
         slices[first : first + SLAB] = part.as_tensor()
-    x, y, z = ras.spacing_mm
-    to_network = np.eye(4)
+    (x, y, z), to_network = ras.spacing_mm, np.eye(4)
     if chain.sampling == "patches":
         slices, to_network[2, 2] = resample_depth(slices, z, chain), z / chain.spacing[2]
     from_mm = np.linalg.inv(part.affine.cpu().numpy())
@@ -582,24 +580,17 @@ def try_device(device: torch.device, precision: str) -> str:
 def cache_place(needed: int, device: torch.device, reserved: int = 0) -> tuple[torch.device, float]:
     """Return where a cache of `needed` bytes fits, and the fraction of it that is kept: the device
     if that leaves `reserved` bytes and a tenth of its free memory, else the host's memory."""
-    if device.type == "cuda" and fits_on_gpu(needed, device, reserved):
-        return device, 1.0
+    if device.type == "cuda":
+        if needed <= 0.9 * (free := torch.cuda.mem_get_info(device)[0]) - reserved:
+            return device, 1.0
+        what = f"cache: {human_bytes(needed)} do not fit on {device} beside the network's"
+        print(f"{what} {human_bytes(reserved)} ({human_bytes(free)} free): in the host's memory")
     free = read_free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     rate = min(0.6 * free / max(needed, 1), 1.0)
     if rate < 1:
         what = f"cache: {human_bytes(needed)} do not fit in memory ({human_bytes(free)} free)"
         print(f"{what}; {rate:.0%} is cached, the rest is read anew each epoch (slower)")
     return torch.device("cpu"), rate
-
-
-def fits_on_gpu(needed: int, device: torch.device, reserved: int) -> bool:
-    """Return whether a cache leaves `reserved` bytes and a tenth of a GPU's free memory."""
-    free = torch.cuda.mem_get_info(device)[0]
-    if fits := needed <= 0.9 * free - reserved:
-        return fits
-    what = f"cache: {human_bytes(needed)} do not fit on {device} beside the network's"
-    print(f"{what} {human_bytes(reserved)} ({human_bytes(free)} free): in the host's memory")
-    return False
 
 
 def read_free_memory() -> int:

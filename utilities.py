@@ -29,24 +29,10 @@ from monai.networks import nets
 from torch import nn
 from torch.nn import functional
 
-from data import pictures
+from data import pictures, settings
 from data.evaluate import dice_metric, list_overlaps, nan_mean, overlap_counts
 from data.files import InputError, atomic_write, explain, find_checkpoint, one_error, write_csv
 from data.labels import IGNORED, IMAGE, LABEL, PRED
-from data.settings import (
-    Count,
-    Device,
-    HuWindow,
-    Limit,
-    Part,
-    Positive,
-    Spacing,
-    check_settings,
-    check_types,
-    delayed_interrupt,
-    format_seconds,
-    show_progress,
-)
 from data.splits import KNOWN
 
 # -- Networks -------------------------------------------------------------------------------------
@@ -211,7 +197,7 @@ USUAL_TYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64, torc
 
 def save_checkpoint(path: Path, **entries: Any) -> None:
     """Write the entries of CHECKPOINT completely or not at all; None may be left out."""
-    check_types(entries, CHECKPOINT, str(path), "give every entry of CHECKPOINT")
+    settings.check_types(entries, CHECKPOINT, str(path), "give every entry of CHECKPOINT")
     with atomic_write(path) as temporary:
         torch.save({"schema": SCHEMA, **entries, "versions": read_versions()}, temporary)
 
@@ -231,27 +217,31 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             if damaged := archive.testzip():  # torch.load does not compare the checksums
                 raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    check_types(checkpoint, {"schema": int}, f"{path}: not a checkpoint of this project", remedy)
+    settings.check_types(
+        checkpoint, {"schema": int}, f"{path}: not a checkpoint of this project", remedy
+    )
     if (found := checkpoint["schema"]) != SCHEMA:
         change = "train it again" if found < SCHEMA else "update this program"
         raise InputError(f"{path}: checkpoint schema must be {SCHEMA}, got {found}; {change}")
-    check_types(checkpoint, CHECKPOINT | {"versions": dict}, str(path), remedy)
+    settings.check_types(checkpoint, CHECKPOINT | {"versions": dict}, str(path), remedy)
     expected = list((checkpoint.get("expected") or {}).values())
     for part, kinds in INSIDE.items():
         content = expected if part == "expected" else checkpoint[part]
         for row in content if isinstance(content, list) else [content]:
-            check_types(row, kinds, f"{path}: {part}", remedy)
+            settings.check_types(row, kinds, f"{path}: {part}", remedy)
     asked = {k: v for k, v in checkpoint["config"].items() if k != "labels"}  # names, not values
     parts = (checkpoint[part] for part in ("preprocessing", "inference", "network_args"))
     for part in (checkpoint, *parts, asked, *expected):
-        check_settings(part, f"{path}: its setting ", SavedSettings)
+        settings.check_settings(part, f"{path}: its setting ", SavedSettings)
     refuse_odd_weights(checkpoint["network_state"], path)
     return checkpoint
 
 
 SavedLabels = Annotated[
     dict[str, tuple[int, ...]],
-    Limit("names of whole numbers", lambda of: all(type(n) is str and v for n, v in of.items())),
+    settings.Limit(
+        "names of whole numbers", lambda of: all(type(n) is str and v for n, v in of.items())
+    ),
 ]
 
 
@@ -262,18 +252,18 @@ class SavedSettings:
     modality: Literal["CT", "MR"]
     labels: SavedLabels
     declared: SavedLabels
-    log_ml: Annotated[float, Limit("a finite number", math.isfinite)]
-    sd: Positive
-    in_channels: Count
-    out_channels: Count
-    base_channels: Count
-    max_epochs: Count
-    spacing: tuple[Spacing, ...]
-    hu_window: HuWindow | None
-    input_size: tuple[Count, ...]
-    window: tuple[Count, ...]
-    overlap: Part
-    device: Device
+    log_ml: Annotated[float, settings.Limit("a finite number", math.isfinite)]
+    sd: settings.Positive
+    in_channels: settings.Count
+    out_channels: settings.Count
+    base_channels: settings.Count
+    max_epochs: settings.Count
+    spacing: tuple[settings.Spacing, ...]
+    hu_window: settings.HuWindow | None
+    input_size: tuple[settings.Count, ...]
+    window: tuple[settings.Count, ...]
+    overlap: settings.Part
+    device: settings.Device
 
 
 def load_network(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
@@ -389,7 +379,7 @@ def train(run: Run, train_loader: Any, val_loader: Any, loss_function: nn.Module
     without a `val_loader` there is no best.pt. `loss_function` maps (logits, label) to a scalar;
     `gradient_clip` and `patience` (validations without a better Dice) are off at 0. Ctrl-C finishes
     the step in all processes, writes last.pt and raises KeyboardInterrupt."""
-    with delayed_interrupt() as interrupted:
+    with settings.delayed_interrupt() as interrupted:
         for epoch in range(len(run.history) + 1, max_epochs + 1):
             begun = time.perf_counter()
             train_loader.set_epoch(epoch, len(run.losses))
@@ -430,7 +420,7 @@ def train_one_epoch(run: Run, loader: Any, loss_function: nn.Module, clip: float
     done, steps = len(run.losses), len(run.losses) + len(loader)
     start = redrawn = time.perf_counter()
     pending, waited, samples = [], 0.0, 0
-    bar = show_progress(total=steps, initial=done, desc=f"epoch {epochs[0]}/{epochs[1]}")
+    bar = settings.show_progress(total=steps, initial=done, desc=f"epoch {epochs[0]}/{epochs[1]}")
     with bar, contextlib.closing(iter(loader)) as batches:
         while done < steps and not any(gather(interrupted())):
             asked = time.perf_counter()
@@ -498,7 +488,7 @@ def validate(run: Run, loader: Any, loss_function: nn.Module) -> dict[str, float
         run.update_kept()
     run.kept.eval()
     names, losses, counts, voxels = run.class_names, [], [], []
-    for batch in show_progress(loader, desc="validation", unit="batch"):
+    for batch in settings.show_progress(loader, desc="validation", unit="batch"):
         logits = run.predict(batch[IMAGE])
         label = batch[LABEL].to(logits.device)
         if ((label > 0) & (label != IGNORED)).any():  # else the Dice loss is nearly always 1
@@ -618,7 +608,7 @@ class Run:
         best = " (best so far)" * (is_best and row.get("val_dice", 0) > 0)
         left = (max_epochs - epoch) * row["epoch_seconds"]
         print(f"epoch {epoch}/{max_epochs}: {', '.join(figures)}{best}, "
-              f"{format_seconds(left)} left", flush=True)  # fmt: skip
+              f"{settings.format_seconds(left)} left", flush=True)  # fmt: skip
 
     def save(self, name: str) -> None:
         """Write best.pt, or last.pt, which also has all that resuming needs."""

@@ -151,7 +151,8 @@ def harm(
 def open_scan(group: str, index: int) -> tuple[Volume, np.ndarray, str]:
     """A scan (RAS, HU as float32) before it is harmed, its label map, and its name."""
     if group == "bodies":
-        scan, label = bodies.make_body(index // 2, bodies.Config(seed=SEED))
+        about = bodies.Config(seed=SEED, spacing=(2, 2, 3), edition=2, tumours=BODIES)
+        scan, label = bodies.make_body(index // 2, about)
         return scan.like(scan.data.astype(np.float32)), label.data, str(index // 2)
     path = sorted((DATA / "ct" / "imagesTr").glob("[!.]*.nii.gz"))[index // 5]
     scan, label = read_scan(path).ras, read_volume(DATA / "ct" / "labelsTr" / path.name).ras

@@ -322,7 +322,7 @@ def judge_grid(scan: Volume, label: Volume, depth: int) -> list[Finding]:
         ("unoriented", not scan.oriented, "the header has no orientation (form codes 0)"),
         ("small", min(x, y) < SMALLEST,
          f"slices have {x} × {y} voxels, fewer than {SMALLEST} on a side"),
-        ("thin", z < depth, f"{count_words(z, 'slice')}, fewer than {depth}"),
+        ("thin", z < depth, f"{z} slices, fewer than {depth}"),
     )  # fmt: skip
     return findings + [(kind, text) for kind, wrong, text in rules if wrong]
 
@@ -598,11 +598,6 @@ def list_errors(record: dict[str, Any], accept: Sequence[str]) -> list[Finding]:
     return [finding for finding in record["findings"] if find_level(finding, accept) == "error"]
 
 
-def count_words(number: int, word: str) -> str:
-    """Return `1 error`, `2 errors`."""
-    return f"{number} {word}{'s' * (number != 1)}"
-
-
 def report_cases(
     records: Iterable[dict[str, Any]], of_set: list[Finding], accept: Sequence[str], path: Path
 ) -> None:
@@ -613,7 +608,7 @@ def report_cases(
     for record in records:
         findings = [(find_level(finding, accept), *finding) for finding in record["findings"]]
         levels = Counter(level for level, *_ in findings)
-        verdict = [count_words(levels[name], name) for name in ("error", "warning") if levels[name]]
+        verdict = [f"{name}: {levels[name]}" for name in ("error", "warning") if levels[name]]
         rows.append({
             "case": record["case"],
             "shape": "×".join(map(str, record.get("shape", []))),

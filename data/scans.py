@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cc3d  # of uint8, see apply_model
 import numpy as np
 from nibabel.orientations import inv_ornt_aff
 
@@ -25,12 +26,13 @@ from data.labels import (
     list_values,
 )
 from data.seg import compare_frames, lay_structures, read_seg, rename_segments, wrong_grid
-from data.volumes import Volume, list_parts, read_file
+from data.volumes import AIR_HU, Volume, list_parts, read_file
 
 GRID_TOLERANCE = 0.5  # voxels that scan and label map may lie apart, at the worst corner
 GRID_NOTICE = 0.01  # voxels from which on a note reports it
 MANY = 8  # values that a label map of many organs holds more than are named
 ROUNDING = 0.01  # label values that are nearer to a whole number are that number
+DENSEST_AIR, LEAST_PADDING = -500, 0.001  # HU; of the scan, else it is tissue by chance
 # Grey values of the organs in one stack of PNGs, as CHAOS draws them on MR.
 GREY_VALUES = {"liver": 63, "right kidney": 126, "left kidney": 189, "spleen": 252}
 
@@ -51,7 +53,23 @@ def read_volume(path: Path) -> Volume:
         return read_file(path)
 
 
-read_scan = read_volume
+def read_scan(path: Path) -> Volume:
+    """Return `read_volume` of a scan. Padding of a CT is air, as a note tells: what is connected
+    with a corner and has its value, if another corner has it too. A scan without air is no CT."""
+    scan, corners = read_volume(path), np.ix_(*[(0, -1)] * 3)
+    array = scan.read()
+    held = array[corners].ravel().tolist()
+    values = {value for value in held if value > DENSEST_AIR and held.count(value) > 1}
+    if not values or array.min() > DENSEST_AIR:
+        return scan
+    filled = array.copy(order="K")
+    for value in values:
+        parts = cc3d.connected_components((array == value).view(np.uint8), connectivity=6)
+        filled.T[np.isin(parts.T, [n for n in parts[corners].flat if n])] = AIR_HU
+    if (count := np.count_nonzero(filled != array)) < LEAST_PADDING * array.size:
+        return scan
+    note = f"{count} voxels of padding ({min(values):g} HU) are now air"
+    return replace(scan, data=filled, convert=None, notes=(*scan.notes, note))
 
 
 def read_label_map(

@@ -31,6 +31,7 @@ from data.files import InputError, explain, read_json
 
 Kind = TypeVar("Kind")
 human_bytes = functools.partial(tqdm.format_sizeof, suffix="B", divisor=1024)  # 1536 → 1.50kB
+format_seconds = tqdm.format_interval  # 75 → 01:15
 NETWORK_LIBRARIES = ("nibabel", "torch", "monai")  # they take seconds to load
 
 
@@ -264,14 +265,6 @@ def check_types(content: Any, kinds: Mapping[str, Any], what: str, remedy: str) 
             wrong = f"has the wrong type, got {type(content.get(name)).__name__}"
             fault = wrong if name in content else "is missing"
             raise InputError(f"{what}: {name} {fault}; {remedy}")
-
-
-def format_seconds(seconds: float) -> str:
-    """Return `45 s`, `12 min`, `3 h 20 min`."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def show_progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import train
 import utilities
+from data import settings
 from utilities import process_group, rank_and_size
 
 SMALL = {
@@ -47,12 +48,12 @@ def work(data: Path, folder: Path) -> None:
         utilities.process_group = lambda _: contextlib.nullcontext()
         utilities.validate = validate_alike
         train.main(train.Config(data=data, run_folder=folder / "run", **SMALL))
-        usual, utilities.delayed_interrupt = utilities.delayed_interrupt, interrupt_second
+        usual, settings.delayed_interrupt = settings.delayed_interrupt, interrupt_second
         try:
             train.main(train.Config(data=data, run_folder=folder / "broken", **SMALL))
         except KeyboardInterrupt:
             print(f"process {rank}: stopped", flush=True)
-        utilities.delayed_interrupt = usual
+        settings.delayed_interrupt = usual
         dist.barrier()
         train.main(train.Config(resume=folder / "broken", device="cpu"))
         sys.stdout.flush()

@@ -103,6 +103,7 @@ data/evaluate | @ grid.ras_affine[:3 | @ grid.affine[:3 | evaluation::agree_with
 data/evaluate | row.get("weights", "") == weights] | True] | evaluation::of_one_network
 data/evaluate | 1000 * sizes | 100 * sizes | evaluation::counted_one_by_one
 data/evaluate | (ours - theirs) * grid | (theirs - ours) * grid | evaluation::agree_with_monai
+data/scans | array.min() > DENSEST_AIR | False | cases::padding_of_one
 data/trust | ) if case["split"] == "training"] | )] | trust::knows_the_volumes
 data/volumes | np.linalg.det(self.affine[:3, :3]) | np.prod(self.spacing_mm) | evaluation::sheared
 data/volumes | self.affine @ inv_ornt_aff( | self.affine + 0 * inv_ornt_aff( | volumes::all_48

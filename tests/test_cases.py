@@ -18,7 +18,7 @@ from data.files import InputError
 from data.labels import USUAL_LABELS
 from data.scans import lay_on_grid, list_files, read_label_map, read_scan, stamp_inputs
 from data.seg import write_seg
-from data.volumes import Volume
+from data.volumes import AIR_HU, Volume
 
 SHAPE = (8, 6, 5)
 AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])  # LPS
@@ -70,6 +70,21 @@ def test_every_reader_gives_the_label_map_in_any_type(name, dtype, tmp_path):
     classes = {"background": (0,), "liver": (1, 2)}
     indices = read_label_map(write(name, tmp_path, LABEL), scan, USUAL_LABELS, classes=classes)
     assert np.array_equal(indices.read(), LABEL > 0) and indices.read().dtype == np.uint8
+
+
+@pytest.mark.parametrize("value", [0, -3])
+@pytest.mark.parametrize("shape", ["frame", "circle", "last slice", "wedge"])
+def test_padding_of_one_value_is_air(value, shape, tmp_path):
+    hu, (x, y, z) = np.arange(1, 961, dtype="i2").reshape(16, 12, 5), np.indices((16, 12, 5))
+    hu[7:9, 5:8, 1:3], hu[4, 6, 2] = value, -900  # gas, and a cyst, that no padding touches
+    padding = {"frame": (x < 3) | (y > 8), "circle": np.hypot(x - 7.5, y - 5.5) > 7,
+               "last slice": z == 4, "wedge": x + y < 6}[shape]  # fmt: skip
+    scan = read_scan(write("a.nii", tmp_path / "1", np.where(padding, value, hu)))
+    assert np.array_equal(scan.read(), np.where(padding, AIR_HU, hu))
+    assert scan.notes == (f"{padding.sum()} voxels of padding ({value} HU) are now air",)
+    for array in (np.where(padding, -2000, hu), np.where(padding, value, hu.clip(value))):
+        kept = read_scan(write("a.nii", tmp_path / "2", array))  # its own air; no CT: without air
+        assert np.array_equal(kept.read(), array) and kept.notes == ()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -236,7 +236,7 @@ def test_hours_on_a_cpu_are_foretold(few, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(utilities, "train", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(pytest.fail.Exception, match="trained"):
         train.main(small_config(few, tmp_path, max_epochs=100, batch_size=2))
-    assert "about 3 h 0 min on this CPU; the laptop recipe takes minutes" in capsys.readouterr().out
+    assert "about 3:00:00 on this CPU; the laptop recipe takes minutes" in capsys.readouterr().out
 
 
 def test_voxels_that_nobody_judged_are_no_background():
