@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ import apply_model
 from apply_model import load_model, segment
 from data.evaluate import LESION_SIZES, evaluate
 from data.files import read_json, write_json
-from data.scans import lay_on_grid, read_volume
+from data.scans import lay_on_grid, read_scan, read_volume
 from data.volumes import Volume
 
 # The second stage goes on at 3 mm, on other bodies, most of them with tumours of many kinds. The
@@ -87,7 +88,8 @@ NOISE = 100  # HU, SD in each voxel, of degraded real CTs
 DEGRADED = [  # what else is done to them, and how strongly (`harm` of trust.py)
     ("thick slices", 2), ("thick slices", 4), ("HU shifted", 40), ("HU shifted", -40),
     ("contrast", 0.6), ("blur", 4), ("streaks", 40), ("turned", 10), ("cropped view", 0.7),
-    ("cropped z", 0.5), ("mirrored", 1), ("upside down", 1),
+    ("cropped z", 0.5), ("mirrored", 1), ("upside down", 1), ("round frame of 0 HU", 0.9),
+    ("end slices of 0 HU", 5),
 ]  # fmt: skip
 Item = tuple[str, str, Volume, Volume]  # set, case, scan, label map
 
@@ -237,7 +239,15 @@ def draw_scans(sets: tuple[str, ...]) -> Iterator[Item]:
         for kind, strength in DEGRADED if "degraded" in sets else ():
             whole, rng = scan.ras.like(scan.ras.data.astype(np.float32)), np.random.default_rng(0)
             harmed, truth = harm(whole, label.ras.data, kind, strength, rng)
-            yield f"six, {kind} {strength:g}", path.name, harmed, harmed.like(truth)
+            written = save_and_read(harmed) if "0 HU" in kind else harmed
+            yield f"six, {kind} {strength:g}", path.name, written, harmed.like(truth)
+
+
+def save_and_read(scan: Volume) -> Volume:
+    """Return a scan in memory as a user's: written to a file, and read."""
+    with tempfile.TemporaryDirectory() as folder:
+        scan.like(scan.data.astype(np.int16)).write(path := Path(folder) / "scan.nii")
+        return read_scan(path)
 
 
 def cut_slabs(kind: str, name: str, scan: Volume, label: Volume) -> Iterator[Item]:

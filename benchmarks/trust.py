@@ -95,6 +95,12 @@ def streak(hu: np.ndarray, strength: float, mm: Sequence[float], rng: Any) -> np
     return hu + lines[None].astype(np.float32) * (hu > -500)
 
 
+def measure_far(hu: np.ndarray) -> np.ndarray:
+    """Return the distance from the middle in plane (X, Y, 1); the nearest edges have 1."""
+    x, y = (np.linspace(-1, 1, n) for n in hu.shape[:2])
+    return np.hypot(x[:, None, None], y[:, None])
+
+
 HU_HARMS: dict[str, Callable[..., np.ndarray]] = {  # of HU, label, strength, mm, generator
     "as it is": lambda hu, *_: hu,
     "noise": lambda hu, _, s, mm, rng: hu + rng.normal(0, s, hu.shape).astype(np.float32),
@@ -110,6 +116,10 @@ HU_HARMS: dict[str, Callable[..., np.ndarray]] = {  # of HU, label, strength, mm
     "mirrored": lambda hu, *_: hu[::-1],  # the header does not say so: situs inversus
     "upside down": lambda hu, *_: hu[:, :, ::-1],
     "turned": lambda hu, _, s, *more: rotate(hu, s, (0, 1), reshape=False, order=1, cval=-1000.0),
+    "round frame of 0 HU": lambda hu, _, s, *more: np.where(measure_far(hu) > s, 0, hu),
+    "end slices of 0 HU": lambda hu, _, s, *more: np.pad(
+        hu[:, :, round(s) : -round(s)], [(0, 0), (0, 0), [round(s)] * 2]
+    ),
 }
 LABEL_HARMS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {  # of label, strength
     "mirrored": lambda label, _: label[::-1],
