@@ -82,7 +82,7 @@ RULES = {  # kind of finding → (level, remedy); an error stops its case, a not
     "blank": ("warning", "look whether slices were lost on export"),
     "unoriented": ("warning", "sides are not known; get the header with its orientation"),
     "label_note": ("warning", "look at the picture"),
-    "dicom": ("warning", "look whether these images are part of the scan"),
+    "dicom": ("warning", "look at its picture: is the scan right and complete?"),
     "spacing": ("warning", "compare with the scanner's protocol"),
     "duplicate": ("warning", "remove one; kept together in one split until then"),
     "trusted": ("note", "look at the picture"),
