@@ -32,7 +32,7 @@ GRID_TOLERANCE = 0.5  # voxels that scan and label map may lie apart, at the wor
 GRID_NOTICE = 0.01  # voxels from which on a note reports it
 MANY = 8  # values that a label map of many organs holds more than are named
 ROUNDING = 0.01  # label values that are nearer to a whole number are that number
-DENSEST_AIR, LEAST_PADDING = -500, 0.001  # HU; of the scan, else it is tissue by chance
+DENSEST_AIR, PADDING_SHARE = -500, 0.05  # HU; of the edges that one value of padding fills
 # Grey values of the organs in one stack of PNGs, as CHAOS draws them on MR.
 GREY_VALUES = {"liver": 63, "right kidney": 126, "left kidney": 189, "spleen": 252}
 
@@ -54,22 +54,24 @@ def read_volume(path: Path) -> Volume:
 
 
 def read_scan(path: Path) -> Volume:
-    """Return `read_volume` of a scan. Padding of a CT is air, as a note tells: what is connected
-    with a corner and has its value, if another corner has it too. A scan without air is no CT."""
-    scan, corners = read_volume(path), np.ix_(*[(0, -1)] * 3)
-    array = scan.read()
-    held = array[corners].ravel().tolist()
-    values = {value for value in held if value > DENSEST_AIR and held.count(value) > 1}
-    if not values or array.min() > DENSEST_AIR:
+    """Return `read_volume` of a scan. Padding of a CT is air, as a note tells: what has a value of
+    much of the volume's edges, and is connected with them. A scan without air is no CT."""
+    array = (scan := read_volume(path)).read()
+    held, counts = np.unique(list_edges(array), return_counts=True)
+    values = held[(held > DENSEST_AIR) & (counts > PADDING_SHARE * counts.sum())]
+    if not values.size or array.min() > DENSEST_AIR:
         return scan
     filled = array.copy(order="K")
     for value in values:
         parts = cc3d.connected_components((array == value).view(np.uint8), connectivity=6)
-        filled.T[np.isin(parts.T, [n for n in parts[corners].flat if n])] = AIR_HU
-    if (count := np.count_nonzero(filled != array)) < LEAST_PADDING * array.size:
-        return scan
-    note = f"{count} voxels of padding ({min(values):g} HU) are now air"
+        filled.T[np.isin(parts.T, np.setdiff1d(list_edges(parts), 0))] = AIR_HU
+    note = f"{np.count_nonzero(filled != array)} voxels of padding ({values[0]:g} HU) are now air"
     return replace(scan, data=filled, convert=None, notes=(*scan.notes, note))
+
+
+def list_edges(array: np.ndarray) -> np.ndarray:
+    """Return the voxels of the twelve edges of a volume, in one row; no patient reaches them."""
+    return np.hstack([np.moveaxis(array, n, 2)[[0, -1]][:, [0, -1]].ravel() for n in range(3)])
 
 
 def read_label_map(

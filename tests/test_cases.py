@@ -73,12 +73,13 @@ def test_every_reader_gives_the_label_map_in_any_type(name, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("value", [0, -3])
-@pytest.mark.parametrize("shape", ["frame", "circle", "last slice", "wedge"])
+@pytest.mark.parametrize("shape", ["frame", "circle", "last slice", "wedge", "between slices"])
 def test_padding_of_one_value_is_air(value, shape, tmp_path):
     hu, (x, y, z) = np.arange(1, 961, dtype="i2").reshape(16, 12, 5), np.indices((16, 12, 5))
     hu[7:9, 5:8, 1:3], hu[4, 6, 2] = value, -900  # gas, and a cyst, that no padding touches
-    padding = {"frame": (x < 3) | (y > 8), "circle": np.hypot(x - 7.5, y - 5.5) > 7,
-               "last slice": z == 4, "wedge": x + y < 6}[shape]  # fmt: skip
+    frame = (x < 3) | (y > 8)
+    padding = {"frame": frame, "circle": np.hypot(x - 7.5, y - 5.5) > 7, "last slice": z == 4,
+               "wedge": x + y + z < 9, "between slices": frame & (z % 4 > 0)}[shape]  # fmt: skip
     scan = read_scan(write("a.nii", tmp_path / "1", np.where(padding, value, hu)))
     assert np.array_equal(scan.read(), np.where(padding, AIR_HU, hu))
     assert scan.notes == (f"{padding.sum()} voxels of padding ({value} HU) are now air",)
