@@ -187,8 +187,8 @@ def segment(
     model: Model, scan: Volume | Path | str, options: Options | None = None
 ) -> Segmentation:
     """Segment a scan in HU (a path or a Volume, of any orientation), on exactly its grid."""
-    options = options or Options()
-    scan = scan if isinstance(scan, Volume) else scans.read_scan(Path(scan))
+    given = scan if isinstance(scan, Volume) else scans.read_volume(Path(scan))
+    options, scan = options or Options(), scans.clear_padding(given)
     try:
         tensor, to_network = preprocess_volume(scan, model.chain, model.device)
     except RuntimeError as error:

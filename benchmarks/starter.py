@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ import apply_model
 from apply_model import load_model, segment
 from data.evaluate import LESION_SIZES, evaluate
 from data.files import read_json, write_json
-from data.scans import lay_on_grid, read_scan, read_volume
+from data.scans import lay_on_grid, read_volume
 from data.volumes import Volume
 
 # The second stage goes on at 3 mm, on other bodies, most of them with tumours of many kinds. The
@@ -239,15 +238,7 @@ def draw_scans(sets: tuple[str, ...]) -> Iterator[Item]:
         for kind, strength in DEGRADED if "degraded" in sets else ():
             whole, rng = scan.ras.like(scan.ras.data.astype(np.float32)), np.random.default_rng(0)
             harmed, truth = harm(whole, label.ras.data, kind, strength, rng)
-            written = save_and_read(harmed) if "0 HU" in kind else harmed
-            yield f"six, {kind} {strength:g}", path.name, written, harmed.like(truth)
-
-
-def save_and_read(scan: Volume) -> Volume:
-    """Return a scan in memory as a user's: written to a file, and read."""
-    with tempfile.TemporaryDirectory() as folder:
-        scan.like(scan.data.astype(np.int16)).write(path := Path(folder) / "scan.nii")
-        return read_scan(path)
+            yield f"six, {kind} {strength:g}", path.name, harmed, harmed.like(truth)
 
 
 def cut_slabs(kind: str, name: str, scan: Volume, label: Volume) -> Iterator[Item]:

@@ -54,9 +54,14 @@ def read_volume(path: Path) -> Volume:
 
 
 def read_scan(path: Path) -> Volume:
-    """Return `read_volume` of a scan. Padding of a CT is air, as a note tells: what has a value of
-    much of the volume's edges, and is connected with them. A scan without air is no CT."""
-    array = (scan := read_volume(path)).read()
+    """Return `read_volume` of a scan, whose padding is air."""
+    return clear_padding(read_volume(path))
+
+
+def clear_padding(scan: Volume) -> Volume:
+    """Return a CT whose padding is air, as a note tells: what has a value of much of the volume's
+    edges, and is connected with them. A scan without air stays as it is, because it is no CT."""
+    array = scan.read()
     held, counts = np.unique(list_edges(array), return_counts=True)
     values = held[(held > DENSEST_AIR) & (counts > PADDING_SHARE * counts.sum())]
     if not values.size or array.min() > DENSEST_AIR:

@@ -11,8 +11,7 @@ import torch.distributed as dist
 
 import train
 import utilities
-from data import settings
-from utilities import process_group, rank_and_size
+from utilities import process_group, rank_and_size, settings
 
 SMALL = {
     "base_channels": 4, "input_size": (16, 16), "spacing": (16.0, 16.0), "max_epochs": 2,
